@@ -1,0 +1,33 @@
+# `make` lists the targets. Every target sets up what it needs: a virtual environment in .venv with the package in it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nanoghost needs Python 3.11 or newer"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+setup: .venv/installed  ## install the package and what it needs into .venv
+
+speedrun: .venv/installed  ## the whole pipeline: from an empty folder to a chat
+	$(BIN)/nanoghost speedrun
+
+chat: .venv/installed  ## talk to the model finished last
+	$(BIN)/nanoghost chat
+
+test: .venv/installed  ## run the tests
+	$(BIN)/ruff check --quiet nanoghost tests
+	$(BIN)/python -m pytest -q
+
+lines: .venv/installed  ## count what one reads from speedrun.py to the chat
+	@$(BIN)/python -m tests.lines
+
+clean:  ## remove the virtual environment and caches (models stay in the home folder)
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: help setup speedrun chat test lines clean

@@ -1,0 +1,3 @@
+from nanoghost.cli import main
+
+main()

@@ -1,0 +1,94 @@
+"""The verbs. Each command's module is imported only when it runs, so `nanoghost --help` answers at once."""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import sys
+
+from nanoghost import __version__
+from nanoghost.errors import UserError
+
+# verb: (module, settings class, function, what it does)
+VERBS = {
+}
+
+EXAMPLES = {
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {row[3]}" for verb, row in VERBS.items())
+    return f"""nanoghost {__version__}: make a chat model of your own, and understand all of it
+
+usage: nanoghost VERB [options]
+
+{verbs}
+
+`nanoghost VERB --help` explains a verb. Models live in $NANOGHOST_HOME (default ~/.nanoghost)."""
+
+
+def parse(settings_class, verb: str, words: list[str]):
+    """Settings from the command line; tyro's boxes become one line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                settings_class,
+                prog=f"nanoghost {verb}",
+                args=words,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                description=f"{VERBS[verb][3]}\n\nExamples:\n  {EXAMPLES[verb]}",
+            )
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+        raise UserError(f"{complaint(said.getvalue())} (see `nanoghost {verb} --help`)") from None
+
+
+def complaint(box: str) -> str:
+    """The sentence inside one of tyro's error boxes."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", line).strip() for line in box.splitlines()]
+    body = [line for line in lines[1:] if line]  # the first is the title
+    end = next((i for i, line in enumerate(body) if line.startswith(("Argument helptext", "For full helptext"))), None)
+    return " ".join(body[:end])[:300]
+
+
+def main(words: list[str] | None = None) -> None:
+    words = sys.argv[1:] if words is None else words
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if words[0] == "--version":
+        print(__version__)
+        return
+    try:
+        run(words)
+    except UserError as e:
+        if os.environ.get("NANOGHOST_DEBUG"):
+            raise
+        print(f"nanoghost: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        if os.environ.get("NANOGHOST_DEBUG") or e.errno is None:
+            raise
+        where = f": {e.filename}" if e.filename else ""
+        print(f"nanoghost: {e.strerror}{where}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nnanoghost: stopped; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(words: list[str]) -> None:
+    verb = " ".join(words[:2]) if " ".join(words[:2]) in VERBS else words[0]
+    if verb not in VERBS:
+        raise UserError(f"'{verb}' is not a verb; `nanoghost --help` lists them")
+    module_name, settings_name, function, _ = VERBS[verb]
+    module = importlib.import_module(f"nanoghost.{module_name}")
+    settings = parse(getattr(module, settings_name), verb, words[len(verb.split()) :])
+    getattr(module, function)(settings)
