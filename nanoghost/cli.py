@@ -12,9 +12,11 @@ from nanoghost.errors import UserError
 
 # verb: (module, settings class, function, what it does)
 VERBS = {
+    "doctor": ("machine", "DoctorSettings", "doctor", "what this computer does well"),
 }
 
 EXAMPLES = {
+    "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }
 
 

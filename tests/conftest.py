@@ -1,0 +1,57 @@
+"""Every test has a home folder of its own; toy text and toy models are made once."""
+
+import random
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOGHOST_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def toy_text(sentences: int = 1500, seed: int = 0) -> str:
+    """Made-up English of a small grammar: enough to learn something in a few steps."""
+    rng = random.Random(seed)
+    nouns, verbs = "king queen ghost sword sea crown night word".split(), "sees loves fears calls finds keeps".split()
+    names = "ANNA BEN CARL DORA".split()
+    lines = []
+    for _ in range(sentences):
+        lines.append(f"{rng.choice(names)}.\nThe {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}.\n")
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def toy_file(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text(toy_text())
+    return path
+
+
+@pytest.fixture
+def nanoghost(capsys):
+    """Run a command in this process: (exit code, last line of standard output, standard error)."""
+    from nanoghost import cli
+
+    def run(*words):
+        try:
+            cli.main([str(w) for w in words])
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        said = capsys.readouterr()
+        return code, (said.out.strip().splitlines() or [""])[-1], said.err
+
+    return run
+
+
+TOY = ("--depth", 2, "--context", 64, "--batch", 4, "--vocab-size", 320)
+
+
+@pytest.fixture
+def toy_base(nanoghost, toy_file):
+    """A base model of 12 steps, named toy."""
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 12, *TOY)
+    assert code == 0, err
+    return "toy"
