@@ -12,10 +12,14 @@ from nanoghost.errors import UserError
 
 # verb: (module, settings class, function, what it does)
 VERBS = {
+    "tokenizer train": ("evals.tokens", "TrainSettings", "train_command", "learn a vocabulary from text"),
+    "tokenizer eval": ("evals.tokens", "EvalSettings", "eval_command", "bytes per token by kind of text"),
     "doctor": ("machine", "DoctorSettings", "doctor", "what this computer does well"),
 }
 
 EXAMPLES = {
+    "tokenizer train": "nanoghost tokenizer train --data plays --vocab-size 4096",
+    "tokenizer eval": "nanoghost tokenizer eval",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }
 

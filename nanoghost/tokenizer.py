@@ -1,0 +1,269 @@
+"""Text to tokens and back: byte-level BPE (Sennrich et al. 2016; on bytes, as in GPT-2).
+
+A text is split into words, a word into its UTF-8 bytes, and the most frequent pair of neighbours becomes a new token,
+again and again. Ids: the special tokens, the 256 bytes, then one id per merge in the order they were learned.
+
+The `reference_*` functions are the whole algorithm, to be read; tests hold the fast one to them, id by id. `Tokenizer`
+is the fast one, around Hugging Face's library; its `tokenizer.json` is what other programs read.
+"""
+
+import codecs
+import hashlib
+import heapq
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from math import inf
+from pathlib import Path
+
+import regex
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from nanoghost.errors import UserError
+from nanoghost.runs import write_atomic
+
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
+
+# No merge crosses these words. llama.cpp knows this pattern as "qwen2": as GPT-4's, but digits stand alone.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# A vocabulary file is text, so GPT-2 gave each byte a character: visible Latin-1 stands for itself, the other bytes
+# take the characters from U+0100 on. Byte tokens are ordered by that character.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_ORDER = VISIBLE + [b for b in range(256) if b not in VISIBLE]
+BYTE_OF = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(BYTE_ORDER[len(VISIBLE) :])}
+
+FIRST_BYTE = len(SPECIALS)
+FIRST_MERGE = FIRST_BYTE + 256
+
+Pair = tuple[int, int]  # ids of two neighbours
+
+
+# ── the reference ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def reference_split(text: str) -> list[bytes]:
+    """The words of a text, as UTF-8. Together they are the text."""
+    # `regex` and the library carry tables of different Unicode years. A character that the library's does not know yet
+    # is no letter to it: let it be none here, by a stand-in that no year will assign.
+    same_age = normalizers.Replace(tokenizers.Regex(r"\p{Cn}"), "\uffff").normalize_str(text)
+    return [text[m.start() : m.end()].encode() for m in regex.finditer(PATTERN, same_age)]
+
+
+def reference_train(texts: Iterable[str], vocab_size: int) -> list[Pair]:
+    """Merges learned from texts, in order."""
+    return reference_merges(Counter(word for text in texts for word in reference_split(text)), vocab_size)
+
+
+def reference_merges(words: Mapping[bytes, int], vocab_size: int) -> list[Pair]:
+    """Merges learned from words and how often each occurs: always the most frequent pair, of equals the smallest ids.
+
+    It ends before `vocab_size` when no pair occurs twice.
+    """
+    spellings = [[FIRST_BYTE + BYTE_ORDER.index(b) for b in word] for word in words]
+    times = list(words.values())
+    counts: Counter[Pair] = Counter()
+    places: defaultdict[Pair, set[int]] = defaultdict(set)  # pair -> words it was seen in: a merge visits only those
+    for i, spelling in enumerate(spellings):
+        for pair in pairwise(spelling):
+            counts[pair] += times[i]
+            places[pair].add(i)
+
+    merges: list[Pair] = []
+    queue = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(queue)
+    while queue and FIRST_MERGE + len(merges) < vocab_size:
+        minus_count, pair = heapq.heappop(queue)
+        if -minus_count != counts[pair]:
+            continue  # an old count; the present one is in the queue too
+        if counts[pair] < 2:
+            break
+        new = FIRST_MERGE + len(merges)
+        merges.append(pair)
+        change: Counter[Pair] = Counter()
+        for i in places.pop(pair):
+            before, after = spellings[i], _replace(spellings[i], pair, new)
+            spellings[i] = after
+            for p in pairwise(before):
+                change[p] -= times[i]
+            for p in pairwise(after):
+                change[p] += times[i]
+                places[p].add(i)
+        for p in change:
+            if change[p]:
+                counts[p] += change[p]
+                heapq.heappush(queue, (-counts[p], p))
+    return merges
+
+
+def _replace(ids: list[int], pair: Pair, new: int) -> list[int]:
+    """Each occurrence of the pair by the new id, from left to right: aaa becomes (aa)a."""
+    replaced, i = [], 0
+    while i < len(ids):
+        found = tuple(ids[i : i + 2]) == pair
+        replaced.append(new if found else ids[i])
+        i += 2 if found else 1
+    return replaced
+
+
+def reference_encode(text: str, merges: Sequence[Pair]) -> list[int]:
+    """The ids of a text."""
+    return reference_encode_words(reference_split(text), merges)
+
+
+def reference_encode_words(words: Iterable[bytes], merges: Sequence[Pair]) -> list[int]:
+    """The ids of words of any bytes: within a word the merge that was learned first goes first."""
+    ids_of_pairs = {pair: FIRST_MERGE + i for i, pair in enumerate(merges)}
+    encoded = []
+    for word in words:
+        ids = [FIRST_BYTE + BYTE_ORDER.index(b) for b in word]
+        while len(ids) > 1:
+            first = min(pairwise(ids), key=lambda pair: ids_of_pairs.get(pair, inf))
+            if first not in ids_of_pairs:
+                break
+            ids = _replace(ids, first, ids_of_pairs[first])
+        encoded += ids
+    return encoded
+
+
+def reference_tokens(merges: Sequence[Pair]) -> list[bytes]:
+    """The bytes of each id; none for the special tokens."""
+    tokens = [b""] * len(SPECIALS) + [bytes([b]) for b in BYTE_ORDER]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+    return tokens
+
+
+def reference_decode(ids: Iterable[int], merges: Sequence[Pair]) -> bytes:
+    """The bytes that ids stand for."""
+    tokens = reference_tokens(merges)
+    return b"".join(tokens[i] for i in ids)
+
+
+# ── the fast one ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary. Plain text never encodes to a special token: only `special(name)` gives those."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        # The property that keeps "<|im_end|>" in somebody's text from ending their turn. The file does not hold it.
+        backend.encode_special_tokens = True
+        added = backend.get_added_tokens_decoder()
+        self._specials = {token.content: i for i, token in added.items() if token.special}
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self._bytes = [b""] * (max(vocabulary.values()) + 1)
+        for token, i in vocabulary.items():
+            if i in added:
+                self._bytes[i] = b"" if added[i].special else token.encode()
+            else:
+                self._bytes[i] = bytes(BYTE_OF[character] for character in token)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn a vocabulary; a smaller one when the texts have no more pairs that occur twice."""
+        if vocab_size < FIRST_MERGE:
+            raise UserError(f"a vocabulary of {vocab_size} is too small: bytes and special tokens take {FIRST_MERGE}")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=list(SPECIALS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator((_valid(text) for text in texts), trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read `tokenizer.json` of a folder."""
+        path = Path(folder) / "tokenizer.json"
+        try:
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"there is no tokenizer at {path}") from None
+        except Exception as error:  # the library knows no narrower class
+            raise UserError(f"{path} is not a readable tokenizer file: {error}") from error
+        if not isinstance(backend.decoder, decoders.ByteLevel):
+            raise UserError(f"{path} is not a byte-level BPE vocabulary, the only kind nanoghost reads")
+        return cls(backend)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` into a folder."""
+        write_atomic(Path(folder) / "tokenizer.json", self._backend.to_str(pretty=True) + "\n")
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(_valid(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """As `encode`, on all threads."""
+        encodings = self._backend.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD, special tokens nothing or their names."""
+        return b"".join(self._pieces(ids, skip_special)).decode(errors="replace")
+
+    def _pieces(self, ids: Iterable[int], skip_special: bool) -> Iterator[bytes]:
+        names = {} if skip_special else {i: name.encode() for name, i in self._specials.items()}
+        return (names.get(i) or self._bytes[i] for i in ids)
+
+    def token_bytes(self, id: int) -> bytes:
+        """What a token adds to the text; nothing for a special token."""
+        return self._bytes[id]
+
+    def special(self, name: str) -> int:
+        """Id of a special token."""
+        return self._specials[name]
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._bytes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary, however its file is laid out."""
+        return hashlib.sha256(json.dumps(json.loads(self._backend.to_str()), sort_keys=True).encode()).hexdigest()
+
+
+class StreamDecoder:
+    """Ids one by one to text; a character whose bytes are spread over tokens appears with the last of them."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, id: int) -> str:
+        return self._utf8.decode(self._tokenizer.token_bytes(id))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD if a character was begun and not finished."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _valid(text: str) -> str:
+    """The text, lone surrogates (careless JSON has them; UTF-8 has not) replaced by U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

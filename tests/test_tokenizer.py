@@ -1,0 +1,193 @@
+"""The fast tokenizer against the slow one, and the promises both make about any text."""
+
+import json
+from functools import cache
+
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from nanoghost.errors import UserError
+from nanoghost.evals.tokens import SAMPLES, EvalSettings, TrainSettings, eval_command, train_command
+from nanoghost.tokenizer import (
+    SPECIALS,
+    StreamDecoder,
+    Tokenizer,
+    reference_decode,
+    reference_encode,
+    reference_encode_words,
+    reference_merges,
+    reference_split,
+    reference_tokens,
+    reference_train,
+)
+
+MIXED = [
+    "O, that this too too solid flesh would melt,\nThaw and resolve itself into a dew!\n\n  'Tis 1601; we'll see.",
+    "def thaw(flesh):\n    return [dew for dew in flesh if dew != 'melt']  # 12,345.67\n\t\tpass\r\n",
+    "Grüße aus Zürich, naïve café, Ω≈ç√ — 東京の東の東, привет привет, नमस्ते नमस्ते, 👩‍👩‍👧 👩‍👩‍👧",
+    "aaaaaaaaaaaaaaa aaaaaaa aaaa bababababa      \n\n\n\n    x\u00a0\u2003y <|im_start|>user <|im_start|>user",
+]
+PIECES = [*"ab 's1\n\t\r'É東ſ\u0301\ud7ff\U0001f469\u200d", *SPECIALS]
+ANY_TEXT = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
+
+
+@cache
+def toy() -> Tokenizer:
+    return Tokenizer.train(MIXED * 2, 420)
+
+
+@cache
+def toy_merges():
+    return reference_train(MIXED * 2, 420)
+
+
+def library_merges(tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    model = json.loads(tokenizer._backend.to_str())["model"]
+    return [(model["vocab"][left], model["vocab"][right]) for left, right in model["merges"]]
+
+
+def assert_same_training(texts, vocab_size):
+    fast, merges = Tokenizer.train(texts, vocab_size), reference_train(texts, vocab_size)
+    assert library_merges(fast) == merges
+    assert [fast.token_bytes(i) for i in range(fast.vocab_size)] == reference_tokens(merges)
+    for text in texts:
+        assert fast.encode(text) == reference_encode(text, merges)
+
+
+def test_training_is_the_reference_on_mixed_text():
+    assert_same_training(MIXED * 2, 420)
+
+
+@given(st.lists(st.text("ab", max_size=40), max_size=6), st.integers(263, 400))
+@example(["ab cd ef gh"] * 2, 400)  # all pairs tie
+@example(["a" * n for n in range(50)], 400)
+@settings(max_examples=150, deadline=None)
+def test_training_is_the_reference_on_repeats_and_ties(texts, vocab_size):
+    assert_same_training(texts, vocab_size)
+
+
+@given(st.lists(ANY_TEXT, max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_training_is_the_reference_on_any_text(texts):
+    assert_same_training([*texts, *texts], 300)
+
+
+def test_words_are_the_librarys_whatever_the_character():
+    """Also for those that Unicode has added since the library's tables were made. All of planes 0 and 1; a sample."""
+    split = toy()._backend.pre_tokenizer[0]
+    codes = [c for c in [*range(0x20000), *range(0x20000, 0x110000, 50)] if not 0xD800 <= c < 0xE000]
+    for i in range(0, len(codes), 1000):
+        text = "".join(f"{c}{c}a1 {c}\n" for c in map(chr, codes[i : i + 1000]))
+        assert reference_split(text) == [word.encode() for word, _ in split.pre_tokenize_str(text)]
+
+
+@given(ANY_TEXT)
+@example("\u0558l'\u0558")
+@settings(max_examples=300, deadline=None)
+def test_any_text_encodes_as_the_reference_and_comes_back(text):
+    ids = toy().encode(text)
+    assert ids == reference_encode(text, toy_merges())
+    assert toy().decode(ids) == text
+    assert b"".join(map(toy().token_bytes, ids)) == text.encode()
+    assert toy().encode_batch([text, "", text]) == [ids, [], ids]
+
+
+@given(st.dictionaries(st.binary(max_size=30), st.integers(1, 9), max_size=8), st.binary(max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_the_reference_carries_any_bytes(words, unseen):
+    merges = reference_merges(words, 300)
+    tokens = reference_tokens(merges)[len(SPECIALS) :]
+    assert len(set(tokens)) == len(tokens) <= 300 - len(SPECIALS)  # each spelling is one token
+    for word in [*words, unseen]:
+        assert reference_decode(reference_encode_words([word], merges), merges) == word
+
+
+@given(ANY_TEXT, st.sampled_from(SPECIALS), ANY_TEXT)
+@settings(max_examples=100, deadline=None)
+def test_text_never_makes_a_special_token(before, special, after):
+    text = before + special + after
+    assert min(toy().encode(text)) >= len(SPECIALS)
+    assert min(toy().encode_batch([text])[0]) >= len(SPECIALS)
+    assert toy().decode(toy().encode(text)) == text
+
+
+@given(st.lists(st.integers(0, 419)))
+@settings(max_examples=200, deadline=None)
+def test_a_stream_is_the_decoded_whole(ids):
+    ids = [i % toy().vocab_size for i in ids]
+    stream = StreamDecoder(toy())
+    assert "".join([stream.feed(i) for i in ids] + [stream.flush()]) == toy().decode(ids)
+    assert toy()._backend.decode(ids) == toy().decode(ids)  # what others show for the same ids
+
+
+def test_a_stream_holds_back_unfinished_characters():
+    byte_tokens = Tokenizer.train([], 263)
+    stream = StreamDecoder(byte_tokens)
+    assert [stream.feed(i) for i in byte_tokens.encode("é東")] == ["", "é", "", "", "東"]
+    assert (stream.feed(byte_tokens.encode("東")[0]), stream.flush()) == ("", "\ufffd")
+
+
+def test_special_tokens_are_asked_for_by_name():
+    assert [toy().special(name) for name in SPECIALS] == list(range(len(SPECIALS)))
+    assert {toy().token_bytes(i) for i in range(len(SPECIALS))} == {b""}
+    ids = [toy().special("<|im_start|>"), *toy().encode("user"), toy().special("<|im_end|>")]
+    assert toy().decode(ids) == "user"
+    assert toy().decode(ids, skip_special=False) == "<|im_start|>user<|im_end|>"
+
+
+def test_a_saved_vocabulary_is_the_same_vocabulary(tmp_path):
+    toy().save(tmp_path / "new")
+    loaded = Tokenizer.load(tmp_path / "new")
+    text = "".join(MIXED) + "".join(SPECIALS)
+    assert loaded.encode(text) == toy().encode(text)
+    assert loaded.fingerprint == toy().fingerprint != Tokenizer.train(MIXED, 300).fingerprint
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["tokenizer.json"]
+
+    elsewhere = tokenizers.Tokenizer.from_file(str(tmp_path / "new" / "tokenizer.json"))
+    assert elsewhere.encode("".join(SPECIALS)).ids == list(range(len(SPECIALS)))
+    assert elsewhere.decode(list(range(len(SPECIALS)))) == ""
+
+
+def test_little_text_makes_a_small_vocabulary():
+    assert Tokenizer.train([], 4096).vocab_size == 263
+    assert Tokenizer.train(["abab"], 4096).vocab_size == 264
+    assert toy().vocab_size == 420
+
+
+def test_lone_surrogates_become_replacement_characters():
+    assert toy().decode(toy().encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_mistakes_are_explained_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer at .*tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer.json is not a readable") as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).to_str())
+    with pytest.raises(UserError, match="not a byte-level BPE"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="vocabulary of 100 is too small"):
+        Tokenizer.train(["text"], 100)
+
+
+def test_the_commands_keep_a_vocabulary_and_measure_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOGHOST_HOME", str(tmp_path / "home"))
+    (tmp_path / "notes.txt").write_text("\n\n".join(MIXED * 3))
+    train_command(TrainSettings(data=str(tmp_path / "notes.txt"), vocab_size=300, name="notes"))
+    tokenizer = Tokenizer.load(tmp_path / "home" / "data" / "tokenizers" / "notes")
+
+    eval_command(EvalSettings(name="notes", json=True))
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["vocab_size"] == tokenizer.vocab_size == 300
+    assert figures["bytes_per_token"].keys() == SAMPLES.keys()
+    for kind, text in SAMPLES.items():
+        assert figures["bytes_per_token"][kind] == len(text.encode()) / len(tokenizer.encode(text)) >= 1
+
+    with pytest.raises(UserError, match="no tokenizer at .*nothing"):
+        eval_command(EvalSettings(name="nothing"))
+    with pytest.raises(UserError, match="not a tokenizer's name"):
+        train_command(TrainSettings(name="../elsewhere"))
