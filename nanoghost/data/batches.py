@@ -1,0 +1,71 @@
+"""Which tokens a training step sees: a pure function of (seed, epoch, position), the same for any number of ranks.
+
+An epoch cuts the stream into windows of `context` tokens from a random offset on, and visits them in random order.
+The next epoch has another offset, so that the model meets the same text at other distances from a window's start.
+
+Legend: B batch (rows of this rank), T time (context).
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from nanoghost.errors import UserError
+
+
+class Batches:
+    def __init__(self, tokens: np.ndarray, context: int, rows: int, seed: int, rank: int = 0, world: int = 1):
+        """`tokens` [N] from `Shards.tokens`; `rows` to a global batch, of which this rank gets rank, rank + world ..."""
+        if len(tokens) < context + 1:
+            raise UserError(
+                f"the text has {len(tokens):,} tokens, too few for one row of {context} + 1: "
+                "choose a smaller --context, or give it more text"
+            )
+        self.tokens = np.asarray(tokens)  # same memory; indexing a memmap object itself is slower
+        self.context, self.rows, self.seed, self.rank, self.world = context, rows, seed, rank, world
+        # One window fewer than would fit leaves room for the offset; a corpus of a single row has no room.
+        self.rows_per_epoch = max(1, len(tokens) // context - 1)
+        self.max_offset = len(tokens) - 1 - self.rows_per_epoch * context
+        self.epochs = {}  # the window starts of the epochs that the last batch touched
+
+    def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of a step, int64 [B, T] each, targets one token ahead."""
+        window = torch.from_numpy(self.tokens[self.positions(step)[:, None] + np.arange(self.context + 1)].astype("i8"))
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+    def positions(self, step: int) -> np.ndarray:
+        """Where this rank's rows of a step begin in the token stream, [B]."""
+        row = step * self.rows + np.arange(self.rank, self.rows, self.world)
+        epoch, index = np.divmod(row, self.rows_per_epoch)
+        touched = np.unique(epoch).tolist()  # one or two, or many when the corpus is shorter than a batch
+        self.epochs = {e: self.epochs[e] if e in self.epochs else self.window_starts(e) for e in touched}
+        return np.concatenate([self.epochs[e][index[epoch == e]] for e in touched])
+
+    def window_starts(self, epoch: int) -> np.ndarray:
+        """All windows of an epoch in the order of their visit, [rows_per_epoch]."""
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        offset = random.integers(self.max_offset + 1)
+        return offset + random.permutation(self.rows_per_epoch) * self.context
+
+
+def windows(tokens: np.ndarray, context: int, rows: int = 16) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Non-overlapping evaluation windows: every token but the first is a target exactly once.
+
+    Yields (inputs, targets), int64 [B, T]: batches of `rows` full windows, then a smaller one, then what is left of the
+    stream as one short window [1, <T].
+    """
+    if len(tokens) < 2:
+        raise UserError(f"the held-out text has {len(tokens)} tokens, too few to score: give it more text")
+    tokens = np.asarray(tokens)
+    full = (len(tokens) - 1) // context * context  # targets in full windows
+    for start in range(0, full, rows * context):
+        end = min(start + rows * context, full)
+        yield pair(tokens[start : end + 1], context)
+    if full < len(tokens) - 1:
+        yield pair(tokens[full:], len(tokens) - 1 - full)
+
+
+def pair(stretch: np.ndarray, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    stretch = torch.from_numpy(stretch.astype("i8"))
+    return stretch[:-1].view(-1, context), stretch[1:].view(-1, context)

@@ -1,0 +1,162 @@
+"""Text tokenised once into memory-mapped files.
+
+    $NANOGHOST_HOME/data/plays-1f0c93ab/
+        train.bin  val.bin  test.bin    token ids, little-endian, each document preceded by <|endoftext|>
+        manifest.json                   what they were made from, under which licence, and their SHA-256
+
+The name ends in a fingerprint of source and tokenizer: another text or another tokenizer gets another folder.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from nanoghost.data.sources import SPLITS, Source, sha256_of
+from nanoghost.errors import UserError
+from nanoghost.runs import home, read_json, write_json
+
+FORMAT = 1
+CHECKED_BYTES = 64 * 2**20  # larger files are checked by size alone at open: reading them all would delay every start
+PIECE = 2**17  # characters given to the tokenizer at once
+GROUP = 32  # pieces (or short documents) to a call, which the tokenizer spreads over the cores
+
+
+@dataclass(frozen=True)
+class Shards:
+    folder: Path
+    manifest: dict
+
+    def tokens(self, split: str) -> np.ndarray:
+        """All token ids of a split, [N], mapped from disk."""
+        count = self.manifest["splits"][split]["tokens"]
+        if count == 0:
+            return np.empty(0, self.manifest["dtype"])  # an empty file can't be mapped
+        return np.memmap(self.folder / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
+
+    def bytes(self, split: str) -> int:
+        """How many bytes of UTF-8 text the split holds: the denominator of bits per byte."""
+        return self.manifest["splits"][split]["bytes"]
+
+    def document_starts(self, split: str) -> np.ndarray:
+        """Positions of the <|endoftext|> that precede each document."""
+        return np.flatnonzero(self.tokens(split) == self.manifest["endoftext"])
+
+
+def tokenise(source: Source, tokenizer) -> Shards:
+    """The shards of this text under this tokenizer, made at the first call and found again at later ones."""
+    key = hashlib.sha256(f"{FORMAT} {source.fingerprint} {tokenizer.fingerprint}".encode()).hexdigest()
+    folder = home() / "data" / f"{source.name}-{key[:8]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder.parent):  # of several ranks the first one works and the others wait for it
+        if not folder.exists():
+            partial = folder.parent / ".partial"
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+            partial.mkdir()
+            try:
+                write_shards(partial, source, tokenizer)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    shards = open_shards(folder)
+    made_from = (shards.manifest["source"]["fingerprint"], shards.manifest["tokenizer"])
+    if made_from != (source.fingerprint, tokenizer.fingerprint):
+        raise UserError(f"{folder} was made from other text or another tokenizer: remove it, it is made anew")
+    return shards
+
+
+def open_shards(folder: Path) -> Shards:
+    """Shards that exist, their files compared with the manifest. Raises UserError for a damaged one."""
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"{folder} has no manifest.json: remove the folder, it is made anew from the text")
+    manifest = read_json(folder / "manifest.json")
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{folder} has format {manifest['format']}, not {FORMAT}: remove it, it is made anew")
+    for split, figures in manifest["splits"].items():
+        file = folder / f"{split}.bin"
+        size = file.stat().st_size if file.exists() else -1
+        whole = size == figures["tokens"] * np.dtype(manifest["dtype"]).itemsize
+        if not whole or (size < CHECKED_BYTES and sha256_of(file) != figures["sha256"]):
+            raise UserError(f"{file} is damaged (it differs from manifest.json): remove {folder}, it is made anew")
+    return Shards(folder, manifest)
+
+
+def write_shards(folder: Path, source: Source, tokenizer) -> None:
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    endoftext = tokenizer.special("<|endoftext|>")
+    splits = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+    with ExitStack() as stack:
+        files = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS}
+        pieces = pieces_of(source)
+        while group := list(islice(pieces, GROUP)):
+            encoded = tokenizer.encode_batch([text for _, text, _ in group])
+            for (split, text, begins), ids in zip(group, encoded):
+                ids = [endoftext, *ids] if begins else ids
+                files[split].write(np.array(ids, dtype).tobytes())
+                splits[split]["tokens"] += len(ids)
+                splits[split]["bytes"] += len(text.encode())
+                splits[split]["documents"] += begins
+        for f in files.values():
+            f.flush()
+            os.fsync(f.fileno())
+    for split in SPLITS:
+        splits[split]["sha256"] = sha256_of(folder / f"{split}.bin")
+    manifest = {
+        "format": FORMAT,
+        "source": {
+            "name": source.name,
+            "fingerprint": source.fingerprint,
+            "licence": source.licence,
+            "attribution": source.attribution,
+        },
+        "tokenizer": tokenizer.fingerprint,
+        "dtype": dtype.str,
+        "endoftext": endoftext,
+        "splits": splits,
+    }
+    write_json(folder / "manifest.json", manifest)
+
+
+def pieces_of(source: Source) -> Iterator[tuple[str, str, bool]]:
+    """(split, text, whether a document begins here): the documents, long ones in pieces of about PIECE characters.
+
+    A book in one piece would occupy one core only and gigabytes of the tokenizer's bookkeeping.
+    """
+    for document in source.documents():
+        start = 0
+        while start < len(document.text):
+            end = seam(document.text, start + PIECE)
+            yield document.split, document.text[start:end], start == 0
+            start = end
+
+
+SEAM = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+def seam(text: str, after: int) -> int:
+    """The first place from `after` on where cutting doesn't change the tokens.
+
+    After a single line end between two visible characters, since pre-tokenizers only ever look ahead over a run of
+    white space (GPT-2's `\\s+(?!\\S)`), and none joins a line end to what follows it.
+    """
+    found = SEAM.search(text, min(after, len(text)))
+    return found.start() if found else len(text)
+
+
+@contextmanager
+def alone_in(folder: Path):
+    """Hold a lock on the folder itself; it goes with the process and leaves no file behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

