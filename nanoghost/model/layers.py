@@ -1,0 +1,187 @@
+"""The few operations that every model here is made of, written so that eager PyTorch on a CPU runs them fast.
+
+B batch, T time, S time in the cache plus T, D width, H heads, K head width, V vocabulary, N = B * T positions.
+
+On two cores an eager step at width 256 spends as long in elementwise operations as in matrix products, each of them a
+pass over memory. So normalisation, rotation and ReLU-squared have hand-written backward passes that touch memory less
+often than autograd's; tests hold them to finite differences.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 1024  # positions whose logits are in flight at once: 1024 x 4096 bf16 stays in the last-level cache
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BTD):
+        size = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(size.square() / x_BTD.size(-1) + 1e-6).to(x_BTD.dtype)
+        y_BTD = x_BTD * scale
+        ctx.save_for_backward(y_BTD, scale)
+        return y_BTD
+
+    @staticmethod
+    def backward(ctx, grad_BTD):
+        y_BTD, scale = ctx.saved_tensors
+        along = (grad_BTD * y_BTD).mean(-1, keepdim=True)
+        return torch.addcmul(grad_BTD, y_BTD, along, value=-1).mul_(scale)
+
+
+def norm(x_BTD):
+    """RMSNorm without parameters over the last dimension (Zhang and Sennrich 2019)."""
+    return _RMSNorm.apply(x_BTD)
+
+
+class _ReluSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        r = torch.relu(x)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx, grad):
+        (r,) = ctx.saved_tensors
+        return torch.mul(r, grad).mul_(2)
+
+
+def relu_squared(x):
+    """max(x, 0)^2 (So et al. 2021, Primer)."""
+    return _ReluSquared.apply(x)
+
+
+def rope_table(length: int, head_width: int, base: float):
+    """cos and sin of every position and frequency: two (length, K/2) tensors."""
+    frequency = base ** -(torch.arange(0, head_width // 2, dtype=torch.float64) / (head_width // 2))
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    return angle.cos().float(), angle.sin().float()
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x, cos, sin):
+    y = torch.empty_like(x)
+    (a, b), (ya, yb) = x.chunk(2, -1), y.chunk(2, -1)
+    torch.mul(a, cos, out=ya).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=yb).addcmul_(a, sin)
+    return y
+
+
+def rotate(x_BTHK, cos_TK, sin_TK):
+    """Rotary position embedding (Su et al. 2021), halves paired as in the Llama family; tables are (T, K/2)."""
+    shape = (cos_TK.size(0),) + (1,) * (x_BTHK.dim() - 3) + (-1,)
+    return _Rotate.apply(x_BTHK, cos_TK.to(x_BTHK.dtype).view(shape), sin_TK.to(x_BTHK.dtype).view(shape))
+
+
+def causal_mask(length: int, dtype, device, segments_BT=None):
+    """What attention may not see, as -inf: (1, T, T), or (B, T, T) if rows hold several conversations (segments)."""
+    visible = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
+    if segments_BT is not None:
+        visible = visible & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
+
+
+def attend(q_BTHK, k_BSHK, v_BSHK, mask_BTS, scale: float):
+    """Softmax attention; the mask is added to the scores. Returns (B, T, H * K).
+
+    Plain batched products: at T = 256 they run twice as fast, forward and backward, as the fused CPU kernel (which
+    wins only when T x T scores no longer fit in cache). On a GPU the fused kernel is used.
+    """
+    B, T, H, K = q_BTHK.shape
+    q, k, v = (z.transpose(1, 2) for z in (q_BTHK, k_BSHK, v_BSHK))
+    if q.is_cuda:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTS[:, None], scale=scale)
+        return y.transpose(1, 2).reshape(B, T, H * K)
+    q, k, v = (z.reshape(B * H, z.size(2), K) for z in (q * scale, k, v))
+    if mask_BTS.size(0) > 1:
+        mask_BTS = mask_BTS.repeat_interleave(H, 0)
+    scores = torch.baddbmm(mask_BTS, q, k.mT)
+    y = torch.bmm(torch.softmax(scores, -1), v)
+    return y.view(B, H, T, K).transpose(1, 2).reshape(B, T, H * K)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, head_VD, targets_N):
+        probs_NV = torch.empty(len(hidden_ND), len(head_VD), dtype=hidden_ND.dtype, device=hidden_ND.device)
+        for i in range(0, len(hidden_ND), CHUNK):
+            s = slice(i, i + CHUNK)
+            probs_NV[s] = torch.softmax(hidden_ND[s] @ head_VD.T, 1)
+        ctx.save_for_backward(hidden_ND, head_VD, targets_N, probs_NV)
+        return probs_NV.gather(1, targets_N[:, None])[:, 0].float().clamp_min_(1e-30).log_()
+
+    @staticmethod
+    def backward(ctx, grad_N):
+        hidden_ND, head_VD, targets_N, probs_NV = ctx.saved_tensors
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
+        for i in range(0, len(hidden_ND), CHUNK):
+            s = slice(i, i + CHUNK)
+            g = grad_N[s, None].to(hidden_ND.dtype)
+            grad_logits = (probs_NV[s] * -g).scatter_add_(1, targets_N[s, None], g)  # g (onehot - p)
+            grad_hidden_ND[s] = grad_logits @ head_VD
+            grad_head_VD += grad_logits.T @ hidden_ND[s]
+        return grad_hidden_ND, grad_head_VD.to(head_VD.dtype), None
+
+
+def token_logprobs(hidden_ND, head_VD, targets_N):
+    """log P(target) of each position, (N,) fp32, without the fp32 logits of the whole batch ever existing.
+
+    While training, probabilities are kept in the compute dtype (bf16: a relative error of 2^-9, unbiased) for the
+    backward pass; without gradients the softmax is fp32.
+    """
+    if torch.is_grad_enabled():
+        return _TokenLogProbs.apply(hidden_ND, head_VD, targets_N)
+    chunks = []
+    for h, t in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK)):
+        chunks.append(-F.cross_entropy((h @ head_VD.T).float(), t, reduction="none"))
+    return torch.cat(chunks)
+
+
+class Cache:
+    """Keys and values of what was read so far: (layers, B, capacity, H, K), plus which columns are real.
+
+    Shorter prompts are padded on the left. Rotary embeddings see only differences of positions, so a column's number
+    serves as its position and padding needs nothing but a mask.
+    """
+
+    def __init__(self, layers, rows, capacity, heads, head_width, dtype, device="cpu"):
+        self.k = torch.zeros(layers, rows, capacity, heads, head_width, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.valid = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
+        self.last = torch.zeros(rows, 1, dtype=torch.long, device=device)  # previous token; 0 before the first
+        self.length = 0
+
+    def append(self, layer, k_BTHK, v_BTHK):
+        """Store this layer's new keys and values; returns all so far, (B, S, H, K)."""
+        end = self.length + k_BTHK.size(1)
+        self.k[layer, :, self.length : end] = k_BTHK
+        self.v[layer, :, self.length : end] = v_BTHK
+        return self.k[layer, :, :end], self.v[layer, :, :end]
+
+    def mask(self, tokens_BT, valid_BT, dtype):
+        """Note which of the new columns are real; returns the additive mask (B, T, S)."""
+        T = tokens_BT.size(1)
+        S = self.length + T
+        self.valid[:, self.length : S] = True if valid_BT is None else valid_BT
+        columns = torch.arange(S, device=tokens_BT.device)
+        visible = self.valid[:, None, :S] & (columns[None, None] <= columns[self.length :, None])
+        visible[..., range(T), range(self.length, S)] = True  # padding sees itself: softmax of nothing is NaN
+        return torch.zeros(visible.shape, dtype=dtype, device=tokens_BT.device).masked_fill_(~visible, float("-inf"))
+
+    def keep(self, rows):
+        """Keep only these rows (finished conversations leave the batch)."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.valid, self.last = self.valid[rows], self.last[rows]

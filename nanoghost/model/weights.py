@@ -1,0 +1,74 @@
+"""Model folders on disk: what Hugging Face transformers and others read, and checkpoints for an exact resume."""
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nanoghost.chat import CHAT_TEMPLATE
+from nanoghost.errors import UserError
+from nanoghost.model.ghost import Ghost, GhostConfig
+from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.runs import write_atomic, write_json
+from nanoghost.tokenizer import Tokenizer
+
+ARCHITECTURES = {"nanoghost": (GhostConfig, Ghost), "llama": (LlamaConfig, Llama)}
+
+
+def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
+    """Write config, weights, tokenizer and chat template; the weights last."""
+    ends = {"bos_token_id": tokenizer.special("<|endoftext|>"), "eos_token_id": tokenizer.special("<|im_end|>")}
+    write_json(folder / "config.json", model.settings() | ends)
+    write_json(folder / "generation_config.json", ends | {"do_sample": True, "temperature": 0.8, "top_p": 0.95})
+    tokenizer.save(folder)
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|endoftext|>",
+            "eos_token": "<|im_end|>",
+            "model_max_length": model.config.context,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.exported_tensors().items()}
+    write_atomic(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+
+
+def load_model(folder: Path, dtype: torch.dtype, device="cpu"):
+    """(model in the compute dtype, tokenizer) of a model folder. Unreadable weights raise UserError."""
+    settings = json.loads((folder / "config.json").read_text())
+    config_class, model_class = ARCHITECTURES[settings["model_type"]]
+    model = model_class(config_class.from_settings(settings))
+    tensors, _ = read_tensors(folder / "model.safetensors")
+    model.import_tensors(tensors)
+    return model.cast(dtype).to(device), Tokenizer.load(folder)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file and its metadata."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, FileNotFoundError) as e:
+        raise UserError(f"cannot read weights {path}: {e}") from None
+
+
+def save_checkpoint(
+    folder: Path, step: int, optimizer_state: dict[str, torch.Tensor], notes: dict, rank: int = 0
+) -> None:
+    """One file, one rename: masters, moments and the step they belong to, all or nothing."""
+    metadata = {"step": str(step), "notes": json.dumps(notes)}
+    content = safetensors.torch.save({k: t.cpu().contiguous() for k, t in optimizer_state.items()}, metadata)
+    write_atomic(folder / "state" / f"checkpoint-{rank}.safetensors", content)
+
+
+def load_checkpoint(folder: Path, rank: int = 0) -> tuple[int, dict[str, torch.Tensor], dict] | None:
+    """(step, optimizer state, notes) of the last checkpoint, or None if there is none yet."""
+    path = folder / "state" / f"checkpoint-{rank}.safetensors"
+    if not path.exists():
+        return None
+    tensors, metadata = read_tensors(path)
+    return int(metadata["step"]), tensors, json.loads(metadata["notes"])
