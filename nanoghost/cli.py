@@ -14,12 +14,14 @@ from nanoghost.errors import UserError
 VERBS = {
     "tokenizer train": ("evals.tokens", "TrainSettings", "train_command", "learn a vocabulary from text"),
     "tokenizer eval": ("evals.tokens", "EvalSettings", "eval_command", "bytes per token by kind of text"),
+    "pretrain": ("train.pretrain", "PretrainSettings", "command", "learn to continue text"),
     "doctor": ("machine", "DoctorSettings", "doctor", "what this computer does well"),
 }
 
 EXAMPLES = {
     "tokenizer train": "nanoghost tokenizer train --data plays --vocab-size 4096",
     "tokenizer eval": "nanoghost tokenizer eval",
+    "pretrain": "nanoghost pretrain --data ./my_notes --name mine --minutes 5\n  nanoghost pretrain --depth 2 --steps 100",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }
 

@@ -1,0 +1,256 @@
+"""Pretraining: from a folder of text to a model that continues it.
+
+text -> tokenizer -> shards -> batches -> loss -> Muon -> a model folder
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from nanoghost import machine
+from nanoghost.data.batches import Batches
+from nanoghost.data.shards import tokenise
+from nanoghost.data.sources import open_source
+from nanoghost.errors import UserError
+from nanoghost.evals.bits import bits_per_byte
+from nanoghost.evals.kneser_ney import kneser_ney_bpb
+from nanoghost.model.weights import load_checkpoint, save_checkpoint, save_model
+from nanoghost.optim.optimizer import Optimizer
+from nanoghost.optim.schedule import learning_rate, momentum
+from nanoghost.progress import Display
+from nanoghost.runs import home
+from nanoghost.tokenizer import Tokenizer
+from nanoghost.train.recipe import depth_for, groups, model_config
+from nanoghost.train.stage import Clock, Rate, stage_run
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    name: str = "ghost-base"
+    """Name of the new model."""
+    data: str = "plays"
+    """Text to learn: plays, a file or folder (.txt .md .jsonl .parquet), or hub:OWNER/NAME."""
+    minutes: float | None = None
+    """How long to train; becomes a number of steps before the first one."""
+    steps: int | None = None
+    """How many steps to train, instead of minutes (default: 4 minutes)."""
+    depth: int | None = None
+    """The dial: layers; sets width, heads and learning rates. Default: what learns most in the given minutes."""
+    arch: str = "ghost"
+    """ghost (learns fastest) or llama (runs in other engines)."""
+    vocab_size: int = 4096
+    """Tokens of a new tokenizer."""
+    context: int = 256
+    """Tokens in a training row; also the longest conversation of the model."""
+    batch: int = 16
+    """Rows in a step, over all processes."""
+    micro_batch: int = 64
+    """Rows in one forward pass of a process; smaller saves memory and changes nothing else."""
+    learning_rate: float = 1.0
+    """Factor on all learning rates of the recipe."""
+    seed: int = 0
+    """Of the weights at step 0 and of the batch order."""
+    compile: str = "auto"
+    """on, off, or auto: compile where it pays within the run."""
+    checkpoint_seconds: float = 60.0
+    """Time between checkpoints."""
+    force: bool = False
+    """Replace a model of that name."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+def main(settings: PretrainSettings, display: Display | None = None) -> dict | None:
+    """Train; returns the figures, or None if the model was there already. Ctrl-C loses nothing."""
+    machine.prepare()
+    machine.start_ranks()
+    rank, world = machine.ranks()
+    display = display or Display()
+    check(settings, world)
+    source = open_source(settings.data)
+    tokenizer = tokenizer_for(source, settings.vocab_size, display)
+    shards = tokenise(source, tokenizer)
+    train = shards.tokens("train")
+    batches = Batches(train, settings.context, settings.batch, settings.seed, rank, world)
+
+    with stage_run("pretrain", settings, display) as run:
+        if run is None:
+            return None
+        minutes = settings.minutes if settings.minutes or settings.steps else 4.0
+        depth, reason = (settings.depth, "as asked") if settings.depth else depth_for(minutes)
+        config = model_config(settings.arch, depth, tokenizer.vocab_size, settings.context)
+        clock = Clock(0.0)
+
+        def build():
+            torch.manual_seed(settings.seed)
+            model = make_model(config, tokenizer)
+            return model, Optimizer(
+                model, groups(config.width, settings.learning_rate), machine.compute_dtype(), rank, world
+            )
+
+        model, optimizer = build()
+        if "steps" not in run.card:
+            compiled = compile_decision(settings.compile, minutes)
+            steps = settings.steps or steps_for(minutes, build, batches, settings, compiled, clock)
+            run.note(
+                data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps, depth_reason=reason,
+                config=model.settings(), parameters=sum(model.parameter_counts().values()),
+                parameter_counts=model.parameter_counts(), vocab_size=tokenizer.vocab_size,
+            )  # fmt: skip
+        steps, compiled = run.card["steps"], run.card["compile"]
+        start, seconds = 0, clock.seconds
+        if saved := load_checkpoint(run.folder.path, rank):
+            start, state, notes = saved
+            optimizer.load_state(state)
+            seconds = notes["seconds"]
+        display.say(describe(run.card, model, settings, start))
+        if compiled["on"]:
+            compile_model(model)
+
+        clock = Clock(seconds, settings.checkpoint_seconds)
+        tokens_per_step = settings.batch * settings.context
+        rate = Rate()
+        every = max(1, steps // 500)
+        for step in range(start, steps):
+            progress = step / steps
+            inputs, targets = batches.at(step)
+            loss = train_step(model, inputs, targets, settings.micro_batch)
+            loss = machine.mean_over_ranks(loss)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss became {loss} at step {step} (rows start at tokens {batches.positions(step)[:4]} ...); nothing"
+                    f" was updated and the last checkpoint stands: try --force with a smaller --learning-rate"
+                )
+            if step > start and (run.stopping or clock.due()):
+                save_checkpoint(run.folder.path, step, optimizer.state(), {"seconds": clock.seconds}, rank)
+            if run.stopping:
+                run.stop(step, steps)
+            optimizer.step(learning_rate(progress), momentum(progress))
+            rate.count(tokens_per_step)
+            if step % every == 0 or step == steps - 1:
+                run.event(
+                    step, steps=steps, loss=loss, learning_rate=learning_rate(progress), tokens=(step + 1) * tokens_per_step,
+                    tokens_per_second=rate.per_second, seconds=clock.seconds,
+                    seconds_left=(steps - step - 1) * tokens_per_step / rate.per_second,
+                )  # fmt: skip
+            if rank == 0 and (step + 1) % max(1, steps // 10) == 0 and step + 1 < steps:
+                sample = shards.tokens("val")[: 32 * settings.context]
+                bpb = bits_per_byte(
+                    model, sample, settings.context, shards.bytes("val") * len(sample) / len(shards.tokens("val"))
+                )
+                run.event(step + 0.5, validation_bpb=bpb)
+
+        seconds = clock.seconds  # what follows is evaluation
+        if rank == 0:
+            save_model(run.folder.path, model, tokenizer)
+        bpb = bits_per_byte(model, shards.tokens("test"), settings.context, shards.bytes("test"))
+        validation = bits_per_byte(model, shards.tokens("val"), settings.context, shards.bytes("val"))
+        texts = {s: [d.text for d in source.documents() if d.split == s] for s in ("train", "test")}
+        figures = run.finish(
+            name=settings.name, parameters=run.card["parameters"], tokens=steps * tokens_per_step, seconds=round(seconds, 1),
+            tokens_per_second=rate.per_second, flops_per_second=rate.per_second * model.flops_per_token(settings.context),
+            bpb=bpb, validation_bpb=validation, kneser_ney_bpb=kneser_ney_bpb(texts["train"], texts["test"], order=6),
+            steps=steps, loss=loss,
+        )  # fmt: skip
+    display.say(
+        f"{settings.name}: {figures['bpb']:.3f} bits per byte on held-out text after {figures['seconds']:.0f} s"
+        f" (counting byte sequences, Kneser-Ney of order 6: {figures['kneser_ney_bpb']:.3f})"
+    )
+    return figures
+
+
+def check(settings: PretrainSettings, world: int) -> None:
+    if settings.minutes and settings.steps:
+        raise UserError("--minutes and --steps exclude each other")
+    if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
+        raise UserError("--minutes and --steps must be positive")
+    if settings.arch not in ("ghost", "llama"):
+        raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
+    if settings.compile not in ("auto", "on", "off"):
+        raise UserError(f"--compile is auto, on or off, not '{settings.compile}'")
+    if settings.batch % world:
+        raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
+
+
+def tokenizer_for(source, vocab_size: int, display: Display) -> Tokenizer:
+    """The tokenizer trained on this source's training text; kept in the home folder."""
+    folder = home() / "data" / "tokenizers" / f"{source.fingerprint[:12]}-{vocab_size}"
+    if not (folder / "tokenizer.json").exists():
+        start = time.perf_counter()
+        tokenizer = Tokenizer.train((d.text for d in source.documents() if d.split == "train"), vocab_size)
+        tokenizer.save(folder)
+        display.say(f"tokenizer: {tokenizer.vocab_size} tokens learned in {time.perf_counter() - start:.1f} s")
+    return Tokenizer.load(folder)
+
+
+def make_model(config, tokenizer):
+    from nanoghost.model.weights import ARCHITECTURES
+
+    model = ARCHITECTURES[config.model_type][1](config)
+    model.learn_letters(tokenizer)
+    return model.cast(machine.compute_dtype()).to(machine.device())
+
+
+def train_step(model, inputs, targets, micro_batch: int) -> float:
+    """Gradients of the mean loss over this process's rows; returns that loss in nats per token."""
+    device = machine.device()
+    total = torch.zeros((), device=device)
+    for x, y in zip(inputs.split(micro_batch), targets.split(micro_batch)):
+        loss = -model.logprobs(x.to(device), y.to(device)).sum() / targets.numel()
+        loss.backward()
+        total += loss.detach()
+    return total.item()
+
+
+def compile_decision(asked: str, minutes: float | None) -> dict:
+    """Compiling costs about a minute on two cores and makes a step about a fifth faster."""
+    if asked == "off":
+        return {"on": False, "reason": "as asked"}
+    if not machine.has_compiler():
+        if asked == "on":
+            raise UserError("--compile on needs a C++ compiler (g++ or clang++, or the one that CXX names)")
+        return {"on": False, "reason": "there is no C++ compiler"}
+    if asked == "on":
+        return {"on": True, "reason": "as asked"}
+    pays = minutes is not None and minutes > 15
+    return {"on": pays, "reason": "it pays in a run this long" if pays else "it would not pay in a run this short"}
+
+
+def compile_model(model) -> None:
+    """Compile one layer at a time: layers of the same form share the compiled code."""
+    for block in model.blocks:
+        block.compile()
+
+
+def steps_for(minutes: float, build, batches, settings, compiled: dict, clock: Clock) -> int:
+    """How many steps fit into the minutes that remain, measured on a throwaway copy of the model."""
+    model, optimizer = build()
+    if compiled["on"]:
+        compile_model(model)
+    times = []
+    for step in range(8):
+        start = time.perf_counter()
+        train_step(model, *batches.at(step), settings.micro_batch)
+        optimizer.step(0.1)
+        times.append(time.perf_counter() - start)
+    step_seconds = sum(sorted(times[2:])[1:5]) / 4  # without the first (allocation, compiling) and the extremes
+    return max(1, int((minutes * 60 - clock.seconds) / (step_seconds * 1.02)))
+
+
+def describe(card: dict, model, settings: PretrainSettings, start: int) -> str:
+    goes_on = f"; going on at step {start}" if start else ""
+    return (
+        f"pretraining {settings.name}: {card['parameters'] / 1e6:.1f}M parameters"
+        f" ({(card['parameter_counts']['matrices'] + card['parameter_counts']['head']) / 1e6:.1f}M in matrix products),"
+        f" {card['depth_reason']}; {card['steps']} steps of {settings.batch} x {settings.context} tokens;"
+        f" compiling is {'on' if card['compile']['on'] else 'off'}: {card['compile']['reason']}{goes_on}"
+    )
+
+
+def command(settings: PretrainSettings) -> None:
+    figures = main(settings)
+    if figures and settings.json and machine.ranks()[0] == 0:
+        print(json.dumps(figures))

@@ -1,0 +1,35 @@
+"""The dial: from `--depth`, or from `--minutes` on this machine, to every other setting."""
+
+from nanoghost.model.ghost import GhostConfig
+from nanoghost.model.llama import LlamaConfig
+from nanoghost.optim.optimizer import Group
+
+MINUTES_OF_DEPTH = {2: 0.0, 4: 1.5, 6: 60.0, 8: 240.0, 12: 3000.0}  # on two CPU cores
+
+
+def depth_for(minutes: float | None) -> tuple[int, str]:
+    """(depth, reason) for the time one is willing to wait."""
+    if minutes is None:
+        return 4, "depth 4 is the default without --minutes"
+    depth = max(d for d, least in MINUTES_OF_DEPTH.items() if least <= minutes)
+    return depth, f"depth {depth} learns most in {minutes:g} minutes on a machine like two CPU cores"
+
+
+def model_config(arch: str, depth: int, vocab_size: int, context: int):
+    """Width is 64 x depth, rounded up to whole heads of 128 (ghost) or 64 (llama)."""
+    if arch == "llama":
+        width = 64 * depth
+        return LlamaConfig(vocab_size, context, depth, width, depth, depth, -(-width * 8 // 3 // 64) * 64)
+    return GhostConfig(vocab_size=vocab_size, context=context, depth=depth, width=-(-64 * depth // 128) * 128)
+
+
+def groups(width: int, scale: float = 1.0) -> dict[str, Group]:
+    """Learning rates: tuned at width 256; AdamW's shrink with the root of the width. Matrices need no such care."""
+    adam = scale * (256 / width) ** 0.5
+    return {
+        "matrices": Group("muon", 0.03 * scale, weight_decay=0.1),
+        "head": Group("adamw", 0.012 * adam),
+        "embeddings": Group("adamw", 0.3 * adam),
+        "ngrams": Group("adamw", 0.15 * adam),
+        "scalars": Group("adamw", 0.02 * scale),
+    }
