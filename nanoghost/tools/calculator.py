@@ -1,0 +1,72 @@
+"""A calculator for models: exact arithmetic from text, safe for any text a model may write."""
+
+import ast
+import json
+import operator
+import re
+from fractions import Fraction
+
+MAX_LENGTH = 100
+"""Characters of an expression. Without powers, results can't have more digits than this, so work stays bounded."""
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Work out a sum with + - * / and brackets.",
+        "parameters": {
+            "type": "object",
+            "properties": {"expression": {"type": "string", "description": "for example 12*(3+4)"}},
+            "required": ["expression"],
+        },
+    },
+}
+
+
+def calculate(expression: str) -> str:
+    """Return the value of an arithmetic expression as text, or a text that begins with "error: ".
+
+    Exact: decimals are fractions, so 0.1+0.2 is 0.3. What is no whole number is rounded to 10 digits.
+    """
+    if len(expression) > MAX_LENGTH:
+        return f"error: longer than {MAX_LENGTH} characters"
+    text = expression.translate(str.maketrans({"×": "*", "÷": "/", "−": "-"})).strip()
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)  # 1,000
+    text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # Python refuses 007
+    if not re.fullmatch(r"[0-9.+\-*/() ]+", text):  # \d would let other scripts' digits in
+        return "error: only numbers and + - * / ( )"
+    try:
+        value = _value(ast.parse(text, mode="eval").body, text)
+    except ZeroDivisionError:
+        return "error: division by zero"
+    except (SyntaxError, ValueError):
+        return "error: not a sum"
+    return str(value) if value.denominator == 1 else f"{float(value):.10g}"
+
+
+def _value(node: ast.expr, text: str) -> Fraction:
+    match node:
+        case ast.Constant():
+            return Fraction(ast.get_source_segment(text, node))  # the digits as written: no rounding to a float
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](_value(left, text), _value(right, text))
+        case ast.UnaryOp(op, operand) if type(op) in SIGNS:
+            return SIGNS[type(op)](_value(operand, text))
+    raise ValueError("neither a number nor one of + - * /")
+
+
+def run_tool(call: dict) -> str:
+    """Answer one OpenAI tool call; what a model got wrong comes back as a text that begins with "error: "."""
+    function = call["function"]
+    if function["name"] != "calculator":
+        return f"error: no tool is called {function['name']}"
+    try:
+        arguments = json.loads(function["arguments"])
+    except (json.JSONDecodeError, RecursionError):
+        return "error: the arguments are not JSON"
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("expression"), str):
+        return 'error: the arguments need a text "expression"'
+    return calculate(arguments["expression"])
