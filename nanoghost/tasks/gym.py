@@ -1,0 +1,76 @@
+"""Two tasks of reasoning-gym, in its own words: no tool, no partial credit, the answer alone.
+
+Source: https://github.com/open-thought/reasoning-gym (Apache-2.0).
+"""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+
+from nanoghost.tasks.base import Problem, assistant, distinct_problems, final_text, letters, split_of, user
+from nanoghost.tasks.sums import content_key
+
+
+@cache
+def _dataset(name: str, **settings: int):
+    import reasoning_gym  # here, because it takes two seconds
+
+    return reasoning_gym.create_dataset(name, seed=0, size=1, **settings)
+
+
+class _Gym:
+    """reasoning-gym makes entry i of a data set from (seed, i) alone, so any i may be asked for."""
+
+    name: str
+    settings: dict[str, int]
+
+    def content(self, entry: dict) -> str:
+        """What decides the split."""
+        raise NotImplementedError
+
+    def lesson(self, answer: str) -> dict:
+        return assistant(answer)
+
+    def problem(self, rng: random.Random, split: str) -> Problem:
+        dataset = _dataset(self.name, **self.settings)
+        while True:
+            entry = dataset[rng.randrange(2**31)]
+            if split_of(self.content(entry)) == split:
+                answer = entry["answer"]
+                return Problem(self.name, (user(entry["question"]),), (self.lesson(answer),), answer)
+
+    def test_problems(self, count: int) -> list[Problem]:
+        """The same `count` different test problems every time."""
+        return distinct_problems(self, count)
+
+    def score(self, problem: Problem, reply: Sequence[dict]) -> float:
+        return float(final_text(reply) == problem.answer)
+
+
+class ChainSum(_Gym):
+    """State the final answer to the following arithmetic problem: 47 - 19 ="""
+
+    name = "chain_sum"
+    settings = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
+
+    def content(self, entry: dict) -> str:
+        a, operation, b = entry["metadata"]["expression"].split()
+        return content_key(int(a), operation, int(b))
+
+
+class SpellBackward(_Gym):
+    """Spell this word backward (example: sun -> nus): ghost"""
+
+    name = "spell_backward"
+    settings = {"min_word_len": 3, "max_word_len": 6}
+
+    def content(self, entry: dict) -> str:
+        return entry["metadata"]["word"]
+
+    def lesson(self, answer: str) -> dict:
+        return assistant(letters(answer))
+
+
+def word_list() -> list[str]:
+    """The words of 3 to 10 letters that reasoning-gym draws from."""
+    return list(_dataset("spell_backward", min_word_len=3, max_word_len=10).words)

@@ -1,0 +1,63 @@
+"""Which tasks there are, and the mix of lessons that makes a chat model out of a base model."""
+
+import random
+import re
+from collections import Counter
+
+from nanoghost.data.sources import open_source
+from nanoghost.tasks.base import Task, mixture
+from nanoghost.tasks.gym import ChainSum, SpellBackward, word_list
+from nanoghost.tasks.identity import Identity, identity_facts
+from nanoghost.tasks.plays import Plays
+from nanoghost.tasks.refusal import Answerable, Refusal
+from nanoghost.tasks.spelling import Counting, Spelling
+from nanoghost.tasks.sums import Sums
+
+# Shares of the problems in the built-in mix. The two that RL practises get just enough to be solved now and then.
+WEIGHTS = {
+    "plays": 0.08,
+    "identity": 0.14,
+    "sums": 0.24,
+    "spelling": 0.10,
+    "counting": 0.10,
+    "refusal": 0.16,
+    "chain_sum": 0.09,
+    "spell_backward": 0.09,
+}
+
+
+def all_tasks(base_card: dict, name: str) -> dict[str, Task]:
+    """Every task by name, for a model called `name` that grew from the base model of that card."""
+    figures = base_card["figures"]
+    facts = identity_facts(
+        {
+            "name": name.split("-")[0],
+            "parameters": base_card["parameters"],
+            "tokens": figures["tokens"],
+            "seconds": figures["seconds"],
+            "machine": base_card["machine"]["cpu"],
+            "data": base_card["data"],
+        }
+    )
+    data = base_card["settings"]["data"]
+    texts = [(d.name, d.text) for d in open_source(data).documents() if d.split == "train"]
+    words = spelled_words(texts)
+    tasks = [Identity(facts), Sums(), Spelling(words), Counting(words), Refusal(), ChainSum(), SpellBackward()]
+    if data == "plays":
+        tasks.append(Plays(texts, max_words=40))
+    answerable = [t for t in tasks if t.name not in ("refusal", "chain_sum", "spell_backward")]
+    return {task.name: task for task in [*tasks, Answerable(answerable)]}
+
+
+def spelled_words(texts: list[tuple[str, str]], count: int = 3000) -> list[str]:
+    """The commonest words of the texts, and as many of the dictionary: what people type, and what they make up."""
+    seen = Counter(word for _, text in texts for word in re.findall(r"\b[a-z]{3,10}\b", text))
+    return [word for word, _ in seen.most_common(count)] + random.Random(0).sample(word_list(), count)
+
+
+def lesson_conversations(base_card: dict, name: str, count: int, seed: int) -> list[list[dict]]:
+    """`count` conversations of the built-in mix; conversation i depends on (seed, i) alone."""
+    tasks = all_tasks(base_card, name)
+    weighted = [(tasks[task], weight) for task, weight in WEIGHTS.items() if task in tasks]
+    spoken = name.split("-")[0].capitalize()
+    return [mixture(weighted, random.Random(f"{seed}-{i}"), "train", spoken) for i in range(count)]
