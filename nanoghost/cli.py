@@ -15,6 +15,7 @@ VERBS = {
     "tokenizer train": ("evals.tokens", "TrainSettings", "train_command", "learn a vocabulary from text"),
     "tokenizer eval": ("evals.tokens", "EvalSettings", "eval_command", "bytes per token by kind of text"),
     "pretrain": ("train.pretrain", "PretrainSettings", "command", "learn to continue text"),
+    "sft": ("train.sft", "SftSettings", "command", "learn to answer, from conversations"),
     "doctor": ("machine", "DoctorSettings", "doctor", "what this computer does well"),
 }
 
@@ -22,6 +23,7 @@ EXAMPLES = {
     "tokenizer train": "nanoghost tokenizer train --data plays --vocab-size 4096",
     "tokenizer eval": "nanoghost tokenizer eval",
     "pretrain": "nanoghost pretrain --data ./my_notes --name mine --minutes 5\n  nanoghost pretrain --depth 2 --steps 100",
+    "sft": "nanoghost sft mine --name mine-sft\n  nanoghost sft mine --name mine-sft --data chats.jsonl --minutes 2",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }
 

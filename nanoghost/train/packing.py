@@ -1,0 +1,100 @@
+"""Packing: conversations of all lengths into rows of one length, none of which can see another.
+
+R rows in a batch, T tokens in a row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanoghost.chat import render, shortened
+from nanoghost.errors import UserError
+
+
+@dataclass
+class Lesson:
+    """A tokenised conversation: ids, and which of them are learned."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+def lessons_from(conversations: list[list[dict]], tokenizer, context: int) -> tuple[list[Lesson], int]:
+    """(lessons, how many conversations were left out).
+
+    A conversation longer than `context` loses its oldest turns; if its last turn alone is too long it is cut at the
+    end, so the answer is learned as far as it fits and its end mark is not. One without a learned token left, after
+    that, is left out: a row never holds only padding.
+    """
+    lessons = []
+    for messages in conversations:
+        ids, learned = render(messages, tokenizer)
+        if len(ids) > context:
+            ids, learned = render(shortened(messages, tokenizer, context), tokenizer)
+        lesson = Lesson(ids[:context], learned[:context])
+        if any(lesson.learned[1:]):
+            lessons.append(lesson)
+    if not lessons:
+        raise UserError(
+            f"none of the {len(conversations)} conversations has an assistant's answer within a context of {context} tokens"
+        )
+    return lessons, len(conversations) - len(lessons)
+
+
+def pack(lengths: list[int], capacity: int, order, open_rows: int = 32) -> list[list[int]]:
+    """Rows of indices whose lengths sum to at most `capacity`: each goes where it leaves the least room (best fit)."""
+    rows, unfinished = [], []  # unfinished: [room, indices]
+    for i in order:
+        fitting = [u for u in unfinished if u[0] >= lengths[i]]
+        if fitting:
+            best = min(fitting, key=lambda u: u[0])
+            best[0] -= lengths[i]
+            best[1].append(i)
+        else:
+            unfinished.append([capacity - lengths[i], [i]])
+            if len(unfinished) > open_rows:
+                fullest = min(unfinished, key=lambda u: u[0])
+                unfinished.remove(fullest)
+                rows.append(fullest[1])
+    return rows + [indices for _, indices in unfinished]
+
+
+class PackedBatches:
+    """Batches of packed rows; a pure function of (seed, epoch, position), the same for any number of processes."""
+
+    def __init__(self, lessons: list[Lesson], context: int, rows: int, seed: int, rank: int = 0, world: int = 1):
+        self.lessons, self.context, self.rows, self.seed = lessons, context, rows, seed
+        self.rank, self.world = rank, world
+        self.lengths = [len(lesson.ids) for lesson in lessons]
+        self.epochs: dict[int, list[list[int]]] = {}
+        self.starts = [0]  # number of the first row of each epoch
+
+    def row(self, number: int) -> list[int]:
+        """Which lessons row `number` (counted over all epochs) holds."""
+        while number >= self.starts[-1]:
+            epoch = len(self.starts) - 1
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lessons)).tolist()
+            self.epochs[epoch] = pack(self.lengths, self.context + 1, order)
+            self.starts.append(self.starts[-1] + len(self.epochs[epoch]))
+        epoch = next(e for e in range(len(self.starts) - 1) if number < self.starts[e + 1])
+        return self.epochs[epoch][number - self.starts[epoch]]
+
+    def at(self, step: int):
+        """inputs, targets, learned, segments, each (R, T) with this process's rows, and the learned tokens of all rows."""
+        numbers = range(step * self.rows, (step + 1) * self.rows)
+        all_rows = [self.row(n) for n in numbers]
+        learned_count = sum(sum(self.lessons[i].learned[1:]) for row in all_rows for i in row)
+        own = all_rows[self.rank :: self.world]
+        R, T = len(own), self.context
+        ids, segments = np.zeros((R, T + 1), np.int64), np.zeros((R, T + 1), np.int64)
+        learned = np.zeros((R, T + 1), bool)
+        for r, row in enumerate(own):
+            at = 0
+            for number, i in enumerate(row):
+                end = at + self.lengths[i]
+                ids[r, at:end], segments[r, at:end] = self.lessons[i].ids, number + 1
+                learned[r, at + 1 : end] = self.lessons[i].learned[1:]
+                at = end
+        ids, segments, learned = map(torch.from_numpy, (ids, segments, learned))
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), learned[:, 1:], segments[:, :-1], learned_count
