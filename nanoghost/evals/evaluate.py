@@ -1,0 +1,115 @@
+"""Evaluation: bits per byte on held-out text, accuracy on held-out problems, samples, and what was memorised."""
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from nanoghost import machine
+from nanoghost.data.sources import open_source
+from nanoghost.engine.generate import Sampling, generate
+from nanoghost.errors import UserError
+from nanoghost.evals.skills import accuracy, attempt
+from nanoghost.model.weights import load_model
+from nanoghost.progress import Display
+from nanoghost.runs import ModelFolder, open_model
+from nanoghost.tasks.base import Problem, distinct_problems, user
+from nanoghost.tasks.mix import all_tasks
+from nanoghost.train.stage import base_card
+
+SKILLS = ("sums", "spelling", "counting", "identity", "refusal", "answerable", "chain_sum", "spell_backward")
+
+QUESTIONS = (  # asked of every model; the answers go into the report as they come
+    "Who are you?",
+    "What is 738 + 4096?",
+    'How many s are there in "possession"?',
+    "What is the weather in London today?",
+    "Good morrow, my lord. What news from the king?",
+)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """Name of the model; default: the one finished last."""
+    problems: int = 500
+    """Held-out problems of each skill."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
+    """Measure a finished model, append the figures to its events, and return them."""
+    machine.prepare()
+    start = time.perf_counter()
+    card = folder.card
+    base = base_card(card)
+    model, tokenizer = load_model(folder.path, machine.compute_dtype(), machine.device())
+    tasks = all_tasks(base, folder.name)
+    skills = {}
+    for name in SKILLS:
+        display.say(f"  {folder.name}: {problems} held-out problems of {name} ...")
+        skills[name], _ = accuracy(model, tokenizer, tasks[name], distinct_problems(tasks[name], problems))
+    figures = {
+        "model": folder.name,
+        "bpb": base["figures"]["bpb"] if not card["parent"] else held_out_bpb(model, tokenizer, base),
+        "kneser_ney_bpb": base["figures"]["kneser_ney_bpb"],
+        "tasks": skills,
+        "samples": samples(model, tokenizer),
+        "memorised": memorised(model, tokenizer, base),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    return folder.append_event({"stage": f"{card['stage']}-eval", "step": card["steps"], **figures})
+
+
+def held_out_bpb(model, tokenizer, base: dict) -> float:
+    """On the same test text that the base model was scored on."""
+    from nanoghost.data.shards import tokenise
+    from nanoghost.evals.bits import bits_per_byte
+
+    shards = tokenise(open_source(base["settings"]["data"]), tokenizer)
+    return bits_per_byte(model, shards.tokens("test"), model.config.context, shards.bytes("test"))
+
+
+def samples(model, tokenizer) -> list[dict]:
+    """One conversation for each of QUESTIONS, at the chat's own temperature and a fixed seed."""
+    asked = [Problem("sample", (user(q),), (), "") for q in QUESTIONS]
+    rows = attempt(model, tokenizer, asked, Sampling(max_tokens=80, temperature=0.7, top_p=0.95, seed=1))
+    return [{"messages": [*p.messages, *row.messages]} for p, row in zip(asked, rows)]
+
+
+def memorised(model, tokenizer, base: dict, starts: int = 64, prompt_tokens: int = 16) -> dict:
+    """The longest passage of training text that the model recites after 16 tokens of it, from evenly spaced starts."""
+    documents = [d for d in open_source(base["settings"]["data"]).documents() if d.split == "train"]
+    pieces = []
+    for i in range(starts):
+        document = documents[i * len(documents) // starts]
+        at = int(len(document.text) * ((i * 0.618034) % 1.0))
+        pieces.append((document, document.text[at : at + 600]))
+    encoded = [(d, text, tokenizer.encode(text)[:prompt_tokens]) for d, text in pieces]
+    encoded = [e for e in encoded if len(e[2]) == prompt_tokens]
+    if not encoded:
+        return {"characters": 0, "text": "", "source": ""}
+    rows = generate(model, tokenizer, [ids for _, _, ids in encoded], Sampling(max_tokens=96, temperature=0))
+    best = {"characters": 0, "text": "", "source": ""}
+    for (document, text, ids), row in zip(encoded, rows):
+        truth, said = text[len(tokenizer.decode(ids)) :], tokenizer.decode(row.ids)
+        same = next((i for i, (a, b) in enumerate(zip(truth, said)) if a != b), min(len(truth), len(said)))
+        if same > best["characters"]:
+            best = {"characters": same, "text": said[:same], "source": document.name}
+    return best
+
+
+def command(settings: EvalSettings) -> None:
+    if settings.problems < 1:
+        raise UserError("--problems must be at least 1")
+    figures = evaluate(open_model(settings.model), settings.problems, Display())
+    for name, a in figures["tasks"].items():
+        Display().say(f"{name:>15}  {a['accuracy']:6.1%}  (95%: {a['low']:.1%} to {a['high']:.1%}, n = {a['count']})")
+    Display().say(
+        f"{'held-out bpb':>15}  {figures['bpb']:.3f}  (counting, Kneser-Ney: {figures['kneser_ney_bpb']:.3f})"
+    )
+    if settings.json:
+        print(json.dumps({k: figures[k] for k in ("model", "bpb", "kneser_ney_bpb", "tasks", "memorised", "seconds")}))
