@@ -16,6 +16,7 @@ VERBS = {
     "tokenizer eval": ("evals.tokens", "EvalSettings", "eval_command", "bytes per token by kind of text"),
     "pretrain": ("train.pretrain", "PretrainSettings", "command", "learn to continue text"),
     "sft": ("train.sft", "SftSettings", "command", "learn to answer, from conversations"),
+    "rl": ("train.rl", "RlSettings", "command", "learn from attempts at problems that can be checked"),
     "eval": ("evals.evaluate", "EvalSettings", "command", "bits per byte and accuracy on held-out problems"),
     "doctor": ("machine", "DoctorSettings", "doctor", "what this computer does well"),
 }
@@ -25,6 +26,7 @@ EXAMPLES = {
     "tokenizer eval": "nanoghost tokenizer eval",
     "pretrain": "nanoghost pretrain --data ./my_notes --name mine --minutes 5\n  nanoghost pretrain --depth 2 --steps 100",
     "sft": "nanoghost sft mine --name mine-sft\n  nanoghost sft mine --name mine-sft --data chats.jsonl --minutes 2",
+    "rl": "nanoghost rl ghost-sft --name ghost\n  nanoghost rl ghost-sft --name other --variant dr_grpo --tasks chain_sum",
     "eval": "nanoghost eval ghost\n  nanoghost eval ghost --problems 500 --json",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }

@@ -1,0 +1,257 @@
+"""Reinforcement learning: many attempts at each problem, a verifier's reward, and more of what did better than average.
+
+problems -> attempts (sampled with the engine) -> rewards -> advantages within each group -> policy gradient
+"""
+
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import tyro
+
+from nanoghost import machine
+from nanoghost.engine.generate import Sampling
+from nanoghost.errors import UserError
+from nanoghost.evals.skills import accuracy, attempt
+from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint, save_model
+from nanoghost.optim.optimizer import Optimizer
+from nanoghost.optim.schedule import learning_rate
+from nanoghost.progress import Display
+from nanoghost.tasks.base import distinct_problems
+from nanoghost.tasks.mix import all_tasks
+from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss
+from nanoghost.train.recipe import groups
+from nanoghost.train.stage import Clock, Rate, base_card, parent_of, stage_run
+
+PRACTISED = ("chain_sum", "spell_backward", "sums", "spelling", "counting", "refusal", "answerable", "identity")
+
+
+@dataclass(frozen=True)
+class RlSettings:
+    parent: Annotated[str | None, tyro.conf.Positional] = None
+    """Model to start from; default: the one finished last."""
+    name: str = "ghost"
+    """Name of the new model."""
+    tasks: str = "chain_sum,spell_backward"
+    """Tasks to practise, by name."""
+    variant: str = "cispo"
+    """Loss: cispo, dr_grpo, dapo, gspo or reinforce."""
+    minutes: float | None = None
+    """How long to train; becomes a number of steps before the first one."""
+    steps: int | None = None
+    """How many steps to train, instead of minutes (default: 2.5 minutes)."""
+    problems: int = 32
+    """Problems in a step, over all processes."""
+    attempts: int = 16
+    """Attempts at each problem."""
+    max_tokens: int = 16
+    """Longest attempt."""
+    held_out: int = 500
+    """Held-out problems of each task, tried before and after."""
+    learning_rate: float = 0.1
+    """Share of pretraining's learning rates."""
+    seed: int = 0
+    """Of the problems and the attempts."""
+    checkpoint_seconds: float = 60.0
+    """Time between checkpoints."""
+    force: bool = False
+    """Replace a model of that name."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+def main(settings: RlSettings, display: Display | None = None) -> dict | None:
+    """Train; returns the figures, or None if the model was there already. Ctrl-C loses nothing."""
+    machine.prepare()
+    machine.start_ranks()
+    rank, world = machine.ranks()
+    display = display or Display()
+    check(settings, world)
+    parent = parent_of(settings, "rl")
+
+    with stage_run("rl", settings, display, parent) as run:
+        if run is None:
+            return None
+        clock = Clock(0.0)
+        model, tokenizer = load_model(parent.path, machine.compute_dtype(), machine.device())
+        every = all_tasks(base_card(parent.card), settings.name)
+        tasks = {task: every[task] for task in settings.tasks.split(",")}
+        if "steps" not in run.card:
+            display.say(f"before: {settings.held_out} held-out problems of each task ...")
+            before = held_out(model, tokenizer, tasks, settings)
+            steps = settings.steps or steps_for(settings, parent, tokenizer, tasks, clock)
+            facts = {k: run.card["parent"][k] for k in ("data", "arch", "config", "parameters", "vocab_size")}
+            run.note(steps=steps, before=before, **facts)
+        optimizer = Optimizer(
+            model, groups(model.config.width, settings.learning_rate), machine.compute_dtype(), rank, world
+        )
+        steps = run.card["steps"]
+        start, seconds, tokens = 0, clock.seconds, 0
+        if saved := load_checkpoint(run.folder.path, rank):
+            start, state, notes = saved
+            optimizer.load_state(state)
+            seconds, tokens = notes["seconds"], notes["tokens"]
+        display.say(
+            f"reinforcement of {settings.name}: {steps} steps of {settings.problems} problems x {settings.attempts} attempts,"
+            f" {settings.variant}{f', going on at {start}' if start else ''}"
+        )
+
+        clock = Clock(seconds, settings.checkpoint_seconds)
+        rate = Rate()
+        for step in range(start, steps):
+            if step > start and (run.stopping or clock.due()):
+                notes = {"seconds": clock.seconds, "tokens": tokens}
+                save_checkpoint(run.folder.path, step, optimizer.state(), notes, rank)
+            if run.stopping:
+                run.stop(step, steps)
+            figures, count = rollout_and_gradients(model, tokenizer, tasks, settings, step, rank, world)
+            if not math.isfinite(figures["loss"]):
+                raise UserError(
+                    f"the loss became {figures['loss']} at step {step}; nothing was updated and the last checkpoint stands:"
+                    f" try --force with a smaller --learning-rate"
+                )
+            scale = learning_rate(step / steps, cooldown=0.5)
+            if machine.mean_over_ranks(figures["groups"]):  # without signal nothing moves, not even the moments
+                optimizer.step(scale)
+            tokens += count
+            rate.count(count)
+            run.event(
+                step, steps=steps, learning_rate=scale, tokens=tokens, tokens_per_second=rate.per_second,
+                seconds=clock.seconds, seconds_left=(steps - step - 1) * (clock.seconds - seconds) / (step - start + 1),
+                **figures,
+            )  # fmt: skip
+
+        trained_seconds = clock.seconds
+        after = held_out(model, tokenizer, tasks, settings)
+        if rank == 0:
+            save_model(run.folder.path, model, tokenizer)
+        both = {name: {"before": run.card["before"][name], "after": after[name]} for name in after}
+        result = run.finish(
+            name=settings.name, parameters=run.card["parameters"], tokens=tokens, seconds=round(trained_seconds, 1),
+            tokens_per_second=rate.per_second, steps=steps, accuracy=both,
+            flops_per_second=rate.per_second * model.flops_per_token(32),
+        )  # fmt: skip
+    for name, a in both.items():
+        display.say(f"{name}: {a['before']['accuracy']:.1%} -> {a['after']['accuracy']:.1%} of held-out problems")
+    return result
+
+
+def check(settings: RlSettings, world: int) -> None:
+    if settings.variant not in VARIANTS:
+        raise UserError(f"--variant is one of {', '.join(VARIANTS)}, not '{settings.variant}'")
+    unknown = set(settings.tasks.split(",")) - set(PRACTISED)
+    if unknown:
+        raise UserError(f"--tasks knows {', '.join(PRACTISED)}, not '{', '.join(sorted(unknown))}'")
+    if settings.problems % world:
+        raise UserError(f"--problems {settings.problems} does not divide over {world} processes")
+    if settings.attempts < 2:
+        raise UserError("--attempts must be at least 2: an attempt is judged against the others of its group")
+    if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
+        raise UserError("--minutes and --steps must be positive")
+
+
+def held_out(model, tokenizer, tasks: dict, settings: RlSettings) -> dict:
+    return {
+        name: accuracy(model, tokenizer, task, distinct_problems(task, settings.held_out), settings.max_tokens)[0]
+        for name, task in tasks.items()
+    }
+
+
+def problems_of_step(tasks: dict, settings: RlSettings, step: int, rank: int, world: int) -> list:
+    """This process's problems; those of a step are the same whatever the number of processes."""
+    rng = random.Random(f"{settings.seed}-{step}")
+    names = list(tasks)
+    every = [tasks[names[i % len(names)]].problem(rng, "train") for i in range(settings.problems)]
+    return every[rank::world]
+
+
+def rollout_and_gradients(model, tokenizer, tasks, settings: RlSettings, step: int, rank: int, world: int):
+    """Sample attempts, score them, and leave the policy gradient in .grad; (figures of the step, tokens handled)."""
+    problems = problems_of_step(tasks, settings, step, rank, world)
+    seed = (settings.seed * 1_000_003 + step) * world + rank
+    sampling = Sampling(max_tokens=settings.max_tokens, temperature=1.0, seed=seed)
+    rows = attempt(model, tokenizer, problems, sampling, settings.attempts)
+    scores = [
+        tasks[problems[i // settings.attempts].task].score(problems[i // settings.attempts], row.messages)
+        for i, row in enumerate(rows)
+    ]
+    # stopping is learned too: an attempt that ran into the limit solved nothing, and its last token is blamed for it
+    rewards = [score if row.finish_reason == "stop" else 0.0 for score, row in zip(scores, rows)]
+    rewards_PG = torch.tensor(rewards).view(len(problems), settings.attempts)
+    advantages_N = advantages(rewards_PG, settings.variant).flatten()
+    informative = [i for i in range(len(rows)) if advantages_N[i] != 0]
+    figures = {
+        "reward": sum(rewards) / len(rewards),
+        "pass_rate": sum(rewards) / len(rewards),
+        "entropy": -sum(sum(r.logprobs) for r in rows) / sum(sum(r.sampled) for r in rows),  # nats per sampled token
+        "length": sum(sum(r.sampled) for r in rows) / len(rows),
+        "groups": int((rewards_PG.std(1) > 0).sum()),
+        "groups_dropped": int((rewards_PG.std(1) == 0).sum()),
+        "loss": 0.0,
+    }
+    for name in tasks:
+        own = [r for i, r in enumerate(rewards) if problems[i // settings.attempts].task == name]
+        figures[f"pass_rate_{name}"] = sum(own) / max(1, len(own))
+    count = sum(len(r.ids) for r in rows)
+    if informative:
+        chosen = [rows[i] for i in informative]
+        prompts_N = torch.tensor([i // settings.attempts for i in informative])
+        statistics = gradients(model, chosen, advantages_N[informative], prompts_N, settings, world)
+        figures |= statistics
+        count += sum(len(r.prompt) + len(r.ids) for r in chosen)
+    return figures, count
+
+
+def gradients(model, rows, advantages_N, prompts_N, settings: RlSettings, world: int, micro_batch: int = 128) -> dict:
+    """Backward through all attempts in micro-batches; statistics of the ratio to the sampler's probabilities."""
+    longest = max(len(r.prompt) + len(r.ids) for r in rows)
+    ids_NT = torch.zeros(len(rows), longest, dtype=torch.long)
+    old_NT = torch.zeros(len(rows), longest - 1)
+    mask_NT = torch.zeros(len(rows), longest - 1)
+    for n, row in enumerate(rows):
+        start, end = len(row.prompt), len(row.prompt) + len(row.ids)
+        ids_NT[n, :end] = torch.tensor(row.prompt + row.ids)
+        old_NT[n, start - 1 : end - 1] = torch.tensor(row.logprobs)
+        mask_NT[n, start - 1 : end - 1] = torch.tensor(row.sampled, dtype=torch.float32)
+    denominators_NT = denominators(mask_NT, prompts_N, settings.variant, settings.max_tokens)
+    tensors = [t.to(machine.device()) for t in (ids_NT, old_NT, mask_NT, advantages_N, denominators_NT)]
+    loss, ratios = 0.0, []
+    for ids, old, mask, advantage, denominator in zip(*(t.split(micro_batch) for t in tensors)):
+        logp = model.logprobs(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        part = policy_loss(logp, old, advantage, mask, denominator, settings.variant)
+        part.backward()
+        loss += part.item()
+        ratios.append((logp.detach() - old)[mask > 0].exp())
+    w = torch.cat(ratios)
+    return {
+        "loss": loss,
+        "ratio_mean": w.mean().item(),
+        "ratio_max": w.max().item(),
+        "mismatch": (w - w.log() - 1).mean().item(),  # estimates the KL divergence between sampler and trainer
+    }
+
+
+def steps_for(settings: RlSettings, parent, tokenizer, tasks, clock: Clock) -> int:
+    """How many steps fit into the minutes that remain, measured on a throwaway copy of the model."""
+    model, _ = load_model(parent.path, machine.compute_dtype(), machine.device())
+    optimizer = Optimizer(model, groups(model.config.width), machine.compute_dtype(), *machine.ranks())
+    times = []
+    for step in range(5):
+        start = time.perf_counter()
+        figures, _ = rollout_and_gradients(model, tokenizer, tasks, settings, step, *machine.ranks())
+        if figures["groups"]:
+            optimizer.step(0.0)
+        times.append(time.perf_counter() - start)
+    minutes = settings.minutes or 2.5
+    evaluation = clock.seconds - sum(times)  # what came before the rehearsal; the same again comes after
+    return max(1, int((minutes * 60 - clock.seconds - evaluation) / (sorted(times[1:])[1] * 1.05)))
+
+
+def command(settings: RlSettings) -> None:
+    figures = main(settings)
+    if figures and settings.json and machine.ranks()[0] == 0:
+        print(json.dumps(figures))
