@@ -75,7 +75,11 @@ def pieces(messages: list[dict]):
             for call in message.get("tool_calls") or []:
                 name, arguments = call["function"]["name"], call["function"]["arguments"]
                 yield "<tool_call>", True, learned
-                yield f'\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n', False, learned
+                yield (
+                    f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}\n',
+                    False,
+                    learned,
+                )
                 yield "</tool_call>", True, learned
         yield "<|im_end|>", True, learned
         yield "\n", False, False
@@ -108,11 +112,8 @@ def shortened(messages: list[dict], tokenizer: Tokenizer, room: int, generation:
     System messages stay. A turn is a user message with all that follows it; the newest turn always stays, so the
     result can still be too long: the caller cuts or refuses.
     """
-    system = [m for m in messages if m["role"] == "system"]
-    rest = [m for m in messages if m["role"] != "system"]
-    starts = [i for i, m in enumerate(rest) if m["role"] == "user"] or [0]
-    for start in starts:
-        kept = system + rest[start:]
+    for start in [0] + [i for i, m in enumerate(messages) if i and m["role"] == "user"]:
+        kept = [m for i, m in enumerate(messages) if i >= start or m["role"] == "system"]
         if len(render(kept, tokenizer, generation)[0]) <= room:
             break
     return kept
@@ -142,7 +143,7 @@ def parse_call(text: str) -> dict | None:
     """{"name", "arguments" (JSON text)} of one call, or None if it is not one."""
     try:
         call = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON; a number of 5000 digits; a thousand opening brackets
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
         return None

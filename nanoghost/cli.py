@@ -12,22 +12,38 @@ from nanoghost.errors import UserError
 
 # verb: (module, settings class, function, what it does)
 VERBS = {
+    "speedrun": ("speedrun", "SpeedrunSettings", "command", "the whole pipeline: from an empty folder to a chat"),
+    "chat": ("serve.terminal", "ChatSettings", "command", "talk to a model"),
+    "report": ("evals.report", "ReportSettings", "command", "what was made, how, and how good it is"),
+    "data": ("data.command", "DataSettings", "command", "fetch, check and tokenise text"),
     "tokenizer train": ("evals.tokens", "TrainSettings", "train_command", "learn a vocabulary from text"),
     "tokenizer eval": ("evals.tokens", "EvalSettings", "eval_command", "bytes per token by kind of text"),
     "pretrain": ("train.pretrain", "PretrainSettings", "command", "learn to continue text"),
     "sft": ("train.sft", "SftSettings", "command", "learn to answer, from conversations"),
     "rl": ("train.rl", "RlSettings", "command", "learn from attempts at problems that can be checked"),
     "eval": ("evals.evaluate", "EvalSettings", "command", "bits per byte and accuracy on held-out problems"),
+    "list": ("models", "ListSettings", "list_command", "models in the home folder"),
+    "show": ("models", "ShowSettings", "show_command", "a model's card"),
+    "rename": ("models", "RenameSettings", "rename_command", "give a model another name"),
+    "rm": ("models", "RemoveSettings", "remove_command", "remove a model"),
     "doctor": ("machine", "DoctorSettings", "doctor", "what this computer does well"),
 }
 
 EXAMPLES = {
+    "speedrun": "nanoghost speedrun\n  nanoghost speedrun --minutes 2",
+    "chat": "nanoghost chat\n  nanoghost chat ghost --prompt 'What is 12 + 345?'",
+    "report": "nanoghost report\n  nanoghost report ghost-base --json",
+    "data": "nanoghost data plays\n  nanoghost data ./my_notes",
     "tokenizer train": "nanoghost tokenizer train --data plays --vocab-size 4096",
     "tokenizer eval": "nanoghost tokenizer eval",
     "pretrain": "nanoghost pretrain --data ./my_notes --name mine --minutes 5\n  nanoghost pretrain --depth 2 --steps 100",
     "sft": "nanoghost sft mine --name mine-sft\n  nanoghost sft mine --name mine-sft --data chats.jsonl --minutes 2",
     "rl": "nanoghost rl ghost-sft --name ghost\n  nanoghost rl ghost-sft --name other --variant dr_grpo --tasks chain_sum",
     "eval": "nanoghost eval ghost\n  nanoghost eval ghost --problems 500 --json",
+    "list": "nanoghost list",
+    "show": "nanoghost show ghost",
+    "rename": "nanoghost rename ghost old-ghost",
+    "rm": "nanoghost rm old-ghost",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }
 

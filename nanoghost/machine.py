@@ -285,3 +285,9 @@ def mean_over_ranks(value: float) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device())
     torch.distributed.all_reduce(total)
     return total.item() / ranks()[1]
+
+
+def wait_for_ranks() -> None:
+    """Until every process has come here."""
+    if ranks()[1] > 1:
+        torch.distributed.barrier()

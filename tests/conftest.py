@@ -1,8 +1,11 @@
 """Every test has a home folder of its own; toy text and toy models are made once."""
 
+import os
 import random
 
-import pytest
+os.environ["OMP_NUM_THREADS"] = "1"  # toy models are faster on one thread; set before torch is imported
+
+import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import numpy as np
 from nanoghost.data.sources import SPLITS, Source, sha256_of
 from nanoghost.errors import UserError
 from nanoghost.runs import home, read_json, write_json
+from nanoghost.tokenizer import Tokenizer
 
 FORMAT = 1
 CHECKED_BYTES = 64 * 2**20  # larger files are checked by size alone at open: reading them all would delay every start
@@ -49,6 +51,17 @@ class Shards:
     def document_starts(self, split: str) -> np.ndarray:
         """Positions of the <|endoftext|> that precede each document."""
         return np.flatnonzero(self.tokens(split) == self.manifest["endoftext"])
+
+
+def tokenizer_for(source, vocab_size: int, say) -> Tokenizer:
+    """The tokenizer learned from this source's training text; kept in the home folder. `say` tells that one was learned."""
+    folder = home() / "data" / "tokenizers" / f"{source.fingerprint[:12]}-{vocab_size}"
+    if not (folder / "tokenizer.json").exists():
+        start = time.perf_counter()
+        tokenizer = Tokenizer.train((d.text for d in source.documents() if d.split == "train"), vocab_size)
+        tokenizer.save(folder)
+        say(f"tokenizer: {tokenizer.vocab_size} tokens learned in {time.perf_counter() - start:.1f} s")
+    return Tokenizer.load(folder)
 
 
 def tokenise(source: Source, tokenizer) -> Shards:

@@ -234,14 +234,20 @@ def check_messages(messages, where: str) -> list[dict]:
         if message.get("role") not in ROLES:
             raise UserError(f"{here}: role {message.get('role')!r:.40} is none of {', '.join(ROLES)}")
         calls = message.get("tool_calls")
-        if calls is not None and not isinstance(calls, list):
-            raise UserError(f"{here}: 'tool_calls' must be a list")
+        if calls is not None and not (isinstance(calls, list) and all(map(is_call, calls))):
+            example = '{"function": {"name": "NAME", "arguments": "JSON as a string"}}'
+            raise UserError(f"{here}: 'tool_calls' must be a list of {example}")
         content = message.setdefault("content", None)
         if isinstance(content, str):
             check_unicode(content, here)
         elif content is not None or not calls:
             raise UserError(f"{here}: 'content' must be a string (null only beside 'tool_calls')")
     return messages
+
+
+def is_call(call) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return isinstance(function, dict) and all(isinstance(function.get(key), str) for key in ("name", "arguments"))
 
 
 # ── the Hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────

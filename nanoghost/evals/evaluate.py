@@ -8,9 +8,11 @@ from typing import Annotated
 import tyro
 
 from nanoghost import machine
+from nanoghost.data.shards import tokenise
 from nanoghost.data.sources import open_source
 from nanoghost.engine.generate import Sampling, generate
 from nanoghost.errors import UserError
+from nanoghost.evals.bits import bits_per_byte
 from nanoghost.evals.skills import accuracy, attempt
 from nanoghost.model.weights import load_model
 from nanoghost.progress import Display
@@ -66,9 +68,6 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
 
 def held_out_bpb(model, tokenizer, base: dict) -> float:
     """On the same test text that the base model was scored on."""
-    from nanoghost.data.shards import tokenise
-    from nanoghost.evals.bits import bits_per_byte
-
     shards = tokenise(open_source(base["settings"]["data"]), tokenizer)
     return bits_per_byte(model, shards.tokens("test"), model.config.context, shards.bytes("test"))
 

@@ -35,10 +35,12 @@ def kneser_ney_bpb(train_texts: list[str], test_texts: list[str], order: int = 6
 def _discounts(counts: np.ndarray) -> np.ndarray:
     """What is taken from a count of 0, 1, 2, and 3 or more (Chen and Goodman 1999, equation 26)."""
     n1, n2, n3, n4 = ((counts == i).sum() for i in (1, 2, 3, 4))
-    if not (n1 and n2 and n3 and n4):  # too little text to estimate them
-        return np.array([0.0, 0.5, 0.75, 0.9])
-    y = n1 / (n1 + 2 * n2)
-    return np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+    if n1 and n2 and n3 and n4:
+        y = n1 / (n1 + 2 * n2)
+        discounts = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+        if (discounts[1:] > 0).all():
+            return discounts
+    return np.array([0.0, 0.5, 0.75, 0.9])  # too little text, or too repetitive, to estimate them
 
 
 def _stream(texts: list[str]) -> np.ndarray:

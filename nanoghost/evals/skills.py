@@ -21,7 +21,7 @@ def attempt(model, tokenizer, problems, sampling: Sampling, samples: int = 1, to
     return generate(model, tokenizer, prompts, sampling, samples, run_tool if tools else None)
 
 
-def accuracy(model, tokenizer, task, problems, max_tokens: int = 64, batch: int = 128) -> tuple[dict, list[tuple]]:
+def accuracy(model, tokenizer, task, problems, max_tokens: int = 128, batch: int = 128) -> tuple[dict, list[tuple]]:
     """({"accuracy", "low", "high", "count"}, [(problem, reply messages, score)]) with greedy decoding."""
     results = []
     ordered = sorted(problems, key=lambda p: len(str(p.messages)))  # rows of a batch alike in length

@@ -19,7 +19,7 @@ from torch import nn
 
 from nanoghost.model.layers import Cache, attend, causal_mask, norm, relu_squared, rope_table, rotate, token_logprobs
 
-LETTERS = 8  # bytes of a token that its embedding sees
+LETTERS = 8  # bytes of a token that its embedding sees, counted from the front and again from the back
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Ghost(nn.Module):
         D, V = config.width, config.vocab_size
         has_values = [(config.depth - 1 - i) % 2 == 0 for i in range(config.depth)]
         self.embedding = nn.Parameter(torch.randn(V, D) * 0.8)
-        self.spelling = nn.Parameter(torch.randn(256 * LETTERS + 1, D) * 0.1)  # row of (position, byte); last: none
+        self.spelling = nn.Parameter(torch.randn(512 * LETTERS + 1, D) * 0.1)  # row of (position, byte); last: none
         self.ngrams = nn.Parameter(torch.zeros(config.ngrams, D))
         self.values = nn.ParameterList(torch.empty(V, D).uniform_(-1, 1) for has in has_values if has)
         self.blocks = nn.ModuleList(Block(config, has) for has in has_values)
@@ -96,13 +96,20 @@ class Ghost(nn.Module):
         cos, sin = rope_table(config.context, config.head_width, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.register_buffer("letters", torch.full((V, LETTERS), 256 * LETTERS, dtype=torch.int32))
+        self.register_buffer("letters", torch.full((V, 2 * LETTERS), 512 * LETTERS, dtype=torch.int32))
 
     def learn_letters(self, tokenizer) -> None:
-        """Fill the table of each token's bytes: (V, L) rows of `spelling`."""
+        """Fill the table of each token's bytes: (V, 2 L) rows of `spelling`.
+
+        A space in front does not count, so that " day" has the letters of "day".
+        """
         for token in range(tokenizer.vocab_size):
-            for i, byte in enumerate(tokenizer.token_bytes(token)[:LETTERS]):
+            word = tokenizer.token_bytes(token)
+            word = word.lstrip(b" ") or word
+            for i, byte in enumerate(word[:LETTERS]):
                 self.letters[token, i] = 256 * i + byte
+            for i, byte in enumerate(word[::-1][:LETTERS]):
+                self.letters[token, LETTERS + i] = 256 * (LETTERS + i) + byte
 
     def cast(self, dtype: torch.dtype) -> "Ghost":
         """Matrices (and the head) to the compute dtype; tables stay fp32: rare rows collect tiny updates."""
@@ -118,7 +125,7 @@ class Ghost(nn.Module):
         pair_BT = (previous_BT * 9973 + tokens_BT * 31337) % self.config.ngrams
         x_BTD = x_BTD + F.embedding(pair_BT, self.ngrams)
         letters_NL = self.letters[tokens_BT.flatten()].long()
-        x_BTD = x_BTD + F.embedding_bag(letters_NL, self.spelling, mode="sum", padding_idx=256 * LETTERS).view_as(x_BTD)
+        x_BTD = x_BTD + F.embedding_bag(letters_NL, self.spelling, mode="sum", padding_idx=512 * LETTERS).view_as(x_BTD)
         return norm(x_BTD.to(self.head.dtype))
 
     def hidden(self, tokens_BT, segments_BT=None, cache: Cache | None = None, valid_BT=None):

@@ -43,6 +43,9 @@ def load_model(folder: Path, dtype: torch.dtype, device="cpu"):
     config_class, model_class = ARCHITECTURES[settings["model_type"]]
     model = model_class(config_class.from_settings(settings))
     tensors, _ = read_tensors(folder / "model.safetensors")
+    expected = {name: tuple(t.shape) for name, t in model.exported_tensors().items()}
+    if wrong := [n for n, shape in expected.items() if n not in tensors or tuple(tensors[n].shape) != shape]:
+        raise UserError(f"the weights in {folder} do not fit its config.json (first: {wrong[0]})")
     model.import_tensors(tensors)
     return model.cast(dtype).to(device), Tokenizer.load(folder)
 

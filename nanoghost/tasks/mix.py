@@ -17,11 +17,11 @@ from nanoghost.tasks.sums import Sums
 WEIGHTS = {
     "plays": 0.08,
     "identity": 0.14,
-    "sums": 0.24,
+    "sums": 0.20,
     "spelling": 0.10,
     "counting": 0.10,
-    "refusal": 0.16,
-    "chain_sum": 0.09,
+    "refusal": 0.15,
+    "chain_sum": 0.14,
     "spell_backward": 0.09,
 }
 

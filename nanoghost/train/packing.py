@@ -14,10 +14,18 @@ from nanoghost.errors import UserError
 
 @dataclass
 class Lesson:
-    """A tokenised conversation: ids, and which of them are learned."""
+    """A tokenised conversation: ids, and which of them are learned (never the first, which nothing precedes)."""
 
     ids: list[int]
     learned: list[bool]
+
+    def __post_init__(self):
+        learned = np.array(self.learned, np.float32)
+        begins = np.diff(learned, prepend=0) > 0
+        message = np.cumsum(begins) - 1  # which assistant message a learned token belongs to
+        lengths = np.bincount(message[learned > 0], minlength=1)
+        self.messages = int(begins.sum())
+        self.weights = np.where(learned > 0, 1 / lengths[np.maximum(message, 0)].clip(1), 0).astype(np.float32)
 
 
 def lessons_from(conversations: list[list[dict]], tokenizer, context: int) -> tuple[list[Lesson], int]:
@@ -81,20 +89,25 @@ class PackedBatches:
         return self.epochs[epoch][number - self.starts[epoch]]
 
     def at(self, step: int):
-        """inputs, targets, learned, segments, each (R, T) with this process's rows, and the learned tokens of all rows."""
+        """inputs, targets, weights, segments, each (R, T): this process's rows.
+
+        Weights are the shares of the tokens in the loss: 0 where nothing is learned, and they sum to 1 over the rows of
+        all processes. Every assistant message counts the same, whatever its length: the three digits of a sum would
+        otherwise drown among the words of a speech.
+        """
         numbers = range(step * self.rows, (step + 1) * self.rows)
         all_rows = [self.row(n) for n in numbers]
-        learned_count = sum(sum(self.lessons[i].learned[1:]) for row in all_rows for i in row)
+        messages = sum(self.lessons[i].messages for row in all_rows for i in row)
         own = all_rows[self.rank :: self.world]
         R, T = len(own), self.context
         ids, segments = np.zeros((R, T + 1), np.int64), np.zeros((R, T + 1), np.int64)
-        learned = np.zeros((R, T + 1), bool)
+        weights = np.zeros((R, T + 1), np.float32)
         for r, row in enumerate(own):
             at = 0
             for number, i in enumerate(row):
                 end = at + self.lengths[i]
                 ids[r, at:end], segments[r, at:end] = self.lessons[i].ids, number + 1
-                learned[r, at + 1 : end] = self.lessons[i].learned[1:]
+                weights[r, at:end] = self.lessons[i].weights / messages
                 at = end
-        ids, segments, learned = map(torch.from_numpy, (ids, segments, learned))
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), learned[:, 1:], segments[:, :-1], learned_count
+        ids, segments, weights = map(torch.from_numpy, (ids, segments, weights))
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights[:, 1:], segments[:, :-1]

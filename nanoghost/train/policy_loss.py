@@ -45,10 +45,11 @@ VARIANTS = {
 
 def advantages(rewards_PG: torch.Tensor, variant: str) -> torch.Tensor:
     """Reward minus the mean of the group, (P, G); groups without signal come out as zeros."""
-    centred = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    signal_P = rewards_PG.amax(1) > rewards_PG.amin(1)  # the mean of equal rewards may be off by a rounding
+    centred = (rewards_PG - rewards_PG.mean(1, keepdim=True)) * signal_P[:, None]
     scale = VARIANTS[variant].scale
     if scale == "batch":  # over groups that carry signal: dropped ones must not shrink the deviation
-        informative = centred[centred.abs().sum(1) > 0]
+        informative = centred[signal_P]
         return centred / (informative.square().mean().sqrt() + 1e-6) if len(informative) else centred
     if scale == "group":
         return centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-6)

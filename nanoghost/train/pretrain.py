@@ -12,17 +12,15 @@ import torch
 
 from nanoghost import machine
 from nanoghost.data.batches import Batches
-from nanoghost.data.shards import tokenise
+from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
-from nanoghost.model.weights import load_checkpoint, save_checkpoint, save_model
+from nanoghost.model.weights import ARCHITECTURES, load_checkpoint, save_checkpoint, save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate, momentum
 from nanoghost.progress import Display
-from nanoghost.runs import home
-from nanoghost.tokenizer import Tokenizer
 from nanoghost.train.recipe import depth_for, groups, model_config
 from nanoghost.train.stage import Clock, Rate, stage_run
 
@@ -71,7 +69,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     display = display or Display()
     check(settings, world)
     source = open_source(settings.data)
-    tokenizer = tokenizer_for(source, settings.vocab_size, display)
+    tokenizer = tokenizer_for(source, settings.vocab_size, display.say)
     shards = tokenise(source, tokenizer)
     train = shards.tokens("train")
     batches = Batches(train, settings.context, settings.batch, settings.seed, rank, world)
@@ -94,7 +92,9 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         model, optimizer = build()
         if "steps" not in run.card:
             compiled = compile_decision(settings.compile, minutes)
-            steps = settings.steps or steps_for(minutes, build, batches, settings, compiled, clock)
+            steps = settings.steps or round(
+                machine.mean_over_ranks(steps_for(minutes, build, batches, settings, compiled, clock))
+            )
             run.note(
                 data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps, depth_reason=reason,
                 config=model.settings(), parameters=sum(model.parameter_counts().values()),
@@ -124,7 +124,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
                     f"the loss became {loss} at step {step} (rows start at tokens {batches.positions(step)[:4]} ...); nothing"
                     f" was updated and the last checkpoint stands: try --force with a smaller --learning-rate"
                 )
-            if step > start and (run.stopping or clock.due()):
+            if step > start and run.checkpoint_due(clock):
                 save_checkpoint(run.folder.path, step, optimizer.state(), {"seconds": clock.seconds}, rank)
             if run.stopping:
                 run.stop(step, steps)
@@ -175,20 +175,7 @@ def check(settings: PretrainSettings, world: int) -> None:
         raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
 
 
-def tokenizer_for(source, vocab_size: int, display: Display) -> Tokenizer:
-    """The tokenizer trained on this source's training text; kept in the home folder."""
-    folder = home() / "data" / "tokenizers" / f"{source.fingerprint[:12]}-{vocab_size}"
-    if not (folder / "tokenizer.json").exists():
-        start = time.perf_counter()
-        tokenizer = Tokenizer.train((d.text for d in source.documents() if d.split == "train"), vocab_size)
-        tokenizer.save(folder)
-        display.say(f"tokenizer: {tokenizer.vocab_size} tokens learned in {time.perf_counter() - start:.1f} s")
-    return Tokenizer.load(folder)
-
-
 def make_model(config, tokenizer):
-    from nanoghost.model.weights import ARCHITECTURES
-
     model = ARCHITECTURES[config.model_type][1](config)
     model.learn_letters(tokenizer)
     return model.cast(machine.compute_dtype()).to(machine.device())

@@ -83,7 +83,9 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         if "steps" not in run.card:
             display.say(f"before: {settings.held_out} held-out problems of each task ...")
             before = held_out(model, tokenizer, tasks, settings)
-            steps = settings.steps or steps_for(settings, parent, tokenizer, tasks, clock)
+            steps = settings.steps or round(
+                machine.mean_over_ranks(steps_for(settings, parent, tokenizer, tasks, clock))
+            )
             facts = {k: run.card["parent"][k] for k in ("data", "arch", "config", "parameters", "vocab_size")}
             run.note(steps=steps, before=before, **facts)
         optimizer = Optimizer(
@@ -103,7 +105,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         clock = Clock(seconds, settings.checkpoint_seconds)
         rate = Rate()
         for step in range(start, steps):
-            if step > start and (run.stopping or clock.due()):
+            if step > start and run.checkpoint_due(clock):
                 notes = {"seconds": clock.seconds, "tokens": tokens}
                 save_checkpoint(run.folder.path, step, optimizer.state(), notes, rank)
             if run.stopping:

@@ -32,16 +32,16 @@ class SftSettings:
     """Name of the new model."""
     data: str = "lessons"
     """lessons (the built-in mix), a JSONL file of conversations, or lessons+FILE for both."""
-    lessons: int = 24000
+    lessons: int = 30000
     """Conversations of the built-in mix."""
     minutes: float | None = None
     """How long to train; becomes a number of steps before the first one."""
     steps: int | None = None
     """How many steps to train, instead of minutes (default: 2.5 minutes)."""
-    batch: int = 16
+    batch: int = 8
     """Packed rows in a step, over all processes."""
-    learning_rate: float = 0.5
-    """Share of pretraining's learning rates."""
+    learning_rate: float = 1.0
+    """Factor on pretraining's learning rates."""
     seed: int = 0
     """Of the lessons and their order."""
     checkpoint_seconds: float = 60.0
@@ -83,7 +83,9 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         )
 
         if "steps" not in run.card:
-            steps = settings.steps or steps_for(settings.minutes or 2.5, parent, batches, settings, clock)
+            steps = settings.steps or round(
+                machine.mean_over_ranks(steps_for(settings.minutes or 2.5, parent, batches, settings, clock))
+            )
             facts = {k: run.card["parent"][k] for k in ("data", "arch", "config", "parameters", "vocab_size")}
             run.note(steps=steps, conversations=len(lessons), left_out=left_out, **facts)
         steps = run.card["steps"]
@@ -107,7 +109,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
                     f"the loss became {loss} at step {step}; nothing was updated and the last checkpoint stands: try --force"
                     f" with a smaller --learning-rate"
                 )
-            if step > start and (run.stopping or clock.due()):
+            if step > start and run.checkpoint_due(clock):
                 notes = {"seconds": clock.seconds, "tokens": tokens}
                 save_checkpoint(run.folder.path, step, optimizer.state(), notes, rank)
             if run.stopping:
@@ -135,12 +137,9 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
 
 
 def train_step(model, batch, world: int) -> float:
-    """Gradients of the mean loss over the learned tokens of all processes' rows; returns that loss."""
-    inputs, targets, learned, segments, learned_count = (
-        t.to(machine.device()) if hasattr(t, "to") else t for t in batch
-    )
-    logp = model.logprobs(inputs, targets, segments)
-    loss = -(logp * learned).sum() * world / learned_count  # gradients and losses are averaged over processes
+    """Gradients of this process's part of the loss over the batch; returns that part, times the number of processes."""
+    inputs, targets, weights, segments = (t.to(machine.device()) for t in batch)
+    loss = -(model.logprobs(inputs, targets, segments) * weights).sum() * world  # gradients are averaged over processes
     loss.backward()
     return loss.item()
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 
@@ -14,7 +14,13 @@ from nanoghost import machine
 from nanoghost.errors import UserError
 from nanoghost.runs import ModelFolder, Stopping, open_model, writing
 
-NOT_SETTINGS = ("name", "json", "force", "parent", "checkpoint_seconds")  # fields that do not change what the stage computes
+NOT_SETTINGS = (
+    "name",
+    "json",
+    "force",
+    "parent",
+    "checkpoint_seconds",
+)  # fields that do not change what the stage computes
 
 
 class Run:
@@ -35,6 +41,11 @@ class Run:
         if machine.ranks()[0] == 0:
             self.folder.write_card(self.card)
 
+    def checkpoint_due(self, clock: "Clock") -> bool:
+        """Whether to save now: it is time, or a stop was asked for. All processes decide alike."""
+        self.stopping.requested = machine.mean_over_ranks(self.stopping.requested) > 0
+        return machine.mean_over_ranks(clock.due()) > 0 or self.stopping.requested
+
     def stop(self, step: int, steps: int) -> None:
         """Leave after the checkpoint of a requested stop."""
         self.show.close()
@@ -43,7 +54,8 @@ class Run:
 
     def finish(self, **figures) -> dict:
         self.note(finished=round(time.time(), 3), figures=figures)
-        shutil.rmtree(self.folder.path / "state", ignore_errors=True)
+        if machine.ranks()[0] == 0:
+            shutil.rmtree(self.folder.path / "state", ignore_errors=True)
         return figures
 
 
@@ -57,30 +69,37 @@ def stage_run(stage: str, settings, show, parent: ModelFolder | None = None):
     folder = ModelFolder(settings.name)
     chosen = {k: v for k, v in asdict(settings).items() if k not in NOT_SETTINGS}
     chosen |= {"parent": parent.name if parent else None}
-    with writing(folder), Stopping() as stopping:
-        if folder.exists and settings.force and machine.ranks()[0] == 0:
-            for path in folder.path.iterdir():
-                if path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if folder.exists:
-            card = folder.card
-            changed = [k for k in chosen if card["settings"].get(k) != chosen[k]]
-            if card["stage"] != stage or changed:
-                what = f"with other settings ({', '.join(changed)})" if changed else f"by stage {card['stage']}"
-                raise UserError(
-                    f"model '{folder.name}' was made {what}; choose another --name, or --force to replace it"
-                )
-            if "finished" in card:
-                yield None
-                return
-        else:
-            card = new_card(stage, chosen, parent)
-            if parent:
-                shutil.copy(parent.path / "events.jsonl", folder.path / "events.jsonl")
-            folder.write_card(card)
+    first = machine.ranks()[0] == 0
+    with writing(folder) if first else nullcontext(), Stopping() as stopping:
+        if first:
+            prepare_folder(folder, stage, settings, chosen, parent)
+        machine.wait_for_ranks()
+        card = folder.card
+        machine.wait_for_ranks()
+        if "finished" in card:
+            yield None
+            return
         yield Run(folder, stage, card, stopping, show)
         if stopping:  # asked for when the last step was done: what follows must not start
             raise KeyboardInterrupt
+
+
+def prepare_folder(folder: ModelFolder, stage: str, settings, chosen: dict, parent: ModelFolder | None) -> None:
+    """Make the folder with its card and its parent's events, or check that it may be resumed."""
+    if folder.exists and settings.force:
+        for path in folder.path.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if folder.exists:
+        card = folder.card
+        changed = [k for k in chosen if card["settings"].get(k) != chosen[k]]
+        if card["stage"] != stage or changed:
+            what = f"with other settings ({', '.join(changed)})" if changed else f"by stage {card['stage']}"
+            raise UserError(f"model '{folder.name}' was made {what}; choose another --name, or --force to replace it")
+    else:
+        if parent:
+            shutil.copy(parent.path / "events.jsonl", folder.path / "events.jsonl")
+        folder.write_card(new_card(stage, chosen, parent))
 
 
 def new_card(stage: str, settings: dict, parent: ModelFolder | None) -> dict:

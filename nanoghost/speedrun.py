@@ -1,0 +1,67 @@
+"""The whole pipeline in one readable file. START READING HERE.
+
+    an empty folder -> text -> tokenizer -> pretraining -> finetuning -> reinforcement -> evaluation -> report -> chat
+
+Each stage writes a model folder of its own and can be stopped at any moment; the same command goes on where it was.
+Read on in train/pretrain.py, train/sft.py and train/rl.py (a visible loop each), then model/ghost.py.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+
+from nanoghost.evals.evaluate import evaluate
+from nanoghost.evals.report import terminal_report, write_report
+from nanoghost.progress import Display
+from nanoghost.runs import ModelFolder
+from nanoghost.train import pretrain, rl, sft
+
+
+@dataclass(frozen=True)
+class SpeedrunSettings:
+    minutes: float = 8.5
+    """Minutes of training in all: half for pretraining, a quarter each for finetuning and reinforcement."""
+    data: str = "plays"
+    """Text to learn: plays, a file or folder, or hub:OWNER/NAME."""
+    problems: int = 500
+    """Held-out problems of each skill in the evaluation."""
+    seed: int = 0
+    """Of everything random."""
+    force: bool = False
+    """Start anew although ghost-base, ghost-sft and ghost exist."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+def main(settings: SpeedrunSettings) -> dict:
+    """Make ghost-base, ghost-sft and ghost, a report, and return the figures of all stages."""
+    start = time.perf_counter()
+    display = Display()
+    minutes, seed, force = settings.minutes, settings.seed, settings.force
+
+    stages = (
+        # 1. Learn to continue text. The tokenizer is learned on the way (data/, tokenizer.py, train/pretrain.py).
+        (pretrain, pretrain.PretrainSettings("ghost-base", settings.data, minutes * 0.48, seed=seed, force=force)),
+        # 2. Learn to answer: lessons in conversation, sums, spelling, and saying "I don't know" (tasks/, train/sft.py).
+        (sft, sft.SftSettings("ghost-base", "ghost-sft", minutes=minutes * 0.26, seed=seed, force=force)),
+        # 3. Learn from attempts: problems that can be checked, many tries at each (train/rl.py).
+        (rl, rl.RlSettings("ghost-sft", "ghost", minutes=minutes * 0.26, seed=seed, force=force)),
+    )
+    for stage, stage_settings in stages:
+        stage.main(stage_settings, display)
+        folder = ModelFolder(stage_settings.name)
+        # 4. Measure each on problems and text that no stage has seen (evals/).
+        if not any(e["stage"] == f"{folder.card['stage']}-eval" for e in folder.events):
+            evaluate(folder, settings.problems, display)
+
+    # 5. Tell what was made: report.html, report.md, and a short form here.
+    page = write_report(folder)
+    terminal_report(folder)
+    display.say(f"\nreport: {page}\ntalk to it: nanoghost chat\n({(time.perf_counter() - start) / 60:.1f} minutes)")
+    return {name: ModelFolder(name).card["figures"] for name in ("ghost-base", "ghost-sft", "ghost")}
+
+
+def command(settings: SpeedrunSettings) -> None:
+    figures = main(settings)
+    if settings.json:
+        print(json.dumps(figures))

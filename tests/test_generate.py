@@ -1,0 +1,135 @@
+"""The engine: its cache, its distributions, its tools, on toy models in fp32."""
+
+import json
+
+import pytest
+import torch
+
+from nanoghost.chat import render
+from nanoghost.engine.generate import Sampling, distribution, draw, generate
+from nanoghost.errors import UserError
+from nanoghost.model.ghost import Ghost, GhostConfig
+from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.tokenizer import Tokenizer
+from nanoghost.tools.calculator import run_tool
+from tests.conftest import toy_text
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([toy_text(300)], 300)
+
+
+def toy_model(arch, tokenizer):
+    torch.manual_seed(0)
+    V = tokenizer.vocab_size
+    if arch == "ghost":
+        model = Ghost(GhostConfig(vocab_size=V, context=512, depth=2, width=64, head_width=32, ngrams=64))
+    else:
+        model = Llama(LlamaConfig(V, 512, 2, 64, 4, 2, 96))
+    for p in model.parameters():
+        p.data = p.data + 0.2 * torch.randn_like(p)  # what starts at zero would make the test blind
+    model.learn_letters(tokenizer)
+    return model
+
+
+@pytest.mark.parametrize("arch", ["ghost", "llama"])
+def test_greedy_rows_equal_full_recomputation_alone_and_padded(arch, tokenizer):
+    model = toy_model(arch, tokenizer)
+    prompts = [tokenizer.encode(t) for t in ("The king", "The queen fears the ghost. The sea", "A")]
+    rows = generate(model, tokenizer, prompts, Sampling(max_tokens=12, temperature=0))
+    for prompt, row in zip(prompts, rows):
+        ids = list(prompt)
+        for _ in row.ids:
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        assert ids == prompt + row.ids
+
+
+def test_stored_logprobs_are_those_of_full_recomputation(tokenizer):
+    model = toy_model("ghost", tokenizer)
+    prompts = [tokenizer.encode(t) for t in ("The king sees", "The")]
+    rows = generate(model, tokenizer, prompts, Sampling(max_tokens=10, temperature=1.0, seed=3), samples=3)
+    assert len(rows) == 6 and rows[0].ids != rows[1].ids
+    for row in rows:
+        ids = torch.tensor([row.prompt + row.ids])
+        logp = model.logprobs(ids[:, :-1], ids[:, 1:])[0, len(row.prompt) - 1 :]
+        assert torch.allclose(logp, torch.tensor(row.logprobs), atol=1e-4)
+    again = generate(model, tokenizer, prompts, Sampling(max_tokens=10, temperature=1.0, seed=3), samples=3)
+    assert [r.ids for r in again] == [r.ids for r in rows]
+
+
+def test_distributions():
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 2
+    plain = torch.softmax(logits, 1)
+    assert torch.allclose(distribution(logits, Sampling(temperature=1.0)), plain)
+    assert torch.allclose(distribution(logits, Sampling(temperature=0.5)), torch.softmax(logits * 2, 1))
+    assert ((distribution(logits, Sampling(temperature=1.0, top_k=5)) > 0).sum(1) == 5).all()
+    nucleus = distribution(logits, Sampling(temperature=1.0, top_p=0.7))
+    for kept, p in zip(nucleus > 0, plain):
+        assert p[kept].sum() >= 0.7 and p[kept].sum() - p[kept].min() < 0.7
+    assert torch.allclose(nucleus.sum(1), torch.ones(50))
+    greedy = distribution(logits, Sampling(temperature=0))
+    assert (greedy.argmax(1) == logits.argmax(1)).all() and (greedy.max(1).values == 1).all()
+
+
+def test_draws_follow_the_distribution():
+    p = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).expand(20000, 4)
+    ids, logp = draw(p, torch.Generator().manual_seed(0))
+    counts = torch.bincount(torch.tensor(ids), minlength=4) / 20000
+    assert torch.allclose(counts, p[0], atol=0.015) and counts[1] == 0
+    assert logp[0] == pytest.approx(float(p[0, ids[0]].log()))
+
+
+class Scripted(torch.nn.Module):
+    """A model that writes the given tokens, whatever it reads."""
+
+    def __init__(self, tokenizer, script):
+        super().__init__()
+        self.inner = toy_model("ghost", tokenizer)
+        self.config, self.head, self.script = self.inner.config, self.inner.head, list(script)
+
+    def new_cache(self, rows, capacity):
+        return self.inner.new_cache(rows, capacity)
+
+    def forward(self, tokens, cache=None, **options):
+        logits = torch.full((*tokens.shape, self.config.vocab_size), -50.0)
+        cache.length += tokens.size(1)
+        position = cache.length - self.start
+        logits[:, -1, self.script[position]] = 50.0
+        return logits[:, -1:]
+
+
+def test_a_tool_is_called_and_its_answer_is_read(tokenizer):
+    call = {"type": "function", "function": {"name": "calculator", "arguments": json.dumps({"expression": "12+30"})}}
+    question = {"role": "user", "content": "12+30?"}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call | {"id": "call_1"}]}
+    told = {"role": "tool", "tool_call_id": "call_1", "content": "42"}
+    said = {"role": "assistant", "content": "It is 42."}
+    prompt, _ = render([question], tokenizer, generation=True)
+    whole, learned = render([question, asked, told, said], tokenizer)
+    model = Scripted(tokenizer, whole[len(prompt) :])
+    model.start = len(prompt)
+    [row] = generate(model, tokenizer, [prompt], Sampling(max_tokens=300, temperature=0), run_tool=run_tool)
+    assert row.messages == [asked, told, said]
+    assert prompt + row.ids == whole[: len(prompt) + len(row.ids)]
+    assert row.sampled == learned[len(prompt) : len(prompt) + len(row.ids)]
+    assert row.finish_reason == "stop"
+    model.start = len(prompt)
+    [row] = generate(model, tokenizer, [prompt], Sampling(max_tokens=300, temperature=0))
+    assert row.messages == [asked], "without tools a call ends the answer"
+
+
+def test_limits_and_stop_texts(tokenizer):
+    model = toy_model("ghost", tokenizer)
+    text = "The king sees the sea. More"
+    prompt = tokenizer.encode("x")
+    script = Scripted(tokenizer, tokenizer.encode(text))
+    script.start = len(prompt)
+    [row] = generate(script, tokenizer, [prompt], Sampling(max_tokens=40, temperature=0, stop=("sea",)))
+    assert row.messages[-1]["content"] == "The king sees the " and row.finish_reason == "stop"
+    [row] = generate(model, tokenizer, [prompt], Sampling(max_tokens=3, temperature=1.0))
+    assert sum(row.sampled) <= 3 and row.finish_reason in ("length", "stop")
+    with pytest.raises(UserError, match="no room"):
+        generate(model, tokenizer, [[5] * 512], Sampling())
+    [row] = generate(model, tokenizer, [[5] * 504], Sampling(max_tokens=100, temperature=1.0))
+    assert len(row.ids) <= 9 and row.finish_reason

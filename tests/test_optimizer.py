@@ -1,0 +1,273 @@
+"""The optimizer against slow oracles: singular values by SVD, one matrix at a time, torch's AdamW; and two processes
+against one."""
+
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing import assert_close
+
+from nanoghost import machine
+from nanoghost.data.batches import Batches
+from nanoghost.model.ghost import LETTERS, Ghost, GhostConfig
+from nanoghost.optim.optimizer import POLAR_EXPRESS, Bucket, Group, Optimizer, orthogonalize
+from nanoghost.optim.schedule import learning_rate, momentum
+from nanoghost.train.pretrain import train_step
+from nanoghost.train.recipe import groups
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Toys are too small to share: on a busy machine threads that wait for each other made a step 100 times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def toy_ghost(depth: int = 2) -> Ghost:
+    """The same for every caller; matrices that start at zero are random, so that no gradient is only rounding noise."""
+    torch.manual_seed(0)
+    model = Ghost(GhostConfig(vocab_size=61, context=16, depth=depth, width=32, head_width=16, ngrams=64))
+    model.letters[:, :3] = torch.randint(256 * LETTERS, (61, 3), dtype=torch.int32)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.out.normal_(std=0.1)
+            block.down.normal_(std=0.1)
+        model.head.normal_(std=0.1)
+    return model
+
+
+def toy_tokens() -> np.ndarray:
+    return np.random.default_rng(0).zipf(1.3, 3000).astype("u2") % 61
+
+
+# ── one matrix ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("rows, columns", [(48, 16), (16, 48), (32, 32)])
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_vectors(rows, columns):
+    torch.manual_seed(0)
+    rank = min(rows, columns)
+    u = torch.linalg.qr(torch.randn(3, rows, rank)).Q
+    v = torch.linalg.qr(torch.randn(3, columns, rank)).Q
+    s = torch.logspace(0, -2.5, rank)  # the largest 300 times the smallest
+    result = u.mT @ orthogonalize(u * s @ v.mT) @ v
+    near_one = result.diagonal(dim1=-2, dim2=-1)
+    assert 0.6 < near_one.min() and near_one.max() < 1.25
+    assert (result - torch.diag_embed(near_one)).abs().max() < 1e-3
+
+
+def test_orthogonalize_does_not_see_scale_and_leaves_zero_at_zero():
+    g = torch.randn(2, 8, 8)
+    assert_close(orthogonalize(g * 1000), orthogonalize(g), rtol=1e-3, atol=1e-3)
+    assert orthogonalize(torch.zeros(1, 8, 8)).count_nonzero() == 0
+
+
+def slow_orthogonalize(g):
+    """The polynomials of Polar Express on the singular values themselves, in fp64."""
+    u, s, vt = torch.linalg.svd(g.double(), full_matrices=False)
+    s = s / (s.norm() * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        s = a * s + b * s**3 + c * s**5
+    return u * s @ vt
+
+
+# ── one bucket ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.no_grad()
+def follow(bucket: Bucket, gradients, scales, momentums):
+    """The bucket's parameters after each step on given gradients."""
+    for time, (gs, scale, momentum) in enumerate(zip(gradients, scales, momentums), 1):
+        for p, g in zip(bucket.parameters, gs):
+            p.grad = g.clone()
+        bucket.step(scale, momentum, time)
+        yield [p.detach().clone() for p in bucket.parameters]
+
+
+def test_adamw_is_torchs_adamw():
+    torch.manual_seed(0)
+    start = [torch.randn(5, 7), torch.randn(3), torch.randn(2, 2, 2)]
+    sizes = torch.logspace(-6, 2, 7)  # columns whose gradients are tiny and huge
+    gradients = [[torch.randn(5, 7) * sizes, torch.randn(3), torch.randn(2, 2, 2)] for _ in range(100)]
+    for step in gradients:
+        step[0][0] = 0  # a row that was never seen
+    ours = Bucket([p.clone().requires_grad_() for p in start], Group("adamw", 0.02, 0.8, 0.95), 0, 1, torch.float32)
+    theirs = [p.clone().requires_grad_() for p in start]
+    optimizer = torch.optim.AdamW(theirs, lr=0.02, betas=(0.8, 0.95), eps=1e-10, weight_decay=0)
+    scales = torch.linspace(1, 0, 100).tolist()
+    for step, after in enumerate(follow(ours, gradients, scales, [0.0] * 100)):
+        optimizer.param_groups[0]["lr"] = 0.02 * scales[step]
+        for p, g in zip(theirs, gradients[step]):
+            p.grad = g.clone()
+        optimizer.step()
+        assert_close(after, [p.detach() for p in theirs], rtol=1e-4, atol=1e-6)
+    assert_close(after[0][0], start[0][0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows, columns", [(12, 6), (6, 12), (8, 8)])
+def test_muon_is_a_loop_over_matrices(rows, columns):
+    torch.manual_seed(0)
+    start = [torch.randn(3, rows, columns), torch.randn(1, rows, columns)]
+    gradients = [[torch.randn_like(p) for p in start] for _ in range(100)]
+    scales = torch.linspace(1, 0.1, 100).tolist()
+    momentums = [momentum(t / 100) for t in range(100)]
+    group = Group("muon", 0.02, beta2=0.9, weight_decay=0.5)
+    bucket = Bucket([p.clone().requires_grad_() for p in start], group, 0, 1, torch.float32)
+
+    weights = [m.double() for p in start for m in p]
+    moments = [torch.zeros(rows, columns, dtype=torch.float64) for _ in weights]
+    row_sizes = [torch.zeros(rows, 1, dtype=torch.float64) for _ in weights]
+    for step, after in enumerate(follow(bucket, gradients, scales, momentums)):
+        for i, g in enumerate(m.double() for p in gradients[step] for m in p):
+            mu, rate = momentums[step], 0.02 * scales[step] * max(1, rows / columns) ** 0.5
+            moments[i] = mu * moments[i] + (1 - mu) * g
+            update = slow_orthogonalize(mu * moments[i] + (1 - mu) * g)  # Nesterov
+            row_sizes[i] = 0.9 * row_sizes[i] + 0.1 * update.square().mean(1, keepdim=True)
+            scaled = update / (row_sizes[i] / (1 - 0.9 ** (step + 1))).sqrt()  # NorMuon
+            update = scaled * update.norm() / scaled.norm()
+            decay = 0.5 * torch.where(update * weights[i] > 0, weights[i], 0)  # only where it agrees
+            weights[i] = weights[i] - rate * (update + decay)
+        assert_close(torch.cat(after).double(), torch.stack(weights), rtol=1e-4, atol=1e-4)
+
+
+# ── a model ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def train(model, optimizer, batches, steps) -> list[float]:
+    losses = []
+    for step in steps:
+        loss = train_step(model, *batches.at(step), micro_batch=2)
+        losses.append(machine.mean_over_ranks(loss))
+        optimizer.step(learning_rate(step / 20), momentum(step / 20))
+    return losses
+
+
+def recipe(model, dtype=torch.float32, rank=0, world=1) -> Optimizer:
+    return Optimizer(model, groups(model.config.width, 0.1), dtype, rank, world)
+
+
+def everything(model) -> torch.Tensor:
+    return torch.cat([p.detach().cpu().float().flatten() for p in model.parameters()])
+
+
+def test_every_parameter_is_in_one_bucket_and_moves():
+    model = toy_ghost()
+    optimizer = recipe(model)
+    owned = [id(p) for b in optimizer.buckets.values() for p in b.parameters]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    model = model.to(machine.device())
+    train(model, optimizer, Batches(toy_tokens(), 16, 4, seed=0), range(2))
+    assert all((p.cpu() != old).any() for p, old in zip(model.parameters(), before))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bf16_weights_are_their_fp32_masters_rounded():
+    model = toy_ghost().cast(torch.bfloat16)
+    optimizer = recipe(model, torch.bfloat16)
+    train(model, optimizer, Batches(toy_tokens(), 16, 4, seed=0), range(5))
+    for bucket in optimizer.buckets.values():
+        weights = torch.cat([p.detach().flatten() for p in bucket.parameters])
+        assert bucket.master.dtype == torch.float32
+        assert torch.equal(weights, bucket.master.flatten().to(weights.dtype))
+    assert model.head.dtype == torch.bfloat16 and (optimizer.buckets["head.torch.bfloat16"].master != model.head.flatten()).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_restores_exactly(dtype):
+    batches = Batches(toy_tokens(), 16, 4, seed=0)
+    model = toy_ghost().cast(dtype)
+    optimizer = recipe(model, dtype)
+    train(model, optimizer, batches, range(4))
+    state = {k: t.clone() for k, t in optimizer.state().items()}
+
+    restored = Ghost(model.config).cast(dtype)  # other random weights
+    restored.letters.copy_(model.letters)
+    again = recipe(restored, dtype)
+    again.load_state(state)
+    assert torch.equal(everything(restored), everything(model))
+    for run in (model, optimizer), (restored, again):
+        train(*run, batches, range(4, 8))
+    assert torch.equal(everything(restored), everything(model))
+    assert all(torch.equal(t, optimizer.state()[k]) for k, t in again.state().items())
+
+
+# ── two processes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+DEPTHS = {3: "an odd number of matrices", 2: "an odd number of scalars"}  # what does not divide by two
+
+
+def one_of_two(rank: int, port: int, folder: str) -> None:
+    """What torchrun would start: 20 steps of every toy, with all state passed on to a new optimizer half way."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    machine.start_ranks()
+    results = {}
+    for depth in DEPTHS:
+        batches = Batches(toy_tokens(), 16, 8, 0, rank, 2)
+        model = toy_ghost(depth)
+        optimizer = recipe(model, rank=rank, world=2)
+        losses = train(model, optimizer, batches, range(10))
+        state, model = optimizer.state(), toy_ghost(depth)
+        optimizer = recipe(model, rank=rank, world=2)
+        optimizer.load_state(state)
+        losses += train(model, optimizer, batches, range(10, 20))
+        held = sum(t.numel() for t in optimizer.state().values())
+        results[depth] = {"losses": losses, "parameters": everything(model), "held": held}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results_of_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo
+        torch.multiprocessing.spawn(one_of_two, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("depth", DEPTHS, ids=DEPTHS.get)
+def test_two_processes_equal_one(results_of_two, depth):
+    first, second = (r[depth] for r in results_of_two)
+    model = toy_ghost(depth).to(machine.device())
+    optimizer = recipe(model)
+    losses = train(model, optimizer, Batches(toy_tokens(), 16, 8, 0), range(20))
+    assert losses[-1] < losses[0] - 0.1
+    assert first["losses"] == second["losses"]
+    assert torch.equal(first["parameters"], second["parameters"])
+    assert_close(torch.tensor(first["losses"]), torch.tensor(losses), rtol=1e-5, atol=0)
+    one = everything(model)
+    assert (first["parameters"] - one).norm() < 1e-5 * one.norm()
+    alone = sum(t.numel() for t in optimizer.state().values())
+    assert first["held"] < 0.6 * alone, "each holds about half of the optimizer's state"
+
+
+# ── schedules ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_learning_rate_goes_up_stays_and_comes_down():
+    def rate(progress):
+        return learning_rate(progress, warmup=0.1, cooldown=0.5, floor=0.2)
+
+    assert [round(rate(p), 9) for p in (0, 0.05, 0.1, 0.3, 0.5, 0.75, 1)] == [0, 0.5, 1, 1, 1, 0.6, 0.2]
+    assert [learning_rate(p) for p in (0, 0.4)] == [1, 1] and learning_rate(1) == 0
+    assert {learning_rate(p / 10, cooldown=0) for p in range(11)} == {1.0}
+
+
+def test_momentum_grows_then_stays():
+    assert [round(momentum(p), 9) for p in (0, 0.15, 0.3, 0.9)] == [0.85, 0.9, 0.95, 0.95]
+
+
+@pytest.mark.parametrize("schedule", [learning_rate, momentum, lambda p: learning_rate(p, 0.1, 0.5, 0.2)])
+def test_schedules_do_not_jump(schedule):
+    values = [schedule(i / 1000) for i in range(1001)]
+    assert max(abs(a - b) for a, b in zip(values, values[1:])) <= 0.0100001

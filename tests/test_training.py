@@ -1,0 +1,200 @@
+"""The stages at toy size, as a user runs them: from text to a chat, resumed after kill -9, determinism, errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nanoghost.runs import ModelFolder
+from tests.conftest import TOY
+
+
+def losses(name, stage):
+    return {e["step"]: e["loss"] for e in ModelFolder(name).events if e["stage"] == stage and "loss" in e}
+
+
+def start(*words):
+    command = [sys.executable, "-m", "nanoghost", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ)
+
+
+def kill_after_checkpoint(process, folder, more_steps=3):
+    """SIGKILL as soon as a checkpoint is there and some steps have been logged after it."""
+    while not list((folder.path / "state").glob("checkpoint-0*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    seen = len(folder.events)
+    while len(folder.events) < seen + more_steps:
+        assert process.poll() is None, "it finished before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_your_own_text_becomes_a_chat(nanoghost, toy_file):
+    code, out, err = nanoghost("pretrain", "--data", toy_file, "--name", "mine", "--steps", 150, *TOY, "--json")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert {"name", "parameters", "tokens", "seconds", "tokens_per_second", "flops_per_second", "bpb"} <= set(figures)
+    first, *_, last = losses("mine", "pretrain").values()
+    assert last < first - 2, "it learned next to nothing"
+    assert figures["bpb"] < 3
+    code, out, err = nanoghost(
+        "sft", "mine", "--name", "mine-sft", "--steps", 8, "--lessons", 300, "--batch", 4, "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["tokens"] == 8 * 4 * 64
+    code, out, err = nanoghost("chat", "mine-sft", "--prompt", "Who are you?")
+    assert code == 0, err
+    assert "<|" not in out
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "mine", "--steps", 150, *TOY)
+    assert code == 0, "a finished model with the same settings is shown, not made again"
+
+
+def test_own_conversations_can_replace_the_lessons(nanoghost, toy_base, tmp_path):
+    chats = tmp_path / "chats.jsonl"
+    turn = [{"role": "user", "content": "king?"}, {"role": "assistant", "content": "The king sees."}]
+    chats.write_text("".join(json.dumps({"messages": turn}) + "\n" for _ in range(20)))
+    code, out, err = nanoghost("sft", toy_base, "--name", "own", "--data", chats, "--steps", 60, "--batch", 4, "--json")
+    assert code == 0, err
+    assert json.loads(out)["loss"] < 0.5, "twenty times the same answer must be learned"
+    code, out, err = nanoghost("chat", "own", "--prompt", "king?", "--temperature", 0)
+    assert (code, out) == (0, "The king sees."), err
+
+
+def test_same_seed_same_losses_and_other_seed_others(nanoghost, toy_file):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert nanoghost("pretrain", "--data", toy_file, "--name", name, "--steps", 6, "--seed", seed, *TOY)[0] == 0
+    assert losses("a", "pretrain") == losses("b", "pretrain")
+    assert losses("a", "pretrain")[5] != losses("c", "pretrain")[5]
+
+
+def test_pretraining_survives_kill_9_bit_for_bit(nanoghost, toy_file):
+    common = ("--data", toy_file, "--steps", 120, *TOY, "--checkpoint-seconds", 0.1)
+    assert nanoghost("pretrain", "--name", "whole", *common)[0] == 0
+    folder = ModelFolder("killed")
+    kill_after_checkpoint(start("pretrain", "--name", "killed", *common), folder)
+    assert not folder.finished
+    assert nanoghost("pretrain", "--name", "killed", *common)[0] == 0
+    assert losses("killed", "pretrain") == losses("whole", "pretrain")
+    whole = (ModelFolder("whole").path / "model.safetensors").read_bytes()
+    assert (folder.path / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_later_stages_survive_kill_9_bit_for_bit(nanoghost, toy_base, stage):
+    common = {
+        "sft": (toy_base, "--steps", 60, "--lessons", 200, "--batch", 2, "--checkpoint-seconds", 0.1),
+        "rl": (toy_base, "--steps", 20, "--problems", 2, "--attempts", 4, "--max-tokens", 6, "--held-out", 4,
+               "--checkpoint-seconds", 0.1),
+    }[stage]  # fmt: skip
+    assert nanoghost(stage, *common, "--name", "whole")[0] == 0
+    folder = ModelFolder("killed")
+    kill_after_checkpoint(start(stage, *common, "--name", "killed"), folder)
+    assert nanoghost(stage, *common, "--name", "killed")[0] == 0
+    assert losses("killed", stage) == losses("whole", stage)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(nanoghost, toy_file):
+    common = ("--data", toy_file, "--steps", 150, *TOY)
+    process = start("pretrain", "--name", "stopped", *common)
+    folder = ModelFolder("stopped")
+    while len(folder.events) < 5:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "is saved at step" in said
+    assert list((folder.path / "state").iterdir()) and not folder.finished
+    assert nanoghost("pretrain", "--name", "stopped", *common)[0] == 0
+    assert sorted(losses("stopped", "pretrain")) == list(range(150))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(nanoghost, toy_file):
+    code, _, err = nanoghost(
+        "pretrain", "--data", toy_file, "--name", "wild", "--steps", 50, *TOY, "--learning-rate", 1e30
+    )
+    assert code == 2
+    line = err.strip().splitlines()[-1]
+    assert "step" in line and "tokens" in line and "--learning-rate" in line
+    assert all(abs(loss) < float("inf") for loss in losses("wild", "pretrain").values())
+
+
+def test_without_a_compiler_everything_works(nanoghost, toy_file, monkeypatch):
+    monkeypatch.setenv("CXX", "/bin/false")
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "plain", "--steps", 3, *TOY)
+    assert code == 0 and "compiling is off: there is no C++ compiler" in err
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "p2", "--steps", 3, *TOY, "--compile", "on")
+    assert code == 2 and "compiler" in err
+
+
+def one_line(err: str) -> str:
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("nanoghost: ") and "Traceback" not in err
+    return line
+
+
+def test_mistakes_end_in_one_clear_line(nanoghost, toy_file, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": \n')
+    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty.write_text("")
+    short.write_text("To be, or not to be.")
+    for words, hints in (
+        (("pretrain", "--stepz", 3), ["--stepz"]),
+        (("pretrain", "--steps", "many"), ["--steps", "many"]),
+        (("dance",), ["dance"]),
+        (("pretrain", "--data", tmp_path / "nowhere.txt", "--steps", 2), ["nowhere.txt"]),
+        (("pretrain", "--data", bad, "--steps", 2), ["bad.jsonl", "2"]),
+        (("pretrain", "--data", empty, "--steps", 2), ["empty"]),
+        (("pretrain", "--data", short, "--steps", 2), ["tokens"]),
+        (("chat", "nobody", "--prompt", "hello"), ["nobody"]),
+        (("sft", "nobody"), ["nobody"]),
+        (("report", "nobody"), ["nobody"]),
+        (("chat", "../etc", "--prompt", "hello"), ["../etc"]),
+        (("pretrain", "--data", toy_file, "--minutes", -1), ["--minutes"]),
+    ):
+        code, _, err = nanoghost(*words)
+        assert code == 2, (words, err)
+        line = one_line(err)
+        assert len(line) < 400
+        for hint in hints:
+            assert hint in line, (words, line)
+    assert not (ModelFolder("ghost-base").path / "model.safetensors").exists()
+
+
+def test_other_settings_need_force_and_force_replaces(nanoghost, toy_file, toy_base):
+    again = ("pretrain", "--data", toy_file, "--name", toy_base, "--steps", 5, *TOY)
+    code, _, err = nanoghost(*again)
+    assert code == 2 and "--force" in one_line(err) and "steps" in err
+    assert nanoghost(*again, "--force")[0] == 0
+    assert ModelFolder(toy_base).card["steps"] == 5
+
+
+def test_a_corpus_shorter_than_a_batch_still_trains(nanoghost, tmp_path):
+    path = tmp_path / "small.txt"
+    path.write_text("The king sees the sea. " * 60)
+    code, _, err = nanoghost("pretrain", "--data", path, "--name", "small", "--steps", 2, "--depth", 2, "--context", 16,
+                             "--batch", 64, "--vocab-size", 280)  # fmt: skip
+    assert code == 0, err
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small tmpfs needs root on Linux")
+def test_a_full_disk_leaves_nothing_half_written(nanoghost, toy_file, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounting a tmpfs")
+    try:
+        monkeypatch.setenv("NANOGHOST_HOME", str(disk))
+        code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "full", "--steps", 3, *TOY)
+        assert code == 2 and "No space left" in one_line(err)
+        left = [p for p in disk.rglob("*") if p.is_file()]
+        assert not [p for p in left if p.suffix == ".tmp" or p.name == "model.safetensors"]
+        assert not ModelFolder("full").finished
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
