@@ -16,10 +16,6 @@ from nanoghost.model.layers import attend, causal_mask, norm, relu_squared, rope
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # see test_optimizer.py
-    yield
-    torch.set_num_threads(before)
 
 
 def value_and_gradients(function, *inputs):
@@ -126,7 +122,9 @@ def test_token_logprobs_in_bf16_stay_near_fp32():
     hidden_ND, head_VD, targets_N = torch.randn(50, 32), torch.randn(40, 32) / 4, torch.randint(40, (50,))
 
     def result(dtype):
-        y, gradients = value_and_gradients(lambda h, w: token_logprobs(h, w, targets_N), hidden_ND.to(dtype), head_VD.to(dtype))
+        y, gradients = value_and_gradients(
+            lambda h, w: token_logprobs(h, w, targets_N), hidden_ND.to(dtype), head_VD.to(dtype)
+        )
         return [y, *(g.float() for g in gradients)]
 
     for rough, exact in zip(result(torch.bfloat16), result(torch.float32)):

@@ -1,0 +1,300 @@
+"""The report: what was made, how, on what machine, in what time, and how good it is.
+
+Everything comes from card.json and events.jsonl of one folder. `content` gathers it once; a page, a Markdown file and the
+terminal show it.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from nanoghost.chat import text_of
+from nanoghost.evals.charts import chart, smooth
+from nanoghost.runs import ModelFolder, open_model, write_atomic
+
+STAGES = {"pretrain": "pretraining", "sft": "finetuning", "rl": "reinforcement"}
+SKILLS = {
+    "sums": "sums with the calculator",
+    "spelling": "spelling a word",
+    "counting": "counting letters",
+    "identity": "who it is",
+    "refusal": "unanswerable: says so",
+    "answerable": "answerable: answers",
+    "chain_sum": "chain_sum, in the head",
+    "spell_backward": "spell_backward",
+}
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """Name of the model; default: the one finished last."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What there is to tell of a model."""
+
+    cards: list[dict]
+    """Of each stage, the first one first."""
+    events: dict[str, list[dict]]
+    """By stage; evaluations under their own names (sft-eval)."""
+
+    @property
+    def card(self) -> dict:
+        return self.cards[-1]
+
+    @property
+    def evaluations(self) -> dict[str, dict]:
+        """Stage -> the evaluation after it."""
+        return {c["stage"]: self.events[f"{c['stage']}-eval"][-1] for c in self.cards if f"{c['stage']}-eval" in self.events}
+
+    def headline(self) -> str:
+        base = self.cards[0]
+        minutes = sum(c["figures"]["seconds"] for c in self.cards) / 60
+        texts = " and ".join(source["name"] for source in base["data"])
+        return (
+            f"A {'chat' if len(self.cards) > 1 else 'language'} model of {base['parameters'] / 1e6:.1f} million parameters,"
+            f" made from {texts} in {minutes:.1f} minutes on {base['machine']['cores']} cores"
+            f" ({base['machine']['cpu']}, {base['machine']['dtype']})."
+        )
+
+    def costs(self) -> list[tuple[str, ...]]:
+        """(stage, model, steps, tokens, seconds, tokens per second, PFLOP) of each stage."""
+        rows = []
+        for c in self.cards:
+            f = c["figures"]
+            work = f["flops_per_second"] / f["tokens_per_second"] * f["tokens"] / 1e15 if f["tokens_per_second"] else 0
+            rows.append((STAGES[c["stage"]], c["name"], f"{c['steps']:,}", f"{f['tokens']:,}", f"{f['seconds']:.0f}",
+                         f"{f['tokens'] / f['seconds']:,.0f}", f"{work:.4f}"))  # fmt: skip
+        return rows
+
+    def quality(self) -> tuple[list[str], list[tuple[str, list[str], int]]]:
+        """Columns (one a stage) and rows (what, cells, which is best)."""
+        found = self.evaluations
+        columns = [STAGES[s] for s in found]
+        rows = []
+        if found:
+            bpbs = [e["bpb"] for e in found.values()]
+            rows.append(("held-out text, bits per byte", [f"{b:.3f}" for b in bpbs], bpbs.index(min(bpbs))))
+            for skill, name in SKILLS.items():
+                results = [e["tasks"].get(skill) for e in found.values()]
+                if all(results):
+                    cells = [f"{r['accuracy']:.1%} ({r['low']:.0%} to {r['high']:.0%})" for r in results]
+                    best = max(range(len(results)), key=lambda i: results[i]["accuracy"])
+                    rows.append((name, cells, best))
+        return columns, rows
+
+    def facts(self) -> list[tuple[str, str]]:
+        base, m = self.cards[0], self.cards[0]["machine"]
+        made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.card["finished"]))
+        rows = [("made", made)]
+        rows += [("command", c["command"]) for c in self.cards if c is self.card or c["command"] != self.card["command"]]
+        rows += [
+            ("seed", str(base["seed"])),
+            ("architecture", f"{base['arch']}: {base['depth_reason']}; {base['vocab_size']:,} tokens of vocabulary"),
+            ("parameters", ", ".join(f"{n / 1e6:.2f}M {k}" for k, n in base["parameter_counts"].items())),
+            ("compiling", f"{'on' if base['compile']['on'] else 'off'}: {base['compile']['reason']}"),
+            ("machine", f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, {m['dtype']}, {m['threads']} threads"),
+            ("versions", ", ".join(f"{k} {v}" for k, v in base["versions"].items())),
+        ]
+        for source in base["data"]:
+            rows.append(("text", f"{source['name']} ({source['licence']}): {source['attribution']}"))
+        return rows
+
+    def memorised(self) -> str:
+        found = self.evaluations
+        if not found:
+            return ""
+        m = list(found.values())[-1]["memorised"]
+        return (
+            f"Given 16 tokens from 64 places of its training text, the longest passage it went on reciting is"
+            f" {m['characters']} characters long{' (' + m['source'] + ')' if m['source'] else ''}: “{m['text'].strip()}”"
+        )
+
+    def charts(self) -> list[str]:
+        """SVG curves of every stage."""
+        drawn = []
+        pre = self.events.get("pretrain", [])
+        loss = smooth([(e["step"], e["loss"]) for e in pre if "loss" in e])
+        drawn.append(chart("pretraining: loss, nats per token", {"loss": loss}, "step"))
+        validation = [(e["step"], e["validation_bpb"]) for e in pre if "validation_bpb" in e]
+        floor = ("counting (Kneser-Ney)", self.cards[0]["figures"]["kneser_ney_bpb"])
+        drawn.append(chart("validation: bits per byte", {"bpb": validation}, "step", level=floor))
+        sft = smooth([(e["step"], e["loss"]) for e in self.events.get("sft", [])], 15)
+        drawn.append(chart("finetuning: loss on answers", {"loss": sft}, "step"))
+        rl = self.events.get("rl", [])
+        tasks = sorted({k for e in rl for k in e if k.startswith("pass_rate_")})
+        rates = {k.removeprefix("pass_rate_"): smooth([(e["step"], e[k]) for e in rl], 5) for k in tasks}
+        drawn.append(chart("reinforcement: attempts that solve", rates, "step", percent=True))
+        entropy = smooth([(e["step"], e["entropy"]) for e in rl], 5)
+        drawn.append(chart("reinforcement: entropy, nats per token", {"entropy": entropy}, "step"))
+        length = smooth([(e["step"], e["length"]) for e in rl], 5)
+        drawn.append(chart("reinforcement: length, tokens", {"length": length}, "step"))
+        return [d for d in drawn if d]
+
+
+def content(folder: ModelFolder) -> Content:
+    cards, card = [], folder.card
+    while card:
+        cards.insert(0, card)
+        card = card["parent"]
+    events: dict[str, list[dict]] = {}
+    for e in folder.events:
+        events.setdefault(e["stage"], []).append(e)
+    return Content(cards, events)
+
+
+# ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+STYLE = """
+:root{--ink:#22252b;--soft:#6a707c;--line:#e3e5ea;--paper:#fdfdfb;--card:#fff;--a:#4a5bd4;--b:#c2571a;--user:#eef0fb}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e8ee;--soft:#9aa1b0;--line:#2d3038;--paper:#15171b;--card:#1b1e24;
+--a:#8f9dff;--b:#f0975f;--user:#262a3d}}
+*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);
+font:17px/1.6 "Iowan Old Style","Palatino Linotype",Palatino,Georgia,serif}
+main{max-width:780px;margin:0 auto;padding:48px 22px 80px}
+header{display:flex;gap:22px;align-items:center;margin-bottom:8px}header svg{width:66px;flex:none}
+h1{font-size:40px;line-height:1.1;margin:0;letter-spacing:-.01em}
+h2{font-size:21px;margin:46px 0 12px;padding-bottom:6px;border-bottom:1px solid var(--line)}
+p.lead{font-size:19px;color:var(--soft);margin:10px 0 0}
+table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
+th{font-weight:600;text-align:left;color:var(--soft);font-size:13.5px}
+td,th{padding:6px 10px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}
+td.n,th.n{text-align:right}b{color:var(--a)}.scroll{overflow-x:auto}
+.strip{display:flex;gap:3px;margin:16px 0 18px;height:34px;font-size:13px;border-radius:8px;overflow:hidden}
+.strip div{background:var(--a);color:var(--paper);padding:7px 10px;white-space:nowrap;overflow:hidden;min-width:0}
+.strip div:nth-child(2){opacity:.82}.strip div:nth-child(3){opacity:.66}
+.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:14px}
+.curves svg{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:6px;width:100%}
+svg text{font-family:inherit;fill:var(--soft);font-size:10.5px}svg .title{fill:var(--ink);font-size:12.5px}
+.grid{stroke:var(--line)}.level{stroke:var(--soft);stroke-dasharray:4 4}
+.line{fill:none;stroke-width:1.8}.line.c0{stroke:var(--a)}.line.c1{stroke:var(--b)}.line.c2{stroke:var(--soft)}
+svg text.legend.c0{fill:var(--a)}svg text.legend.c1{fill:var(--b)}
+.talk{margin:0 0 20px}.said{padding:8px 14px;border-radius:14px;margin:5px 0;max-width:82%;width:fit-content;white-space:pre-wrap}
+.user{background:var(--user);margin-left:auto}.assistant{background:var(--card);border:1px solid var(--line)}
+.tool{font:13.5px/1.5 ui-monospace,Menlo,Consolas,monospace;color:var(--soft);padding:2px 14px}
+.facts td:first-child{color:var(--soft);width:110px}.facts td{overflow-wrap:anywhere}
+small{color:var(--soft)}
+"""
+
+GHOST = (
+    '<svg viewBox="0 0 64 72" aria-hidden="true"><path d="M8 68V30a24 24 0 0 1 48 0v38l-8-7-8 7-8-7-8 7-8-7z" fill="none"'
+    ' stroke="var(--a)" stroke-width="3.4" stroke-linejoin="round"/><circle cx="24" cy="31" r="3.6" fill="var(--a)"/>'
+    '<circle cx="40" cy="31" r="3.6" fill="var(--a)"/></svg>'
+)
+
+
+def page(c: Content) -> str:
+    """report.html: one file, nothing fetched, everything escaped."""
+    cells = "".join(f'<div style="flex:{k["figures"]["seconds"]:.1f}">{STAGES[k["stage"]]} {k["figures"]["seconds"]:.0f} s</div>' for k in c.cards)
+    parts = [f"<header>{GHOST}<div><h1>{escape(c.card['name'])}</h1></div></header><p class=lead>{escape(c.headline())}</p>"]
+    cost_head = ("stage", "model", "steps", "tokens", "seconds", "tokens/s", "PFLOP")
+    parts.append(f"<h2>How it was made</h2><div class=strip>{cells}</div>{html_table(cost_head, c.costs(), numbers_from=2)}")
+    columns, rows = c.quality()
+    if rows:
+        marked = [(escape(n), *(f"<b>{x}</b>" if i == best else x for i, x in enumerate(xs))) for n, xs, best in rows]
+        note = "<p><small>Problems and phrasings that no stage has seen; 95% confidence intervals; greedy decoding. "
+        note += f"Counting byte sequences (Kneser-Ney, order 6) reaches {c.cards[0]['figures']['kneser_ney_bpb']:.3f} bits per byte."
+        parts.append(f"<h2>What it can do</h2>{html_table(('', *columns), marked, escaped=True)}{note}</small></p>")
+    parts.append(f"<h2>How it learned</h2><div class=curves>{''.join(c.charts())}</div>")
+    if c.evaluations:
+        talks = "".join(html_talk(s["messages"]) for s in list(c.evaluations.values())[-1]["samples"])
+        parts.append(f"<h2>What it says</h2>{talks}<p><small>Not chosen: the same five questions at temperature 0.7, one seed.</small></p>")
+        parts.append(f"<h2>What it memorised</h2><p>{escape(c.memorised())}</p>")
+    facts = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in c.facts())
+    parts.append(f"<h2>Made with</h2><div class=scroll><table class=facts>{facts}</table></div>")
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<title>{escape(c.card['name'])}: report</title><style>{STYLE}</style><main>{''.join(parts)}</main></html>\n"
+    )
+
+
+def html_table(head, rows, numbers_from: int = 1, escaped: bool = False) -> str:
+    def row(cells, tag):
+        marks = ("" if i < numbers_from else " class=n" for i in range(len(cells)))
+        return "".join(f"<{tag}{m}>{x if escaped else escape(x)}</{tag}>" for x, m in zip(cells, marks))
+
+    body = "".join(f"<tr>{row(r, 'td')}</tr>" for r in rows)
+    return f"<div class=scroll><table><tr>{row(head, 'th')}</tr>{body}</table></div>"
+
+
+def html_talk(messages: list[dict]) -> str:
+    out = []
+    for m in messages:
+        for call in m.get("tool_calls") or ():
+            out.append(f"<div class=tool>→ {escape(call['function']['name'])} {escape(call['function']['arguments'])}</div>")
+        if m["role"] == "tool":
+            out.append(f"<div class=tool>← {escape(text_of(m))}</div>")
+        elif text_of(m):
+            out.append(f'<div class="said {m["role"]}">{escape(text_of(m))}</div>')
+    return f"<div class=talk>{''.join(out)}</div>"
+
+
+# ── Markdown and terminal ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def markdown(c: Content) -> str:
+    """report.md: the same without the curves."""
+    lines = [f"# {c.card['name']}", "", c.headline(), "", "## How it was made", ""]
+    lines += md_table(("stage", "model", "steps", "tokens", "seconds", "tokens/s", "PFLOP"), c.costs())
+    columns, rows = c.quality()
+    if rows:
+        marked = [(name, *(f"**{x}**" if i == best else x for i, x in enumerate(cells))) for name, cells, best in rows]
+        lines += ["", "## What it can do", "", *md_table(("", *columns), marked)]
+        floor = c.cards[0]["figures"]["kneser_ney_bpb"]
+        lines += ["", f"Counting byte sequences (Kneser-Ney, order 6) reaches {floor:.3f} bits per byte."]
+    if c.evaluations:
+        lines += ["", "## What it says", ""]
+        for sample in list(c.evaluations.values())[-1]["samples"]:
+            for m in sample["messages"]:
+                calls = [f"`{k['function']['name']} {k['function']['arguments']}`" for k in m.get("tool_calls") or ()]
+                lines.append(f"- {m['role']}: {' '.join([*calls, text_of(m).replace(chr(10), ' ')])}")
+            lines.append("")
+        lines += ["## What it memorised", "", c.memorised()]
+    lines += ["", "## Made with", "", *(f"- {k}: {v}" for k, v in c.facts())]
+    return "\n".join(lines) + "\n"
+
+
+def md_table(head, rows) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(x).replace("|", "\\|") for x in line) + " |" for line in lines]
+
+
+def write_report(folder: ModelFolder) -> Path:
+    """Write report.html and report.md into the model's folder; returns the page's path."""
+    c = content(folder)
+    write_atomic(folder.path / "report.md", markdown(c))
+    write_atomic(folder.path / "report.html", page(c))
+    return folder.path / "report.html"
+
+
+def terminal_report(folder: ModelFolder) -> None:
+    c, console = content(folder), Console(stderr=True)
+    console.print(f"\n[bold]{c.card['name']}[/bold]  {c.headline()}\n", highlight=False)
+    columns, rows = c.quality()
+    if rows:
+        table = Table("", *columns, box=None)
+        for name, cells, best in rows:
+            table.add_row(name, *(f"[bold]{x}[/bold]" if i == best else x for i, x in enumerate(cells)))
+        console.print(table, highlight=False)
+
+
+def command(settings: ReportSettings) -> None:
+    folder = open_model(settings.model)
+    path = write_report(folder)
+    terminal_report(folder)
+    Console(stderr=True).print(f"\n{path}", highlight=False, soft_wrap=True)
+    if settings.json:
+        c = content(folder)
+        found = {s: {k: e[k] for k in ("bpb", "tasks", "memorised")} for s, e in c.evaluations.items()}
+        print(json.dumps({"name": c.card["name"], "figures": {k["stage"]: k["figures"] for k in c.cards}, "evaluations": found}))

@@ -1,0 +1,252 @@
+"""Both architectures at toy size: what a logit may depend on, caches against recomputing, counts, folders on disk."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanoghost.errors import UserError
+from nanoghost.model.ghost import LETTERS, Ghost, GhostConfig
+from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.weights import load_model, save_model
+from nanoghost.tokenizer import Tokenizer
+from tests.conftest import toy_text
+
+V = 300
+NO_LETTER = 2 * LETTERS * 256  # the row of `spelling` after those of every byte at every place from both ends
+GHOST = GhostConfig(vocab_size=V, context=24, depth=3, width=32, head_width=16, ngrams=101)
+LLAMA = LlamaConfig(vocab_size=V, context=24, depth=3, width=32, heads=4, key_value_heads=2, mlp_width=48)
+CONFIGS = {"ghost": GHOST, "llama": LLAMA, "tied llama": replace(LLAMA, tied=True)}
+
+
+def fresh(config):
+    torch.manual_seed(0)
+    return (Ghost if isinstance(config, GhostConfig) else Llama)(config)
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+@pytest.fixture
+def model(config):
+    """As if trained: what starts at zero or one is random, so that everything that can reach the logits does."""
+    model = fresh(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.unique().numel() <= 2:  # zeros, ones, or the two numbers of a residual mix
+                p.add_(torch.randn_like(p) * 0.3)
+        model.head.mul_(0.5 / model.head.std())
+    if isinstance(model, Ghost):
+        spelled = torch.rand(model.letters.shape) < 0.5
+        model.letters[spelled] = torch.randint(NO_LETTER, model.letters.shape, dtype=torch.int32)[spelled]
+    return model.requires_grad_(False)
+
+
+def tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(1, V, (rows, length), generator=torch.Generator().manual_seed(rows * 100 + length))
+
+
+# ── what a logit may depend on ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_position_sees_the_past_and_none_the_future(model):
+    """One token is changed: the logits before it stay as they were, those from it on all change."""
+    x_BT = tokens(1, 12)
+    before = model(x_BT)
+    for t in (0, 5, 11):
+        other = x_BT.clone()
+        other[0, t] = (other[0, t] + 1) % V
+        after = model(other)
+        assert_close(after[:, :t], before[:, :t], rtol=0, atol=0)
+        assert ((after - before)[0, t:].abs().amax(-1) > 1e-4).all()
+
+
+def test_packed_conversations_are_as_if_alone(model):
+    """Nothing passes from one to the next: neither attention nor, in a Ghost, the pair of neighbouring tokens."""
+    first, second, third = tokens(1, 5), tokens(1, 8), tokens(1, 1)
+    row = torch.cat([first, second, third], 1)
+    segments = torch.tensor([[1] * 5 + [2] * 8 + [3]])
+    packed = model(row, segments_BT=segments)
+    for alone, part in zip((first, second, third), packed.split([5, 8, 1], 1)):
+        assert_close(part, model(alone), rtol=1e-4, atol=1e-5)
+    other_first = (first + 1) % V
+    again = model(torch.cat([other_first, second, third], 1), segments_BT=segments)
+    assert_close(again[:, 5:], packed[:, 5:], rtol=0, atol=0)
+    assert (model(row)[:, 5:] - packed[:, 5:]).abs().max() > 1e-3, "without segments there is something to leak"
+
+
+def test_logprobs_are_the_log_softmax_of_the_logits(model):
+    x_BT, targets_BT = tokens(2, 9), tokens(2, 10)[:, 1:]
+    segments = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
+    slow = model(x_BT, segments_BT=segments).log_softmax(-1).gather(-1, targets_BT[..., None])[..., 0]
+    assert_close(model.logprobs(x_BT, targets_BT, segments), slow, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert_close(model.logprobs(x_BT, targets_BT, segments), slow, rtol=1e-4, atol=1e-4)
+
+
+# ── the cache ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("chunks", [[1] * 12, [5, 4, 3], [11, 1], [12]], ids=str)
+def test_the_cache_equals_recomputing(model, chunks):
+    x_BT = tokens(3, 12)
+    cache = model.new_cache(3, 20)
+    logits = torch.cat([model(x, cache) for x in x_BT.split(chunks, 1)], 1)
+    assert_close(logits, model(x_BT), rtol=1e-4, atol=1e-5)
+    assert cache.length == 12
+
+
+def test_only_the_last_logits_when_only_they_are_wanted(model):
+    x_BT = tokens(2, 7)
+    assert_close(model(x_BT, last_only=True), model(x_BT)[:, -1:], rtol=1e-4, atol=1e-5)
+    assert_close(model(x_BT, model.new_cache(2, 7), last_only=True), model(x_BT)[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_of_different_lengths_are_as_if_alone(model):
+    """Padding on the left, then three steps together; then one conversation leaves the batch."""
+    lengths, new = (7, 2, 4), 4
+    rows = [tokens(1, n + new) for n in lengths]
+    padded = torch.full((3, 7), 17)  # what the padding is must not matter, so it is an ordinary token
+    valid = torch.zeros(3, 7, dtype=torch.bool)
+    for i, (row, n) in enumerate(zip(rows, lengths)):
+        padded[i, 7 - n :], valid[i, 7 - n :] = row[0, :n], True
+    cache = model.new_cache(3, 20)
+    steps = [model(padded, cache, valid_BT=valid)[:, -1]]
+    for t in range(new - 1):
+        steps.append(model(torch.cat([row[:, n + t : n + t + 1] for row, n in zip(rows, lengths)]), cache)[:, 0])
+    together = torch.stack(steps, 1)
+    for i, (row, n) in enumerate(zip(rows, lengths)):
+        assert_close(together[i], model(row)[0, n - 1 : n + new - 1], rtol=1e-4, atol=1e-5)
+
+    cache.keep(torch.tensor([2, 0]))
+    last = model(torch.cat([rows[2][:, -1:], rows[0][:, -1:]]), cache)[:, 0]
+    for logits, i in zip(last, (2, 0)):
+        assert_close(logits, model(rows[i])[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_logits_before_the_padding_ends_are_finite(model):
+    valid = torch.tensor([[False, False, True]])
+    assert model(tokens(1, 3), model.new_cache(1, 3), valid_BT=valid).isfinite().all()
+
+
+# ── the start, and counts ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_untrained_model_is_undecided(config, dtype):
+    model = fresh(config).cast(dtype)
+    x_BT = tokens(4, 24)
+    loss = -model.logprobs(x_BT, x_BT.roll(-1, 1)).mean()
+    assert abs(loss.item() - math.log(V)) < 0.05
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def independent_count(config) -> dict[str, int]:
+    """Parameters by kind, from the architecture as the docstrings tell it."""
+    c, D = config, config.width
+    if isinstance(c, GhostConfig):
+        valued = math.ceil(c.depth / 2)  # every second layer, the last included
+        return {
+            "matrices": c.depth * (3 + 1 + 4 + 4) * D * D,
+            "head": V * D,
+            "embeddings": V * D * (1 + valued) + (NO_LETTER + 1) * D,
+            "ngrams": c.ngrams * D,
+            "scalars": 2 * c.depth + valued,
+        }
+    attention = 2 * D * D + 2 * D * D * c.key_value_heads // c.heads
+    embeddings = 0 if c.tied else V * D
+    return {
+        "matrices": c.depth * (attention + 3 * D * c.mlp_width),
+        "head": V * D,
+        "embeddings": embeddings,
+        "scalars": (2 * c.depth + 1) * D,
+    }
+
+
+def test_parameter_counts(config):
+    model = fresh(config)
+    assert model.parameter_counts() == independent_count(config)
+    grouped = [id(p) for ps in model.parameter_groups().values() for p in ps]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters()), "each parameter is in one group, once"
+
+
+def test_flops_are_what_pytorch_counts(config):
+    """Of the matrix products of a training step; of a T x T attention only the half that is not masked is useful."""
+    B, T = 2, 16
+    model = fresh(config)
+    with FlopCounterMode(display=False) as counter:
+        (-model.logprobs(tokens(B, T), tokens(B, T)).mean()).backward()
+    flops = {operation.__name__.split(".")[0]: n for operation, n in counter.get_flop_counts()["Global"].items()}
+    attention = flops.pop("bmm") + flops.pop("baddbmm")
+    assert model.flops_per_token(T) * B * T == sum(flops.values()) + attention // 2
+    assert model.flops_per_token() == model.flops_per_token(config.context)
+
+
+def test_a_model_without_memory_can_be_counted(config):
+    """On PyTorch's meta device: how large a model would be, without making it."""
+    large = replace(config, vocab_size=10**6)
+    with torch.device("meta"):
+        model = (Ghost if isinstance(config, GhostConfig) else Llama)(large)
+    assert all(t.is_meta for t in model.state_dict().values())
+    assert model.parameter_counts()["head"] == 10**6 * config.width
+
+
+# ── on disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([toy_text(200)], V)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_model_comes_back_bit_for_bit(model, tokenizer, tmp_path, dtype):
+    model.cast(dtype)
+    save_model(tmp_path, model, tokenizer)
+    loaded, its_tokenizer = load_model(tmp_path, dtype)
+    assert loaded.config == model.config
+    assert torch.equal(loaded(tokens(2, 20)), model(tokens(2, 20)))
+    assert {n: t.dtype for n, t in loaded.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
+    assert its_tokenizer.encode("The king sees.") == tokenizer.encode("The king sees.")
+
+
+def test_letters_spell_each_token_from_both_ends(tokenizer):
+    model = fresh(replace(GHOST, vocab_size=tokenizer.vocab_size))
+    model.learn_letters(tokenizer)
+    for token, row in enumerate(model.letters.tolist()):
+        word = tokenizer.token_bytes(token)
+        word = word.lstrip(b" ") or word  # spaces in front count only where there is nothing else
+        for ends, spelling in ((row[:LETTERS], word[:LETTERS]), (row[LETTERS:], word[::-1][:LETTERS])):
+            assert bytes(r % 256 for r in ends if r != NO_LETTER) == spelling
+        assert all(r // 256 == place for place, r in enumerate(row) if r != NO_LETTER)
+
+
+def test_damaged_weights_are_explained(model, tokenizer, tmp_path):
+    save_model(tmp_path, model, tokenizer)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for part in (whole[: len(whole) // 2], whole[:5], b"", whole[:-1]):
+        path.write_bytes(part)
+        with pytest.raises(UserError, match="model.safetensors"):
+            load_model(tmp_path, torch.float32)
+    path.unlink()
+    with pytest.raises(UserError, match="model.safetensors"):
+        load_model(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_computes_the_same_llama(tokenizer, tmp_path, tied):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = fresh(replace(LLAMA, tied=tied)).requires_grad_(False)
+    for p in model.parameters():
+        p.add_(torch.randn_like(p) * 0.2)
+    save_model(tmp_path, model, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert_close(theirs(tokens(2, 20)).logits, model(tokens(2, 20)), rtol=1e-4, atol=1e-4)
