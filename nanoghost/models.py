@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost.errors import UserError
-from nanoghost.runs import ModelFolder, model_names, open_model, writing
+from nanoghost.runs import ModelFolder, model_names, open_model, write_json, writing
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ def rename_command(settings: RenameSettings) -> None:
     if new.path.exists():
         raise UserError(f"model '{new.name}' exists already")
     with writing(old):
-        old.path.rename(new.path)  # names are what the folder is called; the card follows
-        new.write_card({k: v for k, v in new.card.items() if k not in ("format", "name")})
+        # The card first: it is what a full disk would refuse. Killed in between, the same command goes on.
+        write_json(old.path / "card.json", old.card | {"name": new.name})
+        old.path.rename(new.path)
 
 
 def remove_command(settings: RemoveSettings) -> None:
@@ -103,7 +104,9 @@ def remove_command(settings: RemoveSettings) -> None:
     if not settings.yes:
         if not sys.stdin.isatty():
             raise UserError(f"removing model '{folder.name}' needs --yes when nobody can be asked")
-        if input(f"remove model '{folder.name}' for good? [y/N] ").strip().lower() not in ("y", "yes"):
+        print(f"remove model '{folder.name}' for good? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             return
     with writing(folder):
+        (folder.path / "card.json").unlink()  # from here on it is no model, even if the rest is cut short
         shutil.rmtree(folder.path)

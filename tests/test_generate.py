@@ -133,3 +133,52 @@ def test_limits_and_stop_texts(tokenizer):
         generate(model, tokenizer, [[5] * 512], Sampling())
     [row] = generate(model, tokenizer, [[5] * 504], Sampling(max_tokens=100, temperature=1.0))
     assert len(row.ids) <= 9 and row.finish_reason
+
+
+def called(tokenizer, result):
+    """(prompt, ids of a call, the ids that the engine feeds in for its result)."""
+    function = {"name": "calculator", "arguments": json.dumps({"expression": "1+1"})}
+    question = {"role": "user", "content": "?"}
+    asked = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+    }
+    told = {"role": "tool", "tool_call_id": "call_1", "content": result}
+    prompt = render([question], tokenizer, generation=True)[0]
+    call = render([question, asked], tokenizer)[0][len(prompt) : -len(tokenizer.encode("\n"))]
+    fed = render([question, asked, told], tokenizer, generation=True)[0][len(prompt) + len(call) :]
+    return prompt, call, fed
+
+
+def test_a_tools_answer_that_fills_the_context_is_no_message_of_the_models(tokenizer):
+    result = "9" * 400
+    prompt, call, fed = called(tokenizer, result)
+    script = Scripted(tokenizer, call + fed)
+    script.start = len(prompt)
+    s = Sampling(max_tokens=len(call) + 8, temperature=0)
+    [row] = generate(script, tokenizer, [prompt], s, run_tool=lambda call: result)
+    assert [m["role"] for m in row.messages] == ["assistant", "tool"] and row.finish_reason == "length"
+
+
+def test_a_call_with_the_last_token_is_not_answered(tokenizer):
+    prompt, call, fed = called(tokenizer, "2")
+    script = Scripted(tokenizer, call + fed + tokenizer.encode("It is 2."))
+    script.start = len(prompt)
+    [row] = generate(script, tokenizer, [prompt], Sampling(max_tokens=len(call), temperature=0), run_tool=run_tool)
+    assert sum(row.sampled) == len(call) == len(row.ids)
+
+
+@pytest.mark.parametrize("arch", ["ghost", "llama"])
+def test_cached_logits_of_padded_rows_equal_full_recomputation(arch, tokenizer):
+    model = toy_model(arch, tokenizer)
+    texts = [tokenizer.encode(t) for t in ("The king sees the sea.", "A ghost")]
+    longest, more = max(map(len, texts)), tokenizer.encode(" loves")
+    padded = torch.tensor([[0] * (longest - len(t)) + t for t in texts])
+    valid = torch.tensor([[False] * (longest - len(t)) + [True] * len(t) for t in texts])
+    with torch.no_grad():
+        cache = model.new_cache(2, 64)
+        model(padded, cache=cache, valid_BT=valid)
+        logits = torch.cat([model(torch.tensor([[token]] * 2), cache=cache) for token in more], 1)
+        for t, row in zip(texts, logits):
+            assert torch.allclose(row, model(torch.tensor([t + more]))[0, len(t) :], atol=1e-4)

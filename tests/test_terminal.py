@@ -1,11 +1,14 @@
-"""Chat: what is shown, what is kept, slash commands; and the verbs that look after models."""
+"""Chat: what is shown, what is kept, slash commands; and the verbs that look after data."""
 
+import io
 import json
 
 import pytest
+import torch
 
+from nanoghost import cli
+from nanoghost.data.sources import load_conversations
 from nanoghost.engine.generate import Sampling
-from nanoghost.runs import ModelFolder
 from nanoghost.serve.terminal import Conversation, fragments, slash
 from tests.test_generate import Scripted, tokenizer  # noqa: F401
 
@@ -15,7 +18,11 @@ def test_text_streams_whole_characters_and_calls_become_a_line(tokenizer):  # no
     from nanoghost.engine.generate import steps
     from nanoghost.tools.calculator import run_tool
 
-    call = {"id": "call_1", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1+1"}'}}
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "calculator", "arguments": '{"expression": "1+1"}'},
+    }
     messages = [
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -38,7 +45,7 @@ def conversation(toy_base):
 
 
 def test_conversation_keeps_drops_and_stops(conversation):
-    for turn in range(8):
+    for _ in range(8):
         dropped = conversation.ask("The king sees the queen.")
         list(conversation.answer())
     assert dropped > 0 and conversation.messages[0]["role"] == "system", "old turns go, the system message stays"
@@ -69,17 +76,107 @@ def test_slash_commands(conversation, tmp_path):
     assert "/dance" in slash(conversation, "/dance")
 
 
-def test_list_show_rename_rm(nanoghost, toy_base):
-    code, out, _ = nanoghost("list", "--json")
-    assert code == 0 and [row["name"] for row in json.loads(out)] == [toy_base]
-    assert nanoghost("show", toy_base)[0] == 0
-    assert nanoghost("rename", toy_base, "other")[0] == 0
-    assert ModelFolder("other").card["name"] == "other" and not ModelFolder(toy_base).exists
-    assert nanoghost("rename", "other", "other")[0] == 2
-    assert nanoghost("rename", "nobody", "x")[0] == 2
-    assert nanoghost("rm", "other")[0] == 2, "nobody can be asked here"
-    assert nanoghost("rm", "other", "--yes")[0] == 0
-    assert not ModelFolder("other").path.exists()
+def shown(tokenizer, *script):  # noqa: F811
+    """What is shown of an answer of these texts; names of marks stand for the marks. (fragments, messages)"""
+    from nanoghost.chat import render
+    from nanoghost.engine.generate import steps
+    from nanoghost.tools.calculator import run_tool
+
+    prompt, _ = render([{"role": "user", "content": "?"}], tokenizer, generation=True)
+    ids = []
+    for text in script:
+        if text == "(fed)":  # the engine puts the tool's answer here, whatever the script says
+            told = [{"role": "tool", "content": "2"}]
+            ids += tokenizer.encode("\n") + render(told, tokenizer, generation=True)[0]
+        else:
+            ids += [tokenizer.special(text)] if text.startswith("<") else tokenizer.encode(text)
+    model = Scripted(tokenizer, ids)
+    model.start = len(prompt)
+    engine = steps(model, tokenizer, [prompt], Sampling(max_tokens=300, temperature=0), run_tool=run_tool)
+    said = list(fragments(engine, tokenizer))
+    return [s for s, _ in said if s.text], said[-1][1].messages
+
+
+CALL = '\n{"name": "calculator", "arguments": {"expression": "1+1"}}\n'
+
+
+def test_a_call_that_does_not_parse_is_shown(tokenizer):  # noqa: F811
+    said, messages = shown(tokenizer, "<tool_call>", "\n{oops\n", "</tool_call>", "<|im_end|>")
+    assert "".join(s.text for s in said) == messages[-1]["content"] == "\n{oops\n"
+
+
+def test_an_unclosed_call_does_not_hide_the_answer(tokenizer):  # noqa: F811
+    said, _ = shown(tokenizer, "<tool_call>", CALL, "<|im_end|>", "(fed)", "It is 2.", "<|im_end|>")
+    assert said[0].is_tool and "".join(s.text for s in said[1:]) == "It is 2."
+
+
+def test_a_tool_line_stands_alone(tokenizer):  # noqa: F811
+    said, _ = shown(
+        tokenizer, "Let me see.", "<tool_call>", CALL, "</tool_call>", "<|im_end|>", "(fed)", "2.", "<|im_end|>"
+    )
+    assert "".join(f"[{s.text}]" if s.is_tool else s.text for s in said) == "Let me see.\n[calculator(1+1) → 2]2."
+
+
+def test_stopping_inside_a_call_keeps_only_what_was_said(conversation):
+    special, encode = conversation.tokenizer.special, conversation.tokenizer.encode
+    script = [*encode("Well."), special("<tool_call>"), *encode('{"name')]
+    conversation.set_system(None)
+    conversation.ask("?")
+    conversation.sampling = Sampling(max_tokens=len(script) + 50, temperature=0)
+    weights = conversation.model
+
+    class Scribe(type(weights)):
+        def forward(self, tokens, cache=None, **options):
+            if not script:
+                raise KeyboardInterrupt
+            cache.length += tokens.size(1)
+            logits = -50 * torch.ones(*tokens.shape, self.config.vocab_size)
+            logits[:, -1, script.pop(0)] = 50.0
+            return logits[:, -1:]
+
+    weights.__class__ = Scribe
+    with pytest.raises(KeyboardInterrupt):
+        list(conversation.answer())
+    assert conversation.messages[-1] == {"role": "assistant", "content": "Well."}
+
+
+def test_save_holds_all_that_was_said_and_a_bad_path_is_no_end(conversation, tmp_path):
+    path = tmp_path / "kept.jsonl"
+    assert "nothing" in slash(conversation, f"/save {path}") and not path.exists()
+    for turn in range(8):
+        conversation.ask(f"The king sees the queen, {turn}.")
+        list(conversation.answer())
+    path.write_text('{"messages": [{"role": "user", "content": "no line end"}]}')
+    slash(conversation, f"/save {path}")
+    _, messages = load_conversations(path)
+    assert [m["content"][-2] for m in messages if m["role"] == "user"] == list("01234567")
+    assert messages[0] == {"role": "system", "content": "Be brief."} and len(messages) > len(conversation.messages)
+    assert "not a file" in slash(conversation, f"/save {tmp_path}")
+    assert "cannot save" in slash(conversation, f"/save {path}/below/x.jsonl")
+    slash(conversation, "/reset")
+    assert conversation.transcript == [{"role": "system", "content": "Be brief."}]
+
+
+def test_piped_chat_and_prompt(nanoghost, toy_base, monkeypatch, capsys):
+    lines = "Hello\n/dance\n" + "word " * 300 + "\n" + "The king sees the queen.\n" * 8
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    cli.main(["chat", toy_base, "--max-tokens", "4"])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x01" not in out and out.startswith("toy, ")
+    assert "/dance is not a command" in out and out.count("context holds 64") == 1
+    assert out.count("no longer sees") == 1, "that old turns go is said once"
+    answers = []
+    for words in (("--prompt", "king?"), ("--prompt", "-")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("king?\n"))
+        code, out, _ = nanoghost("chat", toy_base, *words, "--max-tokens", 6)
+        assert code == 0
+        answers.append(out)
+    assert answers[0] == answers[1], "with --prompt the seed is 0"
+    for words in (("--top-k", -1), ("--temperature", -1), ("--top-p", 0), ("--prompt", "word " * 300)):
+        code, out, err = nanoghost("chat", toy_base, "--prompt", "x", *words)
+        assert (code, out) == (2, "") and err.startswith("nanoghost: ")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    assert nanoghost("chat", toy_base)[0] == 2
 
 
 def test_data_and_tokenizer_verbs(nanoghost, toy_file):
@@ -91,3 +188,13 @@ def test_data_and_tokenizer_verbs(nanoghost, toy_file):
     code, out, err = nanoghost("tokenizer", "eval", "--name", "t", "--json")
     assert code == 0, err
     assert json.loads(out)["vocab_size"] == 300
+
+
+def test_data_shows_what_is_too_short_to_train_on_and_any_file_name(nanoghost, tmp_path):
+    path = tmp_path / "notes[1].txt"
+    path.write_text("To be, or not to be. " * 20)
+    code, out, err = nanoghost("data", path, "--vocab-size", 280, "--json")
+    assert code == 0 and json.loads(out)["batch_milliseconds"] is None, err
+    assert "notes[1].txt" in json.loads(out)["attribution"]
+    code, _, err = nanoghost("data", path, "--vocab-size", 280)
+    assert code == 0 and "notes[1].txt" in err and "too short" in err

@@ -128,7 +128,7 @@ def steps(
                 if not row.given:
                     row.message_start = len(row.ids)
             elif token in ends:
-                finish_message(row, tokenizer, run_tool)
+                finish_message(row, tokenizer, run_tool if sum(row.sampled) < s.max_tokens else None)
             elif sum(row.sampled) >= s.max_tokens:
                 row.finish_reason = "length"
             elif s.stop and any(text in tokenizer.decode(row.ids[row.message_start :]) for text in s.stop):
@@ -137,8 +137,10 @@ def steps(
             for i in running:
                 rows[i].finish_reason = rows[i].finish_reason or "length"
         for i in running:
-            if rows[i].finish_reason and (not rows[i].messages or rows[i].message_start < len(rows[i].ids)):
-                close(rows[i], tokenizer, s)
+            row = rows[i]
+            unfinished = not row.messages or row.message_start < len(row.ids)
+            if row.finish_reason and unfinished and not row.given:  # what a tool says is no message of the model's
+                close(row, tokenizer, s)
         yield rows
         still = [j for j, i in enumerate(running) if not rows[i].finish_reason]
         if len(still) < len(running):

@@ -34,7 +34,9 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], x_label: str,
     if level:
         _, at = place(x0, level[1])
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{at - 4:.1f}" text-anchor="end">{escape(level[0])}</text>')
+        parts.append(
+            f'<text class="tick" x="{WIDTH - RIGHT}" y="{at - 4:.1f}" text-anchor="end">{escape(level[0])}</text>'
+        )
     for i, (name, points) in enumerate(lines.items()):
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for x, y in points))
         parts.append(f'<polyline class="line c{i}" points="{path}"/>')

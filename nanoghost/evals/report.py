@@ -5,9 +5,11 @@ terminal show it.
 """
 
 import json
+import re
 import time
+import unicodedata
 from dataclasses import dataclass
-from html import escape
+from html import escape as html_escape
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +58,9 @@ class Content:
     @property
     def evaluations(self) -> dict[str, dict]:
         """Stage -> the evaluation after it."""
-        return {c["stage"]: self.events[f"{c['stage']}-eval"][-1] for c in self.cards if f"{c['stage']}-eval" in self.events}
+        return {
+            c["stage"]: self.events[f"{c['stage']}-eval"][-1] for c in self.cards if f"{c['stage']}-eval" in self.events
+        }
 
     def headline(self) -> str:
         base = self.cards[0]
@@ -98,7 +102,9 @@ class Content:
         base, m = self.cards[0], self.cards[0]["machine"]
         made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.card["finished"]))
         rows = [("made", made)]
-        rows += [("command", c["command"]) for c in self.cards if c is self.card or c["command"] != self.card["command"]]
+        rows += [
+            ("command", c["command"]) for c in self.cards if c is self.card or c["command"] != self.card["command"]
+        ]
         rows += [
             ("seed", str(base["seed"])),
             ("architecture", f"{base['arch']}: {base['depth_reason']}; {base['vocab_size']:,} tokens of vocabulary"),
@@ -141,6 +147,18 @@ class Content:
         length = smooth([(e["step"], e["length"]) for e in rl], 5)
         drawn.append(chart("reinforcement: length, tokens", {"length": length}, "step"))
         return [d for d in drawn if d]
+
+
+def printable(text: str) -> str:
+    """Without control characters (terminals obey them), lone surrogates, and marks that turn the direction of text.
+
+    What models say and what users name their files is not to be trusted.
+    """
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\n" else c for c in text)
+
+
+def escape(text: str) -> str:
+    return html_escape(printable(text))
 
 
 def content(folder: ModelFolder) -> Content:
@@ -196,10 +214,17 @@ GHOST = (
 
 def page(c: Content) -> str:
     """report.html: one file, nothing fetched, everything escaped."""
-    cells = "".join(f'<div style="flex:{k["figures"]["seconds"]:.1f}">{STAGES[k["stage"]]} {k["figures"]["seconds"]:.0f} s</div>' for k in c.cards)
-    parts = [f"<header>{GHOST}<div><h1>{escape(c.card['name'])}</h1></div></header><p class=lead>{escape(c.headline())}</p>"]
+    cells = "".join(
+        f'<div style="flex:{k["figures"]["seconds"]:.1f}">{STAGES[k["stage"]]} {k["figures"]["seconds"]:.0f} s</div>'
+        for k in c.cards
+    )
+    parts = [
+        f"<header>{GHOST}<div><h1>{escape(c.card['name'])}</h1></div></header><p class=lead>{escape(c.headline())}</p>"
+    ]
     cost_head = ("stage", "model", "steps", "tokens", "seconds", "tokens/s", "PFLOP")
-    parts.append(f"<h2>How it was made</h2><div class=strip>{cells}</div>{html_table(cost_head, c.costs(), numbers_from=2)}")
+    parts.append(
+        f"<h2>How it was made</h2><div class=strip>{cells}</div>{html_table(cost_head, c.costs(), numbers_from=2)}"
+    )
     columns, rows = c.quality()
     if rows:
         marked = [(escape(n), *(f"<b>{x}</b>" if i == best else x for i, x in enumerate(xs))) for n, xs, best in rows]
@@ -209,7 +234,9 @@ def page(c: Content) -> str:
     parts.append(f"<h2>How it learned</h2><div class=curves>{''.join(c.charts())}</div>")
     if c.evaluations:
         talks = "".join(html_talk(s["messages"]) for s in list(c.evaluations.values())[-1]["samples"])
-        parts.append(f"<h2>What it says</h2>{talks}<p><small>Not chosen: the same five questions at temperature 0.7, one seed.</small></p>")
+        parts.append(
+            f"<h2>What it says</h2>{talks}<p><small>Not chosen: the same five questions at temperature 0.7, one seed.</small></p>"
+        )
         parts.append(f"<h2>What it memorised</h2><p>{escape(c.memorised())}</p>")
     facts = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in c.facts())
     parts.append(f"<h2>Made with</h2><div class=scroll><table class=facts>{facts}</table></div>")
@@ -232,11 +259,13 @@ def html_talk(messages: list[dict]) -> str:
     out = []
     for m in messages:
         for call in m.get("tool_calls") or ():
-            out.append(f"<div class=tool>→ {escape(call['function']['name'])} {escape(call['function']['arguments'])}</div>")
+            out.append(
+                f"<div class=tool>→ {escape(call['function']['name'])} {escape(call['function']['arguments'])}</div>"
+            )
         if m["role"] == "tool":
             out.append(f"<div class=tool>← {escape(text_of(m))}</div>")
         elif text_of(m):
-            out.append(f'<div class="said {m["role"]}">{escape(text_of(m))}</div>')
+            out.append(f'<div class="said {escape(m["role"])}">{escape(text_of(m))}</div>')
     return f"<div class=talk>{''.join(out)}</div>"
 
 
@@ -245,7 +274,7 @@ def html_talk(messages: list[dict]) -> str:
 
 def markdown(c: Content) -> str:
     """report.md: the same without the curves."""
-    lines = [f"# {c.card['name']}", "", c.headline(), "", "## How it was made", ""]
+    lines = [f"# {c.card['name']}", "", md(c.headline()), "", "## How it was made", ""]
     lines += md_table(("stage", "model", "steps", "tokens", "seconds", "tokens/s", "PFLOP"), c.costs())
     columns, rows = c.quality()
     if rows:
@@ -257,12 +286,17 @@ def markdown(c: Content) -> str:
         lines += ["", "## What it says", ""]
         for sample in list(c.evaluations.values())[-1]["samples"]:
             for m in sample["messages"]:
-                calls = [f"`{k['function']['name']} {k['function']['arguments']}`" for k in m.get("tool_calls") or ()]
-                lines.append(f"- {m['role']}: {' '.join([*calls, text_of(m).replace(chr(10), ' ')])}")
+                calls = [f"{k['function']['name']} {k['function']['arguments']}" for k in m.get("tool_calls") or ()]
+                lines.append(f"- {m['role']}: {md(' '.join([*calls, text_of(m)]))}")
             lines.append("")
-        lines += ["## What it memorised", "", c.memorised()]
-    lines += ["", "## Made with", "", *(f"- {k}: {v}" for k, v in c.facts())]
+        lines += ["## What it memorised", "", md(c.memorised())]
+    lines += ["", "## Made with", "", *(f"- {k}: {md(v)}" for k, v in c.facts())]
     return "\n".join(lines) + "\n"
+
+
+def md(text: str) -> str:
+    """Text within a line of Markdown, in which nothing has a meaning."""
+    return re.sub(r"([\\`*_\[\]|<>#])", r"\\\1", " ".join(printable(text).split()))
 
 
 def md_table(head, rows) -> list[str]:
@@ -280,7 +314,7 @@ def write_report(folder: ModelFolder) -> Path:
 
 def terminal_report(folder: ModelFolder) -> None:
     c, console = content(folder), Console(stderr=True)
-    console.print(f"\n[bold]{c.card['name']}[/bold]  {c.headline()}\n", highlight=False)
+    console.print(f"\n{c.card['name']}: {printable(c.headline())}\n", highlight=False, markup=False)
     columns, rows = c.quality()
     if rows:
         table = Table("", *columns, box=None)
@@ -293,8 +327,12 @@ def command(settings: ReportSettings) -> None:
     folder = open_model(settings.model)
     path = write_report(folder)
     terminal_report(folder)
-    Console(stderr=True).print(f"\n{path}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"\n{path}", highlight=False, markup=False, soft_wrap=True)
     if settings.json:
         c = content(folder)
         found = {s: {k: e[k] for k in ("bpb", "tasks", "memorised")} for s, e in c.evaluations.items()}
-        print(json.dumps({"name": c.card["name"], "figures": {k["stage"]: k["figures"] for k in c.cards}, "evaluations": found}))
+        print(
+            json.dumps(
+                {"name": c.card["name"], "figures": {k["stage"]: k["figures"] for k in c.cards}, "evaluations": found}
+            )
+        )

@@ -5,21 +5,22 @@ half prints them and understands slash commands.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from nanoghost import machine
-from nanoghost.chat import render, shortened
-from nanoghost.engine.generate import Sampling, steps
+from nanoghost.chat import parse_call, render, shortened
+from nanoghost.engine.generate import Row, Sampling, steps
 from nanoghost.errors import UserError
 from nanoghost.model.weights import load_model
-from nanoghost.runs import home, open_model
+from nanoghost.runs import home, open_model, write_atomic
 from nanoghost.tokenizer import StreamDecoder
 from nanoghost.tools.calculator import run_tool
 
@@ -28,6 +29,9 @@ HELP = """/help           this list
 /system TEXT    what the model is told before the conversation (without TEXT: nothing)
 /save [FILE]    append the conversation to a file of conversations (JSON lines)
 Ctrl-C stops an answer and keeps what was said; Ctrl-D leaves."""
+
+
+LEAST = 8  # tokens of the context that a message must leave for its answer
 
 
 @dataclass(frozen=True)
@@ -66,28 +70,45 @@ class Conversation:
         self.model, self.tokenizer = load_model(self.folder.path, machine.compute_dtype(), machine.device())
         self.sampling, self.answers = sampling, 0
         self.messages: list[dict] = []
+        self.forgotten: list[dict] = []  # turns that no longer fit; /save has them still
         self.set_system(system)
 
     def set_system(self, text: str | None) -> None:
         rest = [m for m in self.messages if m["role"] != "system"]
         self.messages = ([{"role": "system", "content": text}] if text else []) + rest
 
+    @property
+    def transcript(self) -> list[dict]:
+        """All that was said, also what the model no longer sees."""
+        starts = sum(m["role"] == "system" for m in self.messages)
+        return self.messages[:starts] + self.forgotten + self.messages[starts:]
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+        self.forgotten = []
+
     def ask(self, text: str) -> int:
         """Add a user's message; returns how many old messages no longer fit. Raises UserError if this one alone doesn't."""
         context = self.model.config.context
-        room = context - min(self.sampling.max_tokens, context // 2)
+        room = context - max(LEAST, min(self.sampling.max_tokens, context // 2))
+        text = text.encode(errors="replace").decode()  # bytes typed that are no UTF-8 arrive as lone surrogates
         longer = [*self.messages, {"role": "user", "content": text}]
         kept = shortened(longer, self.tokenizer, room, generation=True)
         used = len(render(kept, self.tokenizer, generation=True)[0])
-        if used > context - 8:
-            raise UserError(f"that message takes {used} tokens; this model's context holds {context}")
+        if used > context - LEAST:
+            raise UserError(
+                f"that message takes {used} tokens, system text included; this model's context holds {context}"
+            )
+        dropped = len(longer) - len(kept)
+        self.forgotten += [m for m in longer if m["role"] != "system"][:dropped]
         self.messages = kept
-        return len(longer) - len(kept)
+        return dropped
 
     def answer(self) -> Iterator[Said]:
         """Stream the answer and keep it; closing the iterator early keeps what was said until then."""
         prompt, _ = render(self.messages, self.tokenizer, generation=True)
-        sampling = Sampling(**(vars(self.sampling) | {"seed": self.sampling.seed + self.answers}))
+        sampling = replace(self.sampling, seed=self.sampling.seed + self.answers)
         self.answers += 1
         begun, row = len(self.messages), None
         engine = steps(self.model, self.tokenizer, [prompt], sampling, run_tool=run_tool)
@@ -97,31 +118,45 @@ class Conversation:
                     yield said
         finally:
             finished = row.messages if row else []
-            rest = self.tokenizer.decode(row.ids[row.message_start :]) if row and not row.given else ""
-            partial = [{"role": "assistant", "content": rest}] if rest else []
+            rest = row.ids[row.message_start :] if row and not row.given else []
+            if (opening := self.tokenizer.special("<tool_call>")) in rest:
+                rest = rest[: rest.index(opening)]  # half a call is nothing that was said
+            text = self.tokenizer.decode(rest)
+            partial = [{"role": "assistant", "content": text}] if text else []
             self.messages = self.messages[:begun] + finished + partial
 
 
-def fragments(engine_steps, tokenizer):
-    """(what to show, the row) after each step of a single row; marks and calls are not text."""
+def fragments(engine_steps, tokenizer) -> Iterator[tuple[Said, Row]]:
+    """What to show of a single row, and the row, as it grows. Marks are never text, and calls only if they don't parse.
+
+    After every step there is something, if only an empty text: who listens always holds the newest row.
+    """
     opening, closing = tokenizer.special("<tool_call>"), tokenizer.special("</tool_call>")
-    decoder, inside, shown, calls = StreamDecoder(tokenizer), False, 0, {}
+    decoder, call, seen, calls, in_line = StreamDecoder(tokenizer), [], 0, {}, False
     for (row,) in engine_steps:
-        token = row.ids[-1]
-        if token == opening:
-            inside = True
-        if row.sampled[-1] and not inside:
-            yield Said(decoder.feed(token)), row
-        if token == closing:
-            inside = False
-        for message in row.messages[shown:]:
-            shown += 1
+        token, new, text = row.ids[-1], row.messages[seen:], ""
+        seen = len(row.messages)
+        if call or (token == opening and row.sampled[-1]):
+            call.append(token)
+        elif row.sampled[-1]:
+            text = decoder.feed(token)
+        if call and (new or token == closing):  # as parse_reply: the end of the message also ends a call
+            written = tokenizer.decode(call)
+            text += "" if parse_call(written) else written
+            call = []
+        if new:
+            text += decoder.flush()
+        in_line = in_line or bool(text)
+        yield Said(text), row
+        for message in new:
             if message["role"] == "assistant":
                 calls = {c["id"]: c["function"] for c in message.get("tool_calls", ())}
             else:
-                call = calls[message["tool_call_id"]]
-                yield Said(f"{call['name']}({arguments(call)}) → {message['content']}", is_tool=True), row
-    yield Said(decoder.flush()), row
+                if in_line:
+                    yield Said("\n"), row
+                in_line = False
+                function = calls[message["tool_call_id"]]
+                yield Said(f"{function['name']}({arguments(function)}) → {message['content']}", is_tool=True), row
 
 
 def arguments(call: dict) -> str:
@@ -135,21 +170,24 @@ def arguments(call: dict) -> str:
 
 def command(settings: ChatSettings) -> None:
     machine.prepare()
-    if settings.temperature < 0 or not 0 < settings.top_p <= 1 or settings.max_tokens < 1:
-        raise UserError("--temperature is at least 0, --top-p above 0 and at most 1, --max-tokens at least 1")
+    if not settings.temperature >= 0 or settings.top_k < 0 or not 0 < settings.top_p <= 1 or settings.max_tokens < 1:
+        raise UserError(
+            "--temperature and --top-k are at least 0, --top-p above 0 and at most 1, --max-tokens at least 1"
+        )
     once = settings.prompt is not None
     seed = settings.seed if settings.seed is not None else 0 if once else int(time.time())
     sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_k, settings.top_p, seed)
     conversation = Conversation(settings.model, sampling, settings.system)
-    if once:
-        conversation.ask(sys.stdin.read() if settings.prompt == "-" else settings.prompt)
-        for said in conversation.answer():
-            print(
-                said.text, end="\n" if said.is_tool else "", flush=True, file=sys.stderr if said.is_tool else sys.stdout
-            )
-        print()
-        return
-    talk(conversation)
+    try:
+        if not once:
+            talk(conversation)
+            return
+        conversation.ask(sys.stdin.read().strip() if settings.prompt == "-" else settings.prompt)
+    except UnicodeDecodeError:
+        raise UserError("standard input is not UTF-8 text") from None
+    for said in conversation.answer():
+        print(said.text, end="\n" if said.is_tool else "", flush=True, file=sys.stderr if said.is_tool else sys.stdout)
+    print()
 
 
 def dim(text: str) -> str:
@@ -164,10 +202,11 @@ def talk(conversation: Conversation) -> None:
             f"{card['name']}, {card['parameters'] / 1e6:.1f}M parameters. Ask who it is, for a sum, or speak like a play. /help"
         )
     )
-    save_history = edit_lines() if sys.stdin.isatty() else lambda: None
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    save_history = edit_lines() if interactive else lambda: None
     while True:
         try:
-            line = input("\x01\x1b[1m\x02> \x01\x1b[0m\x02" if sys.stdin.isatty() else "").strip()
+            line = input("\x01\x1b[1m\x02> \x01\x1b[0m\x02" if interactive else "").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             break
@@ -184,8 +223,8 @@ def reply(conversation: Conversation, line: str) -> None:
     except UserError as e:
         print(dim(str(e)))
         return
-    if dropped:
-        print(dim(f"(the context is full: the oldest {dropped} messages are no longer seen)"))
+    if dropped and dropped == len(conversation.forgotten):  # say it the first time
+        print(dim("(the context is full: from here on the model no longer sees the oldest turns)"))
     answer = conversation.answer()
     try:
         for said in answer:
@@ -203,19 +242,29 @@ def slash(conversation: Conversation, line: str) -> str:
     if word == "/help":
         return HELP
     if word == "/reset":
-        system = next((m["content"] for m in conversation.messages if m["role"] == "system"), None)
-        conversation.messages = []
-        conversation.set_system(system)
+        conversation.reset()
         return "the conversation is forgotten"
     if word == "/system":
         conversation.set_system(rest.strip() or None)
         return "noted" if rest.strip() else "the model is told nothing"
     if word == "/save":
-        path = Path(rest.strip() or "conversations.jsonl").expanduser()
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"messages": conversation.messages}, ensure_ascii=False) + "\n")
-        return f"saved to {path}"
+        return save(conversation.transcript, Path(os.path.expanduser(rest.strip() or "conversations.jsonl")).resolve())
     return f"{word} is not a command; /help lists them"
+
+
+def save(messages: list[dict], path: Path) -> str:
+    """Append a conversation to a file of them, whole or not at all; returns what to print."""
+    if not any(m["role"] == "user" for m in messages):
+        return "there is nothing to save yet"
+    if path.exists() and not path.is_file():
+        return f"{path} is not a file"
+    try:
+        before = path.read_bytes() if path.exists() else b""
+        line = json.dumps({"messages": messages}, ensure_ascii=False).encode() + b"\n"
+        write_atomic(path, before + (b"" if before[-1:] in (b"", b"\n") else b"\n") + line)
+    except OSError as e:  # a mistyped path must not end the conversation
+        return f"cannot save to {path}: {e.strerror}"
+    return f"saved to {path}"
 
 
 def edit_lines():
