@@ -291,3 +291,11 @@ def wait_for_ranks() -> None:
     """Until every process has come here."""
     if ranks()[1] > 1:
         torch.distributed.barrier()
+
+
+def gather(value) -> list:
+    """The values of all processes, in the order of their ranks."""
+    everyone = [value] * ranks()[1]
+    if len(everyone) > 1:
+        torch.distributed.all_gather_object(everyone, value)
+    return everyone

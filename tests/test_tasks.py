@@ -147,9 +147,10 @@ def test_mixture_changes_the_subject_and_keeps_the_turns_in_order(tasks):
 
 def phrasings():
     """(train, test) templates of all tasks."""
-    yield (*sums.ANY_TRAIN, *sum(sums.TRAIN.values(), ())), (*sums.ANY_TEST, *sum(sums.TEST.values(), ()))
-    yield spelling.SPELL_TRAIN, spelling.SPELL_TEST
-    yield spelling.COUNT_TRAIN, spelling.COUNT_TEST
+    kinds = (sums.ANY, *sums.NAMED.values())
+    yield tuple(sum((kind[split] for kind in kinds), ()) for split in ("train", "test"))
+    for kind in (spelling.SPELL, spelling.COUNT):
+        yield kind["train"], kind["test"]
     for table in (identity.INTENTS, refusal.CATEGORIES):
         for entry in table.values():
             yield entry.train, entry.test
@@ -165,7 +166,8 @@ def test_no_phrasing_is_in_both_splits_whatever_the_task():
 
 
 def test_there_are_enough_phrasings():
-    assert len(sums.ANY_TRAIN) + sum(map(len, sums.TRAIN.values())) >= 40 and len(sums.ANY_TEST) >= 5
+    train, _ = next(phrasings())  # of sums
+    assert len(train) >= 40 and len(sums.ANY["test"]) >= 5
     for intent in identity.INTENTS.values():
         assert len(intent.train) >= 12 and len(intent.test) >= 3
     categories = refusal.CATEGORIES.values()

@@ -1,15 +1,18 @@
 """What a task is: problems drawn at random, a lesson that shows a good answer, a score for any answer.
 
-Train and test never meet. Phrasings are written down in two lists, TRAIN and TEST; contents (the numbers, the word)
-are dealt by a stable hash, 1 in 8 to test, whatever the task: a word that is tested backwards is never spelled forwards
-in a lesson.
+Train and test never meet. Phrasings are written down in phrases/*.toml, in lists called train and test; contents (the
+numbers, the word) are dealt by a stable hash, 1 in 8 to test, whatever the task: a word that is tested backwards is
+never spelled forwards in a lesson.
 """
 
 import random
 import re
+import tomllib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 
@@ -83,6 +86,19 @@ def last_number(text: str) -> str | None:
 def split_of(content: str) -> str:
     """The split a content belongs to, for ever and on every machine: 1 in 8 is test."""
     return "test" if zlib.crc32(content.lower().encode()) % 8 == 0 else "train"
+
+
+@cache
+def phrases(name: str) -> dict:
+    """The content of phrases/`name`.toml in its order, with tuples for lists, since all callers share it."""
+
+    def fixed(value):
+        if isinstance(value, dict):
+            return {key: fixed(inner) for key, inner in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    path = Path(__file__).with_name("phrases") / f"{name}.toml"
+    return fixed(tomllib.loads(path.read_text(encoding="utf-8")))
 
 
 OPENERS = ("Please: ", "Tell me: ", "A question: ", "Hello. ", "Hi! ", "Good day. ", "One more thing: ")

@@ -4,61 +4,10 @@ import random
 import re
 from collections.abc import Sequence
 
-from nanoghost.tasks.base import Problem, assistant, final_text, last_number, parts, split_of, user, wording
+from nanoghost.tasks.base import Problem, assistant, final_text, last_number, parts, phrases, split_of, user, wording
 from nanoghost.tasks.names import FIRST_NAMES, PLACES
 
-SPELL_TRAIN = (
-    "How do you spell {word}?",
-    "Spell {word}.",
-    "Spell the word {word}.",
-    "Can you spell {word}?",
-    "How is {word} spelled?",
-    "Please spell {word} for me.",
-    "Spell {word} letter by letter.",
-    "What are the letters of {word}?",
-    "What letters are in {word}?",
-    "How do I spell {word}?",
-    "Write {word} letter by letter.",
-    "Give me the letters of {word}.",
-    "I want to spell {word}.",
-    "How do you write {word}?",
-    "Which letters make {word}?",
-    "Spell out {word}.",
-)
-SPELL_TEST = (
-    "How would you spell {word}?",
-    "Could you spell the word {word}?",
-    "What is the spelling of {word}?",
-    "Show me how to spell {word}.",
-    "Tell me the letters of {word}.",
-    "How should I spell {word}?",
-)
-COUNT_TRAIN = (
-    "How many {letter} in {word}?",
-    "How many {letter}s in {word}?",
-    "How many {letter}'s are in {word}?",
-    "How many letters {letter} in {word}?",
-    "How many times is {letter} in {word}?",
-    "Count the {letter} in {word}.",
-    "Count the letter {letter} in {word}.",
-    "How often does {letter} appear in {word}?",
-    "How many letters {letter} does {word} have?",
-    "How many {letter} are there in {word}?",
-    "How many {letter} does {word} have?",
-    "In {word}, how many {letter} are there?",
-    "How often is the letter {letter} in {word}?",
-    "Count how many {letter} {word} has.",
-    "What number of {letter} is in {word}?",
-    "How many times do you see {letter} in {word}?",
-)
-COUNT_TEST = (
-    "How many times does the letter {letter} appear in {word}?",
-    "Can you count the letter {letter} in {word}?",
-    "How many {letter} can you find in {word}?",
-    "Tell me how many {letter} are in {word}.",
-    "In the word {word}, how often is {letter} used?",
-    "How often do you find {letter} in {word}?",
-)
+SPELL, COUNT = phrases("spelling")["spell"], phrases("spelling")["count"]
 
 
 class _Words:
@@ -86,7 +35,7 @@ class Spelling(_Words):
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         word = self.draw(rng, split)
-        template = wording(rng, SPELL_TRAIN if split == "train" else SPELL_TEST, split)
+        template = wording(rng, SPELL[split], split)
         question = template.format(word=quoted(rng, word))
         answer = "-".join(word)
         return Problem(self.name, (user(question),), (assistant(parts(list(answer))),), answer)
@@ -108,7 +57,7 @@ class Counting(_Words):
     def problem(self, rng: random.Random, split: str) -> Problem:
         word = self.draw(rng, split)
         letter = self.letter(rng, word.lower())
-        template = wording(rng, COUNT_TRAIN if split == "train" else COUNT_TEST, split)
+        template = wording(rng, COUNT[split], split)
         question = template.format(word=quoted(rng, word), letter=f'"{letter}"' if rng.random() < 0.2 else letter)
 
         pieces, count = [], 0

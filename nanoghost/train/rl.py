@@ -183,32 +183,47 @@ def rollout_and_gradients(model, tokenizer, tasks, settings: RlSettings, step: i
     ]
     # stopping is learned too: an attempt that ran into the limit solved nothing, and its last token is blamed for it
     rewards = [score if row.finish_reason == "stop" else 0.0 for score, row in zip(scores, rows)]
+    advantages_N, denominators_N = credit(rows, rewards, settings, rank)
     rewards_PG = torch.tensor(rewards).view(len(problems), settings.attempts)
-    advantages_N = advantages(rewards_PG, settings.variant).flatten()
-    informative = [i for i in range(len(rows)) if advantages_N[i] != 0]
+    informative = advantages_N.nonzero()[:, 0].tolist()
+    groups_with_signal = int((rewards_PG.amax(1) > rewards_PG.amin(1)).sum())
     figures = {
         "reward": sum(rewards) / len(rewards),
         "pass_rate": sum(rewards) / len(rewards),
         "entropy": -sum(sum(r.logprobs) for r in rows) / sum(sum(r.sampled) for r in rows),  # nats per sampled token
         "length": sum(sum(r.sampled) for r in rows) / len(rows),
-        "groups": int((rewards_PG.std(1) > 0).sum()),
-        "groups_dropped": int((rewards_PG.std(1) == 0).sum()),
+        "groups": groups_with_signal,
+        "groups_dropped": len(problems) - groups_with_signal,
         "loss": 0.0,
     }
     for name in tasks:
-        own = [r for i, r in enumerate(rewards) if problems[i // settings.attempts].task == name]
-        figures[f"pass_rate_{name}"] = sum(own) / max(1, len(own))
+        of_task = [r for i, r in enumerate(rewards) if problems[i // settings.attempts].task == name]
+        figures[f"pass_rate_{name}"] = sum(of_task) / max(1, len(of_task))
     count = sum(len(r.ids) for r in rows)
     if informative:
         chosen = [rows[i] for i in informative]
-        prompts_N = torch.tensor([i // settings.attempts for i in informative])
-        statistics = gradients(model, chosen, advantages_N[informative], prompts_N, settings, world)
-        figures |= statistics
+        # gradients are averaged over processes, and this is a sum over them
+        figures |= gradients(model, chosen, advantages_N[informative] * world, denominators_N[informative], settings)
         count += sum(len(r.prompt) + len(r.ids) for r in chosen)
     return figures, count
 
 
-def gradients(model, rows, advantages_N, prompts_N, settings: RlSettings, world: int, micro_batch: int = 128) -> dict:
+def credit(rows, rewards: list[float], settings: RlSettings, rank: int):
+    """Advantage and denominator of each of this process's attempts; both belong to the batch of all processes."""
+    everyone = machine.gather([(reward, sum(row.sampled)) for reward, row in zip(rewards, rows)])
+    all_rewards, lengths_N = torch.tensor([pair for pairs in everyone for pair in pairs]).unbind(1)
+    advantages_N = advantages(all_rewards.view(-1, settings.attempts), settings.variant).flatten()
+    informative = advantages_N.nonzero()[:, 0]
+    denominators_N = torch.ones_like(advantages_N)
+    if len(informative):
+        mask_NT = torch.arange(int(lengths_N.max())) < lengths_N[informative, None]
+        prompts_N = informative // settings.attempts
+        denominators_N[informative] = denominators(mask_NT, prompts_N, settings.variant, settings.max_tokens)[:, 0]
+    own = slice(rank * len(rows), (rank + 1) * len(rows))
+    return advantages_N[own], denominators_N[own]
+
+
+def gradients(model, rows, advantages_N, denominators_N, settings: RlSettings, micro_batch: int = 128) -> dict:
     """Backward through all attempts in micro-batches; statistics of the ratio to the sampler's probabilities."""
     longest = max(len(r.prompt) + len(r.ids) for r in rows)
     ids_NT = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -219,7 +234,7 @@ def gradients(model, rows, advantages_N, prompts_N, settings: RlSettings, world:
         ids_NT[n, :end] = torch.tensor(row.prompt + row.ids)
         old_NT[n, start - 1 : end - 1] = torch.tensor(row.logprobs)
         mask_NT[n, start - 1 : end - 1] = torch.tensor(row.sampled, dtype=torch.float32)
-    denominators_NT = denominators(mask_NT, prompts_N, settings.variant, settings.max_tokens)
+    denominators_NT = denominators_N[:, None].expand(mask_NT.shape)
     tensors = [t.to(machine.device()) for t in (ids_NT, old_NT, mask_NT, advantages_N, denominators_NT)]
     loss, ratios = 0.0, []
     for ids, old, mask, advantage, denominator in zip(*(t.split(micro_batch) for t in tensors)):
@@ -244,9 +259,8 @@ def steps_for(settings: RlSettings, parent, tokenizer, tasks, clock: Clock) -> i
     times = []
     for step in range(5):
         start = time.perf_counter()
-        figures, _ = rollout_and_gradients(model, tokenizer, tasks, settings, step, *machine.ranks())
-        if figures["groups"]:
-            optimizer.step(0.0)
+        rollout_and_gradients(model, tokenizer, tasks, settings, step, *machine.ranks())
+        optimizer.step(0.0)
         times.append(time.perf_counter() - start)
     minutes = settings.minutes or 2.5
     evaluation = clock.seconds - sum(times)  # what came before the rehearsal; the same again comes after
