@@ -250,3 +250,17 @@ def test_transformers_computes_the_same_llama(tokenizer, tmp_path, tied):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         assert_close(theirs(tokens(2, 20)).logits, model(tokens(2, 20)), rtol=1e-4, atol=1e-4)
+
+
+def test_attempts_behind_a_shared_prompt_are_as_likely_as_alone(model):
+    from nanoghost.train.rl import attempt_logprobs
+
+    prompts = [[5, 9, 7], [3, 4, 8, 6, 11]]
+    attempts = [[[10, 12, 2], [13], [10, 12, 14, 15]], [[2], [9, 9, 9]]]
+    shared = attempt_logprobs(model, prompts, attempts)
+    flat = [(p, a) for p, group in zip(prompts, attempts) for a in group]
+    for logp, (prompt, attempt) in zip(shared, flat):
+        ids = torch.tensor([prompt + attempt])
+        alone = model.logprobs(ids[:, :-1], ids[:, 1:])[0, len(prompt) - 1 :]
+        assert torch.allclose(logp[: len(attempt)], alone, atol=1e-4)
+        assert (logp[len(attempt) :] == 0).all()

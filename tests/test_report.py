@@ -37,7 +37,10 @@ def events(stage: str, said: str) -> list[dict]:
     i = STAGES.index(stage)
     start = {"stage": stage, "time": 1000.0 * i + 1}
     if stage == "rl":
-        own = [start | {"step": s, "pass_rate_chain_sum": s / 40, "entropy": 1.5, "length": 4.0 + s / 40} for s in range(40)]
+        own = [
+            start | {"step": s, "pass_rate_chain_sum": s / 40, "entropy": 1.5, "length": 4.0 + s / 40}
+            for s in range(40)
+        ]
     else:
         own = [start | {"step": s, "loss": 8 / (s + 1) + i} for s in range(40)]
     if stage == "pretrain":

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoghost.tasks import identity, refusal, spelling, sums
+from nanoghost.tasks import gym, identity, refusal, spelling, sums
 from nanoghost.tasks.base import (
     assistant,
     distinct_problems,
@@ -211,7 +211,18 @@ def test_gym_problems_are_its_own_and_train_never_shows_a_test_word():
         question = text_of((problem := chain.problem(rng, "train")).messages[0])
         assert calculate(question.split(":")[1].strip(" =")) == problem.answer
     assert chain.score(problem, [assistant(f" {problem.answer}\n")]) == 1.0
+    assert chain.score(problem, [assistant(f"1+1=2, so {problem.answer}")]) == 1.0
+    assert chain.score(problem, [assistant(f"so {problem.answer}, so 1000")]) == 0.0
     assert chain.score(problem, [assistant(f"It is {problem.answer}")]) == 0.0
+
+
+def test_the_working_of_a_sum_is_right_in_every_column():
+    for a in range(10, 100):
+        for b in range(10, 100):
+            for operation in "+-":
+                columns, answer = gym.worked(a, operation, b).split(": ")[-1].split(", so ")
+                assert int(answer) == (a + b if operation == "+" else a - b)
+                assert all(eval(left) == int(right) for left, right in (c.split("=") for c in columns.split(", ")))
 
 
 # ── single tasks ────────────────────────────────────────────────────────────────────────────────────────────

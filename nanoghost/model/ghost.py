@@ -17,7 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoghost.model.layers import Cache, attend, causal_mask, norm, relu_squared, rope_table, rotate, token_logprobs
+from nanoghost.model.layers import (
+    Cache,
+    Layout,
+    additive,
+    attend,
+    causal_mask,
+    norm,
+    relu_squared,
+    rope_table,
+    rotate,
+    token_logprobs,
+)
 
 LETTERS = 8  # bytes of a token that its embedding sees, counted from the front and again from the back
 
@@ -88,7 +99,7 @@ class Ghost(nn.Module):
         D, V = config.width, config.vocab_size
         has_values = [(config.depth - 1 - i) % 2 == 0 for i in range(config.depth)]
         self.embedding = nn.Parameter(torch.randn(V, D) * 0.8)
-        self.spelling = nn.Parameter(torch.randn(512 * LETTERS + 1, D) * 0.1)  # row of (position, byte); last: none
+        self.spelling = nn.Parameter(torch.randn(512 * LETTERS + 1, D) * 0.3)  # row of (position, byte); last: none
         self.ngrams = nn.Parameter(torch.zeros(config.ngrams, D))
         self.values = nn.ParameterList(torch.empty(V, D).uniform_(-1, 1) for has in has_values if has)
         self.blocks = nn.ModuleList(Block(config, has) for has in has_values)
@@ -128,11 +139,14 @@ class Ghost(nn.Module):
         x_BTD = x_BTD + F.embedding_bag(letters_NL, self.spelling, mode="sum", padding_idx=512 * LETTERS).view_as(x_BTD)
         return norm(x_BTD.to(self.head.dtype))
 
-    def hidden(self, tokens_BT, segments_BT=None, cache: Cache | None = None, valid_BT=None):
+    def hidden(
+        self, tokens_BT, segments_BT=None, cache: Cache | None = None, valid_BT=None, layout: Layout | None = None
+    ):
         """Last hidden states (B, T, D).
 
         `segments_BT` numbers the conversations packed into a row: nothing passes between different numbers.
         `cache` holds what was read before; `valid_BT` is False where new columns are only padding (on the left).
+        `layout` stands for all of these where rows are not simply texts from left to right.
         """
         start = cache.length if cache is not None else 0
         T, dtype = tokens_BT.size(1), self.head.dtype
@@ -142,14 +156,17 @@ class Ghost(nn.Module):
             previous_BT[:, 1:] *= segments_BT[:, 1:] == segments_BT[:, :-1]
         if valid_BT is not None:
             previous_BT[:, 1:] *= valid_BT[:, :-1]
-        if cache is None:
+        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        if layout is not None:
+            previous_BT, mask = layout.previous_BT, additive(layout.visible_BTS, dtype)
+            cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
+        elif cache is None:
             mask = causal_mask(T, dtype, tokens_BT.device, segments_BT)
         else:
             mask = cache.mask(tokens_BT, valid_BT, dtype)
         embedding_BTD = self.embed(tokens_BT, previous_BT)
         values = iter(self.values)
         x_BTD = embedding_BTD
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
         for layer, block in enumerate(self.blocks):
             v = None if block.value_mix is None else F.embedding(tokens_BT, next(values)).to(dtype)
             x_BTD = block(x_BTD, embedding_BTD, v, cos, sin, mask, layer, cache)

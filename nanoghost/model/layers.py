@@ -7,6 +7,8 @@ pass over memory. So normalisation, rotation and ReLU-squared have hand-written 
 often than autograd's; tests hold them to finite differences.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -80,9 +82,58 @@ def _rotated(x, cos, sin):
 
 
 def rotate(x_BTHK, cos_TK, sin_TK):
-    """Rotary position embedding (Su et al. 2021), halves paired as in the Llama family; tables are (T, K/2)."""
-    shape = (cos_TK.size(0),) + (1,) * (x_BTHK.dim() - 3) + (-1,)
+    """Rotary position embedding (Su et al. 2021), halves paired as in the Llama family.
+
+    Tables are (T, K/2), or (B, T, K/2) where rows have positions of their own.
+    """
+    shape = cos_TK.shape[:-1] + (1,) * (x_BTHK.dim() - 3) + (-1,)
     return _Rotate.apply(x_BTHK, cos_TK.to(x_BTHK.dtype).view(shape), sin_TK.to(x_BTHK.dtype).view(shape))
+
+
+@dataclass
+class Layout:
+    """How tokens stand to each other where a row is not simply one text from left to right."""
+
+    previous_BT: torch.Tensor
+    """The token before each; 0 where there is none."""
+    positions_BT: torch.Tensor
+    """For the rotary embedding."""
+    visible_BTS: torch.Tensor
+    """Which tokens (S) each token (T) may see."""
+
+
+def shared_prompts(prompts: list[list[int]], attempts: list[list[list[int]]]):
+    """Rows that hold a prompt once and all attempts at it behind, each blind to the others: (tokens, Layout, places).
+
+    The last token of an attempt is only predicted, never read. `places` lists, for every token of every attempt in
+    order, (row, position of the token it is predicted from).
+    """
+    lengths = [len(p) + sum(len(a) - 1 for a in group) for p, group in zip(prompts, attempts)]
+    B, T = len(prompts), max(lengths)
+    tokens, previous, positions = (torch.zeros(B, T, dtype=torch.long) for _ in range(3))
+    segments = torch.full((B, T), -1)  # 0: prompt, 1 and up: attempts, -1: padding
+    places = []
+    for b, (prompt, group) in enumerate(zip(prompts, attempts)):
+        pieces = [(0, 0, [0, *prompt])] + [(i + 1, len(prompt), [prompt[-1], *a[:-1]]) for i, a in enumerate(group)]
+        at = 0
+        for segment, first, ids in pieces:
+            end = at + len(ids) - 1
+            tokens[b, at:end] = torch.tensor(ids[1:])
+            previous[b, at:end] = torch.tensor(ids[:-1])
+            positions[b, at:end] = torch.arange(first, first + end - at)
+            segments[b, at:end] = segment
+            if segment:
+                places += [(b, len(prompt) - 1)] + [(b, j) for j in range(at, end)]
+            at = end
+    seen, looking = segments[:, None, :], segments[:, :, None]
+    visible = torch.ones(T, T, dtype=torch.bool).tril() & ((seen == looking) | (seen == 0))
+    return tokens, Layout(previous, positions, visible), places
+
+
+def additive(visible_BTS, dtype):
+    """A mask to add to scores: 0 where visible, -inf elsewhere."""
+    zeros = torch.zeros(visible_BTS.shape, dtype=dtype, device=visible_BTS.device)
+    return zeros.masked_fill_(~visible_BTS, float("-inf"))
 
 
 def causal_mask(length: int, dtype, device, segments_BT=None):
@@ -90,7 +141,7 @@ def causal_mask(length: int, dtype, device, segments_BT=None):
     visible = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
     if segments_BT is not None:
         visible = visible & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
+    return additive(visible, dtype)
 
 
 def attend(q_BTHK, k_BSHK, v_BSHK, mask_BTS, scale: float):
@@ -179,7 +230,7 @@ class Cache:
         columns = torch.arange(S, device=tokens_BT.device)
         visible = self.valid[:, None, :S] & (columns[None, None] <= columns[self.length :, None])
         visible[..., range(T), range(self.length, S)] = True  # padding sees itself: softmax of nothing is NaN
-        return torch.zeros(visible.shape, dtype=dtype, device=tokens_BT.device).masked_fill_(~visible, float("-inf"))
+        return additive(visible, dtype)
 
     def keep(self, rows):
         """Keep only these rows (finished conversations leave the batch)."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoghost.model.layers import Cache, attend, causal_mask, rope_table, rotate, token_logprobs
+from nanoghost.model.layers import Cache, Layout, additive, attend, causal_mask, rope_table, rotate, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,23 @@ class Llama(nn.Module):
             p.data = p.data.to(dtype)
         return self
 
-    def hidden(self, tokens_BT, segments_BT=None, cache: Cache | None = None, valid_BT=None):
+    def hidden(
+        self, tokens_BT, segments_BT=None, cache: Cache | None = None, valid_BT=None, layout: Layout | None = None
+    ):
         """Last hidden states (B, T, D); arguments as in ghost.Ghost.hidden."""
         start = cache.length if cache is not None else 0
         T, dtype = tokens_BT.size(1), self.head.dtype
-        if cache is None:
+        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        if layout is not None:
+            mask = additive(layout.visible_BTS, dtype)
+            cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
+        elif cache is None:
             mask = causal_mask(T, dtype, tokens_BT.device, segments_BT)
         else:
             mask = cache.mask(tokens_BT, valid_BT, dtype)
         x_BTD = F.embedding(tokens_BT, self.embedding).to(dtype)
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, self.cos[start : start + T], self.sin[start : start + T], mask, layer, cache)
+            x_BTD = block(x_BTD, cos, sin, mask, layer, cache)
         if cache is not None:
             cache.length += T
         return F.rms_norm(x_BTD, (self.config.width,), self.final_norm.to(dtype), self.config.norm_eps)

@@ -1,4 +1,4 @@
-"""Two tasks of reasoning-gym, in its own words: no tool, no partial credit, the answer alone.
+"""Two tasks of reasoning-gym, in its own words: no tool, no partial credit: the answer is right to the letter or it is wrong.
 
 Source: https://github.com/open-thought/reasoning-gym (Apache-2.0).
 """
@@ -28,8 +28,9 @@ class _Gym:
         """What decides the split."""
         raise NotImplementedError
 
-    def lesson(self, answer: str) -> dict:
-        return assistant(answer)
+    def lesson(self, entry: dict) -> dict:
+        """How a good answer is written."""
+        raise NotImplementedError
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         dataset = _dataset(self.name, **self.settings)
@@ -37,7 +38,7 @@ class _Gym:
             entry = dataset[rng.randrange(2**31)]
             if split_of(self.content(entry)) == split:
                 answer = entry["answer"]
-                return Problem(self.name, (user(entry["question"]),), (self.lesson(answer),), answer)
+                return Problem(self.name, (user(entry["question"]),), (self.lesson(entry),), answer)
 
     def test_problems(self, count: int) -> list[Problem]:
         """The same `count` different test problems every time."""
@@ -48,7 +49,10 @@ class _Gym:
 
 
 class ChainSum(_Gym):
-    """State the final answer to the following arithmetic problem: 47 - 19 ="""
+    """State the final answer to the following arithmetic problem: 47 - 19 =
+
+    The lesson shows the working, a column at a time: 17-9=8, 4-1-1=2, so 28. Only what follows "so" is the answer.
+    """
 
     name = "chain_sum"
     settings = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
@@ -56,6 +60,27 @@ class ChainSum(_Gym):
     def content(self, entry: dict) -> str:
         a, operation, b = entry["metadata"]["expression"].split()
         return content_key(int(a), operation, int(b))
+
+    def lesson(self, entry: dict) -> dict:
+        a, operation, b = entry["metadata"]["expression"].split()
+        return assistant(worked(int(a), operation, int(b)))
+
+    def score(self, problem: Problem, reply: Sequence[dict]) -> float:
+        return float(final_text(reply).rpartition("so ")[2] == problem.answer)
+
+
+def worked(a: int, operation: str, b: int) -> str:
+    """Addition or subtraction of two-digit numbers in columns, units first, with what is carried or borrowed."""
+    if operation == "-" and a < b:
+        return f"{b}-{a}: {worked(b, operation, a).replace('so ', 'so -')}"
+    (tens_a, units_a), (tens_b, units_b) = divmod(a, 10), divmod(b, 10)
+    if operation == "+":
+        units, carried = units_a + units_b, "+1" if units_a + units_b > 9 else ""
+        tens = (a + b) // 10
+        return f"{units_a}+{units_b}={units}, {tens_a}+{tens_b}{carried}={tens}, so {a + b}"
+    borrowed = units_a < units_b
+    units, tens = (units_a - units_b) % 10, (a - b) // 10
+    return f"{'1' * borrowed}{units_a}-{units_b}={units}, {tens_a}-{tens_b}{'-1' * borrowed}={tens}, so {a - b}"
 
 
 class SpellBackward(_Gym):
@@ -67,8 +92,8 @@ class SpellBackward(_Gym):
     def content(self, entry: dict) -> str:
         return entry["metadata"]["word"]
 
-    def lesson(self, answer: str) -> dict:
-        return assistant(letters(answer))
+    def lesson(self, entry: dict) -> dict:
+        return assistant(letters(entry["answer"]))
 
 
 def word_list() -> list[str]:

@@ -19,14 +19,6 @@ class Lesson:
     ids: list[int]
     learned: list[bool]
 
-    def __post_init__(self):
-        learned = np.array(self.learned, np.float32)
-        begins = np.diff(learned, prepend=0) > 0
-        message = np.cumsum(begins) - 1  # which assistant message a learned token belongs to
-        lengths = np.bincount(message[learned > 0], minlength=1)
-        self.messages = int(begins.sum())
-        self.weights = np.where(learned > 0, 1 / lengths[np.maximum(message, 0)].clip(1), 0).astype(np.float32)
-
 
 def lessons_from(conversations: list[list[dict]], tokenizer, context: int) -> tuple[list[Lesson], int]:
     """(lessons, how many conversations were left out).
@@ -91,13 +83,12 @@ class PackedBatches:
     def at(self, step: int):
         """inputs, targets, weights, segments, each (R, T): this process's rows.
 
-        Weights are the shares of the tokens in the loss: 0 where nothing is learned, and they sum to 1 over the rows of
-        all processes. Every assistant message counts the same, whatever its length: the three digits of a sum would
-        otherwise drown among the words of a speech.
+        Weights are the shares of the tokens in the loss: equal where a token is learned, 0 elsewhere; they sum to 1 over
+        the rows of all processes.
         """
         numbers = range(step * self.rows, (step + 1) * self.rows)
         all_rows = [self.row(n) for n in numbers]
-        messages = sum(self.lessons[i].messages for row in all_rows for i in row)
+        learned = sum(sum(self.lessons[i].learned) for row in all_rows for i in row)
         own = all_rows[self.rank :: self.world]
         R, T = len(own), self.context
         ids, segments = np.zeros((R, T + 1), np.int64), np.zeros((R, T + 1), np.int64)
@@ -107,7 +98,8 @@ class PackedBatches:
             for number, i in enumerate(row):
                 end = at + self.lengths[i]
                 ids[r, at:end], segments[r, at:end] = self.lessons[i].ids, number + 1
-                weights[r, at:end] = self.lessons[i].weights / messages
+                weights[r, at:end] = self.lessons[i].learned
+                weights[r, at:end] /= learned
                 at = end
         ids, segments, weights = map(torch.from_numpy, (ids, segments, weights))
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights[:, 1:], segments[:, :-1]

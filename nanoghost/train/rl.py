@@ -17,6 +17,7 @@ from nanoghost import machine
 from nanoghost.engine.generate import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.skills import accuracy, attempt
+from nanoghost.model.layers import Layout, shared_prompts, token_logprobs
 from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint, save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
@@ -48,11 +49,11 @@ class RlSettings:
     """Problems in a step, over all processes."""
     attempts: int = 16
     """Attempts at each problem."""
-    max_tokens: int = 16
+    max_tokens: int = 32
     """Longest attempt."""
     held_out: int = 500
     """Held-out problems of each task, tried before and after."""
-    learning_rate: float = 0.1
+    learning_rate: float = 0.3
     """Share of pretraining's learning rates."""
     seed: int = 0
     """Of the problems and the attempts."""
@@ -204,7 +205,7 @@ def rollout_and_gradients(model, tokenizer, tasks, settings: RlSettings, step: i
         chosen = [rows[i] for i in informative]
         # gradients are averaged over processes, and this is a sum over them
         figures |= gradients(model, chosen, advantages_N[informative] * world, denominators_N[informative], settings)
-        count += sum(len(r.prompt) + len(r.ids) for r in chosen)
+        count += sum(len(r.ids) for r in chosen) + sum(len(p) for p in {tuple(r.prompt) for r in chosen})
     return figures, count
 
 
@@ -223,26 +224,27 @@ def credit(rows, rewards: list[float], settings: RlSettings, rank: int):
     return advantages_N[own], denominators_N[own]
 
 
-def gradients(model, rows, advantages_N, denominators_N, settings: RlSettings, micro_batch: int = 128) -> dict:
-    """Backward through all attempts in micro-batches; statistics of the ratio to the sampler's probabilities."""
-    longest = max(len(r.prompt) + len(r.ids) for r in rows)
-    ids_NT = torch.zeros(len(rows), longest, dtype=torch.long)
-    old_NT = torch.zeros(len(rows), longest - 1)
-    mask_NT = torch.zeros(len(rows), longest - 1)
+def gradients(model, rows, advantages_N, denominators_N, settings: RlSettings, micro_batch: int = 16) -> dict:
+    """Backward through all attempts; statistics of the ratio to the sampler's probabilities.
+
+    A prompt is read once for all attempts at it, which makes this several times faster than one row an attempt.
+    """
+    groups: dict[tuple, list[int]] = {}
     for n, row in enumerate(rows):
-        start, end = len(row.prompt), len(row.prompt) + len(row.ids)
-        ids_NT[n, :end] = torch.tensor(row.prompt + row.ids)
-        old_NT[n, start - 1 : end - 1] = torch.tensor(row.logprobs)
-        mask_NT[n, start - 1 : end - 1] = torch.tensor(row.sampled, dtype=torch.float32)
-    denominators_NT = denominators_N[:, None].expand(mask_NT.shape)
-    tensors = [t.to(machine.device()) for t in (ids_NT, old_NT, mask_NT, advantages_N, denominators_NT)]
-    loss, ratios = 0.0, []
-    for ids, old, mask, advantage, denominator in zip(*(t.split(micro_batch) for t in tensors)):
-        logp = model.logprobs(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-        part = policy_loss(logp, old, advantage, mask, denominator, settings.variant)
+        groups.setdefault(tuple(row.prompt), []).append(n)
+    loss, ratios, keys = 0.0, [], list(groups)
+    for i in range(0, len(keys), micro_batch):
+        prompts = keys[i : i + micro_batch]
+        chosen = [rows[n] for p in prompts for n in groups[p]]
+        order = torch.tensor([n for p in prompts for n in groups[p]])
+        logp = attempt_logprobs(model, prompts, [[rows[n].ids for n in groups[p]] for p in prompts])
+        old, mask = padded([r.logprobs for r in chosen]), padded([r.sampled for r in chosen])
+        denominators_NT = denominators_N[order, None].expand(mask.shape)
+        tensors = (t.to(machine.device()) for t in (old, advantages_N[order], mask, denominators_NT))
+        part = policy_loss(logp, *tensors, settings.variant)
         part.backward()
         loss += part.item()
-        ratios.append((logp.detach() - old)[mask > 0].exp())
+        ratios.append((logp.detach().cpu() - old)[mask > 0].exp())
     w = torch.cat(ratios)
     return {
         "loss": loss,
@@ -250,6 +252,26 @@ def gradients(model, rows, advantages_N, denominators_N, settings: RlSettings, m
         "ratio_max": w.max().item(),
         "mismatch": (w - w.log() - 1).mean().item(),  # estimates the KL divergence between sampler and trainer
     }
+
+
+def attempt_logprobs(model, prompts, attempts: list[list[list[int]]]):
+    """log P of every token of every attempt, (N, longest), 0 behind their ends; `attempts` are grouped by prompt."""
+    tokens, layout, places = shared_prompts([list(p) for p in prompts], attempts)
+    device = machine.device()
+    layout = Layout(layout.previous_BT.to(device), layout.positions_BT.to(device), layout.visible_BTS.to(device))
+    hidden_BTD = model.hidden(tokens.to(device), layout=layout)
+    row, column = torch.tensor(places, device=device).unbind(1)
+    flat = [ids for group in attempts for ids in group]
+    targets = torch.tensor([token for ids in flat for token in ids], device=device)
+    logp = token_logprobs(hidden_BTD[row, column], model.head, targets)
+    inside = padded([[1.0] * len(ids) for ids in flat]).to(device) > 0
+    return torch.zeros(inside.shape, device=device).masked_scatter(inside, logp)
+
+
+def padded(rows: list[list]) -> torch.Tensor:
+    """Rows of numbers as one fp32 matrix, with zeros behind their ends."""
+    longest = max(map(len, rows))
+    return torch.tensor([[float(x) for x in row] + [0.0] * (longest - len(row)) for row in rows])
 
 
 def steps_for(settings: RlSettings, parent, tokenizer, tasks, clock: Clock) -> int:

@@ -14,6 +14,7 @@ import tyro
 from nanoghost import machine
 from nanoghost.data.sources import load_conversations
 from nanoghost.errors import UserError
+from nanoghost.model.layers import token_logprobs
 from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint, save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
@@ -32,7 +33,7 @@ class SftSettings:
     """Name of the new model."""
     data: str = "lessons"
     """lessons (the built-in mix), a JSONL file of conversations, or lessons+FILE for both."""
-    lessons: int = 30000
+    lessons: int = 36000
     """Conversations of the built-in mix."""
     minutes: float | None = None
     """How long to train; becomes a number of steps before the first one."""
@@ -40,7 +41,7 @@ class SftSettings:
     """How many steps to train, instead of minutes (default: 2.5 minutes)."""
     batch: int = 8
     """Packed rows in a step, over all processes."""
-    learning_rate: float = 2.0
+    learning_rate: float = 1.5
     """Factor on pretraining's learning rates."""
     seed: int = 0
     """Of the lessons and their order."""
@@ -139,7 +140,9 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
 def train_step(model, batch, world: int) -> float:
     """Gradients of this process's part of the loss over the batch; returns that part, times the number of processes."""
     inputs, targets, weights, segments = (t.to(machine.device()) for t in batch)
-    loss = -(model.logprobs(inputs, targets, segments) * weights).sum() * world  # gradients are averaged over processes
+    learned = weights > 0  # logits of the other tokens are never needed
+    logp = token_logprobs(model.hidden(inputs, segments)[learned], model.head, targets[learned])
+    loss = -(logp * weights[learned]).sum() * world  # gradients are averaged over processes
     loss.backward()
     return loss.item()
 
