@@ -116,10 +116,13 @@ def steps(
         cache.keep(each)
         logits_BV = logits_BV[each]
 
-    running = list(range(len(rows)))
+    seats = list(rows)  # whose line of the cache is whose
+    running = list(rows)
     while running:
         drawn = draw(distribution(logits_BV, s), generator)
-        for row, token, logprob in zip((rows[i] for i in running), *drawn):
+        for row, token, logprob in zip(seats, *drawn):
+            if row.finish_reason:
+                continue
             was_given = bool(row.given)
             row.ids.append(row.given.popleft() if was_given else token)
             row.logprobs.append(0.0 if was_given else logprob)
@@ -133,22 +136,19 @@ def steps(
                 row.finish_reason = "length"
             elif s.stop and any(text in tokenizer.decode(row.ids[row.message_start :]) for text in s.stop):
                 row.finish_reason = "stop"
-        if cache.length >= cache.k.size(2):
-            for i in running:
-                rows[i].finish_reason = rows[i].finish_reason or "length"
-        for i in running:
-            row = rows[i]
+        for row in running:
+            if cache.length >= cache.k.size(2):
+                row.finish_reason = row.finish_reason or "length"
             unfinished = not row.messages or row.message_start < len(row.ids)
             if row.finish_reason and unfinished and not row.given:  # what a tool says is no message of the model's
                 close(row, tokenizer, s)
         yield rows
-        still = [j for j, i in enumerate(running) if not rows[i].finish_reason]
-        if len(still) < len(running):
-            running = [running[j] for j in still]
-            cache.keep(torch.tensor(still, dtype=torch.long, device=device))
+        running = [row for row in running if not row.finish_reason]
+        if running and len(running) <= 0.7 * len(seats):  # moving the cache costs more than a few idle seats
+            cache.keep(torch.tensor([j for j, row in enumerate(seats) if not row.finish_reason], device=device))
+            seats = running
         if running:
-            last = torch.tensor([[rows[i].ids[-1]] for i in running], device=device)
-            logits_BV = model(last, cache=cache)[:, 0]
+            logits_BV = model(torch.tensor([[row.ids[-1]] for row in seats], device=device), cache=cache)[:, 0]
 
 
 def finish_message(row: Row, tokenizer, run_tool) -> None:

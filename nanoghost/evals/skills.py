@@ -15,10 +15,10 @@ def wilson(solved: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def attempt(model, tokenizer, problems, sampling: Sampling, samples: int = 1, tools: bool = True) -> list[Row]:
+def attempt(model, tokenizer, problems, sampling: Sampling, samples: int = 1) -> list[Row]:
     """The model's attempts at problems; row p * samples + i is attempt i at problem p."""
     prompts = [render(list(p.messages), tokenizer, generation=True)[0] for p in problems]
-    return generate(model, tokenizer, prompts, sampling, samples, run_tool if tools else None)
+    return generate(model, tokenizer, prompts, sampling, samples, run_tool if any(p.tools for p in problems) else None)
 
 
 def accuracy(model, tokenizer, task, problems, max_tokens: int = 128, batch: int = 128) -> tuple[dict, list[tuple]]:

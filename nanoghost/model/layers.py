@@ -233,6 +233,10 @@ class Cache:
         return additive(visible, dtype)
 
     def keep(self, rows):
-        """Keep only these rows (finished conversations leave the batch)."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        """Keep only these rows, in this order; a row may be named several times."""
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = old.new_zeros(old.size(0), len(rows), *old.shape[2:])
+            new[:, :, : self.length] = old[:, rows, : self.length]
+            setattr(self, name, new)
         self.valid, self.last = self.valid[rows], self.last[rows]

@@ -25,6 +25,8 @@ class Problem:
     """The assistant (and tool) messages that answer it well."""
     answer: str
     """What `score` compares with."""
+    tools: bool = True
+    """Whether tools may be used."""
 
 
 class Task(Protocol):

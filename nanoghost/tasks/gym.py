@@ -38,14 +38,14 @@ class _Gym:
             entry = dataset[rng.randrange(2**31)]
             if split_of(self.content(entry)) == split:
                 answer = entry["answer"]
-                return Problem(self.name, (user(entry["question"]),), (self.lesson(entry),), answer)
+                return Problem(self.name, (user(entry["question"]),), (self.lesson(entry),), answer, tools=False)
 
     def test_problems(self, count: int) -> list[Problem]:
         """The same `count` different test problems every time."""
         return distinct_problems(self, count)
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
-        return float(final_text(reply) == problem.answer)
+        return float(len(reply) == 1 and final_text(reply) == problem.answer)
 
 
 class ChainSum(_Gym):
@@ -66,7 +66,7 @@ class ChainSum(_Gym):
         return assistant(worked(int(a), operation, int(b)))
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
-        return float(final_text(reply).rpartition("so ")[2] == problem.answer)
+        return float(len(reply) == 1 and final_text(reply).rpartition("so ")[2] == problem.answer)
 
 
 def worked(a: int, operation: str, b: int) -> str:

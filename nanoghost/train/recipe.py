@@ -23,13 +23,16 @@ def model_config(arch: str, depth: int, vocab_size: int, context: int):
     return GhostConfig(vocab_size=vocab_size, context=context, depth=depth, width=-(-64 * depth // 128) * 128)
 
 
-def groups(width: int, scale: float = 1.0) -> dict[str, Group]:
-    """Learning rates: tuned at width 256; AdamW's shrink with the root of the width. Matrices need no such care."""
-    adam = scale * (256 / width) ** 0.5
+def groups(width: int, scale: float = 1.0, tables: float = 1.0) -> dict[str, Group]:
+    """Learning rates: tuned at width 256; AdamW's shrink with the root of the width. Matrices need no such care.
+
+    `tables` is a further factor on what AdamW updates.
+    """
+    adam = scale * tables * (256 / width) ** 0.5
     return {
         "matrices": Group("muon", 0.03 * scale, weight_decay=0.1),
         "head": Group("adamw", 0.012 * adam),
         "embeddings": Group("adamw", 0.3 * adam),
         "ngrams": Group("adamw", 0.15 * adam),
-        "scalars": Group("adamw", 0.02 * scale),
+        "scalars": Group("adamw", 0.02 * scale * tables),
     }
