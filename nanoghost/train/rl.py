@@ -46,7 +46,7 @@ class RlSettings:
     """How long to train; becomes a number of steps before the first one."""
     steps: int | None = None
     """How many steps to train, instead of minutes (default: 2.5 minutes)."""
-    problems: int = 32
+    problems: int = 16
     """Problems in a step, over all processes."""
     attempts: int = 16
     """Attempts at each problem."""
@@ -54,7 +54,7 @@ class RlSettings:
     """Longest attempt."""
     held_out: int = 500
     """Held-out problems of each task, tried before and after."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.15
     """Share of pretraining's learning rates."""
     seed: int = 0
     """Of the problems and the attempts."""
