@@ -16,7 +16,7 @@ from nanoghost.engine.generate import Sampling, generate
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.tokenizer import Tokenizer
 from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss
-from nanoghost.train.rl import RlSettings, gradients
+from nanoghost.train.rl import RlSettings, credit, gradients
 from tests.conftest import toy_text
 
 FAST = settings(deadline=None, max_examples=50)
@@ -265,11 +265,12 @@ def test_on_policy_ratios_of_real_attempts_are_one_and_micro_batches_change_noth
     prompts = [render([{"role": "user", "content": c}], tokenizer, generation=True)[0] for c in ("king?", "The ghost")]
     rows = generate(model, tokenizer, prompts, Sampling(max_tokens=8, temperature=1.0, seed=3), 4)
     scores = torch.tensor([[random.Random(i + 4 * p).random() for i in range(4)] for p in range(2)])
-    settings, prompts_N = RlSettings(max_tokens=8), torch.arange(2).repeat_interleave(4)
+    settings = RlSettings(max_tokens=8, attempts=4)
+    advantages_N, denominators_N = credit(rows, scores.flatten().tolist(), settings, rank=0)
     found = []
-    for micro_batch in (8, 3):
+    for micro_batch in (2, 1):
         model.zero_grad(set_to_none=True)
-        figures = gradients(model, rows, advantages(scores, "cispo").flatten(), prompts_N, settings, 1, micro_batch)
+        figures = gradients(model, rows, advantages_N, denominators_N, settings, micro_batch)
         assert figures["ratio_max"] == pytest.approx(1, abs=1e-3)
         assert abs(figures["mismatch"]) < 1e-5
         found.append((figures["loss"], [p.grad.clone() for p in model.parameters() if p.grad is not None]))

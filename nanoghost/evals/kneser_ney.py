@@ -10,12 +10,11 @@ def kneser_ney_bpb(train_texts: list[str], test_texts: list[str], order: int = 6
     """
     train, test = _stream(train_texts), _stream(test_texts)
     probability = np.full(len(test), 1 / 256)
-    codes = {n: _ngrams(train, n) for n in range(1, order + 1)}
     for n in range(1, order + 1):
-        grams, counts = np.unique(codes[n], return_counts=True)
         if n < order:  # lower orders count in how many different contexts a gram occurs, not how often
-            suffixes = np.unique(codes[n + 1]) % 257**n
-            grams, counts = np.unique(suffixes, return_counts=True)
+            grams, counts = np.unique(np.unique(_ngrams(train, n + 1)) % 257**n, return_counts=True)
+        else:
+            grams, counts = np.unique(_ngrams(train, n), return_counts=True)
         discounts = _discounts(counts)[np.minimum(counts, 3)]
         contexts, first = np.unique(grams // 257, return_index=True)
         totals = np.add.reduceat(counts, first)

@@ -15,14 +15,14 @@ from nanoghost.tasks.sums import Sums
 
 # Shares of the problems in the built-in mix. The two that RL practises get just enough to be solved now and then.
 WEIGHTS = {
-    "plays": 0.08,
+    "plays": 0.07,
     "identity": 0.15,
-    "sums": 0.18,
-    "spelling": 0.09,
-    "counting": 0.12,
+    "sums": 0.24,
+    "spelling": 0.08,
+    "counting": 0.11,
     "refusal": 0.14,
-    "chain_sum": 0.12,
-    "spell_backward": 0.12,
+    "chain_sum": 0.11,
+    "spell_backward": 0.10,
 }
 
 

@@ -41,7 +41,7 @@ class SftSettings:
     """How many steps to train, instead of minutes (default: 2.5 minutes)."""
     batch: int = 8
     """Packed rows in a step, over all processes."""
-    learning_rate: float = 1.5
+    learning_rate: float = 1.0
     """Factor on pretraining's learning rates."""
     seed: int = 0
     """Of the lessons and their order."""
