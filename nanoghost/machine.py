@@ -4,6 +4,7 @@ Nothing happens at import. A stage calls `prepare()` once, and `start_ranks()` i
 """
 
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -299,3 +300,10 @@ def gather(value) -> list:
     if len(everyone) > 1:
         torch.distributed.all_gather_object(everyone, value)
     return everyone
+
+
+def release_memory() -> None:
+    """Give what a finished stage held back to the system: cycles are collected, and `prepare` had told malloc to keep all."""
+    gc.collect()
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -10,6 +10,7 @@ import json
 import time
 from dataclasses import dataclass
 
+from nanoghost import machine
 from nanoghost.evals.evaluate import evaluate
 from nanoghost.evals.report import terminal_report, write_report
 from nanoghost.progress import Display
@@ -50,9 +51,12 @@ def main(settings: SpeedrunSettings) -> dict:
     for stage, stage_settings in stages:
         stage.main(stage_settings, display)
         folder = ModelFolder(stage_settings.name)
+        machine.release_memory()
         # 4. Measure each on problems and text that no stage has seen (evals/).
         if not any(e["stage"] == f"{folder.card['stage']}-eval" for e in folder.events):
             evaluate(folder, settings.problems if folder.card["parent"] else -(-settings.problems // 4), display)
+
+        machine.release_memory()
 
     # 5. Tell what was made: report.html, report.md, and a short form here.
     page = write_report(folder)

@@ -91,7 +91,11 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
             facts = {k: run.card["parent"][k] for k in ("data", "arch", "config", "parameters", "vocab_size")}
             run.note(steps=steps, before=before, **facts)
         optimizer = Optimizer(
-            model, groups(model.config.width, settings.learning_rate, tables=TABLES), machine.compute_dtype(), rank, world
+            model,
+            groups(model.config.width, settings.learning_rate, tables=TABLES),
+            machine.compute_dtype(),
+            rank,
+            world,
         )
         steps = run.card["steps"]
         start, seconds, tokens = 0, clock.seconds, 0
