@@ -41,6 +41,9 @@ def prepare() -> None:
     # belongs to a thread and is inherited by threads it starts: set it before the first parallel operation.
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads())
+    # oneDNN keeps the code it made for each shape of a product, 1024 of them by default. Generation makes new shapes
+    # with every token, and they took a gigabyte in half an hour of work (measured); it reads this at its first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if platform.libc_ver()[0] == "glibc":
         # glibc serves a large block with a fresh mmap and unmaps it when freed, so every large tensor pays again
         # for page faults, 4 KB at a time. Without mmap and trimming, blocks are reused: elementwise operations
