@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoghost.errors import UserError
-from nanoghost.model.ghost import LETTERS, Ghost, GhostConfig
+from nanoghost.model.ghost import LETTERS, POINTER_WIDTH, Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.weights import load_model, save_model
 from nanoghost.tokenizer import Tokenizer
@@ -89,6 +89,20 @@ def test_logprobs_are_the_log_softmax_of_the_logits(model):
         assert_close(model.logprobs(x_BT, targets_BT, segments), slow, rtol=1e-4, atol=1e-4)
 
 
+def test_a_pointer_copies_from_what_it_may_see_and_nothing_else():
+    """With the gate wide open all probability lies on tokens that were read, of this conversation alone."""
+    model = fresh(GHOST).requires_grad_(False)
+    model.copies[0] = 50.0
+    row = torch.tensor([[5, 6, 7, 20, 21, 22]])
+    probs = model(row, segments_BT=torch.tensor([[1, 1, 1, 2, 2, 2]])).exp()
+    for t in range(6):
+        seen = row[0, 3 * (t // 3) : t + 1]
+        assert_close(probs[0, t, seen].sum(), torch.tensor(1.0), rtol=1e-4, atol=0)
+    names = torch.tensor([[9, 30, 10, 11, 9]])  # after the second 9 stands what followed the first
+    alike = model(names).exp()[0, -1]
+    assert alike[30] > 2 * alike[[10, 11]].max()
+
+
 # ── the cache ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -153,11 +167,11 @@ def independent_count(config) -> dict[str, int]:
     if isinstance(c, GhostConfig):
         valued = math.ceil(c.depth / 2)  # every second layer, the last included
         return {
-            "matrices": c.depth * (3 + 1 + 4 + 4) * D * D,
+            "matrices": c.depth * (3 + 1 + 4 + 4) * D * D + 2 * POINTER_WIDTH * D,
             "head": V * D,
             "embeddings": V * D * (1 + valued) + (NO_LETTER + 1) * D,
             "ngrams": c.ngrams * D,
-            "scalars": 2 * c.depth + valued,
+            "scalars": 2 * c.depth + valued + 1 + D,
         }
     attention = 2 * D * D + 2 * D * D * c.key_value_heads // c.heads
     embeddings = 0 if c.tied else V * D

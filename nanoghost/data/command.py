@@ -13,6 +13,7 @@ from rich.table import Table
 from nanoghost.data.batches import Batches
 from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
+from nanoghost.tasks.mix import example_texts
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class DataSettings:
 def command(settings: DataSettings) -> None:
     console = Console(stderr=True, markup=False, highlight=False)  # a file may be called notes[1].txt
     source = open_source(settings.data)
-    tokenizer = tokenizer_for(source, settings.vocab_size, console.print)
+    tokenizer = tokenizer_for(source, settings.vocab_size, console.print, example_texts())
     shards = tokenise(source, tokenizer)
     train = shards.tokens("train")
     milliseconds = batch_milliseconds(train, settings.context) if len(train) > settings.context else None

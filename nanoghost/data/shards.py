@@ -9,14 +9,15 @@ The name ends in a fingerprint of source and tokenizer: another text or another 
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +54,17 @@ class Shards:
         return np.flatnonzero(self.tokens(split) == self.manifest["endoftext"])
 
 
-def tokenizer_for(source, vocab_size: int, say) -> Tokenizer:
-    """The tokenizer learned from this source's training text; kept in the home folder. `say` tells that one was learned."""
-    folder = home() / "data" / "tokenizers" / f"{source.fingerprint[:12]}-{vocab_size}"
+def tokenizer_for(source, vocab_size: int, say, examples: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer learned from this source's training text and from `examples`; kept in the home folder.
+
+    `say` tells that one was learned.
+    """
+    key = hashlib.sha256(json.dumps([source.fingerprint, *examples]).encode()).hexdigest()
+    folder = home() / "data" / "tokenizers" / f"{key[:12]}-{vocab_size}"
     if not (folder / "tokenizer.json").exists():
         start = time.perf_counter()
-        tokenizer = Tokenizer.train((d.text for d in source.documents() if d.split == "train"), vocab_size)
+        texts = (d.text for d in source.documents() if d.split == "train")
+        tokenizer = Tokenizer.train(chain(texts, examples), vocab_size)
         tokenizer.save(folder)
         say(f"tokenizer: {tokenizer.vocab_size} tokens learned in {time.perf_counter() - start:.1f} s")
     return Tokenizer.load(folder)

@@ -137,7 +137,7 @@ def steps(
             elif s.stop and any(text in tokenizer.decode(row.ids[row.message_start :]) for text in s.stop):
                 row.finish_reason = "stop"
         for row in running:
-            if cache.length >= cache.k.size(2):
+            if cache.length >= cache.tokens.size(1):
                 row.finish_reason = row.finish_reason or "length"
             unfinished = not row.messages or row.message_start < len(row.ids)
             if row.finish_reason and unfinished and not row.given:  # what a tool says is no message of the model's

@@ -6,6 +6,9 @@ What is unusual, beside the usual pre-norm transformer:
     is what a CPU is short of);
   - the embedding is mixed back into the stream before each layer, and token-specific values into attention on every
     second layer (value embeddings, Zhou et al. 2024);
+  - a pointer: with a learned probability the next token is copied from the context, from a place where what came
+    before looks like what comes before now (pointer networks, Merity et al. 2016; the cache of Grave et al. 2017): a
+    name that no training text had is learned at its first mention;
   - RMSNorm without parameters, also on queries and keys; ReLU squared; matrices that write into the stream start at 0.
 
 B batch, T time, D width, H heads, K head width, V vocabulary, L letters kept of a token.
@@ -20,16 +23,16 @@ from torch import nn
 from nanoghost.model.layers import (
     Cache,
     Layout,
-    additive,
     attend,
-    causal_mask,
     norm,
     relu_squared,
     rope_table,
     rotate,
+    text_layout,
     token_logprobs,
 )
 
+POINTER_WIDTH = 64
 LETTERS = 8  # bytes of a token that its embedding sees, counted from the front and again from the back
 
 
@@ -104,6 +107,11 @@ class Ghost(nn.Module):
         self.values = nn.ParameterList(torch.empty(V, D).uniform_(-1, 1) for has in has_values if has)
         self.blocks = nn.ModuleList(Block(config, has) for has in has_values)
         self.head = nn.Parameter(torch.randn(V, D) * 0.001)
+        alike = torch.empty(1, POINTER_WIDTH, D).uniform_(-1, 1) * (3 / D) ** 0.5
+        self.pointer = nn.Parameter(torch.cat([alike, alike]))  # queries and keys: at first, similar means similar
+        self.copies = nn.Parameter(
+            torch.cat([torch.tensor([-3.0]), torch.zeros(D)])
+        )  # log-odds of copying: bias, weights
         cos, sin = rope_table(config.context, config.head_width, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -127,7 +135,7 @@ class Ghost(nn.Module):
         for block in self.blocks:
             for p in (block.qkv, block.out, block.up, block.down):
                 p.data = p.data.to(dtype)
-        self.head.data = self.head.data.to(dtype)
+        self.head.data, self.pointer.data = self.head.data.to(dtype), self.pointer.data.to(dtype)
         return self
 
     def embed(self, tokens_BT, previous_BT):
@@ -139,76 +147,95 @@ class Ghost(nn.Module):
         x_BTD = x_BTD + F.embedding_bag(letters_NL, self.spelling, mode="sum", padding_idx=512 * LETTERS).view_as(x_BTD)
         return norm(x_BTD.to(self.head.dtype))
 
-    def hidden(
-        self, tokens_BT, segments_BT=None, cache: Cache | None = None, valid_BT=None, layout: Layout | None = None
-    ):
-        """Last hidden states (B, T, D).
-
-        `segments_BT` numbers the conversations packed into a row: nothing passes between different numbers.
-        `cache` holds what was read before; `valid_BT` is False where new columns are only padding (on the left).
-        `layout` stands for all of these where rows are not simply texts from left to right.
-        """
-        start = cache.length if cache is not None else 0
-        T, dtype = tokens_BT.size(1), self.head.dtype
-        first = cache.last if cache is not None else torch.zeros_like(tokens_BT[:, :1])
-        previous_BT = torch.cat([first, tokens_BT[:, :-1]], 1)
-        if segments_BT is not None:
-            previous_BT[:, 1:] *= segments_BT[:, 1:] == segments_BT[:, :-1]
-        if valid_BT is not None:
-            previous_BT[:, 1:] *= valid_BT[:, :-1]
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
-        if layout is not None:
-            previous_BT, mask = layout.previous_BT, additive(layout.visible_BTS, dtype)
-            cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
-        elif cache is None:
-            mask = causal_mask(T, dtype, tokens_BT.device, segments_BT)
-        else:
-            mask = cache.mask(tokens_BT, valid_BT, dtype)
-        embedding_BTD = self.embed(tokens_BT, previous_BT)
+    def hidden(self, tokens_BT, layout: Layout, cache: Cache | None = None):
+        """Last hidden states, (B, T, D)."""
+        cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
+        embedding_BTD = self.embed(tokens_BT, layout.previous(tokens_BT if cache is None else cache.tokens))
         values = iter(self.values)
         x_BTD = embedding_BTD
         for layer, block in enumerate(self.blocks):
-            v = None if block.value_mix is None else F.embedding(tokens_BT, next(values)).to(dtype)
-            x_BTD = block(x_BTD, embedding_BTD, v, cos, sin, mask, layer, cache)
-        if cache is not None:
-            cache.length += T
-            cache.last = tokens_BT[:, -1:]
+            v = None if block.value_mix is None else F.embedding(tokens_BT, next(values)).to(x_BTD.dtype)
+            x_BTD = block(x_BTD, embedding_BTD, v, cos, sin, layout.mask_BTS, layer, cache)
         return norm(x_BTD)
 
-    def forward(self, tokens_BT, cache: Cache | None = None, segments_BT=None, valid_BT=None, last_only=False):
-        """Logits (B, T, V) in fp32; only those after the last token, (B, 1, V), with `last_only`."""
-        h_BTD = self.hidden(tokens_BT, segments_BT, cache, valid_BT)
-        return F.linear(h_BTD[:, -1:] if last_only else h_BTD, self.head).float()
+    def point(self, hidden_BTD, layout: Layout, cache: Cache | None = None):
+        """How a copy would be shared out among the tokens of the context (B, T, S), and the log-odds of copying (B, T).
 
-    def logprobs(self, tokens_BT, targets_BT, segments_BT=None):
-        """log P(target | tokens so far), (B, T) fp32."""
-        h_BTD = self.hidden(tokens_BT, segments_BT)
-        return token_logprobs(h_BTD.flatten(0, 1), self.head, targets_BT.flatten()).view_as(targets_BT)
+        A token's key is made from the token before it: from where the model stood when that token was to be predicted.
+        """
+        q_BTK, k_BTK = F.linear(hidden_BTD, self.pointer.flatten(0, 1)).view(*hidden_BTD.shape[:2], 2, -1).unbind(2)
+        q_BTK, k_BTK = norm(q_BTK), norm(k_BTK)
+        if cache is None:
+            index = layout.before_BT.clamp(0)[..., None].expand_as(k_BTK)
+            k_BSK = k_BTK.gather(1, index) * (layout.before_BT >= 0)[..., None]
+        else:
+            k_BSK = cache.point(k_BTK)
+        mask_BTS = layout.mask_BTS.expand(len(q_BTK), -1, -1)
+        shares_BTS = torch.softmax(torch.baddbmm(mask_BTS, q_BTK * POINTER_WIDTH**-0.5, k_BSK.mT), -1)
+        return shares_BTS, hidden_BTD.float() @ self.copies[1:] + self.copies[0]
+
+    def forward(self, tokens_BT, cache: Cache | None = None, segments_BT=None, valid_BT=None, last_only=False):
+        """Log-probabilities of the next token (B, T, V) in fp32; only after the last token, (B, 1, V), with `last_only`.
+
+        `segments_BT` numbers the conversations packed into a row: nothing passes between different numbers.
+        `cache` holds what was read before; `valid_BT` is False where new columns are only padding (on the left).
+        """
+        if cache is None:
+            layout = text_layout(tokens_BT, self.head.dtype, segments_BT)
+        else:
+            layout = cache.layout(tokens_BT, valid_BT, self.head.dtype)
+        h_BTD = self.hidden(tokens_BT, layout, cache)
+        shares_BTS, odds_BT = self.point(h_BTD, layout, cache)
+        if last_only:
+            h_BTD, shares_BTS, odds_BT = h_BTD[:, -1:], shares_BTS[:, -1:], odds_BT[:, -1:]
+        seen_BS = tokens_BT if cache is None else cache.tokens[:, : cache.length]
+        copied_BT1 = odds_BT.sigmoid()[..., None]
+        probs_BTV = torch.softmax(F.linear(h_BTD, self.head).float(), -1) * (1 - copied_BT1)
+        probs_BTV = probs_BTV.scatter_add(2, seen_BS[:, None].expand_as(shares_BTS), shares_BTS * copied_BT1)
+        return probs_BTV.clamp_min(1e-30).log()
+
+    def logprobs(self, tokens_BT, targets, segments_BT=None, layout: Layout | None = None, places=None):
+        """log P(target | tokens so far) in fp32, (B, T).
+
+        With `places`, a pair of (N,) indices (row, position), only of the tokens that are predicted from there, (N,).
+        `layout` stands for `segments_BT` where rows are not simply texts from left to right.
+        """
+        layout = layout or text_layout(tokens_BT, self.head.dtype, segments_BT)
+        h_BTD = self.hidden(tokens_BT, layout)
+        shares_BTS, odds_BT = self.point(h_BTD, layout)
+        if places is None:
+            copied = (shares_BTS * (tokens_BT[:, None] == targets[..., None])).sum(-1, dtype=torch.float32)
+            own = token_logprobs(h_BTD.flatten(0, 1), self.head, targets.flatten()).view_as(targets)
+        else:
+            own = token_logprobs(h_BTD[places], self.head, targets)
+            odds_BT = odds_BT[places]
+            copied = (shares_BTS[places] * (tokens_BT[places[0]] == targets[:, None])).sum(-1, dtype=torch.float32)
+        return torch.logaddexp(own + F.logsigmoid(-odds_BT), copied.clamp_min(1e-30).log() + F.logsigmoid(odds_BT))
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         c = self.config
         capacity = min(capacity, c.context)
-        return Cache(c.depth, rows, capacity, c.heads, c.head_width, self.head.dtype, self.head.device)
+        return Cache(c.depth, rows, capacity, c.heads, c.head_width, self.head.dtype, self.head.device, POINTER_WIDTH)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the way they are optimised; `matrices` are stacks (n, rows, columns) of whole matrices."""
         scalars = [p for b in self.blocks for p in (b.residual_mix, b.value_mix) if p is not None]
         return {
-            "matrices": [p for b in self.blocks for p in (b.qkv, b.out, b.up, b.down)],
+            "matrices": [p for b in self.blocks for p in (b.qkv, b.out, b.up, b.down)] + [self.pointer],
             "head": [self.head],
             "embeddings": [self.embedding, self.spelling, *self.values],
             "ngrams": [self.ngrams],
-            "scalars": scalars,
+            "scalars": [*scalars, self.copies],
         }
 
     def parameter_counts(self) -> dict[str, int]:
         return {name: sum(p.numel() for p in ps) for name, ps in self.parameter_groups().items()}
 
     def flops_per_token(self, context: int | None = None) -> int:
-        """Useful training operations per token: 6 x matrix weights, and causal attention (half of T x T, twice)."""
+        """Useful training operations per token: 6 x matrix weights, causal attention (half of T x T, twice), the pointer."""
         n = self.parameter_counts()
         T = context or self.config.context
-        return 6 * (n["matrices"] + n["head"]) + 6 * self.config.depth * self.config.width * T
+        return 6 * (n["matrices"] + n["head"]) + (6 * self.config.depth * self.config.width + 3 * POINTER_WIDTH) * T
 
     def settings(self) -> dict:
         """config.json."""

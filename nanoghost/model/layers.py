@@ -92,42 +92,57 @@ def rotate(x_BTHK, cos_TK, sin_TK):
 
 @dataclass
 class Layout:
-    """How tokens stand to each other where a row is not simply one text from left to right."""
+    """How the tokens of a batch stand to each other."""
 
-    previous_BT: torch.Tensor
-    """The token before each; 0 where there is none."""
+    before_BT: torch.Tensor
+    """Where in its row the token before each stands; -1 where there is none."""
     positions_BT: torch.Tensor
-    """For the rotary embedding."""
-    visible_BTS: torch.Tensor
-    """Which tokens (S) each token (T) may see."""
+    """For the rotary embedding; (T,) if they are the same in all rows."""
+    mask_BTS: torch.Tensor
+    """-inf where a token (T) may not see another (S), else 0; B is 1 if all rows are alike."""
+
+    def previous(self, tokens_BT):
+        """The token before each; 0 where there is none."""
+        return tokens_BT.gather(1, self.before_BT.clamp(0)) * (self.before_BT >= 0)
 
 
-def shared_prompts(prompts: list[list[int]], attempts: list[list[list[int]]]):
+def text_layout(tokens_BT, dtype, segments_BT=None) -> Layout:
+    """Texts from left to right; nothing passes between tokens with different numbers in `segments_BT`."""
+    B, T = tokens_BT.shape
+    positions = torch.arange(T, device=tokens_BT.device)
+    before_BT = (positions - 1).repeat(B, 1)
+    if segments_BT is not None:
+        before_BT[:, 1:].masked_fill_(segments_BT[:, 1:] != segments_BT[:, :-1], -1)
+    return Layout(before_BT, positions, causal_mask(T, dtype, tokens_BT.device, segments_BT))
+
+
+def shared_prompts(prompts: list[list[int]], attempts: list[list[list[int]]], dtype, device):
     """Rows that hold a prompt once and all attempts at it behind, each blind to the others: (tokens, Layout, places).
 
-    The last token of an attempt is only predicted, never read. `places` lists, for every token of every attempt in
-    order, (row, position of the token it is predicted from).
+    The last token of an attempt is only predicted, never read. `places`, a pair of (N,) indices, tells for every token
+    of every attempt in order the row and the position it is predicted from.
     """
     lengths = [len(p) + sum(len(a) - 1 for a in group) for p, group in zip(prompts, attempts)]
     B, T = len(prompts), max(lengths)
-    tokens, previous, positions = (torch.zeros(B, T, dtype=torch.long) for _ in range(3))
+    tokens, positions = (torch.zeros(B, T, dtype=torch.long) for _ in range(2))
+    before = torch.arange(-1, T - 1).repeat(B, 1)
     segments = torch.full((B, T), -1)  # 0: prompt, 1 and up: attempts, -1: padding
     places = []
     for b, (prompt, group) in enumerate(zip(prompts, attempts)):
-        pieces = [(0, 0, [0, *prompt])] + [(i + 1, len(prompt), [prompt[-1], *a[:-1]]) for i, a in enumerate(group)]
         at = 0
-        for segment, first, ids in pieces:
-            end = at + len(ids) - 1
-            tokens[b, at:end] = torch.tensor(ids[1:])
-            previous[b, at:end] = torch.tensor(ids[:-1])
-            positions[b, at:end] = torch.arange(first, first + end - at)
+        for segment, ids in enumerate([prompt, *(a[:-1] for a in group)]):
+            end, first = at + len(ids), len(prompt) if segment else 0
+            tokens[b, at:end] = torch.tensor(ids)
+            positions[b, at:end] = torch.arange(first, first + len(ids))
             segments[b, at:end] = segment
             if segment:
+                before[b, at : at + 1] = len(prompt) - 1
                 places += [(b, len(prompt) - 1)] + [(b, j) for j in range(at, end)]
             at = end
     seen, looking = segments[:, None, :], segments[:, :, None]
     visible = torch.ones(T, T, dtype=torch.bool).tril() & ((seen == looking) | (seen == 0))
-    return tokens, Layout(previous, positions, visible), places
+    layout = Layout(before.to(device), positions.to(device), additive(visible, dtype).to(device))
+    return tokens.to(device), layout, tuple(torch.tensor(places, device=device).unbind(1))
 
 
 def additive(visible_BTS, dtype):
@@ -202,41 +217,52 @@ def token_logprobs(hidden_ND, head_VD, targets_N):
 
 
 class Cache:
-    """Keys and values of what was read so far: (layers, B, capacity, H, K), plus which columns are real.
+    """Keys and values of what was read so far: (layers, B, H, capacity, K), the tokens, and which columns are real.
 
     Shorter prompts are padded on the left. Rotary embeddings see only differences of positions, so a column's number
-    serves as its position and padding needs nothing but a mask.
+    serves as its position and padding needs nothing but a mask. `pointed` holds what a pointer compares with: for each
+    column a key made from the column before it.
     """
 
-    def __init__(self, layers, rows, capacity, heads, head_width, dtype, device="cpu"):
-        self.k = torch.zeros(layers, rows, capacity, heads, head_width, dtype=dtype, device=device)
+    def __init__(self, layers, rows, capacity, heads, head_width, dtype, device="cpu", pointer_width=0):
+        self.k = torch.zeros(layers, rows, heads, capacity, head_width, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
+        self.pointed = torch.zeros(rows, capacity + 1, pointer_width, dtype=dtype, device=device)
+        self.tokens = torch.zeros(rows, capacity, dtype=torch.long, device=device)
         self.valid = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
-        self.last = torch.zeros(rows, 1, dtype=torch.long, device=device)  # previous token; 0 before the first
         self.length = 0
 
-    def append(self, layer, k_BTHK, v_BTHK):
-        """Store this layer's new keys and values; returns all so far, (B, S, H, K)."""
-        end = self.length + k_BTHK.size(1)
-        self.k[layer, :, self.length : end] = k_BTHK
-        self.v[layer, :, self.length : end] = v_BTHK
-        return self.k[layer, :, :end], self.v[layer, :, :end]
+    def layout(self, tokens_BT, valid_BT, dtype) -> Layout:
+        """Read new tokens; `valid_BT` is False where they are only padding."""
+        start, end = self.length, self.length + tokens_BT.size(1)
+        self.length = end
+        self.tokens[:, start:end] = tokens_BT
+        self.valid[:, start:end] = True if valid_BT is None else valid_BT
+        columns = torch.arange(end, device=tokens_BT.device)
+        before_BT = (columns[start:] - 1).repeat(len(tokens_BT), 1)
+        before_BT.masked_fill_(~self.valid.gather(1, before_BT.clamp(0)), -1)
+        visible = self.valid[:, None, :end] & (columns[None, None] <= columns[start:, None])
+        visible[..., range(end - start), range(start, end)] = True  # padding sees itself: softmax of nothing is NaN
+        return Layout(before_BT, columns[start:], additive(visible, dtype))
 
-    def mask(self, tokens_BT, valid_BT, dtype):
-        """Note which of the new columns are real; returns the additive mask (B, T, S)."""
-        T = tokens_BT.size(1)
-        S = self.length + T
-        self.valid[:, self.length : S] = True if valid_BT is None else valid_BT
-        columns = torch.arange(S, device=tokens_BT.device)
-        visible = self.valid[:, None, :S] & (columns[None, None] <= columns[self.length :, None])
-        visible[..., range(T), range(self.length, S)] = True  # padding sees itself: softmax of nothing is NaN
-        return additive(visible, dtype)
+    def append(self, layer, k_BTHK, v_BTHK):
+        """Store this layer's keys and values of the tokens just read; returns all so far, (B, S, H, K)."""
+        start = self.length - k_BTHK.size(1)
+        self.k[layer, :, :, start : self.length] = k_BTHK.transpose(1, 2)
+        self.v[layer, :, :, start : self.length] = v_BTHK.transpose(1, 2)
+        return (z[layer, :, :, : self.length].transpose(1, 2) for z in (self.k, self.v))
+
+    def point(self, keys_BTK):
+        """Store the keys made from the tokens just read; returns those of all columns so far, (B, S, K)."""
+        start = self.length - keys_BTK.size(1)
+        self.pointed[:, start + 1 : self.length + 1] = keys_BTK * self.valid[:, start : self.length, None]
+        return self.pointed[:, : self.length]
 
     def keep(self, rows):
         """Keep only these rows, in this order; a row may be named several times."""
         for name in ("k", "v"):
             old = getattr(self, name)
             new = old.new_zeros(old.size(0), len(rows), *old.shape[2:])
-            new[:, :, : self.length] = old[:, rows, : self.length]
+            new[:, :, :, : self.length] = old[:, rows, :, : self.length]
             setattr(self, name, new)
-        self.valid, self.last = self.valid[rows], self.last[rows]
+        self.pointed, self.tokens, self.valid = self.pointed[rows], self.tokens[rows], self.valid[rows]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoghost.model.layers import Cache, Layout, additive, attend, causal_mask, rope_table, rotate, token_logprobs
+from nanoghost.model.layers import Cache, Layout, attend, rope_table, rotate, text_layout, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -119,36 +119,29 @@ class Llama(nn.Module):
             p.data = p.data.to(dtype)
         return self
 
-    def hidden(
-        self, tokens_BT, segments_BT=None, cache: Cache | None = None, valid_BT=None, layout: Layout | None = None
-    ):
-        """Last hidden states (B, T, D); arguments as in ghost.Ghost.hidden."""
-        start = cache.length if cache is not None else 0
-        T, dtype = tokens_BT.size(1), self.head.dtype
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
-        if layout is not None:
-            mask = additive(layout.visible_BTS, dtype)
-            cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
-        elif cache is None:
-            mask = causal_mask(T, dtype, tokens_BT.device, segments_BT)
-        else:
-            mask = cache.mask(tokens_BT, valid_BT, dtype)
+    def hidden(self, tokens_BT, layout: Layout, cache: Cache | None = None):
+        """Last hidden states, (B, T, D)."""
+        cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
+        dtype = self.head.dtype
         x_BTD = F.embedding(tokens_BT, self.embedding).to(dtype)
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, cos, sin, mask, layer, cache)
-        if cache is not None:
-            cache.length += T
+            x_BTD = block(x_BTD, cos, sin, layout.mask_BTS, layer, cache)
         return F.rms_norm(x_BTD, (self.config.width,), self.final_norm.to(dtype), self.config.norm_eps)
 
     def forward(self, tokens_BT, cache: Cache | None = None, segments_BT=None, valid_BT=None, last_only=False):
-        """Logits (B, T, V) in fp32; only those after the last token, (B, 1, V), with `last_only`."""
-        h_BTD = self.hidden(tokens_BT, segments_BT, cache, valid_BT)
+        """Logits (B, T, V) in fp32; arguments as in ghost.Ghost.forward."""
+        if cache is None:
+            layout = text_layout(tokens_BT, self.head.dtype, segments_BT)
+        else:
+            layout = cache.layout(tokens_BT, valid_BT, self.head.dtype)
+        h_BTD = self.hidden(tokens_BT, layout, cache)
         return F.linear(h_BTD[:, -1:] if last_only else h_BTD, self.head).float()
 
-    def logprobs(self, tokens_BT, targets_BT, segments_BT=None):
-        """log P(target | tokens so far), (B, T) fp32."""
-        h_BTD = self.hidden(tokens_BT, segments_BT)
-        return token_logprobs(h_BTD.flatten(0, 1), self.head, targets_BT.flatten()).view_as(targets_BT)
+    def logprobs(self, tokens_BT, targets, segments_BT=None, layout: Layout | None = None, places=None):
+        """log P(target | tokens so far) in fp32; arguments as in ghost.Ghost.logprobs."""
+        h_BTD = self.hidden(tokens_BT, layout or text_layout(tokens_BT, self.head.dtype, segments_BT))
+        h_ND = h_BTD.flatten(0, 1) if places is None else h_BTD[places]
+        return token_logprobs(h_ND, self.head, targets.flatten()).view_as(targets)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         c = self.config

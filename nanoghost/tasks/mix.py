@@ -4,6 +4,7 @@ import random
 import re
 from collections import Counter
 
+from nanoghost.chat import pieces
 from nanoghost.data.sources import open_source
 from nanoghost.tasks.base import Task, mixture
 from nanoghost.tasks.gym import ChainSum, SpellBackward, word_list
@@ -15,14 +16,14 @@ from nanoghost.tasks.sums import Sums
 
 # Shares of the problems in the built-in mix. The two that RL practises get just enough to be solved now and then.
 WEIGHTS = {
-    "plays": 0.07,
-    "identity": 0.15,
-    "sums": 0.24,
-    "spelling": 0.08,
-    "counting": 0.11,
-    "refusal": 0.14,
-    "chain_sum": 0.11,
-    "spell_backward": 0.10,
+    "plays": 0.08,
+    "identity": 0.17,
+    "sums": 0.20,
+    "spelling": 0.13,
+    "counting": 0.14,
+    "refusal": 0.15,
+    "chain_sum": 0.07,
+    "spell_backward": 0.06,
 }
 
 
@@ -47,6 +48,17 @@ def all_tasks(base_card: dict, name: str) -> dict[str, Task]:
         tasks.append(Plays(texts, max_words=40))
     answerable = [t for t in tasks if t.name not in ("refusal", "chain_sum", "spell_backward")]
     return {task.name: task for task in [*tasks, Answerable(answerable)]}
+
+
+def example_texts(count: int = 1000) -> list[str]:
+    """What lessons are written in, for the tokenizer: calls and questions in few tokens make a fifth more lessons a minute."""
+    words = word_list()
+    tasks = (Identity({}), Sums(), Spelling(words), Counting(words), Refusal(), ChainSum(), SpellBackward())
+    texts = []
+    for i in range(count):
+        problem = tasks[i % len(tasks)].problem(random.Random(i), "train")
+        texts += [text for text, is_mark, _ in pieces([*problem.messages, *problem.lesson]) if not is_mark]
+    return texts
 
 
 def spelled_words(texts: list[tuple[str, str]], count: int = 3000) -> list[str]:

@@ -3,9 +3,6 @@
 text -> tokenizer -> shards -> batches -> loss -> Muon -> a model folder
 """
 
-import json
-import math
-import time
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +14,13 @@ from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
-from nanoghost.model.weights import ARCHITECTURES, load_checkpoint, save_checkpoint, save_model
+from nanoghost.model.weights import ARCHITECTURES, save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate, momentum
 from nanoghost.progress import Display
+from nanoghost.tasks.mix import example_texts
 from nanoghost.train.recipe import depth_for, groups, model_config
-from nanoghost.train.stage import Clock, Rate, stage_run
+from nanoghost.train.stage import Clock, Rate, check_length, check_loss, print_figures, stage_run, steps_within
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     display = display or Display()
     check(settings, world)
     source = open_source(settings.data)
-    tokenizer = tokenizer_for(source, settings.vocab_size, display.say)
+    tokenizer = tokenizer_for(source, settings.vocab_size, display.say, example_texts())
     shards = tokenise(source, tokenizer)
     train = shards.tokens("train")
     batches = Batches(train, settings.context, settings.batch, settings.seed, rank, world)
@@ -92,42 +90,28 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         model, optimizer = build()
         if "steps" not in run.card:
             compiled = compile_decision(settings.compile, minutes)
-            steps = settings.steps or round(
-                machine.mean_over_ranks(steps_for(minutes, build, batches, settings, compiled, clock))
-            )
+            steps = settings.steps or rehearsed_steps(minutes, build, batches, settings, compiled, clock)
             run.note(
                 data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps, depth_reason=reason,
                 config=model.settings(), parameters=sum(model.parameter_counts().values()),
                 parameter_counts=model.parameter_counts(), vocab_size=tokenizer.vocab_size,
             )  # fmt: skip
         steps, compiled = run.card["steps"], run.card["compile"]
-        start, seconds = 0, clock.seconds
-        if saved := load_checkpoint(run.folder.path, rank):
-            start, state, notes = saved
-            optimizer.load_state(state)
-            seconds = notes["seconds"]
+        start, notes = run.resume(optimizer)
         display.say(describe(run.card, model, settings, start))
         if compiled["on"]:
             compile_model(model)
 
-        clock = Clock(seconds, settings.checkpoint_seconds)
+        clock = Clock(notes.get("seconds", clock.seconds), settings.checkpoint_seconds)
         tokens_per_step = settings.batch * settings.context
         rate = Rate()
         every = max(1, steps // 500)
         for step in range(start, steps):
             progress = step / steps
             inputs, targets = batches.at(step)
-            loss = train_step(model, inputs, targets, settings.micro_batch)
-            loss = machine.mean_over_ranks(loss)
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss became {loss} at step {step} (rows start at tokens {batches.positions(step)[:4]} ...); nothing"
-                    f" was updated and the last checkpoint stands: try --force with a smaller --learning-rate"
-                )
-            if step > start and run.checkpoint_due(clock):
-                save_checkpoint(run.folder.path, step, optimizer.state(), {"seconds": clock.seconds}, rank)
-            if run.stopping:
-                run.stop(step, steps)
+            loss = machine.mean_over_ranks(train_step(model, inputs, targets, settings.micro_batch))
+            check_loss(loss, step, f" (rows start at tokens {batches.positions(step)[:4]} ...)")
+            run.checkpoint(step, optimizer, clock)
             optimizer.step(learning_rate(progress), momentum(progress))
             rate.count(tokens_per_step)
             if step % every == 0 or step == steps - 1:
@@ -163,10 +147,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
 
 
 def check(settings: PretrainSettings, world: int) -> None:
-    if settings.minutes and settings.steps:
-        raise UserError("--minutes and --steps exclude each other")
-    if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
-        raise UserError("--minutes and --steps must be positive")
+    check_length(settings)
     if settings.arch not in ("ghost", "llama"):
         raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
     if settings.compile not in ("auto", "on", "off"):
@@ -212,19 +193,16 @@ def compile_model(model) -> None:
         block.compile()
 
 
-def steps_for(minutes: float, build, batches, settings, compiled: dict, clock: Clock) -> int:
-    """How many steps fit into the minutes that remain, measured on a throwaway copy of the model."""
+def rehearsed_steps(minutes: float, build, batches, settings, compiled: dict, clock: Clock) -> int:
     model, optimizer = build()
     if compiled["on"]:
         compile_model(model)
-    times = []
-    for step in range(8):
-        start = time.perf_counter()
+
+    def one_step(step: int) -> None:
         train_step(model, *batches.at(step), settings.micro_batch)
         optimizer.step(0.1)
-        times.append(time.perf_counter() - start)
-    step_seconds = sum(sorted(times[2:])[1:5]) / 4  # without the first (allocation, compiling) and the extremes
-    return max(1, int((minutes * 60 - clock.seconds) / (step_seconds * 1.02)))
+
+    return steps_within(minutes * 60 - clock.seconds, one_step)
 
 
 def describe(card: dict, model, settings: PretrainSettings, start: int) -> str:
@@ -238,6 +216,4 @@ def describe(card: dict, model, settings: PretrainSettings, start: int) -> str:
 
 
 def command(settings: PretrainSettings) -> None:
-    figures = main(settings)
-    if figures and settings.json and machine.ranks()[0] == 0:
-        print(json.dumps(figures))
+    print_figures(main(settings), settings)

@@ -3,10 +3,7 @@
 problems -> attempts (sampled with the engine) -> rewards -> advantages within each group -> policy gradient
 """
 
-import json
-import math
 import random
-import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -17,8 +14,8 @@ from nanoghost import machine
 from nanoghost.engine.generate import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.skills import accuracy, attempt
-from nanoghost.model.layers import Layout, shared_prompts, token_logprobs
-from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint, save_model
+from nanoghost.model.layers import shared_prompts
+from nanoghost.model.weights import load_model, save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
@@ -26,7 +23,17 @@ from nanoghost.tasks.base import distinct_problems
 from nanoghost.tasks.mix import all_tasks
 from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss
 from nanoghost.train.recipe import groups
-from nanoghost.train.stage import Clock, Rate, base_card, parent_of, stage_run
+from nanoghost.train.stage import (
+    Clock,
+    Rate,
+    base_card,
+    check_length,
+    check_loss,
+    parent_of,
+    print_figures,
+    stage_run,
+    steps_within,
+)
 
 TABLES = 0.1  # AdamW moves a rare row as far as a common one; a reward seen once must not rewrite a word
 PRACTISED = ("chain_sum", "spell_backward", "sums", "spelling", "counting", "refusal", "answerable", "identity")
@@ -85,11 +92,8 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         if "steps" not in run.card:
             display.say(f"before: {settings.held_out} held-out problems of each task ...")
             before = held_out(model, tokenizer, tasks, settings)
-            steps = settings.steps or round(
-                machine.mean_over_ranks(steps_for(settings, parent, tokenizer, tasks, clock))
-            )
-            facts = {k: run.card["parent"][k] for k in ("data", "arch", "config", "parameters", "vocab_size")}
-            run.note(steps=steps, before=before, **facts)
+            steps = settings.steps or rehearsed_steps(settings, parent, tokenizer, tasks, clock)
+            run.note(steps=steps, before=before)
         optimizer = Optimizer(
             model,
             groups(model.config.width, settings.learning_rate, tables=TABLES),
@@ -98,30 +102,20 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
             world,
         )
         steps = run.card["steps"]
-        start, seconds, tokens = 0, clock.seconds, 0
-        if saved := load_checkpoint(run.folder.path, rank):
-            start, state, notes = saved
-            optimizer.load_state(state)
-            seconds, tokens = notes["seconds"], notes["tokens"]
+        start, notes = run.resume(optimizer)
+        tokens = notes.get("tokens", 0)
         display.say(
             f"reinforcement of {settings.name}: {steps} steps of {settings.problems} problems x {settings.attempts} attempts,"
             f" {settings.variant}{f', going on at {start}' if start else ''}"
         )
 
-        clock = Clock(seconds, settings.checkpoint_seconds)
+        began = notes.get("seconds", clock.seconds)
+        clock = Clock(began, settings.checkpoint_seconds)
         rate = Rate()
         for step in range(start, steps):
-            if step > start and run.checkpoint_due(clock):
-                notes = {"seconds": clock.seconds, "tokens": tokens}
-                save_checkpoint(run.folder.path, step, optimizer.state(), notes, rank)
-            if run.stopping:
-                run.stop(step, steps)
+            run.checkpoint(step, optimizer, clock, tokens=tokens)
             figures, count = rollout_and_gradients(model, tokenizer, tasks, settings, step, rank, world)
-            if not math.isfinite(figures["loss"]):
-                raise UserError(
-                    f"the loss became {figures['loss']} at step {step}; nothing was updated and the last checkpoint stands:"
-                    f" try --force with a smaller --learning-rate"
-                )
+            check_loss(figures["loss"], step)
             scale = learning_rate(step / steps, cooldown=0.5)
             if machine.mean_over_ranks(figures["groups"]):  # without signal nothing moves, not even the moments
                 optimizer.step(scale)
@@ -129,7 +123,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
             rate.count(count)
             run.event(
                 step, steps=steps, learning_rate=scale, tokens=tokens, tokens_per_second=rate.per_second,
-                seconds=clock.seconds, seconds_left=(steps - step - 1) * (clock.seconds - seconds) / (step - start + 1),
+                seconds=clock.seconds, seconds_left=(steps - step - 1) * (clock.seconds - began) / (step - start + 1),
                 **figures,
             )  # fmt: skip
 
@@ -158,8 +152,7 @@ def check(settings: RlSettings, world: int) -> None:
         raise UserError(f"--problems {settings.problems} does not divide over {world} processes")
     if settings.attempts < 2:
         raise UserError("--attempts must be at least 2: an attempt is judged against the others of its group")
-    if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
-        raise UserError("--minutes and --steps must be positive")
+    check_length(settings)
 
 
 def held_out(model, tokenizer, tasks: dict, settings: RlSettings) -> dict:
@@ -261,14 +254,11 @@ def gradients(model, rows, advantages_N, denominators_N, settings: RlSettings, m
 
 def attempt_logprobs(model, prompts, attempts: list[list[list[int]]]):
     """log P of every token of every attempt, (N, longest), 0 behind their ends; `attempts` are grouped by prompt."""
-    tokens, layout, places = shared_prompts([list(p) for p in prompts], attempts)
     device = machine.device()
-    layout = Layout(layout.previous_BT.to(device), layout.positions_BT.to(device), layout.visible_BTS.to(device))
-    hidden_BTD = model.hidden(tokens.to(device), layout=layout)
-    row, column = torch.tensor(places, device=device).unbind(1)
+    tokens, layout, places = shared_prompts([list(p) for p in prompts], attempts, model.head.dtype, device)
     flat = [ids for group in attempts for ids in group]
     targets = torch.tensor([token for ids in flat for token in ids], device=device)
-    logp = token_logprobs(hidden_BTD[row, column], model.head, targets)
+    logp = model.logprobs(tokens, targets, layout=layout, places=places)
     inside = padded([[1.0] * len(ids) for ids in flat]).to(device) > 0
     return torch.zeros(inside.shape, device=device).masked_scatter(inside, logp)
 
@@ -279,22 +269,17 @@ def padded(rows: list[list]) -> torch.Tensor:
     return torch.tensor([[float(x) for x in row] + [0.0] * (longest - len(row)) for row in rows])
 
 
-def steps_for(settings: RlSettings, parent, tokenizer, tasks, clock: Clock) -> int:
-    """How many steps fit into the minutes that remain, measured on a throwaway copy of the model."""
+def rehearsed_steps(settings: RlSettings, parent, tokenizer, tasks, clock: Clock) -> int:
+    evaluation = clock.seconds  # before the first step; the same again comes after the last one
     model, _ = load_model(parent.path, machine.compute_dtype(), machine.device())
     optimizer = Optimizer(model, groups(model.config.width), machine.compute_dtype(), *machine.ranks())
-    times = []
-    for step in range(5):
-        start = time.perf_counter()
+
+    def one_step(step: int) -> None:
         rollout_and_gradients(model, tokenizer, tasks, settings, step, *machine.ranks())
         optimizer.step(0.0)
-        times.append(time.perf_counter() - start)
-    minutes = settings.minutes or 2.5
-    evaluation = clock.seconds - sum(times)  # what came before the rehearsal; the same again comes after
-    return max(1, int((minutes * 60 - clock.seconds - evaluation) / (sorted(times[1:])[1] * 1.05)))
+
+    return steps_within((settings.minutes or 2.5) * 60 - 2 * evaluation, one_step, rehearsals=4)
 
 
 def command(settings: RlSettings) -> None:
-    figures = main(settings)
-    if figures and settings.json and machine.ranks()[0] == 0:
-        print(json.dumps(figures))
+    print_figures(main(settings), settings)

@@ -3,9 +3,6 @@
 conversations -> lessons (ids, what is learned) -> packed rows -> loss on the assistant's tokens -> a model folder
 """
 
-import json
-import math
-import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,16 +10,24 @@ import tyro
 
 from nanoghost import machine
 from nanoghost.data.sources import load_conversations
-from nanoghost.errors import UserError
-from nanoghost.model.layers import token_logprobs
-from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint, save_model
+from nanoghost.model.weights import load_model, save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
 from nanoghost.tasks.mix import lesson_conversations
 from nanoghost.train.packing import PackedBatches, lessons_from
 from nanoghost.train.recipe import groups
-from nanoghost.train.stage import Clock, Rate, base_card, parent_of, stage_run
+from nanoghost.train.stage import (
+    Clock,
+    Rate,
+    base_card,
+    check_length,
+    check_loss,
+    parent_of,
+    print_figures,
+    stage_run,
+    steps_within,
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
-    if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
-        raise UserError("--minutes and --steps must be positive")
+    check_length(settings)
     parent = parent_of(settings, "sft")
     own = settings.data.removeprefix("lessons").removeprefix("+")
     conversations = load_conversations(own) if own else []
@@ -84,37 +88,22 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         )
 
         if "steps" not in run.card:
-            steps = settings.steps or round(
-                machine.mean_over_ranks(steps_for(settings.minutes or 2.5, parent, batches, settings, clock))
-            )
-            facts = {k: run.card["parent"][k] for k in ("data", "arch", "config", "parameters", "vocab_size")}
-            run.note(steps=steps, conversations=len(lessons), left_out=left_out, **facts)
+            steps = settings.steps or rehearsed_steps(settings, parent, batches, clock)
+            run.note(steps=steps, conversations=len(lessons), left_out=left_out)
         steps = run.card["steps"]
-        start, seconds, tokens = 0, clock.seconds, 0
-        if saved := load_checkpoint(run.folder.path, rank):
-            start, state, notes = saved
-            optimizer.load_state(state)
-            seconds, tokens = notes["seconds"], notes["tokens"]
+        start, notes = run.resume(optimizer)
+        tokens = notes.get("tokens", 0)
         display.say(
             f"finetuning {settings.name}: {len(lessons)} conversations, {steps} steps{f', going on at {start}' if start else ''}"
         )
 
-        clock = Clock(seconds, settings.checkpoint_seconds)
+        clock = Clock(notes.get("seconds", clock.seconds), settings.checkpoint_seconds)
         rate = Rate()
         every = max(1, steps // 500)
         for step in range(start, steps):
-            loss = train_step(model, batches.at(step), world)
-            loss = machine.mean_over_ranks(loss)
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss became {loss} at step {step}; nothing was updated and the last checkpoint stands: try --force"
-                    f" with a smaller --learning-rate"
-                )
-            if step > start and run.checkpoint_due(clock):
-                notes = {"seconds": clock.seconds, "tokens": tokens}
-                save_checkpoint(run.folder.path, step, optimizer.state(), notes, rank)
-            if run.stopping:
-                run.stop(step, steps)
+            loss = machine.mean_over_ranks(train_step(model, batches.at(step), world))
+            check_loss(loss, step)
+            run.checkpoint(step, optimizer, clock, tokens=tokens)
             scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
             optimizer.step(scale)
             tokens += settings.batch * context
@@ -140,27 +129,23 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
 def train_step(model, batch, world: int) -> float:
     """Gradients of this process's part of the loss over the batch; returns that part, times the number of processes."""
     inputs, targets, weights, segments = (t.to(machine.device()) for t in batch)
-    learned = weights > 0  # logits of the other tokens are never needed
-    logp = token_logprobs(model.hidden(inputs, segments)[learned], model.head, targets[learned])
+    learned = (weights > 0).nonzero(as_tuple=True)  # logits of the other tokens are never needed
+    logp = model.logprobs(inputs, targets[learned], segments, places=learned)
     loss = -(logp * weights[learned]).sum() * world  # gradients are averaged over processes
     loss.backward()
     return loss.item()
 
 
-def steps_for(minutes: float, parent, batches, settings, clock: Clock) -> int:
-    """How many steps fit into the minutes that remain, measured on a throwaway copy of the model."""
+def rehearsed_steps(settings: SftSettings, parent, batches, clock: Clock) -> int:
     model, _ = load_model(parent.path, machine.compute_dtype(), machine.device())
     optimizer = Optimizer(model, groups(model.config.width), machine.compute_dtype(), *machine.ranks())
-    times = []
-    for step in range(7):
-        start = time.perf_counter()
+
+    def one_step(step: int) -> None:
         train_step(model, batches.at(step), batches.world)
         optimizer.step(0.0)
-        times.append(time.perf_counter() - start)
-    return max(1, int((minutes * 60 - clock.seconds) / (sum(sorted(times[2:])[1:4]) / 3 * 1.02)))
+
+    return steps_within((settings.minutes or 2.5) * 60 - clock.seconds, one_step)
 
 
 def command(settings: SftSettings) -> None:
-    figures = main(settings)
-    if figures and settings.json and machine.ranks()[0] == 0:
-        print(json.dumps(figures))
+    print_figures(main(settings), settings)

@@ -1,8 +1,11 @@
-"""What every stage shares: starting, resuming or refusing a model folder, and finishing it."""
+"""What every stage shares: starting, resuming or refusing a model folder, its checkpoints, its clock, and finishing it."""
 
+import json
+import math
 import platform
 import shlex
 import shutil
+import statistics
 import sys
 import time
 from collections import deque
@@ -12,15 +15,11 @@ from importlib.metadata import version
 
 from nanoghost import machine
 from nanoghost.errors import UserError
+from nanoghost.model.weights import load_checkpoint, save_checkpoint
 from nanoghost.runs import ModelFolder, Stopping, open_model, writing
 
-NOT_SETTINGS = (
-    "name",
-    "json",
-    "force",
-    "parent",
-    "checkpoint_seconds",
-)  # fields that do not change what the stage computes
+NOT_SETTINGS = ("name", "json", "force", "parent", "checkpoint_seconds")  # these do not change what a stage computes
+INHERITED = ("data", "arch", "config", "parameters", "vocab_size")  # what a child's card takes from its parent's
 
 
 class Run:
@@ -41,16 +40,29 @@ class Run:
         if machine.ranks()[0] == 0:
             self.folder.write_card(self.card)
 
-    def checkpoint_due(self, clock: "Clock") -> bool:
-        """Whether to save now: it is time, or a stop was asked for. All processes decide alike."""
-        self.stopping.requested = machine.mean_over_ranks(self.stopping.requested) > 0
-        return machine.mean_over_ranks(clock.due()) > 0 or self.stopping.requested
+    def resume(self, optimizer) -> tuple[int, dict]:
+        """(the step to go on at, what was noted there), with the optimizer as it was then; (0, {}) at a fresh start."""
+        saved = load_checkpoint(self.folder.path, machine.ranks()[0])
+        if not saved:
+            return 0, {}
+        step, state, notes = saved
+        optimizer.load_state(state)
+        return step, notes
 
-    def stop(self, step: int, steps: int) -> None:
-        """Leave after the checkpoint of a requested stop."""
-        self.show.close()
-        self.show.say(f"{self.folder.name} is saved at step {step} of {steps}")
-        raise KeyboardInterrupt
+    def checkpoint(self, step: int, optimizer, clock: "Clock", **notes) -> None:
+        """Save what is needed to go on at `step` if it is time, and leave if a stop was asked for.
+
+        To be called before the step's update. All processes decide alike.
+        """
+        self.stopping.requested = machine.mean_over_ranks(self.stopping.requested) > 0
+        due = machine.mean_over_ranks(clock.due()) > 0
+        if step and (due or self.stopping):
+            notes |= {"seconds": clock.seconds}
+            save_checkpoint(self.folder.path, step, optimizer.state(), notes, machine.ranks()[0])
+        if self.stopping:
+            self.show.close()
+            self.show.say(f"{self.folder.name} is saved at step {step} of {self.card['steps']}")
+            raise KeyboardInterrupt
 
     def finish(self, **figures) -> dict:
         self.note(finished=round(time.time(), 3), figures=figures)
@@ -106,6 +118,7 @@ def new_card(stage: str, settings: dict, parent: ModelFolder | None) -> dict:
     return {
         "stage": stage,
         "parent": parent.card if parent else None,
+        **({key: parent.card[key] for key in INHERITED} if parent else {}),
         "settings": settings,
         "seed": settings["seed"],
         "command": shlex.join(["nanoghost", *sys.argv[1:]]),
@@ -124,6 +137,42 @@ def parent_of(settings, stage: str) -> ModelFolder:
     if parent.name == settings.name:
         raise UserError(f"{stage} writes a new model: --name must differ from its parent '{parent.name}'")
     return parent
+
+
+def check_length(settings) -> None:
+    if settings.minutes and settings.steps:
+        raise UserError("--minutes and --steps exclude each other")
+    if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
+        raise UserError("--minutes and --steps must be positive")
+
+
+def check_loss(loss: float, step: int, where: str = "") -> None:
+    """To be called before the update: a loss that is no number ends the run, and the last checkpoint stands."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss became {loss} at step {step}{where}; nothing was updated and the last checkpoint stands:"
+            f" try --force with a smaller --learning-rate"
+        )
+
+
+def steps_within(seconds: float, one_step, rehearsals: int = 7) -> int:
+    """How many steps fit into the time, going by a rehearsal of `one_step(i)` on a throwaway copy of the model.
+
+    The first two are not counted (allocation, compiling). All processes get the same number.
+    """
+    times = []
+    for i in range(rehearsals):
+        start = time.perf_counter()
+        one_step(i)
+        times.append(time.perf_counter() - start)
+    left = seconds - sum(times)
+    return max(1, round(machine.mean_over_ranks(left / (statistics.median(times[2:]) * 1.03))))
+
+
+def print_figures(figures: dict | None, settings) -> None:
+    """What --json prints, once."""
+    if figures and settings.json and machine.ranks()[0] == 0:
+        print(json.dumps(figures))
 
 
 def base_card(card: dict) -> dict:
