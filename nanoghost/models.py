@@ -56,7 +56,7 @@ def summary(name: str) -> dict:
 def list_command(settings: ListSettings) -> None:
     rows = [summary(name) for name in model_names()]
     if settings.json:
-        print(json.dumps(rows))
+        print(json.dumps({"models": rows}))
         return
     table = Table("name", "stage", "from", "parameters", "finished")
     for row in rows:

@@ -27,7 +27,7 @@ def test_list_and_show(nanoghost):
     assert "no models yet" in nanoghost("list")[2]
     make("old", 1.0), make("new", 2.0)
     code, out, _ = nanoghost("list", "--json")
-    assert code == 0 and [row["name"] for row in json.loads(out)] == ["new", "old"]
+    assert code == 0 and [row["name"] for row in json.loads(out)["models"]] == ["new", "old"]
     assert "1.5M" in nanoghost("list")[2]
     assert json.loads(nanoghost("show", "--json")[1])["name"] == "new", "without a name: the one finished last"
     code, out, err = nanoghost("show", "old")

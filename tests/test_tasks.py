@@ -14,6 +14,7 @@ from nanoghost.tasks import gym, identity, refusal, spelling, sums
 from nanoghost.tasks.base import (
     assistant,
     distinct_problems,
+    estranged,
     final_text,
     last_number,
     letters,
@@ -207,13 +208,33 @@ def test_gym_problems_are_its_own_and_train_never_shows_a_test_word():
     for _ in range(100):
         question = text_of((problem := backward.problem(rng, "train")).messages[0])
         assert question.startswith("Spell this word backward") and question.split()[-1][::-1] == problem.answer
-        assert problem.lesson[0]["content"] == letters(problem.answer)
+        assert problem.lesson[0]["content"] in (problem.answer, letters(problem.answer))
         question = text_of((problem := chain.problem(rng, "train")).messages[0])
         assert calculate(question.split(":")[1].strip(" =")) == problem.answer
     assert chain.score(problem, [assistant(f" {problem.answer}\n")]) == 1.0
     assert chain.score(problem, [assistant(f"1+1=2, so {problem.answer}")]) == 1.0
     assert chain.score(problem, [assistant(f"so {problem.answer}, so 1000")]) == 0.0
     assert chain.score(problem, [assistant(f"It is {problem.answer}")]) == 0.0
+
+
+@pytest.mark.parametrize("task", [ChainSum(), SpellBackward()], ids=lambda task: task.name)
+def test_gym_lessons_show_both_ways_and_both_are_right(task):
+    """Neither way is rare, on either side of the line between quick and slow problems; each solves its problem."""
+    problems = [task.problem(random.Random(i), "train") for i in range(600)]
+    quick = [p.lesson[0]["content"] == p.answer for p in problems]
+    assert 0.25 < sum(quick) / len(quick) < 0.45
+    assert all(task.score(p, p.lesson) == 1.0 for p in problems)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_an_unknown_word_leaves_the_slots_alone(seed):
+    rng = random.Random(seed)
+    template = rng.choice([*sums.ANY["train"], *spelling.COUNT["train"]])
+    other = estranged(rng, template)
+    assert re.findall(r"\{\w+\}", other) == re.findall(r"\{\w+\}", template)
+    assert len(other.split()) == len(template.split())
+    assert (other != template) == bool(re.sub(r"\{\w+\}|[^A-Za-z]", "", template))
 
 
 def test_the_working_of_a_sum_is_right_in_every_column():

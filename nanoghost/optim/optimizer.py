@@ -92,7 +92,7 @@ class Bucket:
         padded = flat.new_zeros(self.work.numel(), dtype=torch.float32)
         padded[: len(flat)] = flat
         shard = padded.new_empty(self.master.numel())
-        dist.reduce_scatter_tensor(shard, padded, op=dist.ReduceOp.SUM)
+        dist.reduce_scatter_single(shard, padded, op=dist.ReduceOp.SUM)
         return shard.view(self.master.shape) / self.world
 
     def step(self, scale: float, momentum: float, time: int):
@@ -108,7 +108,7 @@ class Bucket:
         if self.world == 1:
             self.work.copy_(self.master)
         else:
-            dist.all_gather_into_tensor(self.work, self.master.to(self.work.dtype))
+            dist.all_gather_single(self.work, self.master.to(self.work.dtype))
 
     def _muon(self, g, momentum, time):
         self.moment1.lerp_(g, 1 - momentum)
@@ -165,4 +165,4 @@ class Optimizer:
             if bucket.world == 1:
                 bucket.work.copy_(bucket.master)
             else:
-                dist.all_gather_into_tensor(bucket.work, bucket.master.to(bucket.work.dtype))
+                dist.all_gather_single(bucket.work, bucket.master.to(bucket.work.dtype))

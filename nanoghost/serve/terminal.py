@@ -6,6 +6,7 @@ half prints them and understands slash commands.
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -186,7 +187,7 @@ def command(settings: ChatSettings) -> None:
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8 text") from None
     for said in conversation.answer():
-        print(said.text, end="\n" if said.is_tool else "", flush=True, file=sys.stderr if said.is_tool else sys.stdout)
+        print(harmless(said.text), end="\n" if said.is_tool else "", flush=True, file=sys.stderr if said.is_tool else sys.stdout)
     print()
 
 
@@ -194,14 +195,16 @@ def dim(text: str) -> str:
     return f"\x1b[2m{text}\x1b[0m" if sys.stdout.isatty() else text
 
 
+def harmless(text: str) -> str:
+    """Text without control characters: a model of bytes may write what would move a terminal's cursor."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+
 def talk(conversation: Conversation) -> None:
     """Read, answer, until the end of input."""
     card = conversation.folder.card
-    print(
-        dim(
-            f"{card['name']}, {card['parameters'] / 1e6:.1f}M parameters. Ask who it is, for a sum, or speak like a play. /help"
-        )
-    )
+    or_speak = ", or speak like a play" if card["data"][0]["name"] == "plays" else ""
+    print(dim(f"{card['name']}, {card['parameters'] / 1e6:.1f}M parameters. Ask who it is, for a sum{or_speak}. /help"))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     save_history = edit_lines() if interactive else lambda: None
     while True:
@@ -228,7 +231,7 @@ def reply(conversation: Conversation, line: str) -> None:
     answer = conversation.answer()
     try:
         for said in answer:
-            print(dim(said.text) + "\n" if said.is_tool else said.text, end="", flush=True)
+            print(dim(harmless(said.text)) + "\n" if said.is_tool else harmless(said.text), end="", flush=True)
     except KeyboardInterrupt:
         print(dim(" (stopped)"), end="")
     finally:

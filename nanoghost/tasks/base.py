@@ -121,6 +121,19 @@ def wording(rng: random.Random, templates: Sequence[str], split: str) -> str:
     return template
 
 
+def estranged(rng: random.Random, template: str) -> str:
+    """The template with one of its words, never a slot, made unknown: a person's phrasing may hold any word."""
+    words = list(re.finditer(r"(?<![{\w'])[A-Za-z']+(?![}\w'])", template))
+    if not words:
+        return template
+    word = rng.choice(words)
+    unknown = "".join(
+        rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") + rng.choice(("", "n", "r", "ck")) for _ in range(2)
+    )
+    unknown = unknown.capitalize() if word[0][0].isupper() else unknown
+    return template[: word.start()] + unknown + template[word.end() :]
+
+
 def plain(text: str) -> str:
     """A text without case and punctuation: two phrasings that differ only there are the same."""
     return " ".join(re.findall(r"[a-z0-9{}]+", text.lower().replace("'", "")))

@@ -1,5 +1,8 @@
 """Two tasks of reasoning-gym, in its own words: no tool, no partial credit: the answer is right to the letter or it is wrong.
 
+For each the lessons show two ways, as people have them: the answer at once, or step by step. One of them a small model
+can do. No lesson says which: that is left to be found out by trying (train/rl.py).
+
 Source: https://github.com/open-thought/reasoning-gym (Apache-2.0).
 """
 
@@ -28,8 +31,12 @@ class _Gym:
         """What decides the split."""
         raise NotImplementedError
 
-    def lesson(self, entry: dict) -> dict:
-        """How a good answer is written."""
+    def at_once(self, entry: dict) -> bool:
+        """Whether this is one of the problems that people mostly answer without showing steps."""
+        raise NotImplementedError
+
+    def in_steps(self, entry: dict) -> dict:
+        """The answer with its steps."""
         raise NotImplementedError
 
     def problem(self, rng: random.Random, split: str) -> Problem:
@@ -37,8 +44,9 @@ class _Gym:
         while True:
             entry = dataset[rng.randrange(2**31)]
             if split_of(self.content(entry)) == split:
-                answer = entry["answer"]
-                return Problem(self.name, (user(entry["question"]),), (self.lesson(entry),), answer, tools=False)
+                quick = rng.random() < (0.55 if self.at_once(entry) else 0.15)
+                lesson = assistant(entry["answer"]) if quick else self.in_steps(entry)
+                return Problem(self.name, (user(entry["question"]),), (lesson,), entry["answer"], tools=False)
 
     def test_problems(self, count: int) -> list[Problem]:
         """The same `count` different test problems every time."""
@@ -51,7 +59,7 @@ class _Gym:
 class ChainSum(_Gym):
     """State the final answer to the following arithmetic problem: 47 - 19 =
 
-    The lesson shows the working, a column at a time: 17-9=8, 4-1-1=2, so 28. Only what follows "so" is the answer.
+    At once: 28. In steps, a column at a time: 17-9=8, 4-1-1=2, so 28. Only what follows "so" is scored.
     """
 
     name = "chain_sum"
@@ -61,7 +69,10 @@ class ChainSum(_Gym):
         a, operation, b = entry["metadata"]["expression"].split()
         return content_key(int(a), operation, int(b))
 
-    def lesson(self, entry: dict) -> dict:
+    def at_once(self, entry: dict) -> bool:
+        return "+" in entry["metadata"]["expression"]
+
+    def in_steps(self, entry: dict) -> dict:
         a, operation, b = entry["metadata"]["expression"].split()
         return assistant(worked(int(a), operation, int(b)))
 
@@ -84,7 +95,10 @@ def worked(a: int, operation: str, b: int) -> str:
 
 
 class SpellBackward(_Gym):
-    """Spell this word backward (example: sun -> nus): ghost"""
+    """Spell this word backward (example: sun -> nus): ghost
+
+    At once: in the longest tokens there are, of which each must be known backward. In steps: a letter a token.
+    """
 
     name = "spell_backward"
     settings = {"min_word_len": 3, "max_word_len": 6}
@@ -92,7 +106,10 @@ class SpellBackward(_Gym):
     def content(self, entry: dict) -> str:
         return entry["metadata"]["word"]
 
-    def lesson(self, entry: dict) -> dict:
+    def at_once(self, entry: dict) -> bool:
+        return len(entry["answer"]) <= 5
+
+    def in_steps(self, entry: dict) -> dict:
         return assistant(letters(entry["answer"]))
 
 

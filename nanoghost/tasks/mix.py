@@ -14,16 +14,16 @@ from nanoghost.tasks.refusal import Answerable, Refusal
 from nanoghost.tasks.spelling import Counting, Spelling
 from nanoghost.tasks.sums import Sums
 
-# Shares of the problems in the built-in mix. The two that RL practises get just enough to be solved now and then.
+# How often each is drawn, before they are scaled to sum to 1.
 WEIGHTS = {
-    "plays": 0.08,
-    "identity": 0.17,
-    "sums": 0.20,
-    "spelling": 0.13,
-    "counting": 0.14,
-    "refusal": 0.15,
-    "chain_sum": 0.07,
-    "spell_backward": 0.06,
+    "plays": 0.07,
+    "identity": 0.14,
+    "sums": 0.16,
+    "spelling": 0.09,
+    "counting": 0.11,
+    "refusal": 0.13,
+    "chain_sum": 0.26,
+    "spell_backward": 0.14,
 }
 
 

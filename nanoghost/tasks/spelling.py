@@ -4,7 +4,18 @@ import random
 import re
 from collections.abc import Sequence
 
-from nanoghost.tasks.base import Problem, assistant, final_text, last_number, parts, phrases, split_of, user, wording
+from nanoghost.tasks.base import (
+    Problem,
+    assistant,
+    estranged,
+    final_text,
+    last_number,
+    parts,
+    phrases,
+    split_of,
+    user,
+    wording,
+)
 from nanoghost.tasks.names import FIRST_NAMES, PLACES
 
 SPELL, COUNT = phrases("spelling")["spell"], phrases("spelling")["count"]
@@ -58,6 +69,8 @@ class Counting(_Words):
         word = self.draw(rng, split)
         letter = self.letter(rng, word.lower())
         template = wording(rng, COUNT[split], split)
+        if split == "train" and rng.random() < 0.3:
+            template = estranged(rng, template)  # a letter and a word tell what is asked
         question = template.format(word=quoted(rng, word), letter=f'"{letter}"' if rng.random() < 0.2 else letter)
 
         pieces, count = [], 0

@@ -4,7 +4,17 @@ import json
 import random
 from collections.abc import Sequence
 
-from nanoghost.tasks.base import Problem, assistant, final_text, last_number, phrases, split_of, user, wording
+from nanoghost.tasks.base import (
+    Problem,
+    assistant,
+    estranged,
+    final_text,
+    last_number,
+    phrases,
+    split_of,
+    user,
+    wording,
+)
 from nanoghost.tools.calculator import calculate
 
 WRITTEN = {"+": ("+", "+", "plus"), "-": ("-", "−", "minus"), "*": ("×", "*", "x", "times")}
@@ -33,8 +43,10 @@ class Sums:
         space = " " if rng.random() < 0.7 else ""
         sign = rng.choice(WRITTEN[operation])
         written = f"{a} {sign} {b}" if sign.isalpha() else f"{a}{space}{sign}{space}{b}"
-        templates = ANY[split] + NAMED[operation][split]
-        question = wording(rng, templates, split).format(sum=written, a=a, b=b)
+        template = wording(rng, ANY[split] + NAMED[operation][split], split)
+        if split == "train" and "{sum}" in template and rng.random() < 0.3:
+            template = estranged(rng, template)  # where the sign tells the operation, any one word may be unknown
+        question = template.format(sum=written, a=a, b=b)
 
         expression = f"{a}{operation}{b}"
         result = calculate(expression)

@@ -53,15 +53,15 @@ class RlSettings:
     """How long to train; becomes a number of steps before the first one."""
     steps: int | None = None
     """How many steps to train, instead of minutes (default: 2.5 minutes)."""
-    problems: int = 16
+    problems: int = 64
     """Problems in a step, over all processes."""
-    attempts: int = 16
+    attempts: int = 8
     """Attempts at each problem."""
     max_tokens: int = 32
     """Longest attempt."""
     held_out: int = 500
     """Held-out problems of each task, tried before and after."""
-    learning_rate: float = 0.15
+    learning_rate: float = 0.3
     """Share of pretraining's learning rates."""
     seed: int = 0
     """Of the problems and the attempts."""
@@ -225,20 +225,23 @@ def credit(rows, rewards: list[float], settings: RlSettings, rank: int):
 def gradients(model, rows, advantages_N, denominators_N, settings: RlSettings, micro_batch: int = 16) -> dict:
     """Backward through all attempts; statistics of the ratio to the sampler's probabilities.
 
-    A prompt is read once for all attempts at it, which makes this several times faster than one row an attempt.
+    A prompt is read once for all attempts at it, and attempts that came out the same are one, with the sum of their
+    advantages: several times faster than one row an attempt.
     """
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple, dict[tuple, list[int]]] = {}  # prompt -> ids -> which attempts
     for n, row in enumerate(rows):
-        groups.setdefault(tuple(row.prompt), []).append(n)
-    loss, ratios, keys = 0.0, [], list(groups)
+        groups.setdefault(tuple(row.prompt), {}).setdefault(tuple(row.ids), []).append(n)
+    loss, ratios = 0.0, []
+    keys = sorted(groups, key=lambda p: len(p) + sum(map(len, groups[p])))  # alike in length: less padding
     for i in range(0, len(keys), micro_batch):
         prompts = keys[i : i + micro_batch]
-        chosen = [rows[n] for p in prompts for n in groups[p]]
-        order = torch.tensor([n for p in prompts for n in groups[p]])
-        logp = attempt_logprobs(model, prompts, [[rows[n].ids for n in groups[p]] for p in prompts])
+        same = [numbers for p in prompts for numbers in groups[p].values()]
+        chosen = [rows[numbers[0]] for numbers in same]
+        logp = attempt_logprobs(model, prompts, [list(groups[p]) for p in prompts])
         old, mask = padded([r.logprobs for r in chosen]), padded([r.sampled for r in chosen])
-        denominators_NT = denominators_N[order, None].expand(mask.shape)
-        tensors = (t.to(machine.device()) for t in (old, advantages_N[order], mask, denominators_NT))
+        sums_N = torch.stack([advantages_N[numbers].sum() for numbers in same])
+        denominators_NT = denominators_N[[numbers[0] for numbers in same], None].expand(mask.shape)
+        tensors = (t.to(machine.device()) for t in (old, sums_N, mask, denominators_NT))
         part = policy_loss(logp, *tensors, settings.variant)
         part.backward()
         loss += part.item()

@@ -38,7 +38,7 @@ class SftSettings:
     """Name of the new model."""
     data: str = "lessons"
     """lessons (the built-in mix), a JSONL file of conversations, or lessons+FILE for both."""
-    lessons: int = 36000
+    lessons: int = 40000
     """Conversations of the built-in mix."""
     minutes: float | None = None
     """How long to train; becomes a number of steps before the first one."""
