@@ -26,7 +26,7 @@ VERBS = {
     "show": ("models", "ShowSettings", "show_command", "a model's card"),
     "rename": ("models", "RenameSettings", "rename_command", "give a model another name"),
     "rm": ("models", "RemoveSettings", "remove_command", "remove a model"),
-    "doctor": ("machine", "DoctorSettings", "doctor", "what this computer does well"),
+    "doctor": ("doctor", "DoctorSettings", "command", "what this computer does well"),
 }
 
 EXAMPLES = {

@@ -17,7 +17,7 @@ from tests.lines import ROOT, code_lines, imports_of, table
 ROWS = (
     ("foundations", "errors runs machine tokenizer chat progress model"),
     ("machinery", "optim data tasks tools engine"),
-    ("stages", "train evals models"),
+    ("stages", "train evals models doctor"),
     ("rooms", "serve"),
     ("speedrun", "speedrun"),
     ("commands", "cli __main__"),

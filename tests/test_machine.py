@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from nanoghost import machine
+from nanoghost import doctor, machine
 from nanoghost.errors import UserError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MASTER_ADDR")
@@ -118,7 +118,7 @@ def test_describe_is_json():
 
 
 def test_doctor_explains_to_eyes_and_prints_json_to_programs(capsys):
-    machine.doctor(machine.DoctorSettings(json=True), seconds=0.01)
+    doctor.command(doctor.DoctorSettings(json=True), seconds=0.01)
     out, err = capsys.readouterr()
     facts = json.loads(out.splitlines()[-1])
     rates = [key for key in facts if key.endswith("_per_second")]

@@ -9,14 +9,14 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoghost.errors import UserError
-from nanoghost.model.ghost import LETTERS, POINTER_WIDTH, Ghost, GhostConfig
+from nanoghost.model.ghost import POINTER_WIDTH, Ghost, GhostConfig
+from nanoghost.model.letters import END, ENDS, KEPT, NOTHING, SYMBOLS, kind, letter_table, word_rows
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.weights import load_model, save_model
 from nanoghost.tokenizer import Tokenizer
 from tests.conftest import toy_text
 
 V = 300
-NO_LETTER = 2 * LETTERS * 256  # the row of `spelling` after those of every byte at every place from both ends
 GHOST = GhostConfig(vocab_size=V, context=24, depth=3, width=32, head_width=16, ngrams=101)
 LLAMA = LlamaConfig(vocab_size=V, context=24, depth=3, width=32, heads=4, key_value_heads=2, mlp_width=48)
 CONFIGS = {"ghost": GHOST, "llama": LLAMA, "tied llama": replace(LLAMA, tied=True)}
@@ -42,8 +42,9 @@ def model(config):
                 p.add_(torch.randn_like(p) * 0.3)
         model.head.mul_(0.5 / model.head.std())
     if isinstance(model, Ghost):
-        spelled = torch.rand(model.letters.shape) < 0.5
-        model.letters[spelled] = torch.randint(NO_LETTER, model.letters.shape, dtype=torch.int32)[spelled]
+        model.letters[:, 0] = torch.randint(1, 5, (V,))
+        model.letters[:, 1:3] = torch.randint(3, (V, 2))
+        model.letters[:, 3:] = torch.randint(256, (V, KEPT))
     return model.requires_grad_(False)
 
 
@@ -169,7 +170,7 @@ def independent_count(config) -> dict[str, int]:
         return {
             "matrices": c.depth * (3 + 1 + 4 + 4) * D * D + 2 * POINTER_WIDTH * D,
             "head": V * D,
-            "embeddings": V * D * (1 + valued) + (NO_LETTER + 1) * D,
+            "embeddings": V * D * (1 + valued) + (NOTHING + 1) * D,
             "ngrams": c.ngrams * D,
             "scalars": 2 * c.depth + valued + 1 + D,
         }
@@ -230,15 +231,24 @@ def test_a_saved_model_comes_back_bit_for_bit(model, tokenizer, tmp_path, dtype)
     assert its_tokenizer.encode("The king sees.") == tokenizer.encode("The king sees.")
 
 
-def test_letters_spell_each_token_from_both_ends(tokenizer):
-    model = fresh(replace(GHOST, vocab_size=tokenizer.vocab_size))
-    model.learn_letters(tokenizer)
-    for token, row in enumerate(model.letters.tolist()):
-        word = tokenizer.token_bytes(token)
-        word = word.lstrip(b" ") or word  # spaces in front count only where there is nothing else
-        for ends, spelling in ((row[:LETTERS], word[:LETTERS]), (row[LETTERS:], word[::-1][:LETTERS])):
-            assert bytes(r % 256 for r in ends if r != NO_LETTER) == spelling
-        assert all(r // 256 == place for place, r in enumerate(row) if r != NO_LETTER)
+def test_a_token_knows_the_letters_of_its_word_so_far(tokenizer):
+    """Against reading the bytes one token after the other; what is cut into many tokens is known as well as what is one."""
+    table = letter_table(tokenizer)
+    text = "The unkind owl\nsaid t-o o-w-l: 1066, 30+4 naïve owls' heads; wards sdraw  xyzzyx."
+    ids = tokenizer.encode(text)
+    before = torch.arange(len(ids))[None] - 1
+    rows = word_rows(table, torch.tensor([ids]), before, len(ids))[0].tolist()
+    word, last = b"", 0
+    assert max(map(len, map(tokenizer.token_bytes, ids))) > 2, "some tokens are more than a letter"
+    for token, row in zip(ids, rows):
+        text = tokenizer.token_bytes(token)
+        letters = text.lstrip(b" ") or text
+        word = word + letters if kind(text[0]) and kind(text[0]) == last else letters
+        last = kind(text[-1])
+        for ends, spelled in ((row[:ENDS], word), (row[ENDS:], word[::-1])):
+            symbols = [r % SYMBOLS for r in ends if r != NOTHING]
+            assert symbols == [*spelled, END][:ENDS]
+        assert all(r // SYMBOLS == place for place, r in enumerate(row) if r != NOTHING)
 
 
 def test_damaged_weights_are_explained(model, tokenizer, tmp_path):

@@ -200,8 +200,8 @@ def test_gym_problems_are_its_own_and_train_never_shows_a_test_word():
     rng = random.Random(0)
     chain, backward = ChainSum(), SpellBackward()
     for task in (chain, backward):
-        examination = task.test_problems(150)
-        assert examination == task.test_problems(150)
+        examination = distinct_problems(task, 150)
+        assert examination == distinct_problems(task, 150)
         asked = {text_of(problem.messages[0]) for problem in examination}
         assert len(asked) == 150
         assert not asked & {text_of(task.problem(rng, "train").messages[0]) for _ in range(3000)}
@@ -222,7 +222,7 @@ def test_gym_lessons_show_both_ways_and_both_are_right(task):
     """Neither way is rare, on either side of the line between quick and slow problems; each solves its problem."""
     problems = [task.problem(random.Random(i), "train") for i in range(600)]
     quick = [p.lesson[0]["content"] == p.answer for p in problems]
-    assert 0.25 < sum(quick) / len(quick) < 0.45
+    assert 0.3 < sum(quick) / len(quick) < 0.6
     assert all(task.score(p, p.lesson) == 1.0 for p in problems)
 
 

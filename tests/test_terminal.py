@@ -192,7 +192,7 @@ def test_data_and_tokenizer_verbs(nanoghost, toy_file):
 
 def test_data_shows_what_is_too_short_to_train_on_and_any_file_name(nanoghost, tmp_path):
     path = tmp_path / "notes[1].txt"
-    path.write_text("To be, or not to be. " * 20)
+    path.write_text("To be, or not to be. " * 10)
     code, out, err = nanoghost("data", path, "--vocab-size", 280, "--json")
     assert code == 0 and json.loads(out)["batch_milliseconds"] is None, err
     assert "notes[1].txt" in json.loads(out)["attribution"]

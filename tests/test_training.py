@@ -208,7 +208,16 @@ def test_two_processes_train_like_one(nanoghost, toy_file):
     common = ("--data", toy_file, "--steps", 8, *TOY, "--context", 160, "--json")
     code, out, err = nanoghost("pretrain", "--name", "one", *common)
     assert code == 0, err
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nanoghost"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "nanoghost",
+    ]
 
     def two(*words):
         done = subprocess.run([*torchrun, *map(str, words)], capture_output=True, text=True, timeout=120)

@@ -174,36 +174,7 @@ def content(folder: ModelFolder) -> Content:
 
 # ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-STYLE = """
-:root{--ink:#22252b;--soft:#6a707c;--line:#e3e5ea;--paper:#fdfdfb;--card:#fff;--a:#4a5bd4;--b:#c2571a;--user:#eef0fb}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e8ee;--soft:#9aa1b0;--line:#2d3038;--paper:#15171b;--card:#1b1e24;
---a:#8f9dff;--b:#f0975f;--user:#262a3d}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);
-font:17px/1.6 "Iowan Old Style","Palatino Linotype",Palatino,Georgia,serif}
-main{max-width:780px;margin:0 auto;padding:48px 22px 80px}
-header{display:flex;gap:22px;align-items:center;margin-bottom:8px}header svg{width:66px;flex:none}
-h1{font-size:40px;line-height:1.1;margin:0;letter-spacing:-.01em}
-h2{font-size:21px;margin:46px 0 12px;padding-bottom:6px;border-bottom:1px solid var(--line)}
-p.lead{font-size:19px;color:var(--soft);margin:10px 0 0}
-table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
-th{font-weight:600;text-align:left;color:var(--soft);font-size:13.5px}
-td,th{padding:6px 10px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}
-td.n,th.n{text-align:right}b{color:var(--a)}.scroll{overflow-x:auto}
-.strip{display:flex;gap:3px;margin:16px 0 18px;height:34px;font-size:13px;border-radius:8px;overflow:hidden}
-.strip div{background:var(--a);color:var(--paper);padding:7px 10px;white-space:nowrap;overflow:hidden;min-width:0}
-.strip div:nth-child(2){opacity:.82}.strip div:nth-child(3){opacity:.66}
-.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:14px}
-.curves svg{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:6px;width:100%}
-svg text{font-family:inherit;fill:var(--soft);font-size:10.5px}svg .title{fill:var(--ink);font-size:12.5px}
-.grid{stroke:var(--line)}.level{stroke:var(--soft);stroke-dasharray:4 4}
-.line{fill:none;stroke-width:1.8}.line.c0{stroke:var(--a)}.line.c1{stroke:var(--b)}.line.c2{stroke:var(--soft)}
-svg text.legend.c0{fill:var(--a)}svg text.legend.c1{fill:var(--b)}
-.talk{margin:0 0 20px}.said{padding:8px 14px;border-radius:14px;margin:5px 0;max-width:82%;width:fit-content;white-space:pre-wrap}
-.user{background:var(--user);margin-left:auto}.assistant{background:var(--card);border:1px solid var(--line)}
-.tool{font:13.5px/1.5 ui-monospace,Menlo,Consolas,monospace;color:var(--soft);padding:2px 14px}
-.facts td:first-child{color:var(--soft);width:110px}.facts td{overflow-wrap:anywhere}
-small{color:var(--soft)}
-"""
+STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 GHOST = (
     '<svg viewBox="0 0 64 72" aria-hidden="true"><path d="M8 68V30a24 24 0 0 1 48 0v38l-8-7-8 7-8-7-8 7-8-7z" fill="none"'

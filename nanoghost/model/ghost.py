@@ -1,8 +1,8 @@
 """ghost: our own small language model. Every trick that pays at 0.3M to 30M parameters may live here.
 
 What is unusual, beside the usual pre-norm transformer:
-  - a token's embedding is the sum of its own row, the rows of its letters (so that it can spell words it never saw
-    spelled), and a hashed row for the pair it forms with the token before it (n-gram tables cost no arithmetic, which
+  - a token's embedding is the sum of its own row, the rows of its word's letters (so that it can spell words it never
+    saw spelled; letters.py), and a hashed row for the pair it forms with the token before it (n-gram tables cost no arithmetic, which
     is what a CPU is short of);
   - the embedding is mixed back into the stream before each layer, and token-specific values into attention on every
     second layer (value embeddings, Zhou et al. 2024);
@@ -11,7 +11,7 @@ What is unusual, beside the usual pre-norm transformer:
     name that no training text had is learned at its first mention;
   - RMSNorm without parameters, also on queries and keys; ReLU squared; matrices that write into the stream start at 0.
 
-B batch, T time, D width, H heads, K head width, V vocabulary, L letters kept of a token.
+B batch, T time, D width, H heads, K head width, V vocabulary, S tokens read so far.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -31,9 +31,9 @@ from nanoghost.model.layers import (
     text_layout,
     token_logprobs,
 )
+from nanoghost.model.letters import KEPT, NOTHING, letter_table, word_rows
 
 POINTER_WIDTH = 64
-LETTERS = 8  # bytes of a token that its embedding sees, counted from the front and again from the back
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Ghost(nn.Module):
         D, V = config.width, config.vocab_size
         has_values = [(config.depth - 1 - i) % 2 == 0 for i in range(config.depth)]
         self.embedding = nn.Parameter(torch.randn(V, D) * 0.8)
-        self.spelling = nn.Parameter(torch.randn(512 * LETTERS + 1, D) * 0.3)  # row of (position, byte); last: none
+        self.spelling = nn.Parameter(torch.randn(NOTHING + 1, D) * 0.3)
         self.ngrams = nn.Parameter(torch.zeros(config.ngrams, D))
         self.values = nn.ParameterList(torch.empty(V, D).uniform_(-1, 1) for has in has_values if has)
         self.blocks = nn.ModuleList(Block(config, has) for has in has_values)
@@ -115,20 +115,11 @@ class Ghost(nn.Module):
         cos, sin = rope_table(config.context, config.head_width, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.register_buffer("letters", torch.full((V, 2 * LETTERS), 512 * LETTERS, dtype=torch.int32))
+        self.register_buffer("letters", torch.zeros(V, 3 + KEPT, dtype=torch.int32))
 
     def learn_letters(self, tokenizer) -> None:
-        """Fill the table of each token's bytes: (V, 2 L) rows of `spelling`.
-
-        A space in front does not count, so that " day" has the letters of "day".
-        """
-        for token in range(tokenizer.vocab_size):
-            word = tokenizer.token_bytes(token)
-            word = word.lstrip(b" ") or word
-            for i, byte in enumerate(word[:LETTERS]):
-                self.letters[token, i] = 256 * i + byte
-            for i, byte in enumerate(word[::-1][:LETTERS]):
-                self.letters[token, LETTERS + i] = 256 * (LETTERS + i) + byte
+        """Note which bytes each token stands for."""
+        self.letters.copy_(letter_table(tokenizer))
 
     def cast(self, dtype: torch.dtype) -> "Ghost":
         """Matrices (and the head) to the compute dtype; tables stay fp32: rare rows collect tiny updates."""
@@ -138,19 +129,20 @@ class Ghost(nn.Module):
         self.head.data, self.pointer.data = self.head.data.to(dtype), self.pointer.data.to(dtype)
         return self
 
-    def embed(self, tokens_BT, previous_BT):
-        """(B, T, D) in the compute dtype. `previous` is the token before each, 0 where there is none."""
+    def embed(self, tokens_BT, layout: Layout, tokens_BS):
+        """(B, T, D) in the compute dtype, of the new tokens `tokens_BT` among all that were read, `tokens_BS`."""
         x_BTD = F.embedding(tokens_BT, self.embedding)
-        pair_BT = (previous_BT * 9973 + tokens_BT * 31337) % self.config.ngrams
+        pair_BT = (layout.previous(tokens_BS) * 9973 + tokens_BT * 31337) % self.config.ngrams
         x_BTD = x_BTD + F.embedding(pair_BT, self.ngrams)
-        letters_NL = self.letters[tokens_BT.flatten()].long()
-        x_BTD = x_BTD + F.embedding_bag(letters_NL, self.spelling, mode="sum", padding_idx=512 * LETTERS).view_as(x_BTD)
+        rows_NL = word_rows(self.letters, tokens_BS, layout.before_BS, tokens_BT.size(1)).flatten(0, 1)
+        x_BTD = x_BTD + F.embedding_bag(rows_NL, self.spelling, mode="sum", padding_idx=NOTHING).view_as(x_BTD)
         return norm(x_BTD.to(self.head.dtype))
 
     def hidden(self, tokens_BT, layout: Layout, cache: Cache | None = None):
         """Last hidden states, (B, T, D)."""
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
-        embedding_BTD = self.embed(tokens_BT, layout.previous(tokens_BT if cache is None else cache.tokens))
+        seen_BS = tokens_BT if cache is None else cache.tokens[:, : cache.length]
+        embedding_BTD = self.embed(tokens_BT, layout, seen_BS)
         values = iter(self.values)
         x_BTD = embedding_BTD
         for layer, block in enumerate(self.blocks):
@@ -166,8 +158,8 @@ class Ghost(nn.Module):
         q_BTK, k_BTK = F.linear(hidden_BTD, self.pointer.flatten(0, 1)).view(*hidden_BTD.shape[:2], 2, -1).unbind(2)
         q_BTK, k_BTK = norm(q_BTK), norm(k_BTK)
         if cache is None:
-            index = layout.before_BT.clamp(0)[..., None].expand_as(k_BTK)
-            k_BSK = k_BTK.gather(1, index) * (layout.before_BT >= 0)[..., None]
+            index = layout.before_BS.clamp(0)[..., None].expand_as(k_BTK)
+            k_BSK = k_BTK.gather(1, index) * (layout.before_BS >= 0)[..., None]
         else:
             k_BSK = cache.point(k_BTK)
         mask_BTS = layout.mask_BTS.expand(len(q_BTK), -1, -1)

@@ -94,26 +94,27 @@ def rotate(x_BTHK, cos_TK, sin_TK):
 class Layout:
     """How the tokens of a batch stand to each other."""
 
-    before_BT: torch.Tensor
-    """Where in its row the token before each stands; -1 where there is none."""
+    before_BS: torch.Tensor
+    """Where in its row the token before each stands, of all that were read so far; -1 where there is none."""
     positions_BT: torch.Tensor
     """For the rotary embedding; (T,) if they are the same in all rows."""
     mask_BTS: torch.Tensor
     """-inf where a token (T) may not see another (S), else 0; B is 1 if all rows are alike."""
 
-    def previous(self, tokens_BT):
-        """The token before each; 0 where there is none."""
-        return tokens_BT.gather(1, self.before_BT.clamp(0)) * (self.before_BT >= 0)
+    def previous(self, tokens_BS):
+        """The token before each new one, (B, T); 0 where there is none."""
+        before_BT = self.before_BS[:, -self.positions_BT.size(-1) :]
+        return tokens_BS.gather(1, before_BT.clamp(0)) * (before_BT >= 0)
 
 
 def text_layout(tokens_BT, dtype, segments_BT=None) -> Layout:
     """Texts from left to right; nothing passes between tokens with different numbers in `segments_BT`."""
     B, T = tokens_BT.shape
     positions = torch.arange(T, device=tokens_BT.device)
-    before_BT = (positions - 1).repeat(B, 1)
+    before_BS = (positions - 1).repeat(B, 1)
     if segments_BT is not None:
-        before_BT[:, 1:].masked_fill_(segments_BT[:, 1:] != segments_BT[:, :-1], -1)
-    return Layout(before_BT, positions, causal_mask(T, dtype, tokens_BT.device, segments_BT))
+        before_BS[:, 1:].masked_fill_(segments_BT[:, 1:] != segments_BT[:, :-1], -1)
+    return Layout(before_BS, positions, causal_mask(T, dtype, tokens_BT.device, segments_BT))
 
 
 def shared_prompts(prompts: list[list[int]], attempts: list[list[list[int]]], dtype, device):
@@ -239,11 +240,11 @@ class Cache:
         self.tokens[:, start:end] = tokens_BT
         self.valid[:, start:end] = True if valid_BT is None else valid_BT
         columns = torch.arange(end, device=tokens_BT.device)
-        before_BT = (columns[start:] - 1).repeat(len(tokens_BT), 1)
-        before_BT.masked_fill_(~self.valid.gather(1, before_BT.clamp(0)), -1)
+        before_BS = (columns - 1).repeat(len(tokens_BT), 1)
+        before_BS[:, 1:].masked_fill_(~self.valid[:, : end - 1], -1)
         visible = self.valid[:, None, :end] & (columns[None, None] <= columns[start:, None])
         visible[..., range(end - start), range(start, end)] = True  # padding sees itself: softmax of nothing is NaN
-        return Layout(before_BT, columns[start:], additive(visible, dtype))
+        return Layout(before_BS, columns[start:], additive(visible, dtype))
 
     def append(self, layer, k_BTHK, v_BTHK):
         """Store this layer's keys and values of the tokens just read; returns all so far, (B, S, H, K)."""

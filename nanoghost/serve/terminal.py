@@ -187,7 +187,12 @@ def command(settings: ChatSettings) -> None:
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8 text") from None
     for said in conversation.answer():
-        print(harmless(said.text), end="\n" if said.is_tool else "", flush=True, file=sys.stderr if said.is_tool else sys.stdout)
+        print(
+            harmless(said.text),
+            end="\n" if said.is_tool else "",
+            flush=True,
+            file=sys.stderr if said.is_tool else sys.stdout,
+        )
     print()
 
 

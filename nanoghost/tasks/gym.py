@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from functools import cache
 
-from nanoghost.tasks.base import Problem, assistant, distinct_problems, final_text, letters, split_of, user
+from nanoghost.tasks.base import Problem, assistant, final_text, letters, split_of, user
 from nanoghost.tasks.sums import content_key
 
 
@@ -27,30 +27,18 @@ class _Gym:
     name: str
     settings: dict[str, int]
 
-    def content(self, entry: dict) -> str:
-        """What decides the split."""
-        raise NotImplementedError
-
-    def at_once(self, entry: dict) -> bool:
-        """Whether this is one of the problems that people mostly answer without showing steps."""
-        raise NotImplementedError
-
-    def in_steps(self, entry: dict) -> dict:
-        """The answer with its steps."""
+    def look(self, entry: dict) -> tuple[str, bool, dict]:
+        """(what decides the split, whether people mostly answer such a problem at once, the answer in steps)"""
         raise NotImplementedError
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         dataset = _dataset(self.name, **self.settings)
         while True:
             entry = dataset[rng.randrange(2**31)]
-            if split_of(self.content(entry)) == split:
-                quick = rng.random() < (0.55 if self.at_once(entry) else 0.15)
-                lesson = assistant(entry["answer"]) if quick else self.in_steps(entry)
+            content, quick, in_steps = self.look(entry)
+            if split_of(content) == split:
+                lesson = assistant(entry["answer"]) if rng.random() < (0.6 if quick else 0.3) else in_steps
                 return Problem(self.name, (user(entry["question"]),), (lesson,), entry["answer"], tools=False)
-
-    def test_problems(self, count: int) -> list[Problem]:
-        """The same `count` different test problems every time."""
-        return distinct_problems(self, count)
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
         return float(len(reply) == 1 and final_text(reply) == problem.answer)
@@ -65,16 +53,10 @@ class ChainSum(_Gym):
     name = "chain_sum"
     settings = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 
-    def content(self, entry: dict) -> str:
+    def look(self, entry: dict) -> tuple[str, bool, dict]:
         a, operation, b = entry["metadata"]["expression"].split()
-        return content_key(int(a), operation, int(b))
-
-    def at_once(self, entry: dict) -> bool:
-        return "+" in entry["metadata"]["expression"]
-
-    def in_steps(self, entry: dict) -> dict:
-        a, operation, b = entry["metadata"]["expression"].split()
-        return assistant(worked(int(a), operation, int(b)))
+        a, b = int(a), int(b)
+        return content_key(a, operation, b), operation == "+", assistant(worked(a, operation, b))
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
         return float(len(reply) == 1 and final_text(reply).rpartition("so ")[2] == problem.answer)
@@ -103,14 +85,9 @@ class SpellBackward(_Gym):
     name = "spell_backward"
     settings = {"min_word_len": 3, "max_word_len": 6}
 
-    def content(self, entry: dict) -> str:
-        return entry["metadata"]["word"]
-
-    def at_once(self, entry: dict) -> bool:
-        return len(entry["answer"]) <= 5
-
-    def in_steps(self, entry: dict) -> dict:
-        return assistant(letters(entry["answer"]))
+    def look(self, entry: dict) -> tuple[str, bool, dict]:
+        word = entry["metadata"]["word"]
+        return word, len(word) <= 5, assistant(letters(entry["answer"]))
 
 
 def word_list() -> list[str]:

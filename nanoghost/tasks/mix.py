@@ -16,14 +16,14 @@ from nanoghost.tasks.sums import Sums
 
 # How often each is drawn, before they are scaled to sum to 1.
 WEIGHTS = {
-    "plays": 0.07,
+    "plays": 0.06,
     "identity": 0.14,
-    "sums": 0.16,
-    "spelling": 0.09,
+    "sums": 0.19,
+    "spelling": 0.10,
     "counting": 0.11,
     "refusal": 0.13,
-    "chain_sum": 0.26,
-    "spell_backward": 0.14,
+    "chain_sum": 0.24,
+    "spell_backward": 0.12,
 }
 
 

@@ -20,7 +20,7 @@ from nanoghost.optim.schedule import learning_rate, momentum
 from nanoghost.progress import Display
 from nanoghost.tasks.mix import example_texts
 from nanoghost.train.recipe import depth_for, groups, model_config
-from nanoghost.train.stage import Clock, Rate, check_length, check_loss, print_figures, stage_run, steps_within
+from nanoghost.train.stage import Clock, Rate, print_figures, stage_run, steps_within
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
             progress = step / steps
             inputs, targets = batches.at(step)
             loss = machine.mean_over_ranks(train_step(model, inputs, targets, settings.micro_batch))
-            check_loss(loss, step, f" (rows start at tokens {batches.positions(step)[:4]} ...)")
+            run.check_loss(loss, step, f" (rows start at tokens {batches.positions(step)[:4]} ...)")
             run.checkpoint(step, optimizer, clock)
             optimizer.step(learning_rate(progress), momentum(progress))
             rate.count(tokens_per_step)
@@ -147,7 +147,6 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
 
 
 def check(settings: PretrainSettings, world: int) -> None:
-    check_length(settings)
     if settings.arch not in ("ghost", "llama"):
         raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
     if settings.compile not in ("auto", "on", "off"):

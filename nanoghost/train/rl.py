@@ -23,17 +23,7 @@ from nanoghost.tasks.base import distinct_problems
 from nanoghost.tasks.mix import all_tasks
 from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss
 from nanoghost.train.recipe import groups
-from nanoghost.train.stage import (
-    Clock,
-    Rate,
-    base_card,
-    check_length,
-    check_loss,
-    parent_of,
-    print_figures,
-    stage_run,
-    steps_within,
-)
+from nanoghost.train.stage import Clock, Rate, base_card, parent_of, print_figures, stage_run, steps_within
 
 TABLES = 0.1  # AdamW moves a rare row as far as a common one; a reward seen once must not rewrite a word
 PRACTISED = ("chain_sum", "spell_backward", "sums", "spelling", "counting", "refusal", "answerable", "identity")
@@ -115,7 +105,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         for step in range(start, steps):
             run.checkpoint(step, optimizer, clock, tokens=tokens)
             figures, count = rollout_and_gradients(model, tokenizer, tasks, settings, step, rank, world)
-            check_loss(figures["loss"], step)
+            run.check_loss(figures["loss"], step)
             scale = learning_rate(step / steps, cooldown=0.5)
             if machine.mean_over_ranks(figures["groups"]):  # without signal nothing moves, not even the moments
                 optimizer.step(scale)
@@ -152,7 +142,6 @@ def check(settings: RlSettings, world: int) -> None:
         raise UserError(f"--problems {settings.problems} does not divide over {world} processes")
     if settings.attempts < 2:
         raise UserError("--attempts must be at least 2: an attempt is judged against the others of its group")
-    check_length(settings)
 
 
 def held_out(model, tokenizer, tasks: dict, settings: RlSettings) -> dict:

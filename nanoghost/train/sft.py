@@ -17,17 +17,7 @@ from nanoghost.progress import Display
 from nanoghost.tasks.mix import lesson_conversations
 from nanoghost.train.packing import PackedBatches, lessons_from
 from nanoghost.train.recipe import groups
-from nanoghost.train.stage import (
-    Clock,
-    Rate,
-    base_card,
-    check_length,
-    check_loss,
-    parent_of,
-    print_figures,
-    stage_run,
-    steps_within,
-)
+from nanoghost.train.stage import Clock, Rate, base_card, parent_of, print_figures, stage_run, steps_within
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,6 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
-    check_length(settings)
     parent = parent_of(settings, "sft")
     own = settings.data.removeprefix("lessons").removeprefix("+")
     conversations = load_conversations(own) if own else []
@@ -102,7 +91,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         every = max(1, steps // 500)
         for step in range(start, steps):
             loss = machine.mean_over_ranks(train_step(model, batches.at(step), world))
-            check_loss(loss, step)
+            run.check_loss(loss, step)
             run.checkpoint(step, optimizer, clock, tokens=tokens)
             scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
             optimizer.step(scale)

@@ -48,6 +48,14 @@ class Run:
         optimizer.load_state(state)
         return step, notes
 
+    def check_loss(self, loss: float, step: int, where: str = "") -> None:
+        """To be called before the update: a loss that is no number ends the run, and the last checkpoint stands."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} at step {step}{where}; nothing was updated and the last checkpoint stands:"
+                f" try --force with a smaller --learning-rate"
+            )
+
     def checkpoint(self, step: int, optimizer, clock: "Clock", **notes) -> None:
         """Save what is needed to go on at `step` if it is time, and leave if a stop was asked for.
 
@@ -77,6 +85,10 @@ def stage_run(stage: str, settings, show, parent: ModelFolder | None = None):
     An unfinished folder with the same settings is resumed; other settings raise UserError naming --force.
     A child's events begin with its parent's, and its card holds its parent's card.
     """
+    if settings.minutes and settings.steps:
+        raise UserError("--minutes and --steps exclude each other")
+    if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
+        raise UserError("--minutes and --steps must be positive")
     folder = ModelFolder(settings.name)
     chosen = {k: v for k, v in asdict(settings).items() if k not in NOT_SETTINGS}
     chosen |= {"parent": parent.name if parent else None}
@@ -136,22 +148,6 @@ def parent_of(settings, stage: str) -> ModelFolder:
     if parent.name == settings.name:
         raise UserError(f"{stage} writes a new model: --name must differ from its parent '{parent.name}'")
     return parent
-
-
-def check_length(settings) -> None:
-    if settings.minutes and settings.steps:
-        raise UserError("--minutes and --steps exclude each other")
-    if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
-        raise UserError("--minutes and --steps must be positive")
-
-
-def check_loss(loss: float, step: int, where: str = "") -> None:
-    """To be called before the update: a loss that is no number ends the run, and the last checkpoint stands."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss became {loss} at step {step}{where}; nothing was updated and the last checkpoint stands:"
-            f" try --force with a smaller --learning-rate"
-        )
 
 
 def steps_within(seconds: float, one_step, rehearsals: int = 7) -> int:
