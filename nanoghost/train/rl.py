@@ -270,7 +270,7 @@ def rehearsed_steps(settings: RlSettings, parent, tokenizer, tasks, clock: Clock
         rollout_and_gradients(model, tokenizer, tasks, settings, step, *machine.ranks())
         optimizer.step(0.0)
 
-    return steps_within((settings.minutes or 2.5) * 60 - 2 * evaluation, one_step, rehearsals=4)
+    return steps_within((settings.minutes or 2.5) * 60 - 2 * evaluation, one_step, rehearsals=5)
 
 
 def command(settings: RlSettings) -> None:

@@ -150,10 +150,10 @@ def parent_of(settings, stage: str) -> ModelFolder:
     return parent
 
 
-def steps_within(seconds: float, one_step, rehearsals: int = 7) -> int:
+def steps_within(seconds: float, one_step, rehearsals: int = 12) -> int:
     """How many steps fit into the time, going by a rehearsal of `one_step(i)` on a throwaway copy of the model.
 
-    The first two are not counted (allocation, compiling), and the second fastest of the others counts: what disturbs a
+    The first third is not counted (allocation, compiling), and the second fastest of the others counts: what disturbs a
     moment of the rehearsal must not shorten the run. All processes get the same number.
     """
     times = []
@@ -162,7 +162,7 @@ def steps_within(seconds: float, one_step, rehearsals: int = 7) -> int:
         one_step(i)
         times.append(time.perf_counter() - start)
     left = seconds - sum(times)
-    return max(1, round(machine.mean_over_ranks(left / (sorted(times[2:])[1] * 1.05))))
+    return max(1, round(machine.mean_over_ranks(left / (sorted(times[rehearsals // 3 :])[1] * 1.05))))
 
 
 def print_figures(figures: dict | None, settings) -> None:
