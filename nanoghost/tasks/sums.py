@@ -44,8 +44,9 @@ class Sums:
         sign = rng.choice(WRITTEN[operation])
         written = f"{a} {sign} {b}" if sign.isalpha() else f"{a}{space}{sign}{space}{b}"
         template = wording(rng, ANY[split] + NAMED[operation][split], split)
-        if split == "train" and "{sum}" in template and rng.random() < 0.3:
-            template = estranged(rng, template)  # where the sign tells the operation, any one word may be unknown
+        if split == "train" and "{sum}" in template and rng.random() < 0.5:
+            for _ in range(rng.randint(1, 3)):  # where the sign tells the operation, the words may be unknown
+                template = estranged(rng, template)
         question = template.format(sum=written, a=a, b=b)
 
         expression = f"{a}{operation}{b}"
