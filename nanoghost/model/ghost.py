@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 class Ghost(nn.Module):
-    """forward(tokens) -> logits; forward(tokens, cache) -> logits of the new tokens; see `hidden` for the shapes."""
+    """forward(tokens) -> log-probabilities of what follows each; forward(tokens, cache) -> those of the new tokens."""
 
     def __init__(self, config: GhostConfig):
         super().__init__()
@@ -109,9 +109,7 @@ class Ghost(nn.Module):
         self.head = nn.Parameter(torch.randn(V, D) * 0.001)
         alike = torch.empty(1, POINTER_WIDTH, D).uniform_(-1, 1) * (3 / D) ** 0.5
         self.pointer = nn.Parameter(torch.cat([alike, alike]))  # queries and keys: at first, similar means similar
-        self.copies = nn.Parameter(
-            torch.cat([torch.tensor([-3.0]), torch.zeros(D)])
-        )  # log-odds of copying: bias, weights
+        self.copies = nn.Parameter(torch.cat([torch.tensor([-3.0]), torch.zeros(D)]))  # log-odds: bias, weights
         cos, sin = rope_table(config.context, config.head_width, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

@@ -20,7 +20,7 @@ from nanoghost.optim.schedule import learning_rate, momentum
 from nanoghost.progress import Display
 from nanoghost.tasks.mix import example_texts
 from nanoghost.train.recipe import depth_for, groups, model_config
-from nanoghost.train.stage import Clock, Rate, print_figures, stage_run, steps_within
+from nanoghost.train.stage import Clock, Rate, check_length, print_figures, stage_run, steps_within
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
+    check_length(settings)
     check(settings, world)
     source = open_source(settings.data)
     tokenizer = tokenizer_for(source, settings.vocab_size, display.say, example_texts())

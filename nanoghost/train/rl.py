@@ -23,7 +23,16 @@ from nanoghost.tasks.base import distinct_problems
 from nanoghost.tasks.mix import all_tasks
 from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss
 from nanoghost.train.recipe import groups
-from nanoghost.train.stage import Clock, Rate, base_card, parent_of, print_figures, stage_run, steps_within
+from nanoghost.train.stage import (
+    Clock,
+    Rate,
+    base_card,
+    check_length,
+    parent_of,
+    print_figures,
+    stage_run,
+    steps_within,
+)
 
 TABLES = 0.1  # AdamW moves a rare row as far as a common one; a reward seen once must not rewrite a word
 PRACTISED = ("chain_sum", "spell_backward", "sums", "spelling", "counting", "refusal", "answerable", "identity")
@@ -69,6 +78,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
+    check_length(settings)
     check(settings, world)
     parent = parent_of(settings, "rl")
 

@@ -17,7 +17,16 @@ from nanoghost.progress import Display
 from nanoghost.tasks.mix import lesson_conversations
 from nanoghost.train.packing import PackedBatches, lessons_from
 from nanoghost.train.recipe import groups
-from nanoghost.train.stage import Clock, Rate, base_card, parent_of, print_figures, stage_run, steps_within
+from nanoghost.train.stage import (
+    Clock,
+    Rate,
+    base_card,
+    check_length,
+    parent_of,
+    print_figures,
+    stage_run,
+    steps_within,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
+    check_length(settings)
     parent = parent_of(settings, "sft")
     own = settings.data.removeprefix("lessons").removeprefix("+")
     conversations = load_conversations(own) if own else []

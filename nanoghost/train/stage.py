@@ -85,10 +85,6 @@ def stage_run(stage: str, settings, show, parent: ModelFolder | None = None):
     An unfinished folder with the same settings is resumed; other settings raise UserError naming --force.
     A child's events begin with its parent's, and its card holds its parent's card.
     """
-    if settings.minutes and settings.steps:
-        raise UserError("--minutes and --steps exclude each other")
-    if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
-        raise UserError("--minutes and --steps must be positive")
     folder = ModelFolder(settings.name)
     chosen = {k: v for k, v in asdict(settings).items() if k not in NOT_SETTINGS}
     chosen |= {"parent": parent.name if parent else None}
@@ -148,6 +144,14 @@ def parent_of(settings, stage: str) -> ModelFolder:
     if parent.name == settings.name:
         raise UserError(f"{stage} writes a new model: --name must differ from its parent '{parent.name}'")
     return parent
+
+
+def check_length(settings) -> None:
+    """To be called before any work is done."""
+    if settings.minutes and settings.steps:
+        raise UserError("--minutes and --steps exclude each other")
+    if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
+        raise UserError("--minutes and --steps must be positive")
 
 
 def steps_within(seconds: float, one_step, rehearsals: int = 12) -> int:
