@@ -10,7 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanoghost.errors import UserError
 from nanoghost.model.ghost import POINTER_WIDTH, Ghost, GhostConfig
-from nanoghost.model.letters import END, ENDS, KEPT, NOTHING, SYMBOLS, kind, letter_table, word_rows
+from nanoghost.model.letters import (
+    END,
+    ENDS,
+    KEPT,
+    NOTHING,
+    PLACES,
+    SYMBOLS,
+    kind,
+    letter_table,
+    letter_tokens,
+    word_rows,
+)
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.weights import load_model, save_model
 from nanoghost.tokenizer import Tokenizer
@@ -38,13 +49,14 @@ def model(config):
     model = fresh(config)
     with torch.no_grad():
         for p in model.parameters():
-            if p.unique().numel() <= 2:  # zeros, ones, or the two numbers of a residual mix
+            if p.unique().numel() <= 3:  # zeros, ones, the two numbers of a residual mix, the gates' biases
                 p.add_(torch.randn_like(p) * 0.3)
         model.head.mul_(0.5 / model.head.std())
     if isinstance(model, Ghost):
         model.letters[:, 0] = torch.randint(1, 5, (V,))
         model.letters[:, 1:3] = torch.randint(3, (V, 2))
         model.letters[:, 3:] = torch.randint(256, (V, KEPT))
+        model.letter_tokens.copy_(letter_tokens(model.letters))
     return model.requires_grad_(False)
 
 
@@ -93,7 +105,7 @@ def test_logprobs_are_the_log_softmax_of_the_logits(model):
 def test_a_pointer_copies_from_what_it_may_see_and_nothing_else():
     """With the gate wide open all probability lies on tokens that were read, of this conversation alone."""
     model = fresh(GHOST).requires_grad_(False)
-    model.copies[0] = 50.0
+    model.gates[0, 0] = 50.0
     row = torch.tensor([[5, 6, 7, 20, 21, 22]])
     probs = model(row, segments_BT=torch.tensor([[1, 1, 1, 2, 2, 2]])).exp()
     for t in range(6):
@@ -102,6 +114,19 @@ def test_a_pointer_copies_from_what_it_may_see_and_nothing_else():
     names = torch.tensor([[9, 30, 10, 11, 9]])  # after the second 9 stands what followed the first
     alike = model(names).exp()[0, -1]
     assert alike[30] > 2 * alike[[10, 11]].max()
+
+
+def test_a_letter_comes_from_a_word_that_was_read():
+    """With that gate wide open too, all probability is on letters of what may be seen; place 1 is the second letter."""
+    tokenizer = Tokenizer.train([toy_text()], V)
+    model = fresh(GHOST)
+    model.requires_grad_(False).learn_letters(tokenizer)
+    model.gates[1, 0], model.gates[2 + 1, 0] = 50.0, 50.0
+    ids = tokenizer.encode("o king")
+    for text, letters in (("king", "i"), (" king", "i"), ("ki-ng", "i"), ("on, king", "ni")):
+        probs = model(torch.tensor([tokenizer.encode(text)])).exp()[0, -1]
+        assert_close(probs[[tokenizer.encode(c)[0] for c in letters]].sum(), torch.tensor(1.0), rtol=1e-3, atol=0)
+    assert model(torch.tensor([ids])).exp()[0, 0].max() < 0.5, "a word of one letter has no second one"
 
 
 # ── the cache ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,11 +193,11 @@ def independent_count(config) -> dict[str, int]:
     if isinstance(c, GhostConfig):
         valued = math.ceil(c.depth / 2)  # every second layer, the last included
         return {
-            "matrices": c.depth * (3 + 1 + 4 + 4) * D * D + 2 * POINTER_WIDTH * D,
+            "matrices": c.depth * (3 + 1 + 4 + 4) * D * D + 4 * POINTER_WIDTH * D,
             "head": V * D,
             "embeddings": V * D * (1 + valued) + (NOTHING + 1) * D,
             "ngrams": c.ngrams * D,
-            "scalars": 2 * c.depth + valued + 1 + D,
+            "scalars": 2 * c.depth + valued + (2 + PLACES) * (1 + D),
         }
     attention = 2 * D * D + 2 * D * D * c.key_value_heads // c.heads
     embeddings = 0 if c.tied else V * D
@@ -242,6 +267,9 @@ def test_a_token_knows_the_letters_of_its_word_so_far(tokenizer):
     assert max(map(len, map(tokenizer.token_bytes, ids))) > 2, "some tokens are more than a letter"
     for token, row in zip(ids, rows):
         text = tokenizer.token_bytes(token)
+        if text == b"-":  # joins, and is no letter
+            last = 1
+            continue
         letters = text.lstrip(b" ") or text
         word = word + letters if kind(text[0]) and kind(text[0]) == last else letters
         last = kind(text[-1])

@@ -6,12 +6,13 @@ What is unusual, beside the usual pre-norm transformer:
     is what a CPU is short of);
   - the embedding is mixed back into the stream before each layer, and token-specific values into attention on every
     second layer (value embeddings, Zhou et al. 2024);
-  - a pointer: with a learned probability the next token is copied from the context, from a place where what came
+  - two pointers. With a learned probability the next token is copied from the context, from a place where what came
     before looks like what comes before now (pointer networks, Merity et al. 2016; the cache of Grave et al. 2017): a
-    name that no training text had is learned at its first mention;
+    name that no training text had is learned at its first mention. With another it is a letter of a word of the
+    context: the word is pointed at, and one of its places, counted from the front or from the back;
   - RMSNorm without parameters, also on queries and keys; ReLU squared; matrices that write into the stream start at 0.
 
-B batch, T time, D width, H heads, K head width, V vocabulary, S tokens read so far.
+B batch, T time, D width, H heads, K head width, V vocabulary, S tokens read so far, W pointer width, P places in a word.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanoghost.model import letters
 from nanoghost.model.layers import (
     Cache,
     Layout,
@@ -31,7 +33,6 @@ from nanoghost.model.layers import (
     text_layout,
     token_logprobs,
 )
-from nanoghost.model.letters import KEPT, NOTHING, letter_table, word_rows
 
 POINTER_WIDTH = 64
 
@@ -102,22 +103,26 @@ class Ghost(nn.Module):
         D, V = config.width, config.vocab_size
         has_values = [(config.depth - 1 - i) % 2 == 0 for i in range(config.depth)]
         self.embedding = nn.Parameter(torch.randn(V, D) * 0.8)
-        self.spelling = nn.Parameter(torch.randn(NOTHING + 1, D) * 0.3)
+        self.spelling = nn.Parameter(torch.randn(letters.NOTHING + 1, D) * 0.3)
         self.ngrams = nn.Parameter(torch.zeros(config.ngrams, D))
         self.values = nn.ParameterList(torch.empty(V, D).uniform_(-1, 1) for has in has_values if has)
         self.blocks = nn.ModuleList(Block(config, has) for has in has_values)
         self.head = nn.Parameter(torch.randn(V, D) * 0.001)
-        alike = torch.empty(1, POINTER_WIDTH, D).uniform_(-1, 1) * (3 / D) ** 0.5
-        self.pointer = nn.Parameter(torch.cat([alike, alike]))  # queries and keys: at first, similar means similar
-        self.copies = nn.Parameter(torch.cat([torch.tensor([-3.0]), torch.zeros(D)]))  # log-odds: bias, weights
+        alike = torch.empty(2, POINTER_WIDTH, D).uniform_(-1, 1) * (3 / D) ** 0.5
+        self.pointer = nn.Parameter(torch.cat([alike, alike]))  # two queries, two keys: at first, similar means similar
+        gates = torch.zeros(2 + letters.PLACES, 1 + D)  # bias and weights: of a copy, of a letter, of each place
+        gates[:2, 0] = torch.tensor([-3.0, -5.0])
+        self.gates = nn.Parameter(gates)
         cos, sin = rope_table(config.context, config.head_width, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.register_buffer("letters", torch.zeros(V, 3 + KEPT, dtype=torch.int32))
+        self.register_buffer("letters", torch.zeros(V, 3 + letters.KEPT, dtype=torch.int32))
+        self.register_buffer("letter_tokens", torch.full((letters.SYMBOLS,), -1))
 
     def learn_letters(self, tokenizer) -> None:
         """Note which bytes each token stands for."""
-        self.letters.copy_(letter_table(tokenizer))
+        self.letters.copy_(letters.letter_table(tokenizer))
+        self.letter_tokens.copy_(letters.letter_tokens(self.letters))
 
     def cast(self, dtype: torch.dtype) -> "Ghost":
         """Matrices (and the head) to the compute dtype; tables stay fp32: rare rows collect tiny updates."""
@@ -127,42 +132,60 @@ class Ghost(nn.Module):
         self.head.data, self.pointer.data = self.head.data.to(dtype), self.pointer.data.to(dtype)
         return self
 
-    def embed(self, tokens_BT, layout: Layout, tokens_BS):
+    def embed(self, tokens_BT, layout: Layout, rows_BTP, tokens_BS):
         """(B, T, D) in the compute dtype, of the new tokens `tokens_BT` among all that were read, `tokens_BS`."""
         x_BTD = F.embedding(tokens_BT, self.embedding)
         pair_BT = (layout.previous(tokens_BS) * 9973 + tokens_BT * 31337) % self.config.ngrams
         x_BTD = x_BTD + F.embedding(pair_BT, self.ngrams)
-        rows_NL = word_rows(self.letters, tokens_BS, layout.before_BS, tokens_BT.size(1)).flatten(0, 1)
-        x_BTD = x_BTD + F.embedding_bag(rows_NL, self.spelling, mode="sum", padding_idx=NOTHING).view_as(x_BTD)
+        rows_NP = rows_BTP.flatten(0, 1)
+        x_BTD = x_BTD + F.embedding_bag(rows_NP, self.spelling, mode="sum", padding_idx=letters.NOTHING).view_as(x_BTD)
         return norm(x_BTD.to(self.head.dtype))
 
     def hidden(self, tokens_BT, layout: Layout, cache: Cache | None = None):
-        """Last hidden states, (B, T, D)."""
+        """Last hidden states (B, T, D), and the letters of each token's word so far, as tokens (B, T, P; -1 for none)."""
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
         seen_BS = tokens_BT if cache is None else cache.tokens[:, : cache.length]
-        embedding_BTD = self.embed(tokens_BT, layout, seen_BS)
+        rows_BTP = letters.word_rows(self.letters, seen_BS, layout.before_BS, tokens_BT.size(1))
+        embedding_BTD = self.embed(tokens_BT, layout, rows_BTP, seen_BS)
         values = iter(self.values)
         x_BTD = embedding_BTD
         for layer, block in enumerate(self.blocks):
             v = None if block.value_mix is None else F.embedding(tokens_BT, next(values)).to(x_BTD.dtype)
             x_BTD = block(x_BTD, embedding_BTD, v, cos, sin, layout.mask_BTS, layer, cache)
-        return norm(x_BTD)
+        symbols_BTP = torch.where(rows_BTP == letters.NOTHING, letters.END, rows_BTP % letters.SYMBOLS)
+        return norm(x_BTD), self.letter_tokens[symbols_BTP]
 
-    def point(self, hidden_BTD, layout: Layout, cache: Cache | None = None):
-        """How a copy would be shared out among the tokens of the context (B, T, S), and the log-odds of copying (B, T).
+    def point(self, hidden_BTD, spelled_BTP, layout: Layout, cache: Cache | None = None):
+        """Where the pointers look and what for.
 
-        A token's key is made from the token before it: from where the model stood when that token was to be predicted.
+        Returns copies (B, T, S): how a copy is shared out among the tokens read; letters (B, T, S) and places (B, T, P):
+        how a letter is, among the words and their places; spelled (B, S, P); gates (B, T, 3) in fp32: the probability that
+        the next token comes from the vocabulary, from a copy, from a letter. Where a word has no letter at a place, the
+        vocabulary gets the share.
+
+        The key for copying a token is made from the token before it, from where the model stood when that token was to be
+        predicted; the key of a word is made from the word.
         """
-        q_BTK, k_BTK = F.linear(hidden_BTD, self.pointer.flatten(0, 1)).view(*hidden_BTD.shape[:2], 2, -1).unbind(2)
-        q_BTK, k_BTK = norm(q_BTK), norm(k_BTK)
+        B, T, _ = hidden_BTD.shape
+        qk = norm(F.linear(hidden_BTD, self.pointer.flatten(0, 1)).view(B, T, 4, POINTER_WIDTH))
+        q, k, spelled_BSP = qk[:, :, :2], qk[:, :, 2:], spelled_BTP
         if cache is None:
-            index = layout.before_BS.clamp(0)[..., None].expand_as(k_BTK)
-            k_BSK = k_BTK.gather(1, index) * (layout.before_BS >= 0)[..., None]
+            before_BSW = layout.before_BS.clamp(0)[..., None].expand(B, T, POINTER_WIDTH)
+            late = k[:, :, 0].gather(1, before_BSW) * (layout.before_BS >= 0)[..., None]
+            k = torch.stack([late, k[:, :, 1]], 2)
         else:
-            k_BSK = cache.point(k_BTK)
-        mask_BTS = layout.mask_BTS.expand(len(q_BTK), -1, -1)
-        shares_BTS = torch.softmax(torch.baddbmm(mask_BTS, q_BTK * POINTER_WIDTH**-0.5, k_BSK.mT), -1)
-        return shares_BTS, hidden_BTD.float() @ self.copies[1:] + self.copies[0]
+            k, spelled_BSP = cache.point(k, spelled_BTP)
+        mask_BTS = layout.mask_BTS.expand(B, -1, -1)
+        copies_BTS, letters_BTS = (
+            torch.softmax(torch.baddbmm(mask_BTS, q[:, :, i] * scale, k[:, :, i].mT), -1)
+            for i, scale in enumerate((POINTER_WIDTH**-0.5, 2 * POINTER_WIDTH**-0.5))
+        )
+        logits = F.linear(hidden_BTD.float(), self.gates[:, 1:], self.gates[:, 0])
+        places_BTP = torch.softmax(logits[..., 2:], -1)
+        there = torch.bmm(letters_BTS, (spelled_BSP >= 0).to(letters_BTS.dtype)).mul(places_BTP).sum(-1).clamp(max=1)
+        vocabulary, copy, letter = torch.softmax(F.pad(logits[..., :2], (1, 0)), -1).unbind(-1)
+        gates = torch.stack([vocabulary + letter * (1 - there), copy, letter], -1)
+        return copies_BTS, letters_BTS, places_BTP, spelled_BSP, gates
 
     def forward(self, tokens_BT, cache: Cache | None = None, segments_BT=None, valid_BT=None, last_only=False):
         """Log-probabilities of the next token (B, T, V) in fp32; only after the last token, (B, 1, V), with `last_only`.
@@ -174,15 +197,19 @@ class Ghost(nn.Module):
             layout = text_layout(tokens_BT, self.head.dtype, segments_BT)
         else:
             layout = cache.layout(tokens_BT, valid_BT, self.head.dtype)
-        h_BTD = self.hidden(tokens_BT, layout, cache)
-        shares_BTS, odds_BT = self.point(h_BTD, layout, cache)
+        h_BTD, spelled_BTP = self.hidden(tokens_BT, layout, cache)
+        copies_BTS, letters_BTS, places_BTP, spelled_BSP, gates = self.point(h_BTD, spelled_BTP, layout, cache)
         if last_only:
-            h_BTD, shares_BTS, odds_BT = h_BTD[:, -1:], shares_BTS[:, -1:], odds_BT[:, -1:]
+            h_BTD, copies_BTS, letters_BTS, places_BTP, gates = (
+                x[:, -1:] for x in (h_BTD, copies_BTS, letters_BTS, places_BTP, gates)
+            )
         seen_BS = tokens_BT if cache is None else cache.tokens[:, : cache.length]
-        copied_BT1 = odds_BT.sigmoid()[..., None]
-        probs_BTV = torch.softmax(F.linear(h_BTD, self.head).float(), -1) * (1 - copied_BT1)
-        probs_BTV = probs_BTV.scatter_add(2, seen_BS[:, None].expand_as(shares_BTS), shares_BTS * copied_BT1)
-        return probs_BTV.clamp_min(1e-30).log()
+        vocabulary, copy, letter = gates.split(1, -1)
+        probs_BTV = torch.softmax(F.linear(h_BTD, self.head).float(), -1) * vocabulary
+        probs_BTV = probs_BTV.scatter_add(2, seen_BS[:, None].expand_as(copies_BTS), copies_BTS * copy)
+        letters_BTSP = (letters_BTS * letter)[..., None] * places_BTP[:, :, None] * (spelled_BSP >= 0)[:, None]
+        to_BTX = spelled_BSP.clamp(0).flatten(1)[:, None].expand(-1, letters_BTSP.size(1), -1)
+        return probs_BTV.scatter_add(2, to_BTX, letters_BTSP.flatten(2)).clamp_min(1e-30).log()
 
     def logprobs(self, tokens_BT, targets, segments_BT=None, layout: Layout | None = None, places=None):
         """log P(target | tokens so far) in fp32, (B, T).
@@ -191,21 +218,29 @@ class Ghost(nn.Module):
         `layout` stands for `segments_BT` where rows are not simply texts from left to right.
         """
         layout = layout or text_layout(tokens_BT, self.head.dtype, segments_BT)
-        h_BTD = self.hidden(tokens_BT, layout)
-        shares_BTS, odds_BT = self.point(h_BTD, layout)
+        h_BTD, spelled_BTP = self.hidden(tokens_BT, layout)
+        copies_BTS, letters_BTS, places_BTP, spelled_BSP, gates = self.point(h_BTD, spelled_BTP, layout)
         if places is None:
-            copied = (shares_BTS * (tokens_BT[:, None] == targets[..., None])).sum(-1, dtype=torch.float32)
-            own = token_logprobs(h_BTD.flatten(0, 1), self.head, targets.flatten()).view_as(targets)
-        else:
-            own = token_logprobs(h_BTD[places], self.head, targets)
-            odds_BT = odds_BT[places]
-            copied = (shares_BTS[places] * (tokens_BT[places[0]] == targets[:, None])).sum(-1, dtype=torch.float32)
-        return torch.logaddexp(own + F.logsigmoid(-odds_BT), copied.clamp_min(1e-30).log() + F.logsigmoid(odds_BT))
+            places = torch.ones_like(tokens_BT).nonzero(as_tuple=True)
+        if places is None:
+            every = torch.arange(targets.numel(), device=targets.device)
+            places = every // targets.size(1), every % targets.size(1)
+        targets_N = targets.flatten()
+        vocabulary, copy, letter = gates[places].unbind(-1)
+        own = token_logprobs(h_BTD[places], self.head, targets_N) + vocabulary.log()
+        copied = (copies_BTS[places] * (tokens_BT[places[0]] == targets_N[:, None])).sum(-1, dtype=torch.float32) * copy
+        n = letters.is_letter(self.letters)[targets_N].nonzero()[:, 0]  # other tokens can't be letters of a word
+        b, t = places[0][n], places[1][n]
+        same_NSP = (spelled_BSP[b] == targets_N[n, None, None]).to(letters_BTS.dtype)
+        spelled = torch.bmm(letters_BTS[b, t][:, None], same_NSP)[:, 0].mul(places_BTP[b, t]).sum(-1) * letter[n]
+        pointed = copied.index_add(0, n, spelled)
+        return torch.logaddexp(own, pointed.clamp_min(1e-30).log()).view_as(targets)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         c = self.config
         capacity = min(capacity, c.context)
-        return Cache(c.depth, rows, capacity, c.heads, c.head_width, self.head.dtype, self.head.device, POINTER_WIDTH)
+        dtype, device = self.head.dtype, self.head.device
+        return Cache(c.depth, rows, capacity, c.heads, c.head_width, dtype, device, POINTER_WIDTH, letters.PLACES)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the way they are optimised; `matrices` are stacks (n, rows, columns) of whole matrices."""
@@ -215,17 +250,17 @@ class Ghost(nn.Module):
             "head": [self.head],
             "embeddings": [self.embedding, self.spelling, *self.values],
             "ngrams": [self.ngrams],
-            "scalars": [*scalars, self.copies],
+            "scalars": [*scalars, self.gates],
         }
 
     def parameter_counts(self) -> dict[str, int]:
         return {name: sum(p.numel() for p in ps) for name, ps in self.parameter_groups().items()}
 
     def flops_per_token(self, context: int | None = None) -> int:
-        """Useful training operations per token: 6 x matrix weights, causal attention (half of T x T, twice), the pointer."""
-        n = self.parameter_counts()
-        T = context or self.config.context
-        return 6 * (n["matrices"] + n["head"]) + (6 * self.config.depth * self.config.width + 3 * POINTER_WIDTH) * T
+        """Useful training operations per token: 6 x matrix weights, causal attention (half of T x T, twice), two pointers."""
+        c, n = self.config, self.parameter_counts()
+        products = n["matrices"] + n["head"] + self.gates[:, 1:].numel()
+        return 6 * products + (6 * c.depth * c.width + 6 * POINTER_WIDTH + 2 * letters.PLACES) * (context or c.context)
 
     def settings(self) -> dict:
         """config.json."""

@@ -221,14 +221,15 @@ class Cache:
     """Keys and values of what was read so far: (layers, B, H, capacity, K), the tokens, and which columns are real.
 
     Shorter prompts are padded on the left. Rotary embeddings see only differences of positions, so a column's number
-    serves as its position and padding needs nothing but a mask. `pointed` holds what a pointer compares with: for each
-    column a key made from the column before it.
+    serves as its position and padding needs nothing but a mask. `pointed` holds what the two pointers of a Ghost compare
+    with, the first one's keys a column late, and `spelled` the letters that its second one chooses from.
     """
 
-    def __init__(self, layers, rows, capacity, heads, head_width, dtype, device="cpu", pointer_width=0):
+    def __init__(self, layers, rows, capacity, heads, head_width, dtype, device="cpu", pointer_width=0, places=0):
         self.k = torch.zeros(layers, rows, heads, capacity, head_width, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
-        self.pointed = torch.zeros(rows, capacity + 1, pointer_width, dtype=dtype, device=device)
+        self.pointed = torch.zeros(rows, capacity + 1, 2, pointer_width, dtype=dtype, device=device)
+        self.spelled = torch.full((rows, capacity, places), -1, device=device)
         self.tokens = torch.zeros(rows, capacity, dtype=torch.long, device=device)
         self.valid = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
         self.length = 0
@@ -253,11 +254,13 @@ class Cache:
         self.v[layer, :, :, start : self.length] = v_BTHK.transpose(1, 2)
         return (z[layer, :, :, : self.length].transpose(1, 2) for z in (self.k, self.v))
 
-    def point(self, keys_BTK):
-        """Store the keys made from the tokens just read; returns those of all columns so far, (B, S, K)."""
-        start = self.length - keys_BTK.size(1)
-        self.pointed[:, start + 1 : self.length + 1] = keys_BTK * self.valid[:, start : self.length, None]
-        return self.pointed[:, : self.length]
+    def point(self, keys_BT2W, spelled_BTP):
+        """Store what the pointers need of the tokens just read; returns it for all columns so far."""
+        start, end = self.length - keys_BT2W.size(1), self.length
+        self.pointed[:, start + 1 : end + 1, 0] = keys_BT2W[:, :, 0] * self.valid[:, start:end, None]
+        self.pointed[:, start:end, 1] = keys_BT2W[:, :, 1]
+        self.spelled[:, start:end] = spelled_BTP
+        return self.pointed[:, :end], self.spelled[:, :end]
 
     def keep(self, rows):
         """Keep only these rows, in this order; a row may be named several times."""
@@ -266,4 +269,5 @@ class Cache:
             new = old.new_zeros(old.size(0), len(rows), *old.shape[2:])
             new[:, :, :, : self.length] = old[:, rows, :, : self.length]
             setattr(self, name, new)
-        self.pointed, self.tokens, self.valid = self.pointed[rows], self.tokens[rows], self.valid[rows]
+        for name in ("pointed", "spelled", "tokens", "valid"):
+            setattr(self, name, getattr(self, name)[rows])

@@ -13,7 +13,8 @@ WORD = 16  # letters kept of a word
 ENDS = 8  # letters seen from the front, and from the back
 HOPS = 8  # tokens of a word
 END, SYMBOLS = 256, 257  # a symbol is a byte or the end of the word
-NOTHING = 2 * ENDS * SYMBOLS  # the row that stands for no symbol
+PLACES = 2 * ENDS
+NOTHING = PLACES * SYMBOLS  # the row that stands for no symbol
 
 
 def kind(byte: int) -> int:
@@ -25,19 +26,34 @@ def letter_table(tokenizer) -> torch.Tensor:
     """(V, 3 + KEPT): how many letters a token has, the kind of its first byte and of its last one, and its bytes.
 
     A space in front does not count as a letter, so that " day" has the letters of "day"; but it begins a new word.
+    A hyphen is no letter but joins: "t-h-o-u" is one word.
     """
     table = torch.zeros(tokenizer.vocab_size, 3 + KEPT, dtype=torch.int32)
     for token in range(tokenizer.vocab_size):
         text = tokenizer.token_bytes(token)
         if text:
-            letters = (text.lstrip(b" ") or text)[:KEPT]
-            table[token, :3] = torch.tensor([len(letters), kind(text[0]), kind(text[-1])])
+            letters = b"" if text == b"-" else (text.lstrip(b" ") or text)[:KEPT]
+            kinds = [1, 1] if text == b"-" else [kind(text[0]), kind(text[-1])]
+            table[token, :3] = torch.tensor([len(letters), *kinds])
             table[token, 3 : 3 + len(letters)] = torch.tensor(list(letters))
     return table
 
 
+def is_letter(table):
+    """(V,): which tokens are one letter or digit, without a space in front."""
+    return (table[:, 0] == 1) & (table[:, 1] > 0)
+
+
+def letter_tokens(table) -> torch.Tensor:
+    """(SYMBOLS,): the token that each byte is alone, -1 where there is none."""
+    tokens = torch.full((SYMBOLS,), -1)
+    alone = is_letter(table).nonzero()[:, 0]
+    tokens[table[alone, 3].long()] = alone
+    return tokens
+
+
 def word_rows(table, tokens_BS, before_BS, new: int):
-    """For each of the `new` last tokens the symbols of its word so far, as rows (place, symbol): (B, T, 2 ENDS).
+    """For each of the `new` last tokens the symbols of its word so far, as rows (place, symbol): (B, T, PLACES).
 
     `before` tells where the token before each stands, -1 for nowhere.
     """
