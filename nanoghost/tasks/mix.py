@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 from nanoghost.chat import pieces
-from nanoghost.data.sources import open_source
+from nanoghost.data.sources import load_conversations, open_source
 from nanoghost.tasks.base import Task, mixture
 from nanoghost.tasks.gym import ChainSum, SpellBackward, word_list
 from nanoghost.tasks.identity import Identity, identity_facts
@@ -14,16 +14,16 @@ from nanoghost.tasks.refusal import Answerable, Refusal
 from nanoghost.tasks.spelling import Counting, Spelling
 from nanoghost.tasks.sums import Sums
 
-# How often each is drawn, before they are scaled to sum to 1.
+# How often each is drawn.
 WEIGHTS = {
     "plays": 0.06,
-    "identity": 0.14,
+    "identity": 0.15,
     "sums": 0.19,
-    "spelling": 0.10,
-    "counting": 0.11,
+    "spelling": 0.08,
+    "counting": 0.10,
     "refusal": 0.13,
-    "chain_sum": 0.24,
-    "spell_backward": 0.12,
+    "chain_sum": 0.25,
+    "spell_backward": 0.04,
 }
 
 
@@ -67,8 +67,16 @@ def spelled_words(texts: list[tuple[str, str]], count: int = 3000) -> list[str]:
     return [word for word, _ in seen.most_common(count)] + random.Random(0).sample(word_list(), count)
 
 
-def lesson_conversations(base_card: dict, name: str, count: int, seed: int) -> list[list[dict]]:
-    """`count` conversations of the built-in mix; conversation i depends on (seed, i) alone."""
+def own_conversations(data: str) -> list[list[dict]]:
+    """Those of the file in `data`: lessons, FILE, or lessons+FILE."""
+    path = data.removeprefix("lessons").removeprefix("+")
+    return load_conversations(path) if path else []
+
+
+def lesson_conversations(data: str, base_card: dict, name: str, count: int, seed: int) -> list[list[dict]]:
+    """`count` conversations of the built-in mix, if `data` asks for them; conversation i depends on (seed, i) alone."""
+    if not data.startswith("lessons"):
+        return []
     tasks = all_tasks(base_card, name)
     weighted = [(tasks[task], weight) for task, weight in WEIGHTS.items() if task in tasks]
     spoken = name.split("-")[0].capitalize()

@@ -19,8 +19,8 @@ from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate, momentum
 from nanoghost.progress import Display
 from nanoghost.tasks.mix import example_texts
+from nanoghost.train import stage
 from nanoghost.train.recipe import depth_for, groups, model_config
-from nanoghost.train.stage import Clock, Rate, check_length, print_figures, stage_run, steps_within
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
-    check_length(settings)
+    stage.check_length(settings)
     check(settings, world)
     source = open_source(settings.data)
     tokenizer = tokenizer_for(source, settings.vocab_size, display.say, example_texts())
@@ -73,13 +73,13 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     train = shards.tokens("train")
     batches = Batches(train, settings.context, settings.batch, settings.seed, rank, world)
 
-    with stage_run("pretrain", settings, display) as run:
+    with stage.run("pretrain", settings, display) as run:
         if run is None:
             return None
         minutes = settings.minutes if settings.minutes or settings.steps else 4.0
         depth, reason = (settings.depth, "as asked") if settings.depth else depth_for(minutes)
         config = model_config(settings.arch, depth, tokenizer.vocab_size, settings.context)
-        clock = Clock(0.0)
+        clock = stage.Clock(0.0)
 
         def build():
             torch.manual_seed(settings.seed)
@@ -103,9 +103,9 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         if compiled["on"]:
             compile_model(model)
 
-        clock = Clock(notes.get("seconds", clock.seconds), settings.checkpoint_seconds)
+        clock = stage.Clock(notes.get("seconds", clock.seconds), settings.checkpoint_seconds)
         tokens_per_step = settings.batch * settings.context
-        rate = Rate()
+        rate = stage.Rate()
         every = max(1, steps // 500)
         for step in range(start, steps):
             progress = step / steps
@@ -193,7 +193,7 @@ def compile_model(model) -> None:
         block.compile()
 
 
-def rehearsed_steps(minutes: float, build, batches, settings, compiled: dict, clock: Clock) -> int:
+def rehearsed_steps(minutes: float, build, batches, settings, compiled: dict, clock: stage.Clock) -> int:
     model, optimizer = build()
     if compiled["on"]:
         compile_model(model)
@@ -202,7 +202,7 @@ def rehearsed_steps(minutes: float, build, batches, settings, compiled: dict, cl
         train_step(model, *batches.at(step), settings.micro_batch)
         optimizer.step(0.1)
 
-    return steps_within(minutes * 60 - clock.seconds, one_step)
+    return stage.steps_within(minutes * 60 - clock.seconds, one_step)
 
 
 def describe(card: dict, model, settings: PretrainSettings, start: int) -> str:
@@ -216,4 +216,4 @@ def describe(card: dict, model, settings: PretrainSettings, start: int) -> str:
 
 
 def command(settings: PretrainSettings) -> None:
-    print_figures(main(settings), settings)
+    stage.print_figures(main(settings), settings)

@@ -1,6 +1,8 @@
 """Reinforcement learning: many attempts at each problem, a verifier's reward, and more of what did better than average.
 
 problems -> attempts (sampled with the engine) -> rewards -> advantages within each group -> policy gradient
+
+Each step also repeats a few lessons, so that what is not practised is not lost (the "ptx" term of InstructGPT).
 """
 
 import random
@@ -20,19 +22,12 @@ from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
 from nanoghost.tasks.base import distinct_problems
-from nanoghost.tasks.mix import all_tasks
+from nanoghost.tasks.mix import all_tasks, lesson_conversations, own_conversations
+from nanoghost.train import stage
+from nanoghost.train.packing import PackedBatches, lessons_from
 from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss
 from nanoghost.train.recipe import groups
-from nanoghost.train.stage import (
-    Clock,
-    Rate,
-    base_card,
-    check_length,
-    parent_of,
-    print_figures,
-    stage_run,
-    steps_within,
-)
+from nanoghost.train.sft import train_step
 
 TABLES = 0.1  # AdamW moves a rare row as far as a common one; a reward seen once must not rewrite a word
 PRACTISED = ("chain_sum", "spell_backward", "sums", "spelling", "counting", "refusal", "answerable", "identity")
@@ -57,7 +52,11 @@ class RlSettings:
     attempts: int = 8
     """Attempts at each problem."""
     max_tokens: int = 32
-    """Longest attempt."""
+    """Longest attempt; sums, with their calls, need up to 56."""
+    data: str = "lessons"
+    """What is repeated beside the attempts: lessons, a JSONL file of conversations, or lessons+FILE."""
+    repeat: int = 2
+    """Packed rows of it in a step, over all processes; 0 for none."""
     held_out: int = 500
     """Held-out problems of each task, tried before and after."""
     learning_rate: float = 0.3
@@ -78,21 +77,23 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
-    check_length(settings)
+    stage.check_length(settings)
     check(settings, world)
-    parent = parent_of(settings, "rl")
+    parent = stage.parent_of(settings, "rl")
+    conversations = own_conversations(settings.data)
 
-    with stage_run("rl", settings, display, parent) as run:
+    with stage.run("rl", settings, display, parent) as run:
         if run is None:
             return None
-        clock = Clock(0.0)
+        clock = stage.Clock(0.0)
         model, tokenizer = load_model(parent.path, machine.compute_dtype(), machine.device())
-        every = all_tasks(base_card(parent.card), settings.name)
+        every = all_tasks(stage.base_card(parent.card), settings.name)
         tasks = {task: every[task] for task in settings.tasks.split(",")}
+        lessons = repeated_lessons(conversations, settings, parent, model, tokenizer) if settings.repeat else None
         if "steps" not in run.card:
             display.say(f"before: {settings.held_out} held-out problems of each task ...")
             before = held_out(model, tokenizer, tasks, settings)
-            steps = settings.steps or rehearsed_steps(settings, parent, tokenizer, tasks, clock)
+            steps = settings.steps or rehearsed_steps(settings, parent, tokenizer, tasks, lessons, clock)
             run.note(steps=steps, before=before)
         optimizer = Optimizer(
             model,
@@ -110,14 +111,16 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         )
 
         began = notes.get("seconds", clock.seconds)
-        clock = Clock(began, settings.checkpoint_seconds)
-        rate = Rate()
+        clock = stage.Clock(began, settings.checkpoint_seconds)
+        rate = stage.Rate()
         for step in range(start, steps):
             run.checkpoint(step, optimizer, clock, tokens=tokens)
             figures, count = rollout_and_gradients(model, tokenizer, tasks, settings, step, rank, world)
             run.check_loss(figures["loss"], step)
             scale = learning_rate(step / steps, cooldown=0.5)
             if machine.mean_over_ranks(figures["groups"]):  # without signal nothing moves, not even the moments
+                if lessons:
+                    figures["lesson_loss"] = machine.mean_over_ranks(train_step(model, lessons.at(step), world))
                 optimizer.step(scale)
             tokens += count
             rate.count(count)
@@ -152,6 +155,16 @@ def check(settings: RlSettings, world: int) -> None:
         raise UserError(f"--problems {settings.problems} does not divide over {world} processes")
     if settings.attempts < 2:
         raise UserError("--attempts must be at least 2: an attempt is judged against the others of its group")
+
+
+def repeated_lessons(conversations: list, settings: RlSettings, parent, model, tokenizer, most: int = 4000):
+    """Batches of `most` of the conversations that a stage of finetuning with the same --data would learn from."""
+    rank, world = machine.ranks()
+    conversations = random.Random(settings.seed).sample(conversations, min(most, len(conversations)))
+    card = stage.base_card(parent.card)
+    conversations += lesson_conversations(settings.data, card, settings.name, most, settings.seed + 1)
+    lessons, _ = lessons_from(conversations, tokenizer, model.config.context)
+    return PackedBatches(lessons, model.config.context, settings.repeat, settings.seed, rank, world)
 
 
 def held_out(model, tokenizer, tasks: dict, settings: RlSettings) -> dict:
@@ -271,17 +284,19 @@ def padded(rows: list[list]) -> torch.Tensor:
     return torch.tensor([[float(x) for x in row] + [0.0] * (longest - len(row)) for row in rows])
 
 
-def rehearsed_steps(settings: RlSettings, parent, tokenizer, tasks, clock: Clock) -> int:
+def rehearsed_steps(settings: RlSettings, parent, tokenizer, tasks, lessons, clock: stage.Clock) -> int:
     evaluation = clock.seconds  # before the first step; the same again comes after the last one
     model, _ = load_model(parent.path, machine.compute_dtype(), machine.device())
     optimizer = Optimizer(model, groups(model.config.width), machine.compute_dtype(), *machine.ranks())
 
     def one_step(step: int) -> None:
         rollout_and_gradients(model, tokenizer, tasks, settings, step, *machine.ranks())
+        if lessons:
+            train_step(model, lessons.at(step), lessons.world)
         optimizer.step(0.0)
 
-    return steps_within((settings.minutes or 2.5) * 60 - 2 * evaluation, one_step, rehearsals=5)
+    return stage.steps_within((settings.minutes or 2.5) * 60 - 2 * evaluation, one_step, rehearsals=5)
 
 
 def command(settings: RlSettings) -> None:
-    print_figures(main(settings), settings)
+    stage.print_figures(main(settings), settings)

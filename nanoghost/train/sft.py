@@ -9,24 +9,14 @@ from typing import Annotated
 import tyro
 
 from nanoghost import machine
-from nanoghost.data.sources import load_conversations
 from nanoghost.model.weights import load_model, save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
-from nanoghost.tasks.mix import lesson_conversations
+from nanoghost.tasks.mix import lesson_conversations, own_conversations
+from nanoghost.train import stage
 from nanoghost.train.packing import PackedBatches, lessons_from
 from nanoghost.train.recipe import groups
-from nanoghost.train.stage import (
-    Clock,
-    Rate,
-    base_card,
-    check_length,
-    parent_of,
-    print_figures,
-    stage_run,
-    steps_within,
-)
 
 
 @dataclass(frozen=True)
@@ -63,21 +53,19 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
-    check_length(settings)
-    parent = parent_of(settings, "sft")
-    own = settings.data.removeprefix("lessons").removeprefix("+")
-    conversations = load_conversations(own) if own else []
+    stage.check_length(settings)
+    parent = stage.parent_of(settings, "sft")
+    conversations = own_conversations(settings.data)
 
-    with stage_run("sft", settings, display, parent) as run:
+    with stage.run("sft", settings, display, parent) as run:
         if run is None:
             return None
-        clock = Clock(0.0)
+        clock = stage.Clock(0.0)
         model, tokenizer = load_model(parent.path, machine.compute_dtype(), machine.device())
         context = model.config.context
-        if settings.data.startswith("lessons"):
-            conversations += lesson_conversations(
-                base_card(parent.card), settings.name, settings.lessons, settings.seed
-            )
+        conversations += lesson_conversations(
+            settings.data, stage.base_card(parent.card), settings.name, settings.lessons, settings.seed
+        )
         lessons, left_out = lessons_from(conversations, tokenizer, context)
         if left_out:
             display.say(f"{left_out} conversations have no answer within {context} tokens and are left out")
@@ -96,8 +84,8 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
             f"finetuning {settings.name}: {len(lessons)} conversations, {steps} steps{f', going on at {start}' if start else ''}"
         )
 
-        clock = Clock(notes.get("seconds", clock.seconds), settings.checkpoint_seconds)
-        rate = Rate()
+        clock = stage.Clock(notes.get("seconds", clock.seconds), settings.checkpoint_seconds)
+        rate = stage.Rate()
         every = max(1, steps // 500)
         for step in range(start, steps):
             loss = machine.mean_over_ranks(train_step(model, batches.at(step), world))
@@ -128,6 +116,8 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
 def train_step(model, batch, world: int) -> float:
     """Gradients of this process's part of the loss over the batch; returns that part, times the number of processes."""
     inputs, targets, weights, segments = (t.to(machine.device()) for t in batch)
+    if not len(inputs):  # fewer rows than processes
+        return 0.0
     learned = (weights > 0).nonzero(as_tuple=True)  # logits of the other tokens are never needed
     logp = model.logprobs(inputs, targets[learned], segments, places=learned)
     loss = -(logp * weights[learned]).sum() * world  # gradients are averaged over processes
@@ -135,7 +125,7 @@ def train_step(model, batch, world: int) -> float:
     return loss.item()
 
 
-def rehearsed_steps(settings: SftSettings, parent, batches, clock: Clock) -> int:
+def rehearsed_steps(settings: SftSettings, parent, batches, clock: stage.Clock) -> int:
     model, _ = load_model(parent.path, machine.compute_dtype(), machine.device())
     optimizer = Optimizer(model, groups(model.config.width), machine.compute_dtype(), *machine.ranks())
 
@@ -143,8 +133,8 @@ def rehearsed_steps(settings: SftSettings, parent, batches, clock: Clock) -> int
         train_step(model, batches.at(step), batches.world)
         optimizer.step(0.0)
 
-    return steps_within((settings.minutes or 2.5) * 60 - clock.seconds, one_step)
+    return stage.steps_within((settings.minutes or 2.5) * 60 - clock.seconds, one_step)
 
 
 def command(settings: SftSettings) -> None:
-    print_figures(main(settings), settings)
+    stage.print_figures(main(settings), settings)

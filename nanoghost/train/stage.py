@@ -79,7 +79,7 @@ class Run:
 
 
 @contextmanager
-def stage_run(stage: str, settings, show, parent: ModelFolder | None = None):
+def run(stage: str, settings, show, parent: ModelFolder | None = None):
     """Yield a Run for the new model `settings.name`, or None if it is already finished with the same settings.
 
     An unfinished folder with the same settings is resumed; other settings raise UserError naming --force.
