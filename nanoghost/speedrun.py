@@ -20,7 +20,7 @@ from nanoghost.train import pretrain, rl, sft
 
 @dataclass(frozen=True)
 class SpeedrunSettings:
-    minutes: float = 9.8
+    minutes: float = 9.2
     """Minutes of training in all: 21% pretraining, 54% finetuning, 25% reinforcement."""
     data: str = "plays"
     """Text to learn: plays, a file or folder, or hub:OWNER/NAME."""

@@ -17,7 +17,6 @@ from nanoghost.tasks.base import (
     estranged,
     final_text,
     last_number,
-    letters,
     mixture,
     plain,
     split_of,
@@ -208,7 +207,6 @@ def test_gym_problems_are_its_own_and_train_never_shows_a_test_word():
     for _ in range(100):
         question = text_of((problem := backward.problem(rng, "train")).messages[0])
         assert question.startswith("Spell this word backward") and question.split()[-1][::-1] == problem.answer
-        assert problem.lesson[0]["content"] in (problem.answer, letters(problem.answer))
         question = text_of((problem := chain.problem(rng, "train")).messages[0])
         assert calculate(question.split(":")[1].strip(" =")) == problem.answer
     assert chain.score(problem, [assistant(f" {problem.answer}\n")]) == 1.0
@@ -217,24 +215,24 @@ def test_gym_problems_are_its_own_and_train_never_shows_a_test_word():
     assert chain.score(problem, [assistant(f"It is {problem.answer}")]) == 0.0
 
 
-@pytest.mark.parametrize("task", [ChainSum(), SpellBackward()], ids=lambda task: task.name)
-def test_gym_lessons_show_both_ways_and_both_are_right(task):
-    """Neither way is rare, on either side of the line between quick and slow problems; each solves its problem."""
-    problems = [task.problem(random.Random(i), "train") for i in range(600)]
-    quick = [p.lesson[0]["content"] == p.answer for p in problems]
-    assert 0.3 < sum(quick) / len(quick) < 0.6
-    assert all(task.score(p, p.lesson) == 1.0 for p in problems)
+def test_chain_sum_lessons_show_both_ways_and_both_are_right():
+    """Neither way is rare; each solves its problem. Words are shown backward at once."""
+    for task, least, most in ((ChainSum(), 0.3, 0.6), (SpellBackward(), 1.0, 1.0)):
+        problems = [task.problem(random.Random(i), "train") for i in range(600)]
+        quick = [p.lesson[0]["content"] == p.answer for p in problems]
+        assert least <= sum(quick) / len(quick) <= most
+        assert all(task.score(p, p.lesson) == 1.0 for p in problems)
 
 
-@given(st.integers(0, 10**6))
+@given(st.integers(0, 10**6), st.floats(0, 1))
 @settings(max_examples=200, deadline=None)
-def test_an_unknown_word_leaves_the_slots_alone(seed):
+def test_other_words_leave_the_slots_alone(seed, share):
     rng = random.Random(seed)
     template = rng.choice([*sums.ANY["train"], *spelling.COUNT["train"]])
-    other = estranged(rng, template)
+    other = estranged(rng, template, sums.WORDS, share)
     assert re.findall(r"\{\w+\}", other) == re.findall(r"\{\w+\}", template)
     assert len(other.split()) == len(template.split())
-    assert (other != template) == bool(re.sub(r"\{\w+\}|[^A-Za-z]", "", template))
+    assert share > 0 or other == template
 
 
 def test_the_working_of_a_sum_is_right_in_every_column():

@@ -57,11 +57,6 @@ def parts(pieces: Sequence[str]) -> list[dict]:
     return [{"type": "text", "text": piece} for piece in pieces]
 
 
-def letters(word: str) -> list[dict]:
-    """A word as one part per letter: the model writes it letter by letter."""
-    return parts(list(word))
-
-
 def text_of(message: dict) -> str:
     """The text of a message, whether it is written as a string or in parts."""
     content = message["content"]
@@ -121,17 +116,29 @@ def wording(rng: random.Random, templates: Sequence[str], split: str) -> str:
     return template
 
 
-def estranged(rng: random.Random, template: str) -> str:
-    """The template with one of its words, never a slot, made unknown: a person's phrasing may hold any word."""
-    words = list(re.finditer(r"(?<![{\w'])[A-Za-z']+(?![}\w'])", template))
-    if not words:
-        return template
-    word = rng.choice(words)
-    unknown = "".join(
-        rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") + rng.choice(("", "n", "r", "ck")) for _ in range(2)
-    )
-    unknown = unknown.capitalize() if word[0][0].isupper() else unknown
-    return template[: word.start()] + unknown + template[word.end() :]
+WORD = r"(?<![{\w'])[A-Za-z']+(?![}\w'])"  # of a template; never a slot
+
+
+def words_of(templates: Sequence[str]) -> list[str]:
+    return sorted({word.lower() for template in templates for word in re.findall(WORD, template)})
+
+
+def estranged(rng: random.Random, template: str, words: Sequence[str], share: float) -> str:
+    """The template with a share of its words replaced, by others of `words` or by unknown ones.
+
+    A person's phrasing may hold any word: where the slots tell what is wanted, no other word should matter.
+    """
+
+    def other(match: re.Match) -> str:
+        if rng.random() >= share:
+            return match[0]
+        made_up = "".join(
+            rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") + rng.choice(("", "n", "r", "ck")) for _ in range(2)
+        )
+        word = rng.choice((made_up, rng.choice(words)))
+        return word.capitalize() if match[0][0].isupper() else word
+
+    return re.sub(WORD, other, template)
 
 
 def plain(text: str) -> str:

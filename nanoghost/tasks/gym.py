@@ -1,7 +1,8 @@
 """Two tasks of reasoning-gym, in its own words: no tool, no partial credit: the answer is right to the letter or it is wrong.
 
-For each the lessons show two ways, as people have them: the answer at once, or step by step. One of them a small model
-can do. No lesson says which: that is left to be found out by trying (train/rl.py).
+The lessons do not show the best way to answer. Sums are shown both at once and in steps, and no lesson says which works;
+words are shown backward at once, which a model that reads in tokens can hardly do. Better ways are found by trying
+(train/rl.py).
 
 Source: https://github.com/open-thought/reasoning-gym (Apache-2.0).
 """
@@ -10,7 +11,7 @@ import random
 from collections.abc import Sequence
 from functools import cache
 
-from nanoghost.tasks.base import Problem, assistant, final_text, letters, split_of, user
+from nanoghost.tasks.base import Problem, assistant, final_text, split_of, user
 from nanoghost.tasks.sums import content_key
 
 
@@ -27,17 +28,12 @@ class _Gym:
     name: str
     settings: dict[str, int]
 
-    def look(self, entry: dict) -> tuple[str, bool, dict]:
-        """(what decides the split, whether people mostly answer such a problem at once, the answer in steps)"""
-        raise NotImplementedError
-
     def problem(self, rng: random.Random, split: str) -> Problem:
         dataset = _dataset(self.name, **self.settings)
         while True:
             entry = dataset[rng.randrange(2**31)]
-            content, quick, in_steps = self.look(entry)
+            content, lesson = self.look(entry, rng)
             if split_of(content) == split:
-                lesson = assistant(entry["answer"]) if rng.random() < (0.6 if quick else 0.3) else in_steps
                 return Problem(self.name, (user(entry["question"]),), (lesson,), entry["answer"], tools=False)
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
@@ -53,10 +49,12 @@ class ChainSum(_Gym):
     name = "chain_sum"
     settings = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 
-    def look(self, entry: dict) -> tuple[str, bool, dict]:
+    def look(self, entry: dict, rng: random.Random) -> tuple[str, dict]:
+        """(what decides the split, a lesson); people add at once more often than they subtract."""
         a, operation, b = entry["metadata"]["expression"].split()
         a, b = int(a), int(b)
-        return content_key(a, operation, b), operation == "+", assistant(worked(a, operation, b))
+        at_once = rng.random() < (0.6 if operation == "+" else 0.3)
+        return content_key(a, operation, b), assistant(entry["answer"] if at_once else worked(a, operation, b))
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
         return float(len(reply) == 1 and final_text(reply).rpartition("so ")[2] == problem.answer)
@@ -79,15 +77,14 @@ def worked(a: int, operation: str, b: int) -> str:
 class SpellBackward(_Gym):
     """Spell this word backward (example: sun -> nus): ghost
 
-    At once: in the longest tokens there are, of which each must be known backward. In steps: a letter a token.
+    Lessons show the whole answer, in the longest tokens there are. That it is easy a letter at a time, is found in practice.
     """
 
     name = "spell_backward"
     settings = {"min_word_len": 3, "max_word_len": 6}
 
-    def look(self, entry: dict) -> tuple[str, bool, dict]:
-        word = entry["metadata"]["word"]
-        return word, len(word) <= 5, assistant(letters(entry["answer"]))
+    def look(self, entry: dict, rng: random.Random) -> tuple[str, dict]:
+        return entry["metadata"]["word"], assistant(entry["answer"])
 
 
 def word_list() -> list[str]:

@@ -14,6 +14,7 @@ from nanoghost.tasks.base import (
     split_of,
     user,
     wording,
+    words_of,
 )
 from nanoghost.tools.calculator import calculate
 
@@ -21,6 +22,7 @@ WRITTEN = {"+": ("+", "+", "plus"), "-": ("-", "−", "minus"), "*": ("×", "*",
 SHOWN = {"+": "+", "-": "-", "*": "×"}
 
 ANY, NAMED, ANSWERS = (phrases("sums")[key] for key in ("any", "named", "answers"))
+WORDS = words_of(ANY["train"])
 
 
 def content_key(a: int, operation: str, b: int) -> str:
@@ -45,8 +47,7 @@ class Sums:
         written = f"{a} {sign} {b}" if sign.isalpha() else f"{a}{space}{sign}{space}{b}"
         template = wording(rng, ANY[split] + NAMED[operation][split], split)
         if split == "train" and "{sum}" in template and rng.random() < 0.5:
-            for _ in range(rng.randint(1, 3)):  # where the sign tells the operation, the words may be unknown
-                template = estranged(rng, template)
+            template = estranged(rng, template, WORDS, rng.random())  # the sign tells what is wanted
         question = template.format(sum=written, a=a, b=b)
 
         expression = f"{a}{operation}{b}"
