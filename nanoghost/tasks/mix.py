@@ -3,6 +3,7 @@
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from nanoghost.chat import pieces
 from nanoghost.data.sources import load_conversations, open_source
@@ -22,8 +23,8 @@ WEIGHTS = {
     "spelling": 0.08,
     "counting": 0.10,
     "refusal": 0.13,
-    "chain_sum": 0.25,
-    "spell_backward": 0.04,
+    "chain_sum": 0.23,
+    "spell_backward": 0.06,
 }
 
 
@@ -73,11 +74,16 @@ def own_conversations(data: str) -> list[list[dict]]:
     return load_conversations(path) if path else []
 
 
-def lesson_conversations(data: str, base_card: dict, name: str, count: int, seed: int) -> list[list[dict]]:
-    """`count` conversations of the built-in mix, if `data` asks for them; conversation i depends on (seed, i) alone."""
+def lesson_conversations(
+    data: str, base_card: dict, name: str, count: int, seed: int, but: Sequence[str] = ()
+) -> list[list[dict]]:
+    """`count` conversations of the built-in mix, if `data` asks for it; conversation i depends on (seed, i) alone.
+
+    `but` names tasks that are left out.
+    """
     if not data.startswith("lessons"):
         return []
     tasks = all_tasks(base_card, name)
-    weighted = [(tasks[task], weight) for task, weight in WEIGHTS.items() if task in tasks]
+    weighted = [(tasks[task], weight) for task, weight in WEIGHTS.items() if task in tasks and task not in but]
     spoken = name.split("-")[0].capitalize()
     return [mixture(weighted, random.Random(f"{seed}-{i}"), "train", spoken) for i in range(count)]

@@ -54,8 +54,8 @@ class RlSettings:
     max_tokens: int = 32
     """Longest attempt; sums, with their calls, need up to 56."""
     data: str = "lessons"
-    """What is repeated beside the attempts: lessons, a JSONL file of conversations, or lessons+FILE."""
-    repeat: int = 2
+    """What is repeated: lessons (of the tasks that are not practised), a JSONL file of conversations, or lessons+FILE."""
+    repeat: int = 4
     """Packed rows of it in a step, over all processes; 0 for none."""
     held_out: int = 500
     """Held-out problems of each task, tried before and after."""
@@ -158,11 +158,11 @@ def check(settings: RlSettings, world: int) -> None:
 
 
 def repeated_lessons(conversations: list, settings: RlSettings, parent, model, tokenizer, most: int = 4000):
-    """Batches of `most` of the conversations that a stage of finetuning with the same --data would learn from."""
+    """Batches of up to `most` own conversations, and as many of the built-in mix: other tasks than those practised."""
     rank, world = machine.ranks()
     conversations = random.Random(settings.seed).sample(conversations, min(most, len(conversations)))
-    card = stage.base_card(parent.card)
-    conversations += lesson_conversations(settings.data, card, settings.name, most, settings.seed + 1)
+    card, practised = stage.base_card(parent.card), settings.tasks.split(",")
+    conversations += lesson_conversations(settings.data, card, settings.name, most, settings.seed + 1, practised)
     lessons, _ = lessons_from(conversations, tokenizer, model.config.context)
     return PackedBatches(lessons, model.config.context, settings.repeat, settings.seed, rank, world)
 
