@@ -1,15 +1,15 @@
 """ghost: our own small language model. Every trick that pays at 0.3M to 30M parameters may live here.
 
 What is unusual, beside the usual pre-norm transformer:
-  - a token's embedding is the sum of its own row, the rows of its word's letters (so that it can spell words it never
-    saw spelled; letters.py), and a hashed row for the pair it forms with the token before it (n-gram tables cost no arithmetic, which
-    is what a CPU is short of);
+  - a token's embedding is the sum of its own row, the rows of its word's letters (letters.py), and a hashed row for the
+    pair it forms with the token before it (n-gram tables cost no arithmetic, which is what a CPU is short of);
   - the embedding is mixed back into the stream before each layer, and token-specific values into attention on every
     second layer (value embeddings, Zhou et al. 2024);
   - two pointers. With a learned probability the next token is copied from the context, from a place where what came
     before looks like what comes before now (pointer networks, Merity et al. 2016; the cache of Grave et al. 2017): a
     name that no training text had is learned at its first mention. With another it is a letter of a word of the
-    context: the word is pointed at, and one of its places, counted from the front or from the back;
+    context: the word is pointed at, and one of its places, counted from the front or from the back. So it can spell
+    what it never saw spelled, although tokens hide the letters;
   - RMSNorm without parameters, also on queries and keys; ReLU squared; matrices that write into the stream start at 0.
 
 B batch, T time, D width, H heads, K head width, V vocabulary, S tokens read so far, W pointer width, P places in a word.
@@ -222,9 +222,6 @@ class Ghost(nn.Module):
         copies_BTS, letters_BTS, places_BTP, spelled_BSP, gates = self.point(h_BTD, spelled_BTP, layout)
         if places is None:
             places = torch.ones_like(tokens_BT).nonzero(as_tuple=True)
-        if places is None:
-            every = torch.arange(targets.numel(), device=targets.device)
-            places = every // targets.size(1), every % targets.size(1)
         targets_N = targets.flatten()
         vocabulary, copy, letter = gates[places].unbind(-1)
         own = token_logprobs(h_BTD[places], self.head, targets_N) + vocabulary.log()
