@@ -20,7 +20,7 @@ from nanoghost.train import pretrain, rl, sft
 
 @dataclass(frozen=True)
 class SpeedrunSettings:
-    minutes: float = 9.4
+    minutes: float = 8.8
     """Minutes of training in all: 20% pretraining, 52% finetuning, 28% reinforcement."""
     data: str = "plays"
     """Text to learn: plays, a file or folder, or hub:OWNER/NAME."""

@@ -119,12 +119,22 @@ def wording(rng: random.Random, templates: Sequence[str], split: str) -> str:
 WORD = r"(?<![{\w'])[A-Za-z']+(?![}\w'])"  # of a template; never a slot
 
 
-def words_of(templates: Sequence[str]) -> list[str]:
-    return sorted({word.lower() for template in templates for word in re.findall(WORD, template)})
+@cache
+def common_words() -> tuple[str, ...]:
+    """The words of all phrasings that lessons use, whatever the task."""
+
+    def texts(value, key=""):
+        if isinstance(value, str):
+            return [value]
+        inner = value.items() if isinstance(value, dict) else ((key, v) for v in value)
+        return [text for key, v in inner if key != "test" for text in texts(v, key)]
+
+    names = ("identity", "refusal", "spelling", "sums")
+    return tuple(sorted({word.lower() for name in names for t in texts(phrases(name)) for word in re.findall(WORD, t)}))
 
 
-def estranged(rng: random.Random, template: str, words: Sequence[str], share: float) -> str:
-    """The template with a share of its words replaced, by others of `words` or by unknown ones.
+def estranged(rng: random.Random, template: str, share: float) -> str:
+    """The template with a share of its words replaced, by any others or by unknown ones.
 
     A person's phrasing may hold any word: where the slots tell what is wanted, no other word should matter.
     """
@@ -135,7 +145,7 @@ def estranged(rng: random.Random, template: str, words: Sequence[str], share: fl
         made_up = "".join(
             rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") + rng.choice(("", "n", "r", "ck")) for _ in range(2)
         )
-        word = rng.choice((made_up, rng.choice(words)))
+        word = rng.choice((made_up, rng.choice(common_words())))
         return word.capitalize() if match[0][0].isupper() else word
 
     return re.sub(WORD, other, template)

@@ -20,11 +20,11 @@ WEIGHTS = {
     "plays": 0.06,
     "identity": 0.15,
     "sums": 0.19,
-    "spelling": 0.08,
-    "counting": 0.10,
+    "spelling": 0.11,
+    "counting": 0.11,
     "refusal": 0.13,
     "chain_sum": 0.23,
-    "spell_backward": 0.06,
+    "spell_backward": 0.02,
 }
 
 

@@ -15,12 +15,10 @@ from nanoghost.tasks.base import (
     split_of,
     user,
     wording,
-    words_of,
 )
 from nanoghost.tasks.names import FIRST_NAMES, PLACES
 
 SPELL, COUNT = phrases("spelling")["spell"], phrases("spelling")["count"]
-WORDS = words_of(COUNT["train"])
 
 
 class _Words:
@@ -72,7 +70,7 @@ class Counting(_Words):
         letter = self.letter(rng, word.lower())
         template = wording(rng, COUNT[split], split)
         if split == "train" and rng.random() < 0.3:
-            template = estranged(rng, template, WORDS, rng.random())  # a letter and a word tell what is asked
+            template = estranged(rng, template, rng.random())  # a letter and a word tell what is asked
         question = template.format(word=quoted(rng, word), letter=f'"{letter}"' if rng.random() < 0.2 else letter)
 
         pieces, count = [], 0

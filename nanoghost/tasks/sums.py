@@ -14,7 +14,6 @@ from nanoghost.tasks.base import (
     split_of,
     user,
     wording,
-    words_of,
 )
 from nanoghost.tools.calculator import calculate
 
@@ -22,7 +21,6 @@ WRITTEN = {"+": ("+", "+", "plus"), "-": ("-", "−", "minus"), "*": ("×", "*",
 SHOWN = {"+": "+", "-": "-", "*": "×"}
 
 ANY, NAMED, ANSWERS = (phrases("sums")[key] for key in ("any", "named", "answers"))
-WORDS = words_of(ANY["train"])
 
 
 def content_key(a: int, operation: str, b: int) -> str:
@@ -47,7 +45,7 @@ class Sums:
         written = f"{a} {sign} {b}" if sign.isalpha() else f"{a}{space}{sign}{space}{b}"
         template = wording(rng, ANY[split] + NAMED[operation][split], split)
         if split == "train" and "{sum}" in template and rng.random() < 0.5:
-            template = estranged(rng, template, WORDS, rng.random())  # the sign tells what is wanted
+            template = estranged(rng, template, rng.random())  # the sign tells what is wanted
         question = template.format(sum=written, a=a, b=b)
 
         expression = f"{a}{operation}{b}"
