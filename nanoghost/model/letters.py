@@ -11,7 +11,7 @@ import torch
 KEPT = 12  # bytes kept of a token
 WORD = 16  # letters kept of a word
 ENDS = 8  # letters seen from the front, and from the back
-HOPS = 8  # tokens of a word
+HOPS = 20  # tokens of a word: "t-h-o-u" has seven
 END, SYMBOLS = 256, 257  # a symbol is a byte or the end of the word
 PLACES = 2 * ENDS
 NOTHING = PLACES * SYMBOLS  # the row that stands for no symbol
