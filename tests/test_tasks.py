@@ -334,9 +334,10 @@ def test_answerable_is_wrong_when_refused():
     assert task.score(problem, [assistant("I don't know that: I have no clock.")]) == 0.0
 
 
-def test_distinct_problems_tells_when_there_are_too_few():
-    with pytest.raises(ValueError, match="spelling has fewer"):
-        distinct_problems(Spelling(WORDS), 2000)
+def test_an_examination_longer_than_the_task_asks_everything_once():
+    task = Spelling(WORDS)
+    problems = distinct_problems(task, 2000)
+    assert 100 < len(problems) < 2000 and len(problems) == len({text_of(p.messages[0]) for p in problems})
 
 
 # ── plays ───────────────────────────────────────────────────────────────────────────────────────────────────
