@@ -28,11 +28,11 @@ from nanoghost.model.layers import (
     attend,
     norm,
     relu_squared,
-    rope_table,
     rotate,
     text_layout,
     token_logprobs,
 )
+from nanoghost.model.rope import rope_table
 
 POINTER_WIDTH = 64
 

@@ -54,13 +54,6 @@ def relu_squared(x):
     return _ReluSquared.apply(x)
 
 
-def rope_table(length: int, head_width: int, base: float):
-    """cos and sin of every position and frequency: two (length, K/2) tensors."""
-    frequency = base ** -(torch.arange(0, head_width // 2, dtype=torch.float64) / (head_width // 2))
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
-    return angle.cos().float(), angle.sin().float()
-
-
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -105,6 +98,15 @@ class Layout:
         """The token before each new one, (B, T); 0 where there is none."""
         before_BT = self.before_BS[:, -self.positions_BT.size(-1) :]
         return tokens_BS.gather(1, before_BT.clamp(0)) * (before_BT >= 0)
+
+    def within(self, window: int):
+        """The mask of a layer in which a token sees only the last `window` tokens, itself included."""
+        at_BT = self.positions_BT.view(-1, self.positions_BT.size(-1))
+        S = self.mask_BTS.size(2)
+        # positions of what was read before are column numbers (Cache); of one pass, those of its own tokens
+        at_BS = at_BT if at_BT.size(1) == S else torch.arange(S, device=at_BT.device)[None]
+        far_BTS = at_BT[:, :, None] - at_BS[:, None] >= window
+        return self.mask_BTS.masked_fill(far_BTS, float("-inf"))
 
 
 def text_layout(tokens_BT, dtype, segments_BT=None) -> Layout:
