@@ -165,7 +165,10 @@ class Tokenizer:
         # The property that keeps "<|im_end|>" in somebody's text from ending their turn. The file does not hold it.
         backend.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
-        self._specials = {token.content: i for i, token in added.items() if token.special}
+        self.specials = {token.content: i for i, token in added.items() if token.special}
+        self.template: str | None = None  # of an adopted model; our own conversations are written by chat.py
+        self.names: dict[str, str] = {}  # what that template knows: bos_token, eos_token
+        self._ends: set[int] = set()
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._bytes = [b""] * (max(vocabulary.values()) + 1)
         for token, i in vocabulary.items():
@@ -218,6 +221,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(_valid(text), add_special_tokens=False).ids
 
+    def encode_with_offsets(self, text: str) -> list[tuple[int, int]]:
+        """(id, where in the text it begins) of each token."""
+        encoding = self._backend.encode(_valid(text), add_special_tokens=False)
+        return [(i, start) for i, (start, _) in zip(encoding.ids, encoding.offsets)]
+
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """As `encode`, on all threads."""
         encodings = self._backend.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False)
@@ -228,7 +236,7 @@ class Tokenizer:
         return b"".join(self._pieces(ids, skip_special)).decode(errors="replace")
 
     def _pieces(self, ids: Iterable[int], skip_special: bool) -> Iterator[bytes]:
-        names = {} if skip_special else {i: name.encode() for name, i in self._specials.items()}
+        names = {} if skip_special else {i: name.encode() for name, i in self.specials.items()}
         return (names.get(i) or self._bytes[i] for i in ids)
 
     def token_bytes(self, id: int) -> bytes:
@@ -237,7 +245,16 @@ class Tokenizer:
 
     def special(self, name: str) -> int:
         """Id of a special token."""
-        return self._specials[name]
+        return self.specials[name]
+
+    def adopt(self, template: str, names: dict[str, str], ends: set[int]) -> None:
+        """Speak as another maker's model does."""
+        self.template, self.names, self._ends = template, names, ends
+
+    @property
+    def ends(self) -> set[int]:
+        """Tokens after which an answer is over."""
+        return self._ends or {self.special("<|im_end|>"), self.special("<|endoftext|>")}
 
     @property
     def vocab_size(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nanoghost.chat import parse_reply, render
+from nanoghost.chat import following, parse_reply
 from nanoghost.errors import UserError
 
 TOOL_ROUNDS = 4  # calls a model may make in one answer
@@ -98,8 +98,7 @@ def steps(
     if longest >= model.config.context:
         raise UserError(f"a prompt of {longest} tokens leaves no room in a context of {model.config.context}")
     generator = torch.Generator().manual_seed(s.seed)
-    end = tokenizer.special("<|im_end|>")
-    ends = {end, tokenizer.special("<|endoftext|>")}
+    ends = tokenizer.ends
     device = model.head.device
     rows = [Row(list(p)) for p in prompts for _ in range(samples)]
 
@@ -160,7 +159,7 @@ def finish_message(row: Row, tokenizer, run_tool) -> None:
     if run_tool and "tool_calls" in message and rounds < TOOL_ROUNDS:
         answers = [{"role": "tool", "tool_call_id": c["id"], "content": run_tool(c)} for c in message["tool_calls"]]
         row.messages += answers
-        row.given.extend([*tokenizer.encode("\n"), *render(answers, tokenizer, generation=True)[0]])
+        row.given.extend(following(answers, tokenizer))
     else:
         row.finish_reason = "stop"
 

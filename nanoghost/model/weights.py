@@ -1,5 +1,6 @@
 """Model folders on disk: what Hugging Face transformers and others read, and checkpoints for an exact resume."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -9,17 +10,30 @@ from safetensors import SafetensorError, safe_open
 
 from nanoghost.chat import CHAT_TEMPLATE
 from nanoghost.errors import UserError
-from nanoghost.model.ghost import Ghost, GhostConfig
-from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.runs import write_atomic, write_json
+from nanoghost.runs import read_json, write_atomic, write_json
 from nanoghost.tokenizer import Tokenizer
 
-ARCHITECTURES = {"nanoghost": (GhostConfig, Ghost), "llama": (LlamaConfig, Llama)}
+ARCHITECTURES = {"nanoghost": "ghost.Ghost"} | dict.fromkeys(
+    ("llama", "mistral", "qwen2", "qwen3", "smollm3"), "llama.Llama"
+)
+
+
+def architecture(model_type: str):
+    """(configuration class, model class), imported when they are needed."""
+    if model_type not in ARCHITECTURES:
+        raise UserError(f"a model of kind '{model_type}' cannot run here; nanoghost knows {', '.join(ARCHITECTURES)}")
+    module, name = ARCHITECTURES[model_type].split(".")
+    module = importlib.import_module(f"nanoghost.model.{module}")
+    return getattr(module, f"{name}Config"), getattr(module, name)
 
 
 def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
     """Write config, weights, tokenizer and chat template; the weights last."""
-    ends = {"bos_token_id": tokenizer.special("<|endoftext|>"), "eos_token_id": tokenizer.special("<|im_end|>")}
+    eos = sorted(tokenizer.ends) if tokenizer.template else tokenizer.special("<|im_end|>")
+    names = tokenizer.names or {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    ends = {"eos_token_id": eos} | (
+        {"bos_token_id": tokenizer.special(names["bos_token"])} if names.get("bos_token") else {}
+    )
     write_json(folder / "config.json", model.settings() | ends)
     write_json(folder / "generation_config.json", ends | {"do_sample": True, "temperature": 0.8, "top_p": 0.95})
     tokenizer.save(folder)
@@ -27,10 +41,9 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|endoftext|>",
-            "eos_token": "<|im_end|>",
+            **names,
             "model_max_length": model.config.context,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": tokenizer.template or CHAT_TEMPLATE,
         },
     )
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.exported_tensors().items()}
@@ -39,15 +52,26 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
 
 def load_model(folder: Path, dtype: torch.dtype, device="cpu"):
     """(model in the compute dtype, tokenizer) of a model folder. Unreadable weights raise UserError."""
-    settings = json.loads((folder / "config.json").read_text())
-    config_class, model_class = ARCHITECTURES[settings["model_type"]]
+    settings = read_json(folder / "config.json")
+    config_class, model_class = architecture(settings["model_type"])
     model = model_class(config_class.from_settings(settings))
     tensors, _ = read_tensors(folder / "model.safetensors")
     expected = {name: tuple(t.shape) for name, t in model.exported_tensors().items()}
     if wrong := [n for n, shape in expected.items() if n not in tensors or tuple(tensors[n].shape) != shape]:
         raise UserError(f"the weights in {folder} do not fit its config.json (first: {wrong[0]})")
     model.import_tensors(tensors)
-    return model.cast(dtype).to(device), Tokenizer.load(folder)
+    return model.cast(dtype).to(device), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer, and how its model writes conversations."""
+    tokenizer = Tokenizer.load(folder)
+    said, generation = read_json(folder / "tokenizer_config.json"), read_json(folder / "generation_config.json")
+    if said["chat_template"] != CHAT_TEMPLATE:
+        names = {key: said[key] for key in ("bos_token", "eos_token") if said.get(key)}
+        eos = generation["eos_token_id"]
+        tokenizer.adopt(said["chat_template"], names, set(eos if isinstance(eos, list) else [eos]))
+    return tokenizer
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

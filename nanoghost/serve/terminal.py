@@ -120,7 +120,7 @@ class Conversation:
         finally:
             finished = row.messages if row else []
             rest = row.ids[row.message_start :] if row and not row.given else []
-            if (opening := self.tokenizer.special("<tool_call>")) in rest:
+            if (opening := self.tokenizer.specials.get("<tool_call>")) in rest:
                 rest = rest[: rest.index(opening)]  # half a call is nothing that was said
             text = self.tokenizer.decode(rest)
             partial = [{"role": "assistant", "content": text}] if text else []
@@ -132,7 +132,7 @@ def fragments(engine_steps, tokenizer) -> Iterator[tuple[Said, Row]]:
 
     After every step there is something, if only an empty text: who listens always holds the newest row.
     """
-    opening, closing = tokenizer.special("<tool_call>"), tokenizer.special("</tool_call>")
+    opening, closing = (tokenizer.specials.get(mark) for mark in ("<tool_call>", "</tool_call>"))
     decoder, call, seen, calls, in_line = StreamDecoder(tokenizer), [], 0, {}, False
     for (row,) in engine_steps:
         token, new, text = row.ids[-1], row.messages[seen:], ""

@@ -14,7 +14,7 @@ from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
-from nanoghost.model.weights import ARCHITECTURES, save_model
+from nanoghost.model.weights import architecture, save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate, momentum
 from nanoghost.progress import Display
@@ -157,7 +157,7 @@ def check(settings: PretrainSettings, world: int) -> None:
 
 
 def make_model(config, tokenizer):
-    model = ARCHITECTURES[config.model_type][1](config)
+    model = architecture(config.model_type)[1](config)
     model.learn_letters(tokenizer)
     return model.cast(machine.compute_dtype()).to(machine.device())
 
