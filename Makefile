@@ -24,10 +24,14 @@ test: .venv/installed  ## run the tests
 	$(BIN)/ruff check --quiet nanoghost tests
 	$(BIN)/python -m pytest -q
 
+parity: .venv/installed  ## compare adopted models with transformers itself (installs it)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
+	$(BIN)/python -m pytest -q tests/test_parity.py tests/test_model.py
+
 lines: .venv/installed  ## count what one reads from speedrun.py to the chat
 	@$(BIN)/python -m tests.lines
 
 clean:  ## remove the virtual environment and caches (models stay in the home folder)
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup speedrun chat test lines clean
+.PHONY: help setup speedrun chat test parity lines clean

@@ -218,6 +218,10 @@ class Tokenizer:
         """Write `tokenizer.json` into a folder."""
         write_atomic(Path(folder) / "tokenizer.json", self._backend.to_str(pretty=True) + "\n")
 
+    def to_json(self) -> str:
+        """`tokenizer.json`."""
+        return self._backend.to_str()
+
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(_valid(text), add_special_tokens=False).ids
 

@@ -4,6 +4,7 @@ llama.cpp turns the rows of queries and keys (of the llama kind alone) so that p
 here they are turned back. What has no place in a model folder is refused by name.
 """
 
+import json
 import math
 import re
 
@@ -15,7 +16,7 @@ from nanoghost.errors import UserError
 from nanoghost.model.gguf import GGUF
 
 FAMILY = ("llama", "qwen2", "qwen3", "smollm3")
-CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -45,6 +46,16 @@ def their_name(name: str) -> str | None:
     if not match or match[2] not in LAYER_NAMES:
         return None
     return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{match[3]}"
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of Hugging Face's tensor."""
+    names = {theirs: ours for ours, theirs in NAMES.items()}
+    if name in names:
+        return names[name]
+    _, _, layer, *inside, end = name.split(".")
+    layer_names = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
+    return f"blk.{layer}.{layer_names['.'.join(inside)]}.{end}"
 
 
 def settings_of(g: GGUF) -> dict:
@@ -202,3 +213,32 @@ def tokenizer_of(g: GGUF) -> tokenizers.Tokenizer:
     backend.add_special_tokens([AddedToken(t, special=True) for t, k in zip(tokens, kinds) if k == CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, kinds) if k == USER_DEFINED])
     return backend
+
+
+def tokenizer_fields(tokenizer) -> tuple[list[str], list[int], list[str], str]:
+    """(tokens, their kinds, merges, how words are split) of a byte-level BPE tokenizer, for a GGUF file."""
+    said = json.loads(tokenizer.to_json())
+    split = [pre for pre, make in PRE_TOKENIZERS.items() if _same(said["pre_tokenizer"], make())]
+    if not split:
+        raise UserError("this tokenizer splits words in a way that llama.cpp has no name for here")
+    tokens = [""] * tokenizer.vocab_size
+    for token, i in said["model"]["vocab"].items():
+        tokens[i] = token
+    kinds = [NORMAL if token else UNUSED for token in tokens]
+    for added in said["added_tokens"]:
+        tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+    merges = [m if isinstance(m, str) else " ".join(m) for m in said["model"]["merges"]]
+    return [token or f"[UNUSED{i}]" for i, token in enumerate(tokens)], kinds, merges, split[0]
+
+
+def _same(said: dict, candidate) -> bool:
+    """Whether two ways of splitting are one; `trim_offsets` only matters to who asks for offsets."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = candidate
+
+    def essence(value):
+        if isinstance(value, dict):
+            return {k: essence(v) for k, v in value.items() if k != "trim_offsets"}
+        return [essence(v) for v in value] if isinstance(value, list) else value
+
+    return essence(said) == essence(json.loads(backend.to_str())["pre_tokenizer"])

@@ -10,16 +10,19 @@ import torch
 
 
 def rope_table(length: int, head_width: int, base: float, scaling: dict | None = None):
-    """cos and sin of every position and frequency: two (length, K/2) tensors.
+    """cos and sin of every position and frequency: two (length, K/2) tensors."""
+    frequency, size = frequencies(head_width, base, scaling)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    return (angle.cos() * size).float(), (angle.sin() * size).float()
+
+
+def frequencies(head_width: int, base: float, scaling: dict | None):
+    """(radians per token of each pair, (K/2,) fp64; what cos and sin are multiplied by).
 
     `scaling` is Hugging Face's `rope_scaling`, of the kinds that `KINDS` names.
     """
-    frequency = base ** -(torch.arange(0, head_width // 2, dtype=torch.float64) / (head_width // 2))
-    size = 1.0
-    if scaling:
-        frequency, size = KINDS[kind_of(scaling)](frequency, base, scaling)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
-    return (angle.cos() * size).float(), (angle.sin() * size).float()
+    plain = base ** -(torch.arange(0, head_width // 2, dtype=torch.float64) / (head_width // 2))
+    return KINDS[kind_of(scaling)](plain, base, scaling) if scaling else (plain, 1.0)
 
 
 def kind_of(scaling: dict) -> str:

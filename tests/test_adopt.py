@@ -1,0 +1,199 @@
+"""Models that come and go: GGUF and Hugging Face folders in and out, and the chat templates that come with them."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from nanoghost import template
+from nanoghost.chat import following, parse_reply, render
+from nanoghost.errors import UserError
+from nanoghost.model.gguf import GGUF
+from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.rope import kind_of
+from nanoghost.model.weights import load_model
+from nanoghost.runs import ModelFolder
+from nanoghost.tokenizer import Tokenizer
+from tests.conftest import toy_text
+
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": " Hello <|im_end|> there"},
+    {"role": "assistant", "content": "Good day."},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "The king sees the sea."},
+]
+
+
+@pytest.fixture
+def tokenizer():
+    t = Tokenizer.train([toy_text()], 400)
+    t.adopt(TEMPLATE, {"eos_token": "<|im_end|>"}, {t.special("<|im_end|>")})
+    return t
+
+
+def test_what_people_type_is_never_a_mark(tokenizer):
+    ids, _ = render(TALK, tokenizer)
+    end = tokenizer.special("<|im_end|>")
+    assert ids.count(end) == 5  # one for the system text that the template adds, one for each message
+    assert tokenizer.decode(ids, skip_special=False) == template.render_text(TEMPLATE, TALK)
+
+
+def test_answers_are_learned_with_their_end_and_nothing_else(tokenizer):
+    ids, learned = render(TALK, tokenizer)
+    answers = tokenizer.decode([i for i, x in zip(ids, learned) if x], skip_special=False)
+    assert answers == "Good day.<|im_end|>The king sees the sea.<|im_end|>"
+    prompt, _ = render(TALK[:3], tokenizer, generation=True)
+    assert ids[: len(prompt)] == prompt and learned[len(prompt)]
+
+
+def test_a_template_that_refuses_is_a_users_mistake(tokenizer):
+    tokenizer.template = "{{ raise_exception('no system text') }}"
+    with pytest.raises(UserError, match="no system text"):
+        render(TALK, tokenizer)
+    tokenizer.template = "{{ ''.__class__.__mro__ }}"  # the sandbox holds
+    with pytest.raises(UserError):
+        render(TALK, tokenizer)
+
+
+def test_calls_come_back_as_they_were_written(tokenizer):
+    call = {"id": "call_1", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1+2"}'}}
+    messages = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    answer = {"role": "tool", "tool_call_id": "call_1", "content": "3"}
+    ids, learned = render(messages, tokenizer)
+    written = [i for i, x in zip(ids, learned) if x]
+    assert parse_reply(written, tokenizer)["tool_calls"] == [call]
+    goes_on = render([*messages, answer], tokenizer, generation=True)[0]
+    last = len(ids) - 1 - ids[::-1].index(tokenizer.special("<|im_end|>"))
+    assert ids[: last + 1] + following([answer], tokenizer) == goes_on
+
+
+# ── in and out ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+CONFIGS = {
+    "llama": {},
+    "llama, tied, long": {"tied": True, "rope_scaling": LLAMA3, "rope_base": 500000.0},
+    "qwen2": {"model_type": "qwen2", "biases": "qkv"},
+    "qwen3": {"model_type": "qwen3", "norm_qk": True, "head_dim": 24, "tied": True},
+}
+
+
+def with_noise(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return model
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request, toy_llama):
+    """A finished model folder of one of the family, with random weights."""
+    home_folder = ModelFolder(toy_llama)
+    tokenizer = Tokenizer.load(home_folder.path)
+    torch.manual_seed(0)
+    config = LlamaConfig(tokenizer.vocab_size, 64, 2, 64, 4, 2, 96, **CONFIGS[request.param])
+    model = with_noise(Llama(config))
+    settings = json.loads((home_folder.path / "config.json").read_text())
+    (home_folder.path / "config.json").write_text(json.dumps(settings | model.settings()))
+    tensors = {n: t.detach().clone().contiguous() for n, t in model.exported_tensors().items()}
+    safetensors.torch.save_file(tensors, home_folder.path / "model.safetensors", {"format": "pt"})
+    home_folder.write_card(home_folder.card | {"arch": config.model_type})
+    return home_folder
+
+
+@pytest.fixture
+def toy_llama(nanoghost, toy_file):
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--arch", "llama", "--steps", 1, "--depth", 2,
+                             "--context", 64, "--batch", 2, "--vocab-size", 320)  # fmt: skip
+    assert code == 0, err
+    return "toy"
+
+
+def logits(path):
+    model, tokenizer = load_model(path, torch.float32)
+    ids = torch.tensor([tokenizer.encode("The king sees the sea.")])
+    with torch.no_grad():
+        return model(ids), tokenizer
+
+
+def test_out_as_gguf_and_in_again_is_the_same_model(nanoghost, folder, tmp_path):
+    path = tmp_path / "toy.gguf"
+    code, _, err = nanoghost("export", folder.name, "--quant", "f32", "--out", path)
+    assert code == 0, err
+    code, _, err = nanoghost("adopt", path, "--name", "again")
+    assert code == 0, err
+    before, own = logits(folder.path)
+    after, theirs = logits(ModelFolder("again").path)
+    assert torch.equal(before, after)
+    assert render(TALK, own) == render(TALK, theirs)
+    assert own.ends >= theirs.ends
+
+
+@pytest.mark.parametrize(("quant", "most"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 3e-2), ("q4_0", 0.5)])
+def test_quantised_exports_stay_near(nanoghost, folder, tmp_path, quant, most):
+    path = tmp_path / "toy.gguf"
+    assert nanoghost("export", folder.name, "--quant", quant, "--out", path)[0] == 0
+    assert nanoghost("adopt", path, "--name", "again")[0] == 0
+    before, after = logits(folder.path)[0], logits(ModelFolder("again").path)[0]
+    assert (after - before).norm() < most * before.norm()
+
+
+def test_a_folder_of_one_file_or_of_many_is_adopted(nanoghost, folder, tmp_path):
+    tensors = safetensors.torch.load_file(folder.path / "model.safetensors")
+    source = tmp_path / "theirs"
+    source.mkdir()
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_text((folder.path / name).read_text())
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(2):
+        safetensors.torch.save_file({n: tensors[n] for n in names[i::2]}, source / f"part-{i}.safetensors")
+        weight_map |= {n: f"part-{i}.safetensors" for n in names[i::2]}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    code, _, err = nanoghost("adopt", source, "--name", "again")
+    assert code == 0, err
+    assert torch.equal(logits(folder.path)[0], logits(ModelFolder("again").path)[0])
+    (source / "part-1.safetensors").unlink()
+    code, _, err = nanoghost("adopt", source, "--name", "third")
+    assert code == 2 and "part-1" in err and not ModelFolder("third").path.exists()
+
+
+def test_what_cannot_be_represented_is_refused(nanoghost, folder, tmp_path):
+    settings = json.loads((folder.path / "config.json").read_text())
+    for change, hint in (
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"mlp_bias": True}, "MLP"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"model_type": "gemma3"}, "gemma3"),
+        ({"num_hidden_layers": 3}, "lacks the tensor"),
+        ({"num_hidden_layers": 1}, "does not have"),
+        ({"intermediate_size": 97}, "97"),
+    ):
+        (folder.path / "config.json").write_text(json.dumps(settings | change))
+        code, _, err = nanoghost("adopt", folder.path, "--name", "strange")
+        assert code == 2 and hint in err, (change, err)
+        assert not ModelFolder("strange").path.exists()
+    assert not list(folder.path.parent.glob(".adopting*"))
+
+
+def test_a_ghost_is_not_exported(nanoghost, toy_base, tmp_path):
+    code, _, err = nanoghost("export", toy_base, "--out", tmp_path / "ghost.gguf")
+    assert code == 2 and "--arch llama" in err and not list(tmp_path.glob("*.gguf"))
+
+
+def test_rows_turned_and_turned_back_are_the_same():
+    from nanoghost.model.gguf_llama import turned, turned_back
+
+    x = np.random.default_rng(0).standard_normal((12, 5))
+    assert np.array_equal(turned_back(turned(x, 2), 2), x)
+    assert not np.array_equal(turned(x, 2), x)
+    assert kind_of(LLAMA3) == "llama3" and GGUF.__doc__
