@@ -22,9 +22,7 @@ parts are encoded one by one, which lets a lesson write a word letter by letter.
 """
 
 import json
-import re
 
-from nanoghost import template
 from nanoghost.tokenizer import Tokenizer
 
 # The same text as `render`, for programs that read the model folder (tested equal)
@@ -92,8 +90,8 @@ def render(messages: list[dict], tokenizer: Tokenizer, generation: bool = False)
 
     With `generation` the assistant's header is appended, so that the model's next token begins its answer.
     """
-    if tokenizer.template:
-        return template.render(messages, tokenizer, generation)
+    if tokenizer.dialect:
+        return tokenizer.dialect.render(messages, tokenizer, generation)
     ids, learned = [], []
     for text, is_mark, is_learned in pieces(messages):
         new = [tokenizer.special(text)] if is_mark else tokenizer.encode(text)
@@ -137,8 +135,8 @@ def parse_reply(ids: list[int], tokenizer: Tokenizer) -> dict:
     A call whose JSON does not parse stays in the text: it is the model's mistake, and the reader should see it.
     """
     ids = ids[:-1] if ids and ids[-1] in tokenizer.ends else ids
-    if tokenizer.template:
-        return parse_text(tokenizer.decode(ids))
+    if tokenizer.dialect:
+        return tokenizer.dialect.parse(tokenizer.decode(ids))
     opening, closing = tokenizer.special("<tool_call>"), tokenizer.special("</tool_call>")
     text, calls = [], []
     while opening in ids:
@@ -151,31 +149,6 @@ def parse_reply(ids: list[int], tokenizer: Tokenizer) -> dict:
         ids = ids[j + 1 :]
     message = {"role": "assistant", "content": tokenizer.decode(text + ids)}
     return message | ({"tool_calls": calls} if calls else {})
-
-
-def parse_text(text: str) -> dict:
-    """The same of an adopted model, whose calls are text between marks: one JSON object, or a list of them."""
-    calls = []
-
-    def taken(match: re.Match) -> str:
-        inner = match[1].strip()
-        found = [parse_call(inner)] if not inner.startswith("[") else [parse_call(c) for c in _elements(inner)]
-        if not found or not all(found):
-            return match[0]
-        calls.extend(
-            {"id": f"call_{len(calls) + i}", "type": "function", "function": c} for i, c in enumerate(found, 1)
-        )
-        return ""
-
-    content = re.sub(r"<tool_call>(.*?)(?:</tool_call>|$)", taken, text, flags=re.DOTALL)
-    return {"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {})
-
-
-def _elements(text: str) -> list[str]:
-    try:
-        return [json.dumps(element) for element in json.loads(text)]
-    except (ValueError, RecursionError):
-        return []
 
 
 def parse_call(text: str) -> dict | None:

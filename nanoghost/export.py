@@ -87,16 +87,13 @@ def write(path: Path, model, tokenizer, name: str, card: dict, kind) -> None:
     w.add_token_list(tokens)
     w.add_token_types(kinds)
     w.add_token_merges(merges)
-    ends = sorted(tokenizer.ends)
-    w.add_eos_token_id(
-        tokenizer.specials[tokenizer.names["eos_token"]] if tokenizer.names else tokenizer.special("<|im_end|>")
-    )
-    if bos := tokenizer.names.get("bos_token", "<|endoftext|>"):
-        w.add_bos_token_id(tokenizer.specials[bos])
-    w.add_eot_token_id(ends[-1])
+    names = tokenizer.dialect.names if tokenizer.dialect else {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    w.add_eos_token_id(tokenizer.special(names["eos_token"]))
+    if "bos_token" in names:
+        w.add_bos_token_id(tokenizer.special(names["bos_token"]))
     w.add_add_bos_token(False)
     w.add_add_space_prefix(False)
-    w.add_chat_template(tokenizer.template or CHAT_TEMPLATE)
+    w.add_chat_template(tokenizer.dialect.source if tokenizer.dialect else CHAT_TEMPLATE)
     for their, tensor in model.exported_tensors().items():
         x = tensor.float().numpy()
         if arch == "llama" and (".q_proj." in their or ".k_proj." in their):

@@ -6,11 +6,13 @@ afterwards, when marks have been told from text.
 
 import json
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nanoghost.chat import parse_call
 from nanoghost.errors import UserError
 
 
@@ -39,48 +41,83 @@ def render_text(source: str, messages: list[dict], generation: bool = False, **n
         raise UserError(f"the model's chat template does not take this conversation: {e}") from None
 
 
-def render(messages: list[dict], tokenizer, generation: bool = False) -> tuple[list[int], list[bool]]:
-    """As chat.render: token ids, and which of them the model learns to write.
+@dataclass(frozen=True)
+class Dialect:
+    """How an adopted model writes conversations."""
 
-    An answer is what a conversation with it has more than the same conversation up to the header before it. Where a
-    template rewrites earlier answers (some drop old thoughts), only the last one can be found, and is learned.
-    """
-    messages = spoken(messages) if "tool" not in tokenizer.template else messages
-    mark = re.compile("|".join(map(re.escape, sorted(tokenizer.specials, key=len, reverse=True))))
-    sign = _unused(messages)
+    source: str
+    """The template."""
+    names: dict[str, str]
+    """What it knows beside the messages: bos_token, eos_token."""
+    ends: set[int]
+    """Tokens after which an answer is over."""
 
-    def broken(value):
-        if isinstance(value, str):
-            return mark.sub(lambda m: m[0][0] + sign + m[0][1:], value)
-        if isinstance(value, dict):
-            return {k: broken(v) for k, v in value.items()}
-        return [broken(v) for v in value] if isinstance(value, list) else value
+    def render(self, messages: list[dict], tokenizer, generation: bool = False) -> tuple[list[int], list[bool]]:
+        """As chat.render: token ids, and which of them the model learns to write.
 
-    messages = [broken(m) for m in messages]
+        An answer is what a conversation with it has more than the same conversation up to the header before it. Where a
+        template rewrites earlier answers (some drop old thoughts), only the last one can be found, and is learned.
+        """
+        messages = spoken(messages) if "tool" not in self.source else messages
+        mark = re.compile("|".join(map(re.escape, sorted(tokenizer.specials, key=len, reverse=True))))
+        sign = _unused(messages)
 
-    def written(count: int, generation: bool = False) -> str:
-        return render_text(tokenizer.template, messages[:count], generation, **tokenizer.names)
+        def broken(value):
+            if isinstance(value, str):
+                return mark.sub(lambda m: m[0][0] + sign + m[0][1:], value)
+            if isinstance(value, dict):
+                return {k: broken(v) for k, v in value.items()}
+            return [broken(v) for v in value] if isinstance(value, list) else value
 
-    text = written(len(messages), generation)
-    spans = []
-    for i, m in enumerate(messages):
-        if m["role"] == "assistant":
-            before, with_it = written(i, generation=True), written(i + 1)
-            if text.startswith(before) and text.startswith(with_it.rstrip()):
-                spans.append((len(before), len(with_it.rstrip())))
+        messages = [broken(m) for m in messages]
 
-    ids, learned, at = [], [], 0
-    for piece in re.split(f"({mark.pattern})", text):
-        if piece in tokenizer.specials:
-            ids.append(tokenizer.specials[piece])
-            learned.append(any(start <= at < end for start, end in spans))
-        elif piece:
-            where = [at + i for i, character in enumerate(piece) if character != sign]
-            for id, start in tokenizer.encode_with_offsets(piece.replace(sign, "")):
-                ids.append(id)
-                learned.append(any(a <= where[start] < b for a, b in spans))
-        at += len(piece)
-    return ids, learned
+        def written(count: int, generation: bool = False) -> str:
+            return render_text(self.source, messages[:count], generation, **self.names)
+
+        text = written(len(messages), generation)
+        spans = []
+        for i, m in enumerate(messages):
+            if m["role"] == "assistant":
+                before, with_it = written(i, generation=True), written(i + 1)
+                if text.startswith(before) and text.startswith(with_it.rstrip()):
+                    spans.append((len(before), len(with_it.rstrip())))
+
+        ids, learned, at = [], [], 0
+        for piece in re.split(f"({mark.pattern})", text):
+            if piece in tokenizer.specials:
+                ids.append(tokenizer.specials[piece])
+                learned.append(any(start <= at < end for start, end in spans))
+            elif piece:
+                where = [at + i for i, character in enumerate(piece) if character != sign]
+                for id, start in tokenizer.encode_with_offsets(piece.replace(sign, "")):
+                    ids.append(id)
+                    learned.append(any(a <= where[start] < b for a, b in spans))
+            at += len(piece)
+        return ids, learned
+
+    def parse(self, text: str) -> dict:
+        """The assistant message of a text; calls stand between marks: one JSON object, or a list of them."""
+        calls = []
+
+        def taken(match: re.Match) -> str:
+            inner = match[1].strip()
+            found = [parse_call(inner)] if not inner.startswith("[") else [parse_call(c) for c in _elements(inner)]
+            if not found or not all(found):
+                return match[0]
+            calls.extend(
+                {"id": f"call_{len(calls) + i}", "type": "function", "function": c} for i, c in enumerate(found, 1)
+            )
+            return ""
+
+        content = re.sub(r"<tool_call>(.*?)(?:</tool_call>|$)", taken, text, flags=re.DOTALL)
+        return {"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {})
+
+
+def _elements(text: str) -> list[str]:
+    try:
+        return [json.dumps(element) for element in json.loads(text)]
+    except (ValueError, RecursionError):
+        return []
 
 
 def _unused(messages: list[dict]) -> str:

@@ -166,9 +166,7 @@ class Tokenizer:
         backend.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in added.items() if token.special}
-        self.template: str | None = None  # of an adopted model; our own conversations are written by chat.py
-        self.names: dict[str, str] = {}  # what that template knows: bos_token, eos_token
-        self._ends: set[int] = set()
+        self.dialect = None  # how an adopted model writes conversations (template.py); ours are written by chat.py
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._bytes = [b""] * (max(vocabulary.values()) + 1)
         for token, i in vocabulary.items():
@@ -251,14 +249,10 @@ class Tokenizer:
         """Id of a special token."""
         return self.specials[name]
 
-    def adopt(self, template: str, names: dict[str, str], ends: set[int]) -> None:
-        """Speak as another maker's model does."""
-        self.template, self.names, self._ends = template, names, ends
-
     @property
     def ends(self) -> set[int]:
         """Tokens after which an answer is over."""
-        return self._ends or {self.special("<|im_end|>"), self.special("<|endoftext|>")}
+        return self.dialect.ends if self.dialect else {self.special("<|im_end|>"), self.special("<|endoftext|>")}
 
     @property
     def vocab_size(self) -> int:

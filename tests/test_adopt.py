@@ -1,6 +1,7 @@
 """Models that come and go: GGUF and Hugging Face folders in and out, and the chat templates that come with them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ TALK = [
 @pytest.fixture
 def tokenizer():
     t = Tokenizer.train([toy_text()], 400)
-    t.adopt(TEMPLATE, {"eos_token": "<|im_end|>"}, {t.special("<|im_end|>")})
+    t.dialect = template.Dialect(TEMPLATE, {"eos_token": "<|im_end|>"}, {t.special("<|im_end|>")})
     return t
 
 
@@ -54,16 +55,20 @@ def test_answers_are_learned_with_their_end_and_nothing_else(tokenizer):
 
 
 def test_a_template_that_refuses_is_a_users_mistake(tokenizer):
-    tokenizer.template = "{{ raise_exception('no system text') }}"
+    tokenizer.dialect = replace(tokenizer.dialect, source="{{ raise_exception('no system text') }}")
     with pytest.raises(UserError, match="no system text"):
         render(TALK, tokenizer)
-    tokenizer.template = "{{ ''.__class__.__mro__ }}"  # the sandbox holds
+    tokenizer.dialect = replace(tokenizer.dialect, source="{{ ''.__class__.__mro__ }}")  # the sandbox holds
     with pytest.raises(UserError):
         render(TALK, tokenizer)
 
 
 def test_calls_come_back_as_they_were_written(tokenizer):
-    call = {"id": "call_1", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1+2"}'}}
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "calculator", "arguments": '{"expression": "1+2"}'},
+    }
     messages = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
     answer = {"role": "tool", "tool_call_id": "call_1", "content": "3"}
     ids, learned = render(messages, tokenizer)

@@ -46,7 +46,7 @@ def theirs(request, tmp_path):
     config = getattr(transformers, f"{kind}Config")(**SMALL | more)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.dim() == 1:  # biases and norms: not only zeros and ones
                 p.add_(torch.randn_like(p) * 0.1)
     folder = tmp_path / "theirs"

@@ -29,8 +29,9 @@ def architecture(model_type: str):
 
 def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
     """Write config, weights, tokenizer and chat template; the weights last."""
-    eos = sorted(tokenizer.ends) if tokenizer.template else tokenizer.special("<|im_end|>")
-    names = tokenizer.names or {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    dialect = tokenizer.dialect
+    eos = sorted(dialect.ends) if dialect else tokenizer.special("<|im_end|>")
+    names = dialect.names if dialect else {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     ends = {"eos_token_id": eos} | (
         {"bos_token_id": tokenizer.special(names["bos_token"])} if names.get("bos_token") else {}
     )
@@ -43,7 +44,7 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
             **names,
             "model_max_length": model.config.context,
-            "chat_template": tokenizer.template or CHAT_TEMPLATE,
+            "chat_template": dialect.source if dialect else CHAT_TEMPLATE,
         },
     )
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.exported_tensors().items()}
@@ -70,7 +71,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if said["chat_template"] != CHAT_TEMPLATE:
         names = {key: said[key] for key in ("bos_token", "eos_token") if said.get(key)}
         eos = generation["eos_token_id"]
-        tokenizer.adopt(said["chat_template"], names, set(eos if isinstance(eos, list) else [eos]))
+        template = importlib.import_module("nanoghost.template")  # only adopted models need Jinja
+        ends = set(eos if isinstance(eos, list) else [eos])
+        tokenizer.dialect = template.Dialect(said["chat_template"], names, ends)
     return tokenizer
 
 

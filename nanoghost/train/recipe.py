@@ -1,7 +1,7 @@
 """The dial: from `--depth`, or from `--minutes` on this machine, to every other setting."""
 
 from nanoghost.model.ghost import GhostConfig
-from nanoghost.model.llama import LlamaConfig
+from nanoghost.model.weights import architecture
 from nanoghost.optim.optimizer import Group
 
 MINUTES_OF_DEPTH = {2: 0.0, 4: 1.5, 6: 60.0, 8: 240.0, 12: 3000.0}  # on two CPU cores
@@ -19,7 +19,7 @@ def model_config(arch: str, depth: int, vocab_size: int, context: int):
     """Width is 64 x depth, rounded up to whole heads of 128 (ghost) or 64 (llama)."""
     if arch == "llama":
         width = 64 * depth
-        return LlamaConfig(vocab_size, context, depth, width, depth, depth, -(-width * 8 // 3 // 64) * 64)
+        return architecture("llama")[0](vocab_size, context, depth, width, depth, depth, -(-width * 8 // 3 // 64) * 64)
     return GhostConfig(vocab_size=vocab_size, context=context, depth=depth, width=-(-64 * depth // 128) * 128)
 
 
