@@ -36,7 +36,7 @@ AWKWARD = [*SPECIALS, "\n", "\r\n", " ", "user", "{{ 1 }}", "{% if %}", "{# #}",
 TEXTS = st.text(max_size=12) | st.lists(st.sampled_from(AWKWARD), max_size=5).map("".join)
 CONTENTS = TEXTS | st.none() | st.lists(TEXTS.map(lambda text: {"type": "text", "text": text}), max_size=3)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_subnormal=False) | TEXTS,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXTS, inner, max_size=2),
     max_leaves=4,
 )

@@ -224,7 +224,7 @@ def test_chain_sum_lessons_show_both_ways_and_both_are_right():
         assert all(task.score(p, p.lesson) == 1.0 for p in problems)
 
 
-@given(st.integers(0, 10**6), st.floats(0, 1))
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 1.0]))
 @settings(max_examples=200, deadline=None)
 def test_other_words_leave_the_slots_alone(seed, share):
     rng = random.Random(seed)

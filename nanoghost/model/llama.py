@@ -71,7 +71,7 @@ class LlamaConfig:
     @classmethod
     def from_settings(cls, s: dict) -> "LlamaConfig":
         """From a config.json in Hugging Face's words. What this code cannot do raises UserError."""
-        kind, depth = s["model_type"], s["num_hidden_layers"]
+        kind, depth, heads = s["model_type"], s["num_hidden_layers"], s["num_attention_heads"]
         rope = s.get("rope_parameters") or s.get("rope_scaling") or {}
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
         refuse = {
@@ -88,14 +88,14 @@ class LlamaConfig:
             context=s["max_position_embeddings"],
             depth=depth,
             width=s["hidden_size"],
-            heads=s["num_attention_heads"],
-            key_value_heads=s.get("num_key_value_heads") or s["num_attention_heads"],
+            heads=heads,
+            key_value_heads=s.get("num_key_value_heads") or heads,
             mlp_width=s["intermediate_size"],
             rope_base=float(s.get("rope_theta") or rope.get("rope_theta") or 10000.0),
             norm_eps=s["rms_norm_eps"],
             tied=s.get("tie_word_embeddings", False),
             model_type=kind,
-            head_dim=s.get("head_dim"),
+            head_dim=s.get("head_dim") if s.get("head_dim") != s["hidden_size"] // heads else None,
             biases="qkv" if kind == "qwen2" else "qkvo" if s.get("attention_bias") else "",
             norm_qk=kind == "qwen3",
             windows=_windows(s, depth),
