@@ -190,7 +190,7 @@ def compile_decision(asked: str, minutes: float | None) -> dict:
 def compile_model(model) -> None:
     """Compile one layer at a time: layers of the same form share the compiled code."""
     for block in model.blocks:
-        block.compile()
+        block.compile(dynamic=False)  # with symbolic sizes, Inductor 2.13 fails on the rotation
 
 
 def rehearsed_steps(minutes: float, build, batches, settings, compiled: dict, clock: stage.Clock) -> int:
