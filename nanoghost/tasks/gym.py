@@ -1,8 +1,7 @@
 """Two tasks of reasoning-gym, in its own words: no tool, no partial credit: the answer is right to the letter or it is wrong.
 
 The lessons do not show the best way to answer. Sums are shown both at once and in steps, and no lesson says which works;
-words are shown backward at once, which a model that reads in tokens can hardly do. Better ways are found by trying
-(train/rl.py).
+words are shown backward at once, in few long tokens. Better ways are found by trying (train/rl.py).
 
 Source: https://github.com/open-thought/reasoning-gym (Apache-2.0).
 """
