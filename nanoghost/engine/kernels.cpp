@@ -231,34 +231,34 @@ void linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Te
 
 // ---- attention over pages: keys as D x 16 tokens, values as 16 tokens x D, both fp16 ----
 
-// The next page lies anywhere: have it on its way while this one is worked on.
-inline void fetch(const uint16_t* page, int count) {
-    for (int i = 0; i < count; i += 32) _mm_prefetch((const char*)(page + i), _MM_HINT_T0);
-}
-
 // Q heads that share their keys and values; sees positions first ... last of the sequence whose pages are listed.
 template <int D, int Q>
 void attend_heads(const float* q, const uint16_t* cache, int64_t page_size, const int* pages, int first, int last,
                   float scale, float* scores, float* out) {
     const int from = first / LANES, to = last / LANES, S = (to - from + 1) * LANES;
     __m512 most[Q];
+#pragma GCC unroll 8
     for (int h = 0; h < Q; h++) most[h] = _mm512_set1_ps(-INFINITY);
     for (int p = from; p <= to; p++) {
         const uint16_t* keys = cache + pages[p] * page_size;
-        if (p < to) fetch(cache + pages[p + 1] * page_size, D * LANES);
         __m512 s[Q], odd[Q];  // two sums each: an addition waits four cycles for the one before
+#pragma GCC unroll 8
         for (int h = 0; h < Q; h++) s[h] = odd[h] = _mm512_setzero_ps();
+#pragma GCC unroll 4
         for (int d = 0; d < D; d += 2) {
             const __m512 k = half(keys + d * LANES), l = half(keys + (d + 1) * LANES);
+#pragma GCC unroll 8
             for (int h = 0; h < Q; h++) {
                 s[h] = _mm512_fmadd_ps(_mm512_set1_ps(q[h * D + d]), k, s[h]);
                 odd[h] = _mm512_fmadd_ps(_mm512_set1_ps(q[h * D + d + 1]), l, odd[h]);
             }
         }
+#pragma GCC unroll 8
         for (int h = 0; h < Q; h++) s[h] = _mm512_add_ps(s[h], odd[h]);
         __mmask16 seen = 0xFFFF;
         if (p == from) seen &= 0xFFFF << (first % LANES);
         if (p == to) seen &= 0xFFFF >> (LANES - 1 - last % LANES);
+#pragma GCC unroll 8
         for (int h = 0; h < Q; h++) {
             s[h] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen, s[h], _mm512_set1_ps(scale));
             _mm512_storeu_ps(scores + h * S + (p - from) * LANES, s[h]);
@@ -267,6 +267,7 @@ void attend_heads(const float* q, const uint16_t* cache, int64_t page_size, cons
     }
     __m512 y[Q][D / LANES];
     float total[Q];
+#pragma GCC unroll 8
     for (int h = 0; h < Q; h++) {
         const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most[h]));
         __m512 sum = _mm512_setzero_ps();
@@ -278,21 +279,25 @@ void attend_heads(const float* q, const uint16_t* cache, int64_t page_size, cons
             sum = _mm512_add_ps(sum, e);
         }
         total[h] = _mm512_reduce_add_ps(sum);
+#pragma GCC unroll 8
         for (int d = 0; d < D / LANES; d++) y[h][d] = _mm512_setzero_ps();
     }
     for (int p = from; p <= to; p++) {
         const uint16_t* values = cache + pages[p] * page_size + D * LANES;
-        if (p < to) fetch(cache + pages[p + 1] * page_size + D * LANES, D * LANES);
         const int begin = p == from ? first % LANES : 0, end = p == to ? last % LANES + 1 : LANES;
         for (int t = begin; t < end; t++) {  // what lies behind `last` in its page was never written
+#pragma GCC unroll 8
             for (int d = 0; d < D / LANES; d++) {
                 const __m512 v = half(values + t * D + d * LANES);
+#pragma GCC unroll 8
                 for (int h = 0; h < Q; h++)
                     y[h][d] = _mm512_fmadd_ps(_mm512_set1_ps(scores[h * S + (p - from) * LANES + t]), v, y[h][d]);
             }
         }
     }
+#pragma GCC unroll 8
     for (int h = 0; h < Q; h++)
+#pragma GCC unroll 8
         for (int d = 0; d < D / LANES; d++)
             _mm512_storeu_ps(out + h * D + d * LANES, _mm512_mul_ps(y[h][d], _mm512_set1_ps(1.0f / total[h])));
 }

@@ -1,36 +1,45 @@
 """The operators of kernels.cpp, compiled once for this machine and kept in the home folder."""
 
 import hashlib
+import os
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from nanoghost.runs import home
+from nanoghost import machine
+from nanoghost.runs import home, replacing
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "f16c", "fma")
+INSTRUCTIONS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_vnni", "avx512_bf16", "f16c", "fma3")
 
 
 @cache
-def available() -> str:
-    """Empty if the operators are there now (compiled if need be), otherwise the reason why they are not."""
-    from torch.utils import cpp_extension
-
-    flags = ["-O3", "-fopenmp", *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS)]
-    known = Path("/proc/cpuinfo")
-    has = set(known.read_text().partition("flags")[2].partition("\n")[0].split()) if known.exists() else set()
-    if missing := [name for name in INSTRUCTIONS if name not in has]:
+def unavailable() -> str:
+    """Load the operators, compiling them first if need be; returns why they cannot be had, empty if they can."""
+    has = torch.cpu.get_capabilities()
+    if missing := [name for name in INSTRUCTIONS if not has.get(name)]:
         return f"this processor lacks {', '.join(missing)}"
-    name = "kernels-" + hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
-    folder = home() / "kernels" / name
-    if (folder / f"{name}.so").exists():
-        torch.ops.load_library(folder / f"{name}.so")
-        return ""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        cpp_extension.load(name, [str(SOURCE)], extra_cflags=flags, extra_ldflags=["-fopenmp"], build_directory=str(folder), is_python_module=False)
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as e:
-        return f"no C++ compiler that works ({str(e).splitlines()[0]})"
+    key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
+    library = home() / "kernels" / f"{key}.so"
+    if not library.exists():
+        if not machine.has_compiler():
+            return "there is no C++ compiler"
+        build(library)
+    torch.ops.load_library(library)
     return ""
+
+
+def build(library: Path) -> None:
+    """About twenty seconds."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    flags = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp"]
+    flags += [f"-m{name.replace('_', '').replace('fma3', 'fma')}" for name in INSTRUCTIONS]
+    flags += [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    library.parent.mkdir(parents=True, exist_ok=True)
+    temporary = library.with_name(f".{library.name}.{os.getpid()}.tmp")
+    with replacing(temporary, library):
+        command = [machine.compiler_name(), *flags, str(SOURCE), "-o", str(temporary), "-ltorch", "-ltorch_cpu", "-lc10"]
+        subprocess.run(command, check=True)

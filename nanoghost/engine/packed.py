@@ -121,7 +121,7 @@ def packable(folder: Path) -> LlamaConfig | None:
         return None
     c = LlamaConfig.from_settings(settings)
     fits = c.head_width in (64, 128) and c.width % GROUP == 0 and c.mlp_width % GROUP == 0
-    return c if fits and not kernels.available() else None
+    return c if fits and not kernels.unavailable() else None
 
 
 def pack_module(model: Llama, bits: int) -> "PackedLlama":
@@ -165,7 +165,7 @@ class PackedLlama:
     """The same function as llama.Llama, for reading along: tokens of any sequences at any positions in one pass."""
 
     def __init__(self, config: LlamaConfig, parts: dict):
-        if reason := kernels.available():
+        if reason := kernels.unavailable():
             raise UserError(f"packed weights need compiled kernels: {reason}")
         self.config = config
         self.parts = parts
