@@ -195,14 +195,16 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx, grad_N):
         hidden_ND, head_VD, targets_N, probs_NV = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
+        head_learns = ctx.needs_input_grad[1]
+        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if head_learns else None
         for i in range(0, len(hidden_ND), CHUNK):
             s = slice(i, i + CHUNK)
             g = grad_N[s, None].to(hidden_ND.dtype)
             grad_logits = (probs_NV[s] * -g).scatter_add_(1, targets_N[s, None], g)  # g (onehot - p)
             grad_hidden_ND[s] = grad_logits @ head_VD
-            grad_head_VD += grad_logits.T @ hidden_ND[s]
-        return grad_hidden_ND, grad_head_VD.to(head_VD.dtype), None
+            if head_learns:
+                grad_head_VD += grad_logits.T @ hidden_ND[s]
+        return grad_hidden_ND, grad_head_VD.to(head_VD.dtype) if head_learns else None, None
 
 
 def token_logprobs(hidden_ND, head_VD, targets_N):
