@@ -161,8 +161,6 @@ class Block(nn.Module):
             q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        shared = c.heads // c.key_value_heads
-        k, v = k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
         x_BTD = x_BTD + linear(attend(q, k, v, mask_BTS, scale=c.head_width**-0.5), "out")
         h_BTD = self.norm(x_BTD, self.mlp_norm)
         return x_BTD + linear(F.silu(linear(h_BTD, "gate")) * linear(h_BTD, "up"), "down")
