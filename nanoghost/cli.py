@@ -28,6 +28,8 @@ VERBS = {
     "show": ("models", "ShowSettings", "show_command", "a model's card"),
     "rename": ("models", "RenameSettings", "rename_command", "give a model another name"),
     "rm": ("models", "RemoveSettings", "remove_command", "remove a model"),
+    "bench decode": ("bench", "DecodeSettings", "decode", "how fast a model writes here, beside what is possible"),
+    "bench prefill": ("bench", "PrefillSettings", "prefill", "how fast it reads"),
     "doctor": ("doctor", "DoctorSettings", "command", "what this computer does well"),
 }
 
@@ -48,6 +50,8 @@ EXAMPLES = {
     "show": "nanoghost show ghost",
     "rename": "nanoghost rename ghost old-ghost",
     "rm": "nanoghost rm old-ghost",
+    "bench decode": "nanoghost bench decode smollm2\n  nanoghost bench decode smollm2 --against llama.cpp,transformers --json",
+    "bench prefill": "nanoghost bench prefill smollm2 --tokens 512",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost.errors import UserError
-from nanoghost.runs import ModelFolder, model_names, open_model, write_json, writing
+from nanoghost.runs import ModelFolder, adapters_of, model_names, open_model, write_json, writing
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,14 @@ def rename_command(settings: RenameSettings) -> None:
     old, new = existing(settings.model), ModelFolder(settings.new_name)
     if new.path.exists():
         raise UserError(f"model '{new.name}' exists already")
+    if "@" in old.name + new.name and ("@" not in new.name or old.base != new.base):
+        raise UserError(f"an adapter stays with its base: '{old.base}@' and a name")
+    for adapter in adapters_of(old.name):  # a base takes its adapters along
+        move(ModelFolder(adapter), ModelFolder(f"{new.name}@{adapter.partition('@')[2]}"))
+    move(old, new)
+
+
+def move(old: ModelFolder, new: ModelFolder) -> None:
     with writing(old):
         # The card first: it is what a full disk would refuse. Killed in between, the same command goes on.
         write_json(old.path / "card.json", old.card | {"name": new.name})
@@ -101,6 +109,8 @@ def rename_command(settings: RenameSettings) -> None:
 
 def remove_command(settings: RemoveSettings) -> None:
     folder = existing(settings.model)
+    if adapters := adapters_of(folder.name):
+        raise UserError(f"model '{folder.name}' is the base of {', '.join(adapters)}: remove these first")
     if not settings.yes:
         if not sys.stdin.isatty():
             raise UserError(f"removing model '{folder.name}' needs --yes when nobody can be asked")

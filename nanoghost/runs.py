@@ -1,6 +1,6 @@
 """Where things live: the home folder, model folders, their cards, event logs and checkpoints.
 
-A model is a folder under `$NANOGHOST_HOME/models/NAME/`:
+A model is a folder under `$NANOGHOST_HOME/models/NAME/` (an adapter's name is BASE@NAME, and it needs BASE beside it):
 
     config.json, model.safetensors, tokenizer.json ...   what other programs read
     card.json        how it was made (written when the stage starts, completed when it ends)
@@ -69,9 +69,10 @@ class ModelFolder:
     """A model folder by name. Names are names, never paths."""
 
     def __init__(self, name: str):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[A-Za-z0-9][A-Za-z0-9._-]{0,63})?", name):
             raise UserError(f"'{name}' is not a model name: use letters, digits, '.', '_' and '-'")
         self.name = name
+        self.base = name.partition("@")[0]
         self.path = home() / "models" / name
 
     @property
@@ -123,7 +124,17 @@ def open_model(name: str | None) -> ModelFolder:
     if not folder.finished:
         state = "is not finished (the command that started it goes on with it)" if folder.exists else "is unknown"
         raise UserError(f"model '{name}' {state}; finished models: {', '.join(names) or 'none'}")
+    if "@" in name:
+        card = folder.card["parent"]
+        while "@" in card["name"]:
+            card = card["parent"]
+        if not (base := ModelFolder(folder.base)).finished or base.card["finished"] != card["finished"]:
+            raise UserError(f"adapter '{name}' was made for another model '{base.name}' than the one that is there now")
     return folder
+
+
+def adapters_of(name: str) -> list[str]:
+    return [other for other in model_names() if other.startswith(f"{name}@")]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from nanoghost.engine.packed import LANES, load_packed, pack, pack_module, unpac
 from nanoghost.engine.paged import PAGE, PagedRunner
 from nanoghost.engine.sampler import Sampling
 from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.lora import new_adapter
 from nanoghost.model.rope import rope_table
 from nanoghost.model.weights import save_model
 from nanoghost.tokenizer import Tokenizer
@@ -270,3 +271,34 @@ def test_attempts_at_one_prompt_read_it_once(tokenizer):
     prompt = tokenizer.encode(toy_text(6))[:53]
     rows = generate(runner, tokenizer, [prompt], Sampling(max_tokens=4, temperature=1.0), samples=8)
     assert read[0] == 53 and all(n <= 8 for n in read[1:]) and len({tuple(row.ids) for row in rows}) > 1
+
+
+@needs_kernels
+def test_each_row_goes_through_the_adapter_it_asks_for(tokenizer):
+    """Two adapters and none side by side write what the merged models and the base write alone."""
+    base = llama(tokenizer)
+    adapters = {}
+    for i, targets in enumerate((None, "q,down")):
+        adapter = new_adapter(base, 4, None, targets, seed=i)
+        for _, b, _ in adapter.pairs.values():
+            b.data = 0.05 * torch.randn(b.shape, generator=torch.Generator().manual_seed(i))
+        adapters[f"toy@{i}"] = adapter
+    model = pack_module(base, 16)
+    model.adapters = adapters
+    prompt = tokenizer.encode(toy_text(4))[:50]
+    with torch.inference_mode():
+        want = {}
+        for name, adapter in {"": None, **adapters}.items():
+            base.adapters = [adapter] if adapter else []
+            want[name] = whole_text(pack_module(base, 16), prompt)[-1]
+        runner = PagedRunner(model, 1000)
+        engine = Engine(runner, tokenizer)
+        names = ["toy@1", "", "toy@0", "toy@0"]
+        seen, run = [], runner.run
+        runner.run = lambda batch: seen.append(run(batch)) or seen[-1]
+        for name in names:
+            engine.add(prompt, Sampling(max_tokens=2, temperature=0), adapter=name)
+        engine.step()
+    for name, logits in zip(names, seen[0]):
+        assert (logits - want[name]).norm() < 0.02 * want[name].norm()
+    assert (want["toy@0"] - want[""]).norm() > 0.2 * want[""].norm() < 5 * (want["toy@1"] - want[""]).norm()

@@ -17,7 +17,7 @@ from tests.lines import ROOT, code_lines, imports_of, table
 ROWS = (
     ("foundations", "errors runs machine tokenizer chat template progress model"),
     ("machinery", "optim data tasks tools engine"),
-    ("stages", "train evals models doctor adopt export"),
+    ("stages", "train evals models doctor adopt export bench bench_llama_cpp"),
     ("rooms", "serve"),
     ("speedrun", "speedrun"),
     ("commands", "cli __main__"),

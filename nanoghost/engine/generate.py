@@ -10,7 +10,6 @@ import importlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -19,7 +18,8 @@ from nanoghost.chat import following, parse_reply
 from nanoghost.engine.plain import PlainRunner
 from nanoghost.engine.sampler import Sampling, choose, uniform
 from nanoghost.errors import UserError
-from nanoghost.model.weights import load_model, load_tokenizer
+from nanoghost.model.weights import load_config, load_model, load_tokenizer, lora
+from nanoghost.runs import ModelFolder
 
 TOOL_ROUNDS = 4  # calls a model may make in one answer
 TOOL_ROOM = 64  # tokens that an answer of a tool may take, on average
@@ -186,7 +186,7 @@ class Engine:
     def settle(self, row: Row) -> None:
         """After a token: has a message ended, a tool to run, a limit been reached?"""
         s, written = row.sampling, sum(row.sampled)
-        if row.ids[-1] in self.tokenizer.ends:
+        if row.ids[-1] in self.tokenizer.ends and not s.endless:
             finish_message(row, self.tokenizer, written < s.max_tokens)
         elif written >= s.max_tokens:
             row.finish_reason = "length"
@@ -251,18 +251,23 @@ def close(row: Row, tokenizer) -> None:
     row.message_start = len(row.ids)
 
 
-def open_engine(folder: Path, seats: int = 1) -> Engine:
-    """An engine for a model folder, with room for `seats` whole contexts.
+def open_engine(folder: ModelFolder, seats: int = 1) -> Engine:
+    """An engine for a finished model, with room for `seats` whole contexts.
 
-    A Llama is packed where this machine has the kernels for it; everything else runs as PyTorch has it.
+    A Llama is packed where this machine has the kernels for it; everything else runs as PyTorch has it. Of BASE@NAME the
+    base is loaded, and rows that ask for the adapter BASE@NAME get it.
     """
-    packed = importlib.import_module("nanoghost.engine.packed")  # only adopted models need it
-    if config := packed.packable(folder):
+    base = folder.path.with_name(folder.base)
+    packed = importlib.import_module("nanoghost.engine.packed")  # for Llamas only
+    config = load_config(base)
+    if packed.packable(config):
         paged = importlib.import_module("nanoghost.engine.paged")
-        runner = paged.PagedRunner(packed.load_packed(folder), seats * config.context)
-        return Engine(runner, load_tokenizer(folder))
-    model, tokenizer = load_model(folder, machine.compute_dtype(), machine.device())
-    return Engine(PlainRunner(model, seats, model.config.context), tokenizer)
+        model, tokenizer = packed.load_packed(base), load_tokenizer(base)
+        if folder.name != folder.base:
+            model.adapters[folder.name] = lora().read_adapter(folder.path, config, torch.float32)
+        return Engine(paged.PagedRunner(model, seats * config.context), tokenizer)
+    model, tokenizer = load_model(folder.path, machine.compute_dtype(), machine.device())
+    return Engine(PlainRunner(model, seats, config.context), tokenizer)
 
 
 def steps(
@@ -272,13 +277,25 @@ def steps(
 
     `model` may be a model or a runner. Raises UserError if a prompt leaves no room in the context.
     """
-    capacity = max(reach(p, s, run_tool) for p in prompts)
-    runner = PlainRunner(model, len(prompts) * samples, capacity) if isinstance(model, torch.nn.Module) else model
+    runner = model
+    if isinstance(model, torch.nn.Module):
+        runner = runner_for(model, len(prompts) * samples, max(reach(p, s, run_tool) for p in prompts))
     engine = Engine(runner, tokenizer)
     rows = [row for i, p in enumerate(prompts) for row in engine.add(p, s, samples, run_tool, stream=i * samples)]
     while not all(row.finish_reason for row in rows):
         engine.step()
         yield rows
+
+
+def runner_for(model: torch.nn.Module, seats: int, capacity: int):
+    """Where `seats` rows of `capacity` tokens find room. A Llama in bf16 is packed for it, as it is at this moment."""
+    if model.config.model_type != "nanoghost" and model.head.dtype == torch.bfloat16:
+        packed = importlib.import_module("nanoghost.engine.packed")
+        if packed.packable(model.config):
+            paged = importlib.import_module("nanoghost.engine.paged")
+            whole = min(capacity, model.config.context) + paged.PAGE
+            return paged.PagedRunner(packed.pack_module(model, 16), seats * whole, seats)
+    return PlainRunner(model, seats, capacity)
 
 
 def generate(model, tokenizer, prompts, s: Sampling, samples: int = 1, run_tool=None) -> list[Row]:

@@ -113,16 +113,19 @@ class PagedRunner:
 
     def run(self, batch: list) -> torch.Tensor:
         """Logits (wanted, V) of the readings, in order."""
-        tokens, seats, positions, wanted = [], [], [], []
+        tokens, seats, positions, wanted, adapted = [], [], [], [], []
         for reading in batch:
             row, n = reading.row, len(reading.tokens)
             self.remember(row)
+            if row.adapter:
+                adapted.append((slice(len(tokens), len(tokens) + n), self.model.adapters[row.adapter]))
             tokens += reading.tokens
             seats += [self.rows[id(row)].number] * n
             positions += range(row.read, row.read + n)
             wanted += range(len(tokens) - reading.wanted, len(tokens))
         seats, positions = (torch.tensor(x, dtype=torch.int32) for x in (seats, positions))
-        return self.model.forward(torch.tensor(tokens), seats, positions, self.cache, self.table, torch.tensor(wanted, dtype=torch.long))
+        tokens, wanted = (torch.tensor(x, dtype=torch.long) for x in (tokens, wanted))
+        return self.model.forward(tokens, seats, positions, self.cache, self.table, wanted, adapted)
 
 
 class Seat:

@@ -26,6 +26,8 @@ class Sampling:
     """Same seed, same place among the samples: same tokens, whatever else is being written."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are cut off."""
+    endless: bool = False
+    """Go on where the model would end: for measuring."""
 
 
 def distribution(logits_BV: torch.Tensor, s: Sampling) -> torch.Tensor:

@@ -20,6 +20,7 @@ from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, open_model
 from nanoghost.tasks.base import Problem, distinct_problems, user
 from nanoghost.tasks.mix import all_tasks
+from nanoghost.train.recipe import row_length
 from nanoghost.train.stage import base_card
 
 SKILLS = ("sums", "spelling", "counting", "identity", "refusal", "answerable", "chain_sum", "spell_backward")
@@ -31,6 +32,8 @@ QUESTIONS = (  # asked of every model; the answers go into the report as they co
     "What is the weather in London today?",
     "Good morrow, my lord. What news from the king?",
 )
+
+UNKNOWN = "whether it was trained on this text, its makers alone know"
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
         skills[name], _ = accuracy(model, tokenizer, tasks[name], distinct_problems(tasks[name], problems))
     figures = {
         "model": folder.name,
-        "bpb": base["figures"]["bpb"] if not card["parent"] else held_out_bpb(model, tokenizer, base),
-        "kneser_ney_bpb": base["figures"]["kneser_ney_bpb"],
+        "bpb": card["figures"].get("bpb") or held_out_bpb(model, tokenizer, base),
+        "kneser_ney_bpb": base["figures"].get("kneser_ney_bpb"),
         "tasks": skills,
         "samples": samples(model, tokenizer),
         "memorised": memorised(model, tokenizer, base),
@@ -68,9 +71,9 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
 
 
 def held_out_bpb(model, tokenizer, base: dict) -> float:
-    """On the same test text that the base model was scored on."""
+    """On the same test text that the base model was scored on; the plays, if others trained it."""
     shards = tokenise(open_source(base["settings"]["data"]), tokenizer)
-    return bits_per_byte(model, shards.tokens("test"), model.config.context, shards.bytes("test"))
+    return bits_per_byte(model, shards.tokens("test"), row_length(model.config.context), shards.bytes("test"))
 
 
 def samples(model, tokenizer) -> list[dict]:
@@ -81,7 +84,10 @@ def samples(model, tokenizer) -> list[dict]:
 
 
 def memorised(model, tokenizer, base: dict, starts: int = 64, prompt_tokens: int = 16) -> dict:
-    """The longest passage of training text that the model recites after 16 tokens of it, from evenly spaced starts."""
+    """The longest passage of training text that the model recites after 16 tokens of it, from evenly spaced starts.
+
+    Of the plays, if others trained it on texts that they alone know.
+    """
     documents = [d for d in open_source(base["settings"]["data"]).documents() if d.split == "train"]
     pieces = []
     for i in range(starts):
@@ -108,8 +114,8 @@ def command(settings: EvalSettings) -> None:
     figures = evaluate(open_model(settings.model), settings.problems, Display())
     for name, a in figures["tasks"].items():
         Display().say(f"{name:>15}  {a['accuracy']:6.1%}  (95%: {a['low']:.1%} to {a['high']:.1%}, n = {a['count']})")
-    Display().say(
-        f"{'held-out bpb':>15}  {figures['bpb']:.3f}  (counting, Kneser-Ney: {figures['kneser_ney_bpb']:.3f})"
-    )
+    floor = figures["kneser_ney_bpb"]
+    beside = f"counting, Kneser-Ney: {floor:.3f}" if floor else UNKNOWN
+    Display().say(f"{'held-out bpb':>15}  {figures['bpb']:.3f}  ({beside})")
     if settings.json:
         print(json.dumps({k: figures[k] for k in ("model", "bpb", "kneser_ney_bpb", "tasks", "memorised", "seconds")}))

@@ -21,7 +21,7 @@ from nanoghost.chat import text_of
 from nanoghost.evals.charts import chart, smooth
 from nanoghost.runs import ModelFolder, open_model, write_atomic
 
-STAGES = {"pretrain": "pretraining", "sft": "finetuning", "rl": "reinforcement"}
+STAGES = {"adopt": "as adopted", "pretrain": "pretraining", "sft": "finetuning", "rl": "reinforcement"}
 SKILLS = {
     "sums": "sums with the calculator",
     "spelling": "spelling a word",
@@ -56,6 +56,23 @@ class Content:
         return self.cards[-1]
 
     @property
+    def adopted(self) -> bool:
+        return self.cards[0]["stage"] == "adopt"
+
+    @property
+    def trained(self) -> list[dict]:
+        """Cards of what was done here; the pretraining of an adopted model was not."""
+        return self.cards[self.adopted :]
+
+    @property
+    def counting(self) -> str:
+        """What the bits per byte are to be compared with."""
+        if self.adopted:
+            return "Whether it was trained on the held-out text, its makers alone know."
+        floor = self.cards[0]["figures"]["kneser_ney_bpb"]
+        return f"Counting byte sequences (Kneser-Ney, order 6) reaches {floor:.3f} bits per byte."
+
+    @property
     def evaluations(self) -> dict[str, dict]:
         """Stage -> the evaluation after it."""
         return {
@@ -64,8 +81,12 @@ class Content:
 
     def headline(self) -> str:
         base = self.cards[0]
-        minutes = sum(c["figures"]["seconds"] for c in self.cards) / 60
+        minutes = sum(c["figures"]["seconds"] for c in self.trained) / 60
         texts = " and ".join(source["name"] for source in base["data"])
+        if self.adopted:
+            size, m = f"{base['parameters'] / 1e6:.1f} million parameters", self.card["machine"]
+            here = f"trained on for {minutes:.1f} minutes on {m['cores']} cores ({m['cpu']}, {m['dtype']})"
+            return f"{texts}, a model of {size} that others pretrained{', ' + here if self.trained else ''}."
         return (
             f"A {'chat' if len(self.cards) > 1 else 'language'} model of {base['parameters'] / 1e6:.1f} million parameters,"
             f" made from {texts} in {minutes:.1f} minutes on {base['machine']['cores']} cores"
@@ -75,7 +96,7 @@ class Content:
     def costs(self) -> list[tuple[str, ...]]:
         """(stage, model, steps, tokens, seconds, tokens per second, PFLOP) of each stage."""
         rows = []
-        for c in self.cards:
+        for c in self.trained:
             f = c["figures"]
             work = f["flops_per_second"] / f["tokens_per_second"] * f["tokens"] / 1e15 if f["tokens_per_second"] else 0
             rows.append((STAGES[c["stage"]], c["name"], f"{c['steps']:,}", f"{f['tokens']:,}", f"{f['seconds']:.0f}",
@@ -107,14 +128,21 @@ class Content:
         ]
         rows += [
             ("seed", str(base["seed"])),
-            ("architecture", f"{base['arch']}: {base['depth_reason']}; {base['vocab_size']:,} tokens of vocabulary"),
+            ("architecture", f"{base['arch']}: {base.get('depth_reason', 'as adopted')}; {base['vocab_size']:,} tokens of vocabulary"),
             ("parameters", ", ".join(f"{n / 1e6:.2f}M {k}" for k, n in base["parameter_counts"].items())),
-            ("compiling", f"{'on' if base['compile']['on'] else 'off'}: {base['compile']['reason']}"),
+        ]
+        for a in self.card.get("adapters", ()):
+            text = f"rank {a['rank']}, alpha {a['alpha']:g}, beside {', '.join(a['targets'])}"
+            rows.append(("adapter", f"{a['parameters'] / 1e6:.2f}M parameters: {text}"))
+        if "compile" in base:
+            rows.append(("compiling", f"{'on' if base['compile']['on'] else 'off'}: {base['compile']['reason']}"))
+        rows += [
             ("machine", f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, {m['dtype']}, {m['threads']} threads"),
             ("versions", ", ".join(f"{k} {v}" for k, v in base["versions"].items())),
         ]
         for source in base["data"]:
-            rows.append(("text", f"{source['name']} ({source['licence']}): {source['attribution']}"))
+            what = "pretrained by others" if self.adopted else "text"
+            rows.append((what, f"{source['name']} ({source['licence']}): {source['attribution']}"))
         return rows
 
     def memorised(self) -> str:
@@ -123,7 +151,7 @@ class Content:
             return ""
         m = list(found.values())[-1]["memorised"]
         return (
-            f"Given 16 tokens from 64 places of its training text, the longest passage it went on reciting is"
+            f"Given 16 tokens from 64 places of {'the plays' if self.adopted else 'its training text'}, the longest passage it went on reciting is"
             f" {m['characters']} characters long{' (' + m['source'] + ')' if m['source'] else ''}: “{m['text'].strip()}”"
         )
 
@@ -134,8 +162,9 @@ class Content:
         loss = smooth([(e["step"], e["loss"]) for e in pre if "loss" in e])
         drawn.append(chart("pretraining: loss, nats per token", {"loss": loss}, "step"))
         validation = [(e["step"], e["validation_bpb"]) for e in pre if "validation_bpb" in e]
-        floor = ("counting (Kneser-Ney)", self.cards[0]["figures"]["kneser_ney_bpb"])
-        drawn.append(chart("validation: bits per byte", {"bpb": validation}, "step", level=floor))
+        if not self.adopted:
+            floor = ("counting (Kneser-Ney)", self.cards[0]["figures"]["kneser_ney_bpb"])
+            drawn.append(chart("validation: bits per byte", {"bpb": validation}, "step", level=floor))
         sft = smooth([(e["step"], e["loss"]) for e in self.events.get("sft", [])], 15)
         drawn.append(chart("finetuning: loss on answers", {"loss": sft}, "step"))
         rl = self.events.get("rl", [])
@@ -187,22 +216,23 @@ def page(c: Content) -> str:
     """report.html: one file, nothing fetched, everything escaped."""
     cells = "".join(
         f'<div style="flex:{k["figures"]["seconds"]:.1f}">{STAGES[k["stage"]]} {k["figures"]["seconds"]:.0f} s</div>'
-        for k in c.cards
+        for k in c.trained
     )
     parts = [
         f"<header>{GHOST}<div><h1>{escape(c.card['name'])}</h1></div></header><p class=lead>{escape(c.headline())}</p>"
     ]
     cost_head = ("stage", "model", "steps", "tokens", "seconds", "tokens/s", "PFLOP")
-    parts.append(
-        f"<h2>How it was made</h2><div class=strip>{cells}</div>{html_table(cost_head, c.costs(), numbers_from=2)}"
-    )
+    if c.trained:
+        table = html_table(cost_head, c.costs(), numbers_from=2)
+        parts.append(f"<h2>How it was made</h2><div class=strip>{cells}</div>{table}")
     columns, rows = c.quality()
     if rows:
         marked = [(escape(n), *(f"<b>{x}</b>" if i == best else x for i, x in enumerate(xs))) for n, xs, best in rows]
         note = "<p><small>Problems and phrasings that no stage has seen; 95% confidence intervals; greedy decoding. "
-        note += f"Counting byte sequences (Kneser-Ney, order 6) reaches {c.cards[0]['figures']['kneser_ney_bpb']:.3f} bits per byte."
+        note += c.counting
         parts.append(f"<h2>What it can do</h2>{html_table(('', *columns), marked, escaped=True)}{note}</small></p>")
-    parts.append(f"<h2>How it learned</h2><div class=curves>{''.join(c.charts())}</div>")
+    if c.trained:
+        parts.append(f"<h2>How it learned</h2><div class=curves>{''.join(c.charts())}</div>")
     if c.evaluations:
         talks = "".join(html_talk(s["messages"]) for s in list(c.evaluations.values())[-1]["samples"])
         parts.append(
@@ -245,14 +275,15 @@ def html_talk(messages: list[dict]) -> str:
 
 def markdown(c: Content) -> str:
     """report.md: the same without the curves."""
-    lines = [f"# {c.card['name']}", "", md(c.headline()), "", "## How it was made", ""]
-    lines += md_table(("stage", "model", "steps", "tokens", "seconds", "tokens/s", "PFLOP"), c.costs())
+    lines = [f"# {c.card['name']}", "", md(c.headline())]
+    if c.trained:
+        head = ("stage", "model", "steps", "tokens", "seconds", "tokens/s", "PFLOP")
+        lines += ["", "## How it was made", "", *md_table(head, c.costs())]
     columns, rows = c.quality()
     if rows:
         marked = [(name, *(f"**{x}**" if i == best else x for i, x in enumerate(cells))) for name, cells, best in rows]
         lines += ["", "## What it can do", "", *md_table(("", *columns), marked)]
-        floor = c.cards[0]["figures"]["kneser_ney_bpb"]
-        lines += ["", f"Counting byte sequences (Kneser-Ney, order 6) reaches {floor:.3f} bits per byte."]
+        lines += ["", c.counting]
     if c.evaluations:
         lines += ["", "## What it says", ""]
         for sample in list(c.evaluations.values())[-1]["samples"]:

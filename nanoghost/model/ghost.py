@@ -97,6 +97,8 @@ class Block(nn.Module):
 class Ghost(nn.Module):
     """forward(tokens) -> log-probabilities of what follows each; forward(tokens, cache) -> those of the new tokens."""
 
+    adapters = ()  # LoRA is for llama.py
+
     def __init__(self, config: GhostConfig):
         super().__init__()
         self.config = config

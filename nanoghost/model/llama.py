@@ -16,6 +16,7 @@ from torch import nn
 
 from nanoghost.errors import UserError
 from nanoghost.model.layers import Cache, Layout, attend, rotate, text_layout, token_logprobs
+from nanoghost.model.lora import Adapter, correct, rows_of
 from nanoghost.model.rope import KINDS, kind_of, rope_table
 
 CLASSES = {
@@ -67,6 +68,12 @@ class LlamaConfig:
     @property
     def head_width(self) -> int:
         return self.head_dim or self.width // self.heads
+
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each matrix of a layer."""
+        q, kv = self.heads * self.head_width, self.key_value_heads * self.head_width
+        D, F = self.width, self.mlp_width
+        return {"q": (q, D), "k": (kv, D), "v": (kv, D), "out": (D, q), "gate": (F, D), "up": (F, D), "down": (D, F)}
 
     @classmethod
     def from_settings(cls, s: dict) -> "LlamaConfig":
@@ -142,28 +149,27 @@ class Block(nn.Module):
     def norm(self, x, weight):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.config.norm_eps)
 
-    def forward(self, x_BTD, cos_TK, sin_TK, mask_BTS, layer=0, cache: Cache | None = None):
+    def forward(self, x_BTD, cos_TK, sin_TK, mask_BTS, layer=0, cache: Cache | None = None, adapted=()):
         B, T, D = x_BTD.shape
         c = self.config
 
-        def linear(x, matrix, bias):
-            return F.linear(x, matrix[0], None if bias is None else bias.to(x.dtype))
+        def linear(x, name):
+            bias = getattr(self, f"{name}_bias", None)
+            y = F.linear(x, getattr(self, name)[0], None if bias is None else bias.to(x.dtype))
+            return correct(y, x, (layer, name), adapted)
 
         h_BTD = self.norm(x_BTD, self.attention_norm)
-        q = linear(h_BTD, self.q, self.q_bias).view(B, T, c.heads, c.head_width)
-        k = linear(h_BTD, self.k, self.k_bias).view(B, T, c.key_value_heads, c.head_width)
-        v = linear(h_BTD, self.v, self.v_bias).view(B, T, c.key_value_heads, c.head_width)
+        q = linear(h_BTD, "q").view(B, T, c.heads, c.head_width)
+        k, v = (linear(h_BTD, name).view(B, T, c.key_value_heads, c.head_width) for name in "kv")
         if c.norm_qk:
             q, k = self.norm(q, self.q_norm), self.norm(k, self.k_norm)
         if self.rotated:
             q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        shared = c.heads // c.key_value_heads
-        k, v = k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)
-        x_BTD = x_BTD + linear(attend(q, k, v, mask_BTS, scale=c.head_width**-0.5), self.out, self.out_bias)
+        x_BTD = x_BTD + linear(attend(q, k, v, mask_BTS, scale=c.head_width**-0.5), "out")
         h_BTD = self.norm(x_BTD, self.mlp_norm)
-        return x_BTD + F.linear(F.silu(F.linear(h_BTD, self.gate[0])) * F.linear(h_BTD, self.up[0]), self.down[0])
+        return x_BTD + linear(F.silu(linear(h_BTD, "gate")) * linear(h_BTD, "up"), "down")
 
 
 class Llama(nn.Module):
@@ -172,6 +178,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = c = config
+        self.adapters: list[Adapter] = []
         self.embedding = nn.Parameter(torch.randn(c.vocab_size, c.width) * (0.02 if c.tied else 0.8))
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.depth))
         self.final_norm = nn.Parameter(torch.ones(c.width))
@@ -189,28 +196,29 @@ class Llama(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> "Llama":
         """Matrices (and the head) to the compute dtype; an untied embedding and the norms stay fp32."""
-        for p in [*self.parameter_groups()["matrices"], self.head]:
+        for p in [*self.own_parameters()["matrices"], self.head]:
             p.data = p.data.to(dtype)
         return self
 
-    def hidden(self, tokens_BT, layout: Layout, cache: Cache | None = None):
+    def hidden(self, tokens_BT, layout: Layout, cache: Cache | None = None, adapters_B=None):
         """Last hidden states, (B, T, D)."""
+        adapted = rows_of(self.adapters, adapters_B)
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
         dtype = self.head.dtype
         x_BTD = F.embedding(tokens_BT, self.embedding).to(dtype)
         masks_BTS = {0: layout.mask_BTS} | {w: layout.within(w) for w in set(self.config.windows) - {0}}
         for layer, block in enumerate(self.blocks):
             mask_BTS = masks_BTS[self.config.windows[layer] if self.config.windows else 0]
-            x_BTD = block(x_BTD, cos, sin, mask_BTS, layer, cache)
+            x_BTD = block(x_BTD, cos, sin, mask_BTS, layer, cache, adapted)
         return F.rms_norm(x_BTD, (self.config.width,), self.final_norm.to(dtype), self.config.norm_eps)
 
-    def forward(self, tokens_BT, cache: Cache | None = None, segments_BT=None, last_B=None):
-        """Logits (B, T, V) in fp32; arguments as in ghost.Ghost.forward."""
+    def forward(self, tokens_BT, cache: Cache | None = None, segments_BT=None, last_B=None, adapters_B=None):
+        """Logits (B, T, V) in fp32; arguments as in ghost.Ghost.forward, and which adapter each row uses (lora.rows_of)."""
         if cache is None:
             layout = text_layout(tokens_BT, self.head.dtype, segments_BT)
         else:
             layout = cache.layout(tokens_BT, self.head.dtype)
-        h_BTD = self.hidden(tokens_BT, layout, cache)
+        h_BTD = self.hidden(tokens_BT, layout, cache, adapters_B)
         if last_B is not None:
             h_BTD = h_BTD[torch.arange(len(last_B), device=last_B.device), last_B, None]
         return F.linear(h_BTD, self.head).float()
@@ -228,6 +236,12 @@ class Llama(nn.Module):
         )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """What is trained: the adapter where there is one, else everything."""
+        if self.adapters:
+            return {"lora": [t for adapter in self.adapters for t in adapter.tensors()]}
+        return self.own_parameters()
+
+    def own_parameters(self) -> dict[str, list[nn.Parameter]]:
         vectors = [p for b in self.blocks for p in b.parameters() if p.dim() == 1]
         return {
             "matrices": [p for b in self.blocks for p in (b.q, b.k, b.v, b.out, b.gate, b.up, b.down)],
@@ -237,13 +251,15 @@ class Llama(nn.Module):
         }
 
     def parameter_counts(self) -> dict[str, int]:
-        return {name: sum(p.numel() for p in ps) for name, ps in self.parameter_groups().items()}
+        return {name: sum(p.numel() for p in ps) for name, ps in self.own_parameters().items()}
 
     def flops_per_token(self, context: int | None = None) -> int:
-        """Useful training operations per token: 6 x matrix weights, and causal attention (half of T x T, twice)."""
+        """Useful training operations per token: 6 x matrix weights (4 where they are not trained, only passed through),
+        and causal attention (half of T x T, twice)."""
         n = self.parameter_counts()
         T = context or self.config.context
-        return 6 * (n["matrices"] + n["head"]) + 6 * self.config.depth * self.config.heads * self.config.head_width * T
+        trained = sum(t.numel() for adapter in self.adapters for t in adapter.tensors())
+        return (4 if trained else 6) * (n["matrices"] + n["head"]) + 6 * trained + 6 * self.config.depth * self.config.heads * self.config.head_width * T
 
     def settings(self) -> dict:
         """config.json in Hugging Face's words."""

@@ -27,8 +27,14 @@ def architecture(model_type: str):
     return getattr(module, f"{name}Config"), getattr(module, name)
 
 
+def lora():
+    return importlib.import_module("nanoghost.model.lora")  # for adapters only
+
+
 def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
-    """Write config, weights, tokenizer and chat template; the weights last."""
+    """Write config, weights, tokenizer and chat template; the weights last. Of an adapted model only the adapter."""
+    if model.adapters:
+        return lora().save_adapter(folder, model.adapters[0])
     dialect = tokenizer.dialect
     eos = sorted(dialect.ends) if dialect else tokenizer.special("<|im_end|>")
     names = dialect.names if dialect else {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
@@ -53,15 +59,22 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
 
 def load_model(folder: Path, dtype: torch.dtype, device="cpu"):
     """(model in the compute dtype, tokenizer) of a model folder. Unreadable weights raise UserError."""
-    settings = read_json(folder / "config.json")
-    config_class, model_class = architecture(settings["model_type"])
-    model = model_class(config_class.from_settings(settings))
+    if (folder / "adapter_config.json").exists():
+        return lora().load_adapted([folder], dtype, device)
+    config = load_config(folder)
+    model = architecture(config.model_type)[1](config)
     tensors, _ = read_tensors(folder / "model.safetensors")
     expected = {name: tuple(t.shape) for name, t in model.exported_tensors().items()}
     if wrong := [n for n, shape in expected.items() if n not in tensors or tuple(tensors[n].shape) != shape]:
         raise UserError(f"the weights in {folder} do not fit its config.json (first: {wrong[0]})")
     model.import_tensors(tensors)
     return model.cast(dtype).to(device), load_tokenizer(folder)
+
+
+def load_config(folder: Path):
+    """The configuration that a model folder is of."""
+    settings = read_json(folder / "config.json")
+    return architecture(settings["model_type"])[0].from_settings(settings)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -25,11 +25,13 @@ PLAYS = phrases("identity")["plays"]
 
 
 def identity_facts(card: Mapping) -> dict[str, str]:
-    """Read what a model may say of itself from its card (`name`, `parameters`, `tokens`, `seconds`, `machine` as a
+    """Read what a model may say of itself from its card (`name`, `maker`, `parameters`, `tokens`, `seconds`, `machine` as a
     text, `data` as a list of {name, licence}); what the card doesn't tell is left out."""
     facts = {}
     if "name" in card:
         facts["name"] = card["name"].removesuffix("-base").removesuffix("-sft").capitalize()
+    if "maker" in card:
+        facts["maker"] = card["maker"]
     for key in ("parameters", "tokens"):
         if key in card:
             facts[key] = in_words(card[key])

@@ -29,26 +29,28 @@ WEIGHTS = {
 
 
 def all_tasks(base_card: dict, name: str) -> dict[str, Task]:
-    """Every task by name, for a model called `name` that grew from the base model of that card."""
-    figures = base_card["figures"]
-    facts = identity_facts(
-        {
-            "name": name.split("-")[0],
-            "parameters": base_card["parameters"],
-            "tokens": figures["tokens"],
-            "seconds": figures["seconds"],
-            "machine": base_card["machine"]["cpu"],
-            "data": base_card["data"],
-        }
-    )
-    data = base_card["settings"]["data"]
-    texts = [(d.name, d.text) for d in open_source(data).documents() if d.split == "train"]
+    """Every task by name, for a model called `name` that grew from the base model of that card.
+
+    What others pretrained says nothing of how that was done, and is taught no text of ours.
+    """
+    known, texts, data = {"name": spoken_name(name), "parameters": base_card["parameters"]}, [], None
+    if base_card["stage"] != "adopt":
+        figures, data = base_card["figures"], base_card["settings"]["data"]
+        known |= {"maker": "nanoghost", "tokens": figures["tokens"], "seconds": figures["seconds"],
+                  "machine": base_card["machine"]["cpu"], "data": base_card["data"]}  # fmt: skip
+        texts = [(d.name, d.text) for d in open_source(data).documents() if d.split == "train"]
+    facts = identity_facts(known)
     words = spelled_words(texts)
     tasks = [Identity(facts), Sums(), Spelling(words), Counting(words), Refusal(), ChainSum(), SpellBackward()]
     if data == "plays":
         tasks.append(Plays(texts, max_words=40))
     answerable = [t for t in tasks if t.name not in ("refusal", "chain_sum", "spell_backward")]
     return {task.name: task for task in [*tasks, Answerable(answerable)]}
+
+
+def spoken_name(name: str) -> str:
+    """What a model of that name calls itself; an adapter, which is often a person's, speaks as its base."""
+    return name.partition("@")[0].split("-")[0].capitalize()
 
 
 def example_texts(count: int = 1000) -> list[str]:
@@ -85,5 +87,4 @@ def lesson_conversations(
         return []
     tasks = all_tasks(base_card, name)
     weighted = [(tasks[task], weight) for task, weight in WEIGHTS.items() if task in tasks and task not in but]
-    spoken = name.split("-")[0].capitalize()
-    return [mixture(weighted, random.Random(f"{seed}-{i}"), "train", spoken) for i in range(count)]
+    return [mixture(weighted, random.Random(f"{seed}-{i}"), "train", spoken_name(name)) for i in range(count)]

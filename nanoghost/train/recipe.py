@@ -1,5 +1,7 @@
 """The dial: from `--depth`, or from `--minutes` on this machine, to every other setting."""
 
+from dataclasses import replace
+
 from nanoghost.model.ghost import GhostConfig
 from nanoghost.model.weights import architecture
 from nanoghost.optim.optimizer import Group
@@ -21,6 +23,29 @@ def model_config(arch: str, depth: int, vocab_size: int, context: int):
         width = 64 * depth
         return architecture("llama")[0](vocab_size, context, depth, width, depth, depth, -(-width * 8 // 3 // 64) * 64)
     return GhostConfig(vocab_size=vocab_size, context=context, depth=depth, width=-(-64 * depth // 128) * 128)
+
+
+LORA = Group("adamw", 5e-4, beta1=0.9, beta2=0.99)
+ADOPTED = Group("adamw", 3e-5, beta1=0.9, beta2=0.99)
+
+
+def later_groups(base: dict, width: int, scale: float, tables: float = 1.0) -> dict[str, Group]:
+    """For what grows from the base model of that card: ours go on as they were pretrained; what others trained, and
+    adapters, take AdamW's small steps."""
+    if base["stage"] == "adopt":
+        own = dict.fromkeys(("matrices", "head", "embeddings", "scalars"), scaled(ADOPTED, scale))
+    else:
+        own = groups(width, scale, tables)
+    return own | {"lora": scaled(LORA, scale)}
+
+
+def scaled(group: Group, scale: float) -> Group:
+    return replace(group, learning_rate=group.learning_rate * scale)
+
+
+def row_length(context: int, asked: int | None = None) -> int:
+    """Tokens in a row of a model of that context: attention over 512 costs a sixth of a small Llama's step, over 8192 most."""
+    return min(context, asked or 512)
 
 
 def groups(width: int, scale: float = 1.0, tables: float = 1.0) -> dict[str, Group]:

@@ -17,7 +17,7 @@ from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.skills import accuracy, attempt
 from nanoghost.model.layers import shared_prompts
-from nanoghost.model.weights import load_model, save_model
+from nanoghost.model.weights import save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
@@ -26,7 +26,7 @@ from nanoghost.tasks.mix import all_tasks, lesson_conversations, own_conversatio
 from nanoghost.train import stage
 from nanoghost.train.packing import PackedBatches, lessons_from
 from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss
-from nanoghost.train.recipe import groups
+from nanoghost.train.recipe import later_groups, row_length
 from nanoghost.train.sft import train_step
 
 TABLES = 0.1  # AdamW moves a rare row as far as a common one; a reward seen once must not rewrite a word
@@ -60,7 +60,13 @@ class RlSettings:
     held_out: int = 500
     """Held-out problems of each task, tried before and after."""
     learning_rate: float = 0.3
-    """Share of pretraining's learning rates."""
+    """Share of the recipe's learning rates."""
+    lora: int | None = None
+    """Train only an adapter of this rank, which is named BASE@NAME; 8 to 32 are usual. Default: train everything."""
+    lora_alpha: float | None = None
+    """Strength of the adapter, in PEFT's words; default: 32."""
+    lora_targets: str | None = None
+    """Which matrices it corrects, of q,k,v,out,gate,up,down; default: all."""
     seed: int = 0
     """Of the problems and the attempts."""
     checkpoint_seconds: float = 60.0
@@ -80,28 +86,25 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
     stage.check_length(settings)
     check(settings, world)
     parent = stage.parent_of(settings, "rl")
+    settings = stage.named(settings, parent)
     conversations = own_conversations(settings.data)
 
     with stage.run("rl", settings, display, parent) as run:
         if run is None:
             return None
         clock = stage.Clock(0.0)
-        model, tokenizer = load_model(parent.path, machine.compute_dtype(), machine.device())
-        every = all_tasks(stage.base_card(parent.card), settings.name)
+        model, tokenizer = stage.load_parent(parent, settings)
+        base = stage.base_card(parent.card)
+        rates = later_groups(base, model.config.width, settings.learning_rate, tables=TABLES)
+        every = all_tasks(base, settings.name)
         tasks = {task: every[task] for task in settings.tasks.split(",")}
         lessons = repeated_lessons(conversations, settings, parent, model, tokenizer) if settings.repeat else None
         if "steps" not in run.card:
             display.say(f"before: {settings.held_out} held-out problems of each task ...")
             before = held_out(model, tokenizer, tasks, settings)
-            steps = settings.steps or rehearsed_steps(settings, parent, tokenizer, tasks, lessons, clock)
-            run.note(steps=steps, before=before)
-        optimizer = Optimizer(
-            model,
-            groups(model.config.width, settings.learning_rate, tables=TABLES),
-            machine.compute_dtype(),
-            rank,
-            world,
-        )
+            steps = settings.steps or rehearsed_steps(settings, parent, rates, tokenizer, tasks, lessons, clock)
+            run.note(steps=steps, before=before, adapters=[adapter.summary() for adapter in model.adapters])
+        optimizer = Optimizer(model, rates, machine.compute_dtype(), rank, world)
         steps = run.card["steps"]
         start, notes = run.resume(optimizer)
         tokens = notes.get("tokens", 0)
@@ -163,8 +166,9 @@ def repeated_lessons(conversations: list, settings: RlSettings, parent, model, t
     conversations = random.Random(settings.seed).sample(conversations, min(most, len(conversations)))
     card, practised = stage.base_card(parent.card), settings.tasks.split(",")
     conversations += lesson_conversations(settings.data, card, settings.name, most, settings.seed + 1, practised)
-    lessons, _ = lessons_from(conversations, tokenizer, model.config.context)
-    return PackedBatches(lessons, model.config.context, settings.repeat, settings.seed, rank, world)
+    context = row_length(model.config.context)
+    lessons, _ = lessons_from(conversations, tokenizer, context)
+    return PackedBatches(lessons, context, settings.repeat, settings.seed, rank, world)
 
 
 def held_out(model, tokenizer, tasks: dict, settings: RlSettings) -> dict:
@@ -284,10 +288,10 @@ def padded(rows: list[list]) -> torch.Tensor:
     return torch.tensor([[float(x) for x in row] + [0.0] * (longest - len(row)) for row in rows])
 
 
-def rehearsed_steps(settings: RlSettings, parent, tokenizer, tasks, lessons, clock: stage.Clock) -> int:
+def rehearsed_steps(settings: RlSettings, parent, rates, tokenizer, tasks, lessons, clock: stage.Clock) -> int:
     evaluation = clock.seconds  # before the first step; the same again comes after the last one
-    model, _ = load_model(parent.path, machine.compute_dtype(), machine.device())
-    optimizer = Optimizer(model, groups(model.config.width), machine.compute_dtype(), *machine.ranks())
+    model, _ = stage.load_parent(parent, settings)
+    optimizer = Optimizer(model, rates, machine.compute_dtype(), *machine.ranks())
 
     def one_step(step: int) -> None:
         rollout_and_gradients(model, tokenizer, tasks, settings, step, *machine.ranks())

@@ -9,14 +9,14 @@ from typing import Annotated
 import tyro
 
 from nanoghost import machine
-from nanoghost.model.weights import load_model, save_model
+from nanoghost.model.weights import save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
 from nanoghost.tasks.mix import lesson_conversations, own_conversations
 from nanoghost.train import stage
 from nanoghost.train.packing import PackedBatches, lessons_from
-from nanoghost.train.recipe import groups
+from nanoghost.train.recipe import later_groups, row_length
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,16 @@ class SftSettings:
     """How many steps to train, instead of minutes (default: 2.5 minutes)."""
     batch: int = 8
     """Packed rows in a step, over all processes."""
+    context: int | None = None
+    """Tokens in a row, and of the longest conversation; default: the model's context, at most 512."""
     learning_rate: float = 1.0
-    """Factor on pretraining's learning rates."""
+    """Factor on the recipe's learning rates."""
+    lora: int | None = None
+    """Train only an adapter of this rank, which is named BASE@NAME; 8 to 32 are usual. Default: train everything."""
+    lora_alpha: float | None = None
+    """Strength of the adapter, in PEFT's words; default: 32."""
+    lora_targets: str | None = None
+    """Which matrices it corrects, of q,k,v,out,gate,up,down; default: all."""
     seed: int = 0
     """Of the lessons and their order."""
     checkpoint_seconds: float = 60.0
@@ -55,28 +63,27 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     display = display or Display()
     stage.check_length(settings)
     parent = stage.parent_of(settings, "sft")
+    settings = stage.named(settings, parent)
     conversations = own_conversations(settings.data)
 
     with stage.run("sft", settings, display, parent) as run:
         if run is None:
             return None
         clock = stage.Clock(0.0)
-        model, tokenizer = load_model(parent.path, machine.compute_dtype(), machine.device())
-        context = model.config.context
-        conversations += lesson_conversations(
-            settings.data, stage.base_card(parent.card), settings.name, settings.lessons, settings.seed
-        )
+        model, tokenizer = stage.load_parent(parent, settings)
+        context, base = row_length(model.config.context, settings.context), stage.base_card(parent.card)
+        conversations += lesson_conversations(settings.data, base, settings.name, settings.lessons, settings.seed)
         lessons, left_out = lessons_from(conversations, tokenizer, context)
         if left_out:
             display.say(f"{left_out} conversations have no answer within {context} tokens and are left out")
         batches = PackedBatches(lessons, context, settings.batch, settings.seed, rank, world)
-        optimizer = Optimizer(
-            model, groups(model.config.width, settings.learning_rate), machine.compute_dtype(), rank, world
-        )
+        rates = later_groups(base, model.config.width, settings.learning_rate)
+        optimizer = Optimizer(model, rates, machine.compute_dtype(), rank, world)
 
         if "steps" not in run.card:
-            steps = settings.steps or rehearsed_steps(settings, parent, batches, clock)
-            run.note(steps=steps, conversations=len(lessons), left_out=left_out)
+            steps = settings.steps or rehearsed_steps(settings, parent, rates, batches, clock)
+            adapters = [adapter.summary() for adapter in model.adapters]
+            run.note(steps=steps, conversations=len(lessons), left_out=left_out, adapters=adapters)
         steps = run.card["steps"]
         start, notes = run.resume(optimizer)
         tokens = notes.get("tokens", 0)
@@ -125,9 +132,9 @@ def train_step(model, batch, world: int) -> float:
     return loss.item()
 
 
-def rehearsed_steps(settings: SftSettings, parent, batches, clock: stage.Clock) -> int:
-    model, _ = load_model(parent.path, machine.compute_dtype(), machine.device())
-    optimizer = Optimizer(model, groups(model.config.width), machine.compute_dtype(), *machine.ranks())
+def rehearsed_steps(settings: SftSettings, parent, rates, batches, clock: stage.Clock) -> int:
+    model, _ = stage.load_parent(parent, settings)
+    optimizer = Optimizer(model, rates, machine.compute_dtype(), *machine.ranks())
 
     def one_step(step: int) -> None:
         train_step(model, batches.at(step), batches.world)

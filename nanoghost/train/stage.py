@@ -9,12 +9,12 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 
 from nanoghost import machine
 from nanoghost.errors import UserError
-from nanoghost.model.weights import load_checkpoint, save_checkpoint
+from nanoghost.model.weights import load_checkpoint, load_model, lora, save_checkpoint
 from nanoghost.runs import ModelFolder, Stopping, open_model, writing
 
 NOT_SETTINGS = ("name", "json", "force", "parent", "checkpoint_seconds")  # these do not change what a stage computes
@@ -86,6 +86,8 @@ def run(stage: str, settings, show, parent: ModelFolder | None = None):
     A child's events begin with its parent's, and its card holds its parent's card.
     """
     folder = ModelFolder(settings.name)
+    if "@" in folder.name and not (parent and parent.base == folder.base and ("@" in parent.name or settings.lora)):
+        raise UserError(f"only adapters have names like '{folder.name}': BASE@NAME, made from BASE with --lora")
     chosen = {k: v for k, v in asdict(settings).items() if k not in NOT_SETTINGS}
     chosen |= {"parent": parent.name if parent else None}
     first = machine.ranks()[0] == 0
@@ -141,9 +143,31 @@ def new_card(stage: str, settings: dict, parent: ModelFolder | None) -> dict:
 def parent_of(settings, stage: str) -> ModelFolder:
     """The finished model a stage starts from."""
     parent = open_model(settings.parent)
-    if parent.name == settings.name:
+    if settings.name in (parent.name, parent.name.partition("@")[2]):
         raise UserError(f"{stage} writes a new model: --name must differ from its parent '{parent.name}'")
     return parent
+
+
+def named(settings, parent: ModelFolder):
+    """The settings with the new model's whole name: what gets an adapter, or goes on with one, is BASE@NAME."""
+    if settings.lora is not None:
+        if parent.card["arch"] == "ghost":
+            raise UserError(f"--lora is for models of the Llama family, and '{parent.name}' is a ghost")
+        if "@" in parent.name:
+            raise UserError(f"'{parent.name}' has an adapter already, which goes on as it is: leave out --lora")
+        lora().check(settings.lora, settings.lora_targets)
+    elif "@" not in parent.name:
+        return settings
+    return replace(settings, name=f"{parent.base}@{settings.name.removeprefix(f'{parent.base}@')}")
+
+
+def load_parent(parent: ModelFolder, settings):
+    """(model, tokenizer) to train: the parent's, with a new adapter on it if one is asked for."""
+    model, tokenizer = load_model(parent.path, machine.compute_dtype(), machine.device())
+    if settings.lora is not None:
+        new = lora().new_adapter(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)
+        lora().attach(model, [new])
+    return model, tokenizer
 
 
 def check_length(settings) -> None:

@@ -1,0 +1,74 @@
+"""Every stage works on a model that others trained, and nothing is said of its pretraining that nobody here knows."""
+
+import json
+
+import pytest
+
+from nanoghost.runs import ModelFolder
+from nanoghost.tasks.mix import all_tasks, spoken_name
+from nanoghost.train.recipe import ADOPTED, later_groups, row_length
+from tests.test_adopt import TEMPLATE
+from tests.test_training import losses
+
+
+@pytest.fixture
+def adopted(nanoghost, toy_file):
+    """A toy Llama with another template than ours, taken in as if others had made it; it is examined on the toy text."""
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--arch", "llama", "--steps", 1, "--depth", 2,
+                             "--context", 256, "--batch", 1, "--vocab-size", 320)  # fmt: skip
+    assert code == 0, err
+    source = ModelFolder("toy").path
+    said = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(said | {"chat_template": TEMPLATE}))
+    code, _, err = nanoghost("adopt", source, "--name", "theirs")
+    assert code == 0, err
+    folder = ModelFolder("theirs")
+    folder.write_card(folder.card | {"settings": {"data": str(toy_file)}})
+    return "theirs"
+
+
+SFT = ("--steps", 3, "--lessons", 60, "--batch", 2)
+RL = ("--steps", 1, "--problems", 2, "--attempts", 2, "--max-tokens", 4, "--held-out", 2)
+
+
+def test_every_stage_and_its_report(nanoghost, adopted):
+    for words in (
+        ("sft", adopted, "--name", "more", *SFT),
+        ("sft", adopted, "--name", "me", "--lora", 2, *SFT),
+        ("rl", "more", "--name", "practised", *RL),
+        ("rl", "theirs@me", "--name", "practised", *RL),
+    ):
+        code, _, err = nanoghost(*words)
+        assert code == 0, (words, err)
+    for name in (adopted, "practised", "theirs@practised"):
+        code, out, err = nanoghost("eval", name, "--problems", 2, "--json")
+        assert code == 0, err
+        figures = json.loads(out)
+        assert figures["bpb"] > 0 and figures["kneser_ney_bpb"] is None and "makers" in err
+        assert nanoghost("report", name)[0] == 0
+        text = (ModelFolder(name).path / "report.md").read_text()
+        assert "pretrained by others" in text and "its makers alone know" in text and "Kneser" not in text
+        assert ("reinforcement" in text) == (name != adopted)
+
+
+def test_rows_are_no_longer_than_is_sensible(nanoghost, adopted):
+    assert row_length(8192) == 512 and row_length(256) == 256 and row_length(8192, 1024) == 1024
+    code, out, err = nanoghost("sft", adopted, "--name", "short", "--context", 128, *SFT, "--json")
+    assert code == 0, err
+    assert json.loads(out)["tokens"] == 3 * 2 * 128
+
+
+def test_it_takes_small_steps(nanoghost, adopted):
+    base = ModelFolder(adopted).card
+    assert later_groups(base, 64, 1.0)["matrices"] == ADOPTED
+    code, _, err = nanoghost("sft", adopted, "--name", "more", *SFT)
+    assert code == 0, err
+    first, *_, last = losses("more", "sft").values()
+    assert abs(first - last) < 1, "steps of pretraining's size would have changed much more"
+
+
+def test_it_says_nothing_of_its_making(nanoghost, adopted):
+    tasks = all_tasks(ModelFolder(adopted).card, "theirs@anna")
+    assert spoken_name("theirs@anna") == "Theirs" and "plays" not in tasks
+    assert not {"maker", "data", "how_made", "tokens", "minutes", "machine", "licence"} & set(tasks["identity"].intents)
+    assert {"name", "parameters", "hello"} <= set(tasks["identity"].intents)

@@ -1,0 +1,282 @@
+"""LoRA: the base stays as it is, merging equals applying, each row has its own adapter, and PEFT reads the folder."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from nanoghost.chat import render
+from nanoghost.model import lora
+from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.lora import MODULES, attach, load_adapted, merged, new_adapter
+from nanoghost.model.weights import load_model
+from nanoghost.optim.optimizer import Optimizer
+from nanoghost.runs import ModelFolder, adapters_of
+from nanoghost.train.recipe import LORA
+from tests.test_training import kill_after_checkpoint, losses, start
+
+CONFIG = LlamaConfig(97, 32, 3, 32, 4, 2, 48, biases="q")
+IDS = torch.randint(97, (4, 11), generator=torch.Generator().manual_seed(0))
+
+
+def noisy(adapter, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for t in adapter.tensors():
+        t.data = torch.randn(t.shape, generator=generator).to(t) * 0.2
+    return adapter
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = Llama(CONFIG)
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+@torch.no_grad()
+def logits(model, **more):
+    return model(IDS, **more)
+
+
+def test_a_new_adapter_changes_nothing_and_dropping_one_gives_the_base_back(model):
+    before = logits(model)
+    attach(model, [new_adapter(model, 4, None, None, 0)])
+    assert torch.equal(logits(model), before)
+    noisy(model.adapters[0])
+    assert (logits(model) - before).abs().max() > 0.1
+    model.adapters = []
+    assert torch.equal(logits(model), before)
+
+
+def test_an_adapter_is_what_the_formula_says(model):
+    attach(model, [noisy(new_adapter(model, 4, 8.0, "q,down", 0))])
+    after = logits(model)
+    assert set(model.adapters[0].pairs) == {(layer, name) for layer in range(3) for name in ("q", "down")}
+    for (layer, name), (a, b, scale) in model.adapters[0].pairs.items():
+        assert scale == 2.0
+        getattr(model.blocks[layer], name).data += 2.0 * torch.einsum("nr,rm->nm", b.data, a.data)
+    model.adapters = []
+    assert torch.allclose(logits(model), after, atol=1e-4)
+
+
+def test_merging_equals_applying(model):
+    attach(model, [noisy(new_adapter(model, 4, None, None, 0))])
+    applied = logits(model)
+    assert merged(model).adapters == []
+    assert torch.allclose(logits(model), applied, atol=1e-4 * applied.abs().max())
+    once = logits(model)
+    assert torch.equal(logits(merged(model)), once), "without an adapter there is nothing to merge"
+
+
+def test_every_row_uses_the_adapter_it_asks_for(model):
+    adapters = [noisy(new_adapter(model, rank, None, targets, 0), rank) for rank, targets in ((2, None), (4, "v,gate"))]
+    attach(model, adapters)
+    mixed = logits(model, adapters_B=torch.tensor([1, -1, 0, 1]))
+    for row, of_row in enumerate(([adapters[1]], [], [adapters[0]], [adapters[1]])):
+        model.adapters = of_row
+        assert torch.allclose(mixed[row], logits(model)[row], atol=1e-5), row
+    model.adapters = adapters
+    with pytest.raises(AssertionError, match="which row"):
+        logits(model)
+    cache = model.new_cache(4, 11)  # token by token with a cache: the same
+    steps = [logits_of(model, cache, t, torch.tensor([1, -1, 0, 1])) for t in range(11)]
+    assert torch.allclose(torch.cat(steps, 1), mixed, atol=1e-4)
+
+
+@torch.no_grad()
+def logits_of(model, cache, t, adapters_B):
+    return model(IDS[:, t : t + 1], cache, adapters_B=adapters_B)
+
+
+def test_gradients_are_those_of_the_slow_way_and_the_base_gets_none(model):
+    """Against the same model with W + scale B A as its weights, differentiated by autograd in fp64."""
+    model.double()
+    attach(model, [noisy(new_adapter(model, 3, None, None, 0))])
+    targets = IDS.roll(-1, 1)
+    model.logprobs(IDS, targets).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    got = {key: (a.grad, b.grad) for key, (a, b, _) in model.adapters[0].pairs.items()}
+    [adapter], model.adapters = model.adapters, []
+    weights = {}
+    for (layer, name), (a, b, scale) in adapter.pairs.items():
+        a.grad = b.grad = None
+        matrix = getattr(model.blocks[layer], name)
+        weights[f"blocks.{layer}.{name}"] = matrix.detach() + scale * (b @ a)[None]
+    out = torch.func.functional_call(model, weights, (IDS,)).double()  # forward's logits are fp32
+    torch.log_softmax(out, -1).gather(-1, targets[..., None]).sum().backward()
+    for key, (a, b, _) in adapter.pairs.items():
+        for mine, slow in zip(got[key], (a.grad, b.grad)):
+            assert torch.allclose(mine, slow, atol=1e-4 * slow.abs().max()), key
+
+
+def test_training_moves_the_adapter_and_not_a_bit_of_the_base(model):
+    attach(model, [new_adapter(model, 4, None, None, 0)])
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    optimizer = Optimizer(model, {"lora": LORA}, torch.float32)
+    seen = []
+    for _ in range(30):
+        loss = -model.logprobs(IDS, IDS.roll(-1, 1)).mean()
+        loss.backward()
+        optimizer.step(4.0)
+        seen.append(loss.item())
+    assert seen[-1] < seen[0] - 0.5
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    state = optimizer.state()
+    assert sum(t.numel() for t in state.values()) == 3 * sum(t.numel() for t in model.adapters[0].tensors()) + 1
+
+
+# ── as a user runs it ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def toy(nanoghost, toy_file):
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--arch", "llama", "--steps", 2, "--depth", 2,
+                             "--context", 160, "--batch", 2, "--vocab-size", 320)  # fmt: skip
+    assert code == 0, err
+    return "toy"
+
+
+SHORT = ("--steps", 4, "--lessons", 60, "--batch", 2)
+
+
+def test_an_adapter_is_a_model_named_base_at_name(nanoghost, toy, tmp_path):
+    weights = (ModelFolder(toy).path / "model.safetensors").read_bytes()
+    code, out, err = nanoghost("sft", toy, "--lora", 2, "--name", "me", *SHORT, "--json")
+    assert code == 0, err
+    assert json.loads(out)["name"] == "toy@me"
+    code, _, err = nanoghost("sft", "toy@me", "--name", "more", *SHORT)  # goes on with it
+    assert code == 0, err
+    code, _, err = nanoghost("rl", "toy@me", "--name", "toy@rl", "--steps", 1, "--problems", 2, "--attempts", 2,
+                             "--max-tokens", 4, "--held-out", 2)  # fmt: skip
+    assert code == 0, err
+    assert sorted(adapters_of(toy)) == ["toy@me", "toy@more", "toy@rl"]
+    assert (ModelFolder(toy).path / "model.safetensors").read_bytes() == weights
+    files = {p.name for p in ModelFolder("toy@me").path.iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "card.json", "events.jsonl", ".lock"}
+    model, _ = load_model(ModelFolder("toy@more").path, torch.float32)
+    first = next(iter(model.adapters[0].pairs.values()))
+    assert first[1].abs().max() > 0 and model.adapters[0].targets == list(MODULES)
+    for words in (("eval", "toy@more", "--problems", 2), ("report", "toy@more"), ("show", "toy@more"), ("list",),
+                  ("chat", "toy@me", "--prompt", "Hello", "--max-tokens", 4)):  # fmt: skip
+        code, _, err = nanoghost(*words)
+        assert code == 0, (words, err)
+    assert "rank 2" in (ModelFolder("toy@more").path / "report.md").read_text()
+
+
+def test_mistakes_with_adapters_end_in_one_line(nanoghost, toy, toy_file):
+    assert nanoghost("sft", toy, "--lora", 2, "--name", "me", *SHORT)[0] == 0
+    before = sorted(p.name for p in ModelFolder(toy).path.parent.iterdir())
+    for words, hint in (
+        (("sft", toy, "--lora", 0), "at least 1"),
+        (("sft", toy, "--lora", 2, "--lora-targets", "q,x"), "not 'x'"),
+        (("sft", toy, "--lora", 2, "--name", "other@x"), "toy@other@x"),
+        (("sft", toy, "--name", "toy@x"), "--lora"),
+        (("sft", "toy@me", "--lora", 2, "--name", "x"), "already"),
+        (("sft", "toy@me", "--name", "me"), "differ"),
+        (("pretrain", "--name", "toy@x", "--data", toy_file), "only adapters"),
+        (("rename", "toy@me", "me"), "toy@"),
+        (("rename", "toy@me", "other@me"), "toy@"),
+        (("rename", "toy", "toy@x"), "toy@"),
+        (("rm", "toy", "--yes"), "toy@me"),
+        (("chat", "toy@you", "--prompt", "hello"), "toy@you"),
+    ):
+        code, _, err = nanoghost(*words)
+        assert code == 2 and hint in err.strip().splitlines()[-1] and "Traceback" not in err, (words, err)
+    assert sorted(p.name for p in ModelFolder(toy).path.parent.iterdir()) == before
+
+
+def test_a_base_takes_its_adapters_along_and_another_base_does_not_fit(nanoghost, toy, toy_file):
+    assert nanoghost("sft", toy, "--lora", 2, "--name", "me", *SHORT)[0] == 0
+    assert nanoghost("rename", "toy@me", "toy@you")[0] == 0
+    assert nanoghost("rename", "toy", "big")[0] == 0
+    assert adapters_of("big") == ["big@you"] and not adapters_of("toy")
+    assert nanoghost("chat", "big@you", "--prompt", "Hello", "--max-tokens", 2)[0] == 0
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "big", "--steps", 1, "--depth", 2, "--force")
+    assert code == 0, err
+    code, _, err = nanoghost("chat", "big@you", "--prompt", "Hello")
+    assert code == 2 and "another model" in err
+    assert nanoghost("rm", "big@you", "--yes")[0] == nanoghost("rm", "big", "--yes")[0] == 0
+
+
+def test_several_adapters_share_one_base(nanoghost, toy):
+    for name, seed in (("a", 0), ("b", 1)):
+        assert nanoghost("sft", toy, "--lora", 2, "--name", name, "--seed", seed, *SHORT)[0] == 0
+    folders = [ModelFolder(f"toy@{name}").path for name in "ab"]
+    model, tokenizer = load_adapted(folders, torch.float32)
+    ids = torch.tensor([render([{"role": "user", "content": "Who are you?"}], tokenizer, True)[0]] * 2)
+    with torch.no_grad():
+        both = model(ids, adapters_B=torch.tensor([0, 1]))
+        for row, folder in enumerate(folders):
+            alone, _ = load_model(folder, torch.float32)
+            assert torch.allclose(both[row], alone(ids)[row], atol=1e-5)
+    assert not torch.equal(both[0], both[1])
+
+
+def test_an_adapter_survives_kill_9_bit_for_bit(nanoghost, toy):
+    common = (toy, "--lora", 4, "--steps", 40, "--lessons", 200, "--batch", 2, "--checkpoint-seconds", 0.1)
+    assert nanoghost("sft", *common, "--name", "whole")[0] == 0
+    folder = ModelFolder("toy@killed")
+    kill_after_checkpoint(start("sft", *common, "--name", "killed"), folder)
+    assert nanoghost("sft", *common, "--name", "killed")[0] == 0
+    assert losses("toy@killed", "sft") == losses("toy@whole", "sft")
+    whole = (ModelFolder("toy@whole").path / "adapter_model.safetensors").read_bytes()
+    assert (folder.path / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_what_an_adapter_of_others_has_and_we_cannot_do_is_refused(model, tmp_path):
+    folder = tmp_path / "toy@me"
+    lora.save_adapter(folder, noisy(new_adapter(model, 2, 8.0, "q", 0)))
+    assert lora.read_adapter(folder, model.config, torch.float32).pairs[0, "q"][2] == 4.0
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 4, "use_rslora": True}))
+    safetensors.torch.save_file({n: torch.cat([t, t], "AB".index(n[-8])) for n, t in tensors.items()},
+                                folder / "adapter_model.safetensors")  # fmt: skip
+    assert lora.read_adapter(folder, model.config, torch.float32).pairs[0, "q"][2] == 4.0  # 8 / sqrt(4)
+    for change, hint in (
+        ({"use_dora": True}, "DoRA"), ({"bias": "all"}, "biases"), ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"peft_type": "IA3"}, "IA3"), ({"rank_pattern": {"q_proj": 3}}, "ranks"), ({"r": 3}, "does not fit"),
+    ):  # fmt: skip
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(lora.UserError, match=hint):
+            lora.read_adapter(folder, model.config, torch.float32)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    head = {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 32)}
+    safetensors.torch.save_file(tensors | head, folder / "adapter_model.safetensors")
+    with pytest.raises(lora.UserError, match="lm_head"):
+        lora.read_adapter(folder, model.config, torch.float32)
+
+
+# ── against PEFT itself ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_peft_computes_the_same(nanoghost, toy):
+    peft = pytest.importorskip("peft", reason="peft is not installed: make parity")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
+    assert nanoghost("sft", toy, "--lora", 4, "--name", "me", "--learning-rate", 10, *SHORT)[0] == 0
+    ours, _ = load_model(ModelFolder("toy@me").path, torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(ModelFolder(toy).path, dtype=torch.float32)
+    ids = torch.randint(10, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = base(ids).logits
+        theirs = peft.PeftModel.from_pretrained(base, ModelFolder("toy@me").path)(ids).logits
+        assert (theirs - plain).abs().max() > 0.01, "the adapter does something"
+        assert (ours(ids) - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_an_adapter_that_peft_saved_is_read(nanoghost, toy, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed: make parity")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
+    base = transformers.AutoModelForCausalLM.from_pretrained(ModelFolder(toy).path, dtype=torch.float32)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM",
+                             init_lora_weights=False)  # fmt: skip
+    theirs = peft.get_peft_model(base, config)
+    theirs.save_pretrained(tmp_path / "toy@theirs")
+    model, _ = load_model(ModelFolder(toy).path, torch.float32)
+    attach(model, [lora.read_adapter(tmp_path / "toy@theirs", model.config, torch.float32)])
+    ids = torch.randint(10, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (model(ids) - theirs(ids).logits).abs().max() <= 1e-4 * model(ids).abs().max()
