@@ -40,7 +40,7 @@ from nanoghost.train.packing import Lesson, PackedBatches, fill, lessons_from, p
 from nanoghost.train.recipe import groups
 from nanoghost.train.sft import train_step
 
-LOGITS = 2**26  # in flight at once: rows go through a model as many at a time as this allows
+LOGITS = 2**25  # in flight at once: as many rows go through a model together as this allows
 GROUP = 16  # examples that a teacher is asked about at once
 
 
@@ -185,8 +185,6 @@ def check(settings: DistillSettings, parent: ModelFolder, teacher: ModelFolder, 
             f"'{parent.name}' cannot learn from the probabilities of '{teacher.name}': {reason}; use --kind sequence,"
             f" or a student made with `pretrain --tokenizer {teacher.name}`"
         )
-    if own.vocab_size > teacher.card["vocab_size"]:
-        raise UserError(f"'{teacher.name}' has probabilities for {teacher.card['vocab_size']} tokens only")
 
 
 def difference(own, theirs) -> str:
@@ -311,6 +309,8 @@ def parts_of(batch, model):
 
 def sequence(settings: DistillSettings, conversations, tokenizer, context: int, teacher, run, display):
     asked = [q for q in map(question, conversations) if q]
+    if not asked:
+        raise UserError(f"{settings.data}: no conversation has a user's message to answer")
     lessons, left_out = lessons_from(answers(settings, asked, teacher, run, display), tokenizer, context)
     if left_out:
         display.say(f"{left_out} answers do not fit into {context} tokens and are left out")
