@@ -1,6 +1,8 @@
 """Distillation: divergences against plain fp64 oracles, what is refused, and every kind at toy size, as a user runs it."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -9,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from nanoghost import cli
 from nanoghost.data.sources import load_conversations
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.runs import ModelFolder
-from nanoghost.train.distill import DistillSettings, distill_step, taught
+from nanoghost.tokenizer import Tokenizer
+from nanoghost.train.distill import DistillSettings, difference, distill_step, taught
 from nanoghost.train.distill_loss import (
     bucket_logprobs,
     distill_loss,
@@ -23,7 +27,7 @@ from nanoghost.train.distill_loss import (
     teacher_buckets,
 )
 from nanoghost.train.packing import Lesson, fill, pack
-from tests.conftest import TOY
+from tests.conftest import TOY, toy_text
 from tests.test_training import kill_after_checkpoint, losses, start
 
 V, K = 50, 6
@@ -189,37 +193,42 @@ def test_a_student_comes_to_expect_what_its_teacher_expects(kind, beta):
 
 # ── the stage ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-STEPS = ("--steps", 4, "--batch", 4, "--examples", 20, "--max-tokens", 8, "--context", 64)
+SMALL = ("--context", 64, "--batch", 4, "--examples", 20, "--max-tokens", 8)
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory):
+    """A home with a teacher, toy; nano, with toy's tokenizer; and other, with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("school")
+    text = folder / "notes.txt"
+    text.write_text(toy_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOGHOST_HOME", str(folder / "home"))
+        for name, words in (
+            ("toy", (*TOY, "--steps", 12)),
+            ("nano", (*TOY, "--steps", 1, "--depth", 1, "--arch", "llama", "--tokenizer", "toy")),
+            ("other", (*TOY, "--steps", 12, "--vocab-size", 300)),
+        ):
+            cli.main(["pretrain", "--data", str(text), "--name", name, *map(str, words)])
+    return folder
 
 
 @pytest.fixture
-def pair(nanoghost, toy_file, toy_base):
-    """A teacher named toy and a student named nano with its tokenizer."""
-    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "nano", "--tokenizer", toy_base, "--arch", "llama",
-                             "--steps", 1, "--depth", 1, "--context", 64, "--batch", 2)  # fmt: skip
-    assert code == 0, err
-    return "nano", toy_base
+def distill(school, home, nanoghost):
+    """Run `distill` in a copy of that home: figures, or the line that refuses."""
+    shutil.copytree(school / "home", home)
+
+    def run(student, *words):
+        code, out, err = nanoghost("distill", student, *SMALL, *words, "--json")
+        assert code in (0, 2) and "Traceback" not in err, err
+        return json.loads(out) if code == 0 else err.strip().splitlines()[-1]
+
+    return run
 
 
-def test_probabilities_are_asked_once_and_learned(nanoghost, pair, toy_file, home):
-    student, teacher = pair
-    common = (
-        "distill",
-        student,
-        "--teacher",
-        teacher,
-        "--kind",
-        "token",
-        "--data",
-        toy_file,
-        *STEPS,
-        "--steps",
-        40,
-        "--json",
-    )
-    code, out, err = nanoghost(*common, "--name", "with", "--share", 1)
-    assert code == 0, err
-    figures = json.loads(out)
+def test_probabilities_are_asked_once_and_learned(distill, school, home, nanoghost):
+    common = ("--teacher", "toy", "--kind", "token", "--data", school / "notes.txt")
+    figures = distill("nano", *common, "--name", "with", "--steps", 40, "--share", 1)
     assert {"name", "parameters", "tokens", "seconds", "tokens_per_second", "flops_per_second", "bpb"} <= set(figures)
     assert figures["tokens"] == 40 * 4 * 64
     course = losses("with", "distill")
@@ -227,105 +236,81 @@ def test_probabilities_are_asked_once_and_learned(nanoghost, pair, toy_file, hom
     first, *others = sorted(home.glob("data/probabilities-*/*"))
     times, content = [path.stat().st_mtime_ns for path in others], first.read_bytes()
     first.unlink()
-    code, out, err = nanoghost(*common, "--name", "without", "--share", 0)
-    assert code == 0, err
+    assert distill("nano", *common, "--name", "without", "--steps", 2, "--share", 0)["name"] == "without"
     assert first.read_bytes() == content, "what is missing is asked again, and is the same"
     assert others and times == [path.stat().st_mtime_ns for path in others], "the rest was there already"
     card = ModelFolder("with").card
-    assert card["teacher"]["name"] == teacher and card["parent"]["name"] == student
-    code, out, err = nanoghost("eval", "with", "--problems", 2, "--json")
+    assert card["teacher"]["name"] == "toy" and card["parent"]["name"] == "nano"
+    code, _, err = nanoghost("report", "with")
     assert code == 0, err
 
 
-def test_answers_are_kept_as_conversations_and_learned(nanoghost, toy_base, toy_file, tmp_path, home):
+def test_answers_are_kept_as_conversations_and_learned(distill, home, tmp_path, nanoghost):
     """The tokenizers differ. The teacher has one answer for everything, so the student can learn it."""
     chats, asked = tmp_path / "chats.jsonl", tmp_path / "asked.jsonl"
-    turn = [{"role": "user", "content": "king?"}, {"role": "assistant", "content": "The king sees."}]
-    chats.write_text("".join(json.dumps({"messages": turn}) + "\n" for _ in range(20)))
-    asked.write_text(
-        "".join(json.dumps({"messages": [{"role": "user", "content": f"king {i}?"}]}) + "\n" for i in range(20))
-    )
-    assert nanoghost("sft", toy_base, "--name", "teacher", "--data", chats, "--steps", 60, "--batch", 4)[0] == 0
-    code, _, err = nanoghost(
-        "pretrain", "--data", toy_file, "--name", "other", "--steps", 12, *TOY, "--vocab-size", 300
-    )
-    assert code == 0, err
-    code, out, err = nanoghost("distill", "other", "--teacher", "teacher", "--name", "pupil", "--data", asked, *STEPS,
-                               "--steps", 60, "--temperature", 0, "--json")  # fmt: skip
-    assert code == 0, err
+    turns = [{"role": "user", "content": "king?"}, {"role": "assistant", "content": "The king sees."}]
+    chats.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(20)))
+    asked.write_text("".join(json.dumps({"messages": turns[:1]}) + "\n" for _ in range(20)))
+    assert nanoghost("sft", "toy", "--name", "teacher", "--data", chats, "--steps", 40, "--batch", 4)[0] == 0
+    words = ("--teacher", "teacher", "--data", asked, "--temperature", 0)
+    figures = distill("other", *words, "--name", "pupil", "--steps", 60)
+    assert figures["teacher"] == "teacher" and figures["loss"] < 0.5
     [path] = home.glob("data/answers-*/answers.jsonl")
-    kept = load_conversations(path)
-    assert len(kept) > 10 and all(c[-1]["role"] == "assistant" for c in kept)
-    code, out, err = nanoghost("chat", "pupil", "--prompt", "king 3?", "--temperature", 0)
-    assert (code, out) == (0, kept[0][-1]["content"]), err
+    assert [c[-1] for c in load_conversations(path)] == [turns[1]] * 20
+    assert nanoghost("chat", "pupil", "--prompt", "king?", "--temperature", 0)[1] == "The king sees."
+    assert "--max-tokens" in distill("other", *words, "--name", "short", "--max-tokens", 2)
 
 
-def test_on_policy_the_student_comes_nearer_on_what_it_writes_itself(nanoghost, pair, toy_file):
-    student, teacher = pair
-    code, out, err = nanoghost("distill", student, "--teacher", teacher, "--name", "pupil", "--kind", "on-policy",
-                               "--data", toy_file, *STEPS, "--steps", 30, "--learning-rate", 0.5, "--json")  # fmt: skip
-    assert code == 0, err
+def test_on_policy_the_student_comes_nearer_on_what_it_writes_itself(distill, school):
+    common = ("--teacher", "toy", "--kind", "on-policy", "--learning-rate", 0.5)
+    distill("nano", *common, "--name", "pupil", "--data", school / "notes.txt", "--steps", 30)
     course = list(losses("pupil", "distill").values())
     assert sum(course[-5:]) < 0.5 * sum(course[:5])
-    code, _, err = nanoghost("distill", student, "--teacher", teacher, "--name", "chatty", "--kind", "on-policy", *STEPS,
-                             "--context", 64)  # fmt: skip
-    assert code == 0, err
+    figures = distill("toy", *common, "--name", "itself", "--steps", 2)  # the built-in questions; a Ghost as student
+    assert figures["loss"] < 0.02, "nobody is far from itself"
 
 
 @pytest.mark.parametrize("kind", ["token", "on-policy"])
-def test_it_survives_kill_9_bit_for_bit(nanoghost, pair, toy_file, kind):
-    student, teacher = pair
-    common = ("distill", student, "--teacher", teacher, "--kind", kind, "--data", toy_file, *STEPS, "--steps", 30,
-              "--checkpoint-seconds", 0.1)  # fmt: skip
-    code, _, err = nanoghost(*common, "--name", "whole")
-    assert code == 0, err
+def test_it_survives_kill_9_bit_for_bit(distill, school, nanoghost, kind):
+    common = ("distill", "nano", "--teacher", "toy", "--kind", kind, "--data", school / "notes.txt", *SMALL,
+              "--steps", 25, "--checkpoint-seconds", 0.1)  # fmt: skip
+    assert nanoghost(*common, "--name", "whole")[0] == 0
     folder = ModelFolder("killed")
     kill_after_checkpoint(start(*common, "--name", "killed"), folder)
     assert nanoghost(*common, "--name", "killed")[0] == 0
     assert losses("killed", "distill") == losses("whole", "distill")
-    assert (folder.path / "model.safetensors").read_bytes() == (
-        ModelFolder("whole").path / "model.safetensors"
-    ).read_bytes()
+    weights = [(ModelFolder(name).path / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
 
 
-def test_two_processes_learn_like_one(nanoghost, pair, toy_file):
-    student, teacher = pair
-    common = ("distill", student, "--teacher", teacher, "--kind", "token", "--data", toy_file, *STEPS)
-    code, _, err = nanoghost(*common, "--name", "one")
-    assert code == 0, err
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "nanoghost",
-    ]
-    done = subprocess.run([*torchrun, *map(str, common), "--name", "two"], capture_output=True, text=True, timeout=120)
+def test_two_processes_learn_like_one(distill, school):
+    common = ("--teacher", "toy", "--kind", "token", "--data", school / "notes.txt", "--steps", 4)
+    distill("nano", *common, "--name", "one")
+    torchrun = (sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 -m nanoghost".split())
+    words = map(str, ("distill", "nano", *SMALL, *common, "--name", "two"))
+    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = losses("one", "distill"), losses("two", "distill")
-    assert one.keys() == two.keys()
-    for step, loss in one.items():
-        assert two[step] == pytest.approx(loss, rel=5e-3)
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=5e-3) and len(two) == 4
 
 
-def test_what_cannot_be_learned_from_is_refused(nanoghost, pair, toy_file, tmp_path):
-    student, teacher = pair
-    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "other", "--steps", 1, *TOY, "--vocab-size", 300)
-    assert code == 0, err
-    start = ("distill", student, "--name", "pupil", "--steps", 2)
+def test_what_cannot_be_learned_from_is_refused(distill, school, tmp_path):
     for words, hint in (
         (("--teacher", "other", "--kind", "token"), "300"),
         (("--teacher", "other", "--kind", "on-policy"), "--tokenizer other"),
         (("--teacher", "nobody"), "nobody"),
-        (("--teacher", teacher, "--kind", "magic"), "magic"),
-        (("--teacher", teacher, "--data", toy_file), "sequence"),
-        (("--teacher", teacher, "--kind", "token", "--beta", 2), "--beta"),
-        (("--teacher", teacher, "--kind", "token", "--data", tmp_path / "none.txt"), "none.txt"),
-        (("--teacher", teacher, "--kind", "token", "--data", tmp_path / "none.jsonl"), "none.jsonl"),
+        (("--teacher", "toy", "--kind", "magic"), "magic"),
+        (("--teacher", "toy", "--data", school / "notes.txt"), "sequence"),
+        (("--teacher", "toy", "--kind", "token", "--beta", 2), "--beta"),
+        (("--teacher", "toy", "--kind", "token", "--data", tmp_path / "none.txt"), "none.txt"),
+        (("--teacher", "toy", "--kind", "token", "--data", tmp_path / "none.jsonl"), "none.jsonl"),
     ):
-        code, _, err = nanoghost(*start, *words)
-        assert code == 2 and hint in err.strip().splitlines()[-1], (words, err)
+        assert hint in distill("nano", "--name", "pupil", "--steps", 2, *words), words
         assert not ModelFolder("pupil").path.exists()
+
+
+def test_tokenizers_that_give_one_id_two_meanings_differ(school):
+    mine, theirs = Tokenizer.load(school / "home/models/toy"), Tokenizer.load(school / "home/models/other")
+    assert difference(mine, mine) == "" and "300" in difference(mine, theirs)
+    theirs = Tokenizer.train([toy_text(seed=1).replace("king", "wolf")], 320)
+    assert re.match(r"token \d+ is b'", difference(mine, theirs))

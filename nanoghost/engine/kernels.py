@@ -30,7 +30,14 @@ def available() -> str:
         return ""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        cpp_extension.load(name, [str(SOURCE)], extra_cflags=flags, extra_ldflags=["-fopenmp"], build_directory=str(folder), is_python_module=False)
+        cpp_extension.load(
+            name,
+            [str(SOURCE)],
+            extra_cflags=flags,
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
     except (RuntimeError, OSError, subprocess.CalledProcessError) as e:
         return f"no C++ compiler that works ({str(e).splitlines()[0]})"
     return ""

@@ -122,7 +122,9 @@ class PagedRunner:
             positions += range(row.read, row.read + n)
             wanted += range(len(tokens) - reading.wanted, len(tokens))
         seats, positions = (torch.tensor(x, dtype=torch.int32) for x in (seats, positions))
-        return self.model.forward(torch.tensor(tokens), seats, positions, self.cache, self.table, torch.tensor(wanted, dtype=torch.long))
+        return self.model.forward(
+            torch.tensor(tokens), seats, positions, self.cache, self.table, torch.tensor(wanted, dtype=torch.long)
+        )
 
 
 class Seat:

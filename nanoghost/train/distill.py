@@ -24,7 +24,8 @@ from nanoghost import machine
 from nanoghost.chat import render, shortened
 from nanoghost.data.shards import tokenise
 from nanoghost.data.sources import load_conversations, open_source
-from nanoghost.engine.generate import Sampling, generate
+from nanoghost.engine.generate import generate
+from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
 from nanoghost.model.weights import load_model, load_tokenizer, save_model
