@@ -32,7 +32,9 @@ def test_what_is_packed_is_near_and_packing_again_changes_nothing(bits, error):
     numbers = unpack(packed)
     groups = weight.view(50, 3, 32)
     reach = groups.amax(2) - groups.amin(2) if bits == 4 else groups.abs().amax(2)
-    assert ((numbers - weight).view(50, 3, 32).abs().amax(2) <= 0.51 * error * reach + 1e-3 * groups.abs().amax(2)).all()
+    assert (
+        (numbers - weight).view(50, 3, 32).abs().amax(2) <= 0.51 * error * reach + 1e-3 * groups.abs().amax(2)
+    ).all()
     assert torch.equal(unpack(pack(numbers, bits)), numbers)
     rows = torch.tensor([49, 0, 17])
     assert torch.equal(unpack(packed, rows), numbers[rows])
@@ -86,7 +88,9 @@ def test_attention_over_pages(H, J, D, window):
     cos, sin = rope_table(64, D, 10000.0, None)
     q_norm, k_norm = torch.rand(D) + 0.5, torch.rand(D) + 0.5
     qkv = torch.randn(2, T, (H + 2 * J) * D)
-    cache = torch.full((12, J, 2, LANES * D), torch.nan, dtype=torch.float16)  # whoever reads what nobody wrote is found out
+    cache = torch.full(
+        (12, J, 2, LANES * D), torch.nan, dtype=torch.float16
+    )  # whoever reads what nobody wrote is found out
     table = torch.tensor([[7, 2, 9, 0], [3, 11, 5, 0]], dtype=torch.int32)
 
     def attend(row, start, end):
@@ -216,7 +220,9 @@ def test_nobody_notices_who_else_is_served(tokenizer):
     asked = []
     for i in range(40):
         prompt = rng.choice(beginnings) + rng.sample(words, rng.randint(1, 30))
-        s = Sampling(rng.randint(1, 40), rng.choice([0.0, 0.7, 1.0]), rng.choice([0, 5]), rng.choice([1.0, 0.9]), seed=i)
+        s = Sampling(
+            rng.randint(1, 40), rng.choice([0.0, 0.7, 1.0]), rng.choice([0, 5]), rng.choice([1.0, 0.9]), seed=i
+        )
         asked.append((prompt, s, rng.choice([1, 1, 3])))
     alone = []
     for prompt, s, samples in asked:

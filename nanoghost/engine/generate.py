@@ -137,7 +137,9 @@ class Engine:
             row.unread = row.unread[row.read :]
             self.running.append(row)
         room, batch = self.runner.chunk, []
-        for row in sorted(self.running, key=lambda row: len(row.unread) > 1):  # nobody's next word waits for a long text
+        for row in sorted(
+            self.running, key=lambda row: len(row.unread) > 1
+        ):  # nobody's next word waits for a long text
             count = 1 if len(row.unread) == 1 else min(len(row.unread), max(0, room))
             room -= count
             if count:

@@ -81,7 +81,9 @@ def unpack(p: Packed, rows_N: torch.Tensor | None = None) -> torch.Tensor:
         codes = torch.cat([codes & 15, codes >> 4], 2)
     codes = codes.flatten(2).float()
     scales = p.scales[block, :, lane].float()[..., None]
-    return (codes * scales + p.lows[block, :, lane].float()[..., None] if p.bits == 4 else (codes - 128) * scales).flatten(1)
+    return (
+        codes * scales + p.lows[block, :, lane].float()[..., None] if p.bits == 4 else (codes - 128) * scales
+    ).flatten(1)
 
 
 def fewest_bits(weight_MK: torch.Tensor) -> int:

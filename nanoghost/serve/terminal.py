@@ -144,7 +144,9 @@ def fragments(engine: Engine, row: Row) -> Iterator[Said]:
                 call.append(token)
             else:
                 text += decoder.feed(token)
-            if call and (token == closing or (new and i == len(ids) - 1)):  # as parse_reply: the message's end also ends a call
+            if call and (
+                token == closing or (new and i == len(ids) - 1)
+            ):  # as parse_reply: the message's end also ends a call
                 written = tokenizer.decode(call)
                 text += "" if parse_call(written) else written
                 call = []
