@@ -21,7 +21,7 @@ from rich.table import Table
 from nanoghost import doctor, machine
 from nanoghost.chat import render
 from nanoghost.data.sources import open_source
-from nanoghost.engine.generate import Engine, open_engine
+from nanoghost.engine.generate import open_engine
 from nanoghost.engine.packed import PackedLlama
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError

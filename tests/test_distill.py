@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from nanoghost import cli
-from nanoghost.data.sources import load_conversations
+from nanoghost.data.local import load_conversations
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.runs import ModelFolder

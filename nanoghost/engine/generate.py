@@ -6,7 +6,6 @@ one more token. What a runner is (plain.py: any model; paged.py: packed weights,
 does not notice: its tokens depend on its prompt, its settings and its seed, not on who else is being served.
 """
 
-import importlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,13 +17,11 @@ from nanoghost.chat import following, parse_reply
 from nanoghost.engine.plain import PlainRunner
 from nanoghost.engine.sampler import Sampling, choose, uniform
 from nanoghost.errors import UserError
-from nanoghost.model.weights import load_config, load_model, load_tokenizer, lora
+from nanoghost.model.weights import load_config, load_model, load_tokenizer
 from nanoghost.runs import ModelFolder
 
 TOOL_ROUNDS = 4  # calls a model may make in one answer
 TOOL_ROOM = 64  # tokens that an answer of a tool may take, on average
-ALIKE = 3  # tokens that must recur before what followed them is expected again
-FEW = 4  # rows among which guessing pays: with more, arithmetic and not memory is what is short
 
 
 @dataclass(eq=False)
@@ -60,7 +57,7 @@ class Row:
     finish_reason: str = ""
     """stop, length, cancelled, or empty while running."""
     after: dict[tuple, int] = field(default_factory=dict)
-    """Where in its tokens what followed ALIKE tokens stands."""
+    """Where in its tokens what followed a few tokens stands."""
     indexed: int = 0
     """How many of its tokens are noted there."""
     trust: int = 4
@@ -144,8 +141,8 @@ class Engine:
             room -= count
             if count:
                 up_to_date = count == len(row.unread)
-                may_guess = up_to_date and self.runner.drafts and len(self.running) <= FEW and not row.twins
-                guess = look_up(row) if may_guess else []
+                may_guess = up_to_date and self.runner.drafts and not row.twins
+                guess = self.runner.guess(row) if may_guess else []
                 batch.append(Reading(row, row.unread[:count] + guess, up_to_date + len(guess), len(guess)))
         return batch
 
@@ -201,16 +198,6 @@ class Engine:
             close(row, self.tokenizer)
 
 
-def look_up(row: Row) -> list[int]:
-    """What followed the last few tokens where they stood before (prompt lookup): often right where a text repeats itself."""
-    tokens = row.tokens
-    for i in range(row.indexed, len(tokens) - ALIKE):
-        row.after[tuple(tokens[i : i + ALIKE])] = i + ALIKE
-    row.indexed = max(0, len(tokens) - ALIKE)
-    at = row.after.get(tuple(tokens[-ALIKE:]), len(tokens))
-    return tokens[at : at + min(row.trust, row.limit - len(tokens))]
-
-
 def accept(row: Row, guess: list[int], chosen: list[tuple[int, float]], settle) -> None:
     """Write what was chosen after each guessed token, as long as the guesses were right: the same text as without guessing."""
     for i, (token, logprob) in enumerate(chosen):
@@ -260,14 +247,12 @@ def open_engine(folder: ModelFolder, seats: int = 1) -> Engine:
     base is loaded, and rows that ask for the adapter BASE@NAME get it.
     """
     base = folder.path.with_name(folder.base)
-    packed = importlib.import_module("nanoghost.engine.packed")  # for Llamas only
     config = load_config(base)
-    if packed.packable(config):
-        paged = importlib.import_module("nanoghost.engine.paged")
-        model, tokenizer = packed.load_packed(base), load_tokenizer(base)
-        if folder.name != folder.base:
-            model.adapters[folder.name] = lora().read_adapter(folder.path, config, torch.float32)
-        return Engine(paged.PagedRunner(model, seats * config.context), tokenizer)
+    if config.model_type != "nanoghost":
+        from nanoghost.engine.paged import open_paged
+
+        if runner := open_paged(folder, config, seats):
+            return Engine(runner, load_tokenizer(base))
     model, tokenizer = load_model(folder.path, machine.compute_dtype(), machine.device())
     return Engine(PlainRunner(model, seats, config.context), tokenizer)
 
@@ -292,11 +277,10 @@ def steps(
 def runner_for(model: torch.nn.Module, seats: int, capacity: int):
     """Where `seats` rows of `capacity` tokens find room. A Llama in bf16 is packed for it, as it is at this moment."""
     if model.config.model_type != "nanoghost" and model.head.dtype == torch.bfloat16:
-        packed = importlib.import_module("nanoghost.engine.packed")
-        if packed.packable(model.config):
-            paged = importlib.import_module("nanoghost.engine.paged")
-            whole = min(capacity, model.config.context) + paged.PAGE
-            return paged.PagedRunner(packed.pack_module(model, 16), seats * whole, seats)
+        from nanoghost.engine.paged import paged
+
+        if runner := paged(model, seats, capacity):
+            return runner
     return PlainRunner(model, seats, capacity)
 
 

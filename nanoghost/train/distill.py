@@ -22,8 +22,9 @@ import tyro
 
 from nanoghost import machine
 from nanoghost.chat import render, shortened
+from nanoghost.data.local import load_conversations
 from nanoghost.data.shards import tokenise
-from nanoghost.data.sources import load_conversations, open_source
+from nanoghost.data.sources import open_source
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
