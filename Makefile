@@ -24,9 +24,9 @@ test: .venv/installed  ## run the tests
 	$(BIN)/ruff check --quiet nanoghost tests
 	$(BIN)/python -m pytest -q
 
-parity: .venv/installed  ## compare adopted models with transformers itself (installs it)
+parity: .venv/installed  ## compare models with transformers and llama.cpp (installs both, builds one: minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
-	$(BIN)/python -m pytest -q tests/test_parity.py tests/test_model.py
+	$(BIN)/python -m pytest -q -rs tests/test_parity.py tests/test_llama_cpp.py tests/test_model.py
 
 lines: .venv/installed  ## count what one reads from speedrun.py to the chat
 	@$(BIN)/python -m tests.lines
