@@ -26,7 +26,7 @@ from nanoghost.errors import UserError
 from nanoghost.model.gguf import GGUF
 from nanoghost.model.gguf_llama import settings_of, tensors_of, their_name, tokenizer_of
 from nanoghost.model.llama import CLASSES
-from nanoghost.model.rules import LINE, TEXT, TOKEN, Rule, check, check_settings, either, every, maybe, one_of, table
+from nanoghost.model.rules import TEXT, TOKEN, Rule, check, check_settings, either, every, maybe, one_of, table
 from nanoghost.model.weights import architecture, licence_files, load_model, read_header, read_tensors
 from nanoghost.runs import FORMAT, ModelFolder, home, write_atomic, write_json, writing
 from nanoghost.tokenizer import Tokenizer
@@ -115,7 +115,7 @@ def put(made: Path, place: Path, aside: Path) -> None:
             place.rename(aside)
         made.rename(place)
     finally:
-        if not place.exists():
+        if aside.exists() and not place.exists():
             aside.rename(place)
 
 
@@ -155,7 +155,7 @@ def adopt_gguf(path: Path, made: Path) -> dict:
     g = GGUF(path)
     settings, backend = settings_of(g), tokenizer_of(g)
     field = g.fields.get
-    check(g.fields, dict.fromkeys(("general.name", "general.license", "general.organization"), maybe(LINE)), path)
+    check(g.fields, dict.fromkeys(("general.name", "general.license", "general.organization"), maybe(TEXT)), path)
     found = {their_name(name): t.shape for name, t in g.tensors.items() if name != "rope_freqs.weight"}
     check_shapes(found, settings, path)
     tokens, eos = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.eos_token_id")

@@ -38,7 +38,7 @@ def render_text(source: str, messages: list[dict], generation: bool = False, **n
     try:
         return _compiled(source).render(messages=messages, add_generation_prompt=generation, **names)
     except Exception as e:  # a template is somebody's program: whatever goes wrong in it is its own fault
-        raise UserError(f"the model's chat template does not take this conversation: {' '.join(str(e).split())}") from None
+        raise UserError(f"the model's chat template does not take this conversation: {e}") from None
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def outcome(source) -> str:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "memory was taken"
     model, _ = load_model(home() / "models" / "damaged", torch.float32)
     with torch.no_grad():
-        model(torch.tensor([[1, 2, 3]]))
+        model(torch.tensor([[1]]))
     shutil.rmtree(home() / "models" / "damaged")
     return ""
 
@@ -137,7 +137,7 @@ def changed(said, path, value):
 
 @pytest.mark.parametrize(
     ("file", "cases"),
-    [("config.json", 200), ("tokenizer_config.json", 60), ("generation_config.json", 40), ("tokenizer.json", 200)],
+    [("config.json", 150), ("tokenizer_config.json", 60), ("generation_config.json", 40), ("tokenizer.json", 150)],
 )
 def test_a_folder_with_anything_anywhere(theirs, file, cases):
     rng, whole = random.Random(file), (theirs / file).read_text()

@@ -100,7 +100,7 @@ def same_greedy_words(theirs, model, ids, count: int, rtol: float) -> None:
     assert len(set(written[len(ids) :])) > 3  # it says something
 
 
-@pytest.mark.parametrize(("quant", "most"), [("f32", 1e-4), ("f16", 3e-3), ("q8_0", 3e-2), ("q4_0", 3e-2)])
+@pytest.mark.parametrize(("quant", "most"), [("f32", 1e-4), ("f16", 3e-3), ("q8_0", 5e-2), ("q4_0", 5e-2)])
 def test_an_export_says_the_same_there(nanoghost, folder, tmp_path, quant, most):
     path = tmp_path / "toy.gguf"
     code, _, err = nanoghost("export", folder.name, "--gguf", "--quant", quant, "--out", path)
@@ -202,7 +202,7 @@ def test_a_file_of_k_quants_made_there(nanoghost, tmp_path, kind):
     how = llama_cpp.llama_model_quantize_default_params()
     how.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     path = tmp_path / "small.gguf"
-    assert llama_cpp.llama_model_quantize(str(tmp_path / "toy.gguf").encode(), str(path).encode(), how) == 0
+    assert llama_cpp.llama_model_quantize(str(tmp_path / "toy.gguf").encode(), str(path).encode(), ctypes.byref(how)) == 0
     kinds = {t.kind.name for t in GGUF(path).tensors.values()}
     assert kind.removesuffix("_M") in kinds
     assert nanoghost("adopt", path, "--name", "again")[0] == 0

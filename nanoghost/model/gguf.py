@@ -59,7 +59,7 @@ class GGUF:
         for _ in range(fields):
             key = self._text()
             if key in self.fields:
-                raise self._bad(f"{key!r} is there twice")
+                raise self._bad(f"'{key}' is there twice")
             self.fields[key] = self._value(self._number("I"))
         self.tensors = self._directory(tensors)
 
@@ -74,7 +74,7 @@ class GGUF:
         for _ in range(count):
             name, dimensions = self._text(), self._number("I")
             if not 1 <= dimensions <= 4:
-                raise self._bad(f"tensor {name!r} has {dimensions} dimensions")
+                raise self._bad(f"tensor '{name}' has {dimensions} dimensions")
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
             found.append((name, shape, self._number("I"), self._number("Q")))
         alignment = self.fields.get("general.alignment", 32)
@@ -86,20 +86,20 @@ class GGUF:
         for name, shape, number, offset in found:
             kind = names.get(number)
             if kind is None or kind.name not in READABLE:
-                raise self._bad(f"tensor {name!r} is stored as {kind.name if kind else number}, which is not read here")
+                raise self._bad(f"tensor '{name}' is stored as {kind.name if kind else number}, which is not read here")
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if shape[-1] % block or not all(shape):
-                raise self._bad(f"the rows of tensor {name!r}, {shape[-1]} long, are no whole blocks of {block}")
+                raise self._bad(f"the rows of tensor '{name}', {shape[-1]} long, are no whole blocks of {block}")
             t = Tensor(shape, kind, data + offset, math.prod(shape) // block * block_bytes)
             if offset % alignment or t.start + t.size > len(self._bytes):
-                raise self._bad(f"tensor {name!r} lies outside of the file's {len(self._bytes)} bytes")
+                raise self._bad(f"tensor '{name}' lies outside of the file's {len(self._bytes)} bytes")
             if name in tensors:
-                raise self._bad(f"tensor {name!r} is there twice")
+                raise self._bad(f"tensor '{name}' is there twice")
             tensors[name] = t
         in_order = sorted((t.start, t.start + t.size, name) for name, t in tensors.items())
         for (_, end, name), (start, _, other) in zip(in_order, in_order[1:]):
             if start < end:
-                raise self._bad(f"tensors {name!r} and {other!r} overlap")
+                raise self._bad(f"tensors '{name}' and '{other}' overlap")
         return tensors
 
     # ── bytes ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -53,7 +53,6 @@ def table(rules: Mapping[str, Rule]) -> Rule:
 
 
 TEXT = Rule("a text", lambda x: isinstance(x, str))
-LINE = Rule("a line of text", lambda x: isinstance(x, str) and x.isprintable())
 FLAG = Rule("true or false", lambda x: isinstance(x, bool))
 INTEGERS = Rule("an array of integers", lambda x: isinstance(x, np.ndarray) and x.dtype.kind in "iu")
 TOKEN = whole(0, 2**24)
@@ -80,7 +79,7 @@ POSITIONS = {
     | {"truncate": maybe(FLAG)},
 }
 BASE = maybe(real(2, 1e12))
-HOW = maybe(table({"rope_type": maybe(LINE), "type": maybe(LINE), "rope_theta": BASE}))
+HOW = maybe(table({"rope_type": maybe(TEXT), "type": maybe(TEXT), "rope_theta": BASE}))
 
 SETTINGS = {
     "vocab_size": whole(1, 2**24),
@@ -96,7 +95,7 @@ SETTINGS = {
     "rope_scaling": HOW,
     "rope_parameters": HOW,
     "partial_rotary_factor": maybe(real(0, 1)),
-    "hidden_act": maybe(LINE),
+    "hidden_act": maybe(TEXT),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), maybe(FLAG)),
     "sliding_window": maybe(whole(1, 2**24)),
     "max_window_layers": maybe(whole(0, 1024)),
