@@ -124,17 +124,20 @@ def test_smollm2_says_the_same_as_in_transformers(smollm2):
     """200 greedy tokens for each prompt. At each of them the largest of their logits is the token we wrote, so their
     own greedy continuation is this one; a tie within rounding would be found below."""
     model, tokenizer, their_model, _ = smollm2
-    worst = 0.0
-    for prompt in PROMPTS:
-        ids = render([{"role": "user", "content": prompt}], tokenizer, generation=True)[0]
-        x, cache, written = torch.tensor([ids]), model.new_cache(1, len(ids) + 200), list(ids)
-        with torch.no_grad():
-            for _ in range(200):
-                x = model(x, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
-                written.append(int(x))
-            a, b = their_model(torch.tensor([written])).logits[0], model(torch.tensor([written]))[0]
-        worst = max(worst, float((a - b).abs().max() / a.abs().max()))
-        assert a[len(ids) - 1 : -1].argmax(-1).tolist() == written[len(ids) :], prompt
+    prompts = [render([{"role": "user", "content": p}], tokenizer, generation=True)[0] for p in PROMPTS]
+    longest, worst = max(map(len, prompts)), 0.0
+    x = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    valid = torch.tensor([[False] * (longest - len(ids)) + [True] * len(ids) for ids in prompts])
+    cache, written = model.new_cache(len(prompts), longest + 200), []
+    with torch.no_grad():
+        for step in range(200):
+            x = model(x, cache, valid_BT=None if step else valid, last_only=True)[:, -1].argmax(-1, keepdim=True)
+            written.append(x)
+        for ids, ours in zip(prompts, torch.cat(written, 1).tolist()):
+            whole = torch.tensor([ids + ours])
+            a, b = their_model(whole).logits[0], model(whole)[0]
+            worst = max(worst, float((a - b).abs().max() / a.abs().max()))
+            assert a[len(ids) - 1 : -1].argmax(-1).tolist() == ours, tokenizer.decode(ids)
     print(f"logits differ by at most {worst:.1e}")
     assert worst <= 1e-4
 
