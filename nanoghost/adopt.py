@@ -26,8 +26,21 @@ from nanoghost.errors import UserError
 from nanoghost.model.gguf import GGUF
 from nanoghost.model.gguf_llama import settings_of, tensors_of, their_name, tokenizer_of
 from nanoghost.model.llama import CLASSES
-from nanoghost.model.rules import TEXT, TOKEN, Rule, check, check_settings, either, every, maybe, one_of, table
-from nanoghost.model.weights import architecture, licence_files, load_model, read_header, read_tensors
+from nanoghost.model.rules import (
+    TEXT,
+    TOKEN,
+    Rule,
+    check,
+    check_settings,
+    either,
+    every,
+    licence_files,
+    maybe,
+    one_of,
+    read_header,
+    table,
+)
+from nanoghost.model.weights import architecture, load_model, read_tensors
 from nanoghost.runs import FORMAT, ModelFolder, home, write_atomic, write_json, writing
 from nanoghost.tokenizer import Tokenizer
 from nanoghost.train.stage import new_card

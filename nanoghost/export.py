@@ -19,7 +19,8 @@ from nanoghost.chat import CHAT_TEMPLATE
 from nanoghost.errors import UserError
 from nanoghost.model.gguf_llama import TURNED, gguf_name, tokenizer_fields, turned
 from nanoghost.model.rope import frequencies, kind_of
-from nanoghost.model.weights import licence_files, load_model
+from nanoghost.model.rules import licence_files
+from nanoghost.model.weights import load_model
 from nanoghost.runs import open_model, replacing
 
 KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}

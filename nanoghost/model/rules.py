@@ -4,11 +4,14 @@ config.json, the header of a GGUF file and the settings of a tokenizer are doubt
 are taken at their word.
 """
 
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from nanoghost.errors import UserError
 from nanoghost.model.rope import kind_of
@@ -129,3 +132,18 @@ def check_settings(s: Mapping, where) -> None:
     }
     if reasons := [reason for reason, applies in wrong.items() if applies]:
         raise UserError(f"{where}: {reasons[0]}")
+
+
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """(shape, kind of number) of each tensor of a safetensors file; takes no memory for the numbers."""
+    try:
+        with safe_open(path, "pt") as f:
+            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"cannot read weights {path}: {e}") from None
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """What must travel with the weights."""
+    return sorted(path for path in folder.iterdir() if re.match(r"(?i)(licen[cs]e|notice|copying)\b", path.name))

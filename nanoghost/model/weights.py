@@ -1,7 +1,6 @@
 """Model folders on disk: what Hugging Face transformers and others read, and checkpoints for an exact resume."""
 
 import json
-import re
 from pathlib import Path
 
 import safetensors.torch
@@ -99,21 +98,6 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with safe_open(path, "pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118 (not a dict)
     except (SafetensorError, FileNotFoundError) as e:
-        raise UserError(f"cannot read weights {path}: {e}") from None
-
-
-def licence_files(folder: Path) -> list[Path]:
-    """What must travel with the weights."""
-    return sorted(path for path in folder.iterdir() if re.match(r"(?i)(licen[cs]e|notice|copying)\b", path.name))
-
-
-def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """(shape, kind of number) of each tensor of a safetensors file; takes no memory for the numbers."""
-    try:
-        with safe_open(path, "pt") as f:
-            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (SafetensorError, OSError) as e:
         raise UserError(f"cannot read weights {path}: {e}") from None
 
 
