@@ -30,10 +30,10 @@ from nanoghost.runs import ModelFolder, open_model
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}  # and their modules
 
 KINDS = {  # what a person may ask for; guessing ahead helps where a text repeats what stands before it
-    "a story": "Write a story about {word}.",
-    "an explanation": "Explain to a child what {word} is.",
+    "story": "Write a story about {word}.",
+    "explanation": "Explain to a child what {word} is.",
     "code": "Write a Python class for {word}, and tests for it.",
-    "a copy": "Repeat this text word for word:\n\n{text}",
+    "copy": "Repeat this text word for word:\n\n{text}",
 }
 WORDS = ("a lighthouse", "rain", "the moon", "a library", "bread")
 
@@ -118,7 +118,7 @@ class Transformers:
 
 def texts(tokenizer, count: int, tokens: int, skip: int = 0) -> list[list[int]]:
     """Different pieces of the validation plays."""
-    documents = [d.text for d in open_source("plays").documents() if d.split == "validation"]
+    documents = [d.text for d in open_source("plays").documents() if d.split == "val"]
     starts = [(documents[i % len(documents)], 3000 + 6 * tokens * (i // len(documents))) for i in range(skip, skip + count)]
     return [tokenizer.encode(text[at : at + 8 * tokens])[:tokens] for text, at in starts]
 
@@ -186,7 +186,7 @@ def decode(settings: DecodeSettings) -> None:
             asked = [[{"role": "user", "content": question.format(word=word, text=text)}] for word in WORDS]
             prompts = [render(messages, tokenizer, generation=True)[0] for messages in asked]
             for guess in (False, True):
-                work = f"decode {kind}, {'guessing ahead' if guess else 'without guessing'}"
+                work = f"{kind}, guessing" if guess else kind
                 run = lambda prompts=prompts, guess=guess: statistics.median(  # noqa: E731
                     ours.write([p], settings.tokens, guess, 0.0) for p in prompts
                 )

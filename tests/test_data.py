@@ -33,6 +33,8 @@ def home(tmp_path, monkeypatch):
 class ByteTokenizer:
     """The tokenizer's interface over raw bytes: 256 values and <|endoftext|>."""
 
+    specials = {"<|endoftext|>": 256}
+
     vocab_size = 257
     fingerprint = "b" * 64
 
@@ -40,7 +42,7 @@ class ByteTokenizer:
         self.calls = 0
 
     def special(self, mark):
-        return {"<|endoftext|>": 256}[mark]
+        return self.specials[mark]
 
     def encode_batch(self, texts):
         self.calls += 1
