@@ -138,40 +138,40 @@ def test_the_cache_equals_recomputing(model, chunks):
     cache = model.new_cache(3, 20)
     logits = torch.cat([model(x, cache) for x in x_BT.split(chunks, 1)], 1)
     assert_close(logits, model(x_BT), rtol=1e-4, atol=1e-5)
-    assert cache.length == 12
+    assert cache.starts_B.tolist() == [12] * 3
 
 
-def test_only_the_last_logits_when_only_they_are_wanted(model):
-    x_BT = tokens(2, 7)
-    assert_close(model(x_BT, last_only=True), model(x_BT)[:, -1:], rtol=1e-4, atol=1e-5)
-    assert_close(model(x_BT, model.new_cache(2, 7), last_only=True), model(x_BT)[:, -1:], rtol=1e-4, atol=1e-5)
+def test_only_those_logits_that_are_wanted(model):
+    x_BT, last_B = tokens(2, 7), torch.tensor([6, 3])
+    wanted = model(x_BT)[[0, 1], last_B, None]
+    assert_close(model(x_BT, last_B=last_B), wanted, rtol=1e-4, atol=1e-5)
+    assert_close(model(x_BT, model.new_cache(2, 7), last_B=last_B), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_prompts_of_different_lengths_are_as_if_alone(model):
-    """Padding on the left, then three steps together; then one conversation leaves the batch."""
-    lengths, new = (7, 2, 4), 4
+def test_conversations_of_different_lengths_are_as_if_alone(model):
+    """Prompts padded on the right, then steps together in which now one and now the other waits; a row is copied."""
+    lengths, new, capacity = (7, 2, 4), 4, 11  # the longest fills the cache to its last column
     rows = [tokens(1, n + new) for n in lengths]
     padded = torch.full((3, 7), 17)  # what the padding is must not matter, so it is an ordinary token
-    valid = torch.zeros(3, 7, dtype=torch.bool)
     for i, (row, n) in enumerate(zip(rows, lengths)):
-        padded[i, 7 - n :], valid[i, 7 - n :] = row[0, :n], True
-    cache = model.new_cache(3, 20)
-    steps = [model(padded, cache, valid_BT=valid)[:, -1]]
+        padded[i, :n] = row[0, :n]
+    cache = model.new_cache(4, capacity)
+    cache.take([2, 0, 3], torch.zeros(3, dtype=torch.long))  # seats in any order
+    steps = [model(padded, cache, last_B=torch.tensor(lengths) - 1)[:, 0]]
+    cache.copy([2, 0, 3], [0, 1, 2], 7)
     for t in range(new - 1):
+        cache.take(None, torch.tensor(lengths) + t)
         steps.append(model(torch.cat([row[:, n + t : n + t + 1] for row, n in zip(rows, lengths)]), cache)[:, 0])
     together = torch.stack(steps, 1)
     for i, (row, n) in enumerate(zip(rows, lengths)):
         assert_close(together[i], model(row)[0, n - 1 : n + new - 1], rtol=1e-4, atol=1e-5)
 
-    cache.keep(torch.tensor([2, 0]))
-    last = model(torch.cat([rows[2][:, -1:], rows[0][:, -1:]]), cache)[:, 0]
-    for logits, i in zip(last, (2, 0)):
-        assert_close(logits, model(rows[i])[0, -1], rtol=1e-4, atol=1e-5)
-
-
-def test_logits_before_the_padding_ends_are_finite(model):
-    valid = torch.tensor([[False, False, True]])
-    assert model(tokens(1, 3), model.new_cache(1, 3), valid_BT=valid).isfinite().all()
+    cache.take([1], torch.tensor([5]))  # one reads two more, the others stand
+    assert_close(model(rows[1][:, -1:], cache)[0, 0], model(rows[1])[0, -1], rtol=1e-4, atol=1e-5)
+    cache.take([1, 0], torch.tensor([0, 9]))  # a row begins anew while another pads beyond the end
+    both = model(torch.cat([rows[1][:, :5], rows[0][:, [9, 10, 0, 0, 0]]]), cache)
+    assert_close(both[0], model(rows[1])[0, :5], rtol=1e-4, atol=1e-5)
+    assert_close(both[1, :2], model(rows[0])[0, 9:], rtol=1e-4, atol=1e-5)
 
 
 # ── the start, and counts ───────────────────────────────────────────────────────────────────────────────────────────
@@ -262,7 +262,7 @@ def test_a_token_knows_the_letters_of_its_word_so_far(tokenizer):
     text = "The unkind owl\nsaid t-o o-w-l: 1066, 30+4 naïve owls' heads; wards sdraw  xyzzyx."
     ids = tokenizer.encode(text)
     before = torch.arange(len(ids))[None] - 1
-    rows = word_rows(table, torch.tensor([ids]), before, len(ids))[0].tolist()
+    rows = word_rows(table, torch.tensor([ids]), before, torch.arange(len(ids))[None])[0].tolist()
     word, last = b"", 0
     assert max(map(len, map(tokenizer.token_bytes, ids))) > 2, "some tokens are more than a letter"
     for token, row in zip(ids, rows):

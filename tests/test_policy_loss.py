@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoghost.chat import render
-from nanoghost.engine.generate import Sampling, generate
+from nanoghost.engine.generate import generate
+from nanoghost.engine.sampler import Sampling
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.tokenizer import Tokenizer
 from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss

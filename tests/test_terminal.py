@@ -8,14 +8,15 @@ import torch
 
 from nanoghost import cli
 from nanoghost.data.sources import load_conversations
-from nanoghost.engine.generate import Sampling
+from nanoghost.engine.sampler import Sampling
 from nanoghost.serve.terminal import Conversation, fragments, slash
 from tests.test_generate import Scripted, tokenizer  # noqa: F401
 
 
 def test_text_streams_whole_characters_and_calls_become_a_line(tokenizer):  # noqa: F811
     from nanoghost.chat import render
-    from nanoghost.engine.generate import steps
+    from nanoghost.engine.generate import Engine
+    from nanoghost.engine.plain import PlainRunner
     from nanoghost.tools.calculator import run_tool
 
     call = {
@@ -32,8 +33,9 @@ def test_text_streams_whole_characters_and_calls_become_a_line(tokenizer):  # no
     prompt, _ = render(messages[:1], tokenizer, generation=True)
     model = Scripted(tokenizer, render(messages, tokenizer)[0][len(prompt) :])
     model.start = len(prompt)
-    engine = steps(model, tokenizer, [prompt], Sampling(max_tokens=300, temperature=0), run_tool=run_tool)
-    said = [s for s, _ in fragments(engine, tokenizer) if s.text]
+    engine = Engine(PlainRunner(model, 1, 512), tokenizer)
+    [row] = engine.add(prompt, Sampling(max_tokens=300, temperature=0), run_tool=run_tool)
+    said = [s for s in fragments(engine, row) if s.text]
     assert [s.text for s in said if s.is_tool] == ["calculator(1+1) → 2"]
     assert "".join(s.text for s in said if not s.is_tool) == "Voilà: 2 € 👻"
     assert not any("\ufffd" in s.text for s in said)
@@ -79,7 +81,8 @@ def test_slash_commands(conversation, tmp_path):
 def shown(tokenizer, *script):  # noqa: F811
     """What is shown of an answer of these texts; names of marks stand for the marks. (fragments, messages)"""
     from nanoghost.chat import render
-    from nanoghost.engine.generate import steps
+    from nanoghost.engine.generate import Engine
+    from nanoghost.engine.plain import PlainRunner
     from nanoghost.tools.calculator import run_tool
 
     prompt, _ = render([{"role": "user", "content": "?"}], tokenizer, generation=True)
@@ -92,9 +95,9 @@ def shown(tokenizer, *script):  # noqa: F811
             ids += [tokenizer.special(text)] if text.startswith("<") else tokenizer.encode(text)
     model = Scripted(tokenizer, ids)
     model.start = len(prompt)
-    engine = steps(model, tokenizer, [prompt], Sampling(max_tokens=300, temperature=0), run_tool=run_tool)
-    said = list(fragments(engine, tokenizer))
-    return [s for s, _ in said if s.text], said[-1][1].messages
+    engine = Engine(PlainRunner(model, 1, 512), tokenizer)
+    [row] = engine.add(prompt, Sampling(max_tokens=300, temperature=0), run_tool=run_tool)
+    return [s for s in fragments(engine, row) if s.text], row.messages
 
 
 CALL = '\n{"name": "calculator", "arguments": {"expression": "1+1"}}\n'
@@ -123,16 +126,15 @@ def test_stopping_inside_a_call_keeps_only_what_was_said(conversation):
     conversation.set_system(None)
     conversation.ask("?")
     conversation.sampling = Sampling(max_tokens=len(script) + 50, temperature=0)
-    weights = conversation.model
+    weights = conversation.engine.runner.model
 
     class Scribe(type(weights)):
         def forward(self, tokens, cache=None, **options):
             if not script:
                 raise KeyboardInterrupt
-            cache.length += tokens.size(1)
-            logits = -50 * torch.ones(*tokens.shape, self.config.vocab_size)
-            logits[:, -1, script.pop(0)] = 50.0
-            return logits[:, -1:]
+            logits = -50 * torch.ones(len(tokens), 1, self.config.vocab_size)
+            logits[:, 0, script.pop(0)] = 50.0
+            return logits
 
     weights.__class__ = Scribe
     with pytest.raises(KeyboardInterrupt):

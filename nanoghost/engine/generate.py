@@ -1,44 +1,46 @@
-"""Generation: prompts in, tokens out, one step for all rows at a time, with a KV cache and tools.
+"""Generation: conversations in, tokens out. Rows come and go at every step; a step is schedule, run, postprocess.
 
-When a row ends a message that calls a tool, the tool runs, its answer is fed to the row token by token, and the row
-goes on: the conversation never leaves the cache.
-
-B rows, V vocabulary.
+A row holds what it has not read yet: at first its prompt, then the token it wrote last, or what a tool answered. Each step
+every row reads what is unread, long texts in chunks beside the others' single tokens, and a row that is up to date writes
+one more token. What a runner is (plain.py: any model; paged.py: packed weights, pages shared by equal beginnings), a row
+does not notice: its tokens depend on its prompt, its settings and its seed, not on who else is being served.
 """
 
+import importlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from nanoghost import machine
 from nanoghost.chat import following, parse_reply
+from nanoghost.engine.plain import PlainRunner
+from nanoghost.engine.sampler import Sampling, choose, uniform
 from nanoghost.errors import UserError
+from nanoghost.model.weights import load_model, load_tokenizer
 
 TOOL_ROUNDS = 4  # calls a model may make in one answer
+TOOL_ROOM = 64  # tokens that an answer of a tool may take, on average
+ALIKE = 3  # tokens that must recur before what followed them is expected again
+FEW = 4  # rows among which guessing pays: with more, arithmetic and not memory is what is short
 
 
-@dataclass(frozen=True)
-class Sampling:
-    max_tokens: int = 128
-    """Most tokens a row may write; what a tool answers does not count."""
-    temperature: float = 0.8
-    """0 takes the most probable token."""
-    top_k: int = 0
-    """Only the k most probable tokens; 0: all."""
-    top_p: float = 1.0
-    """Only the most probable tokens that together reach this probability."""
-    seed: int = 0
-    """Same seed, same batch: same tokens."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are cut off."""
-
-
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One conversation being continued."""
 
     prompt: list[int]
+    sampling: Sampling
+    limit: int
+    """Most tokens it may read."""
+    stream: int = 0
+    """Which of the seed's streams of random numbers is this row's."""
+    run_tool: Callable[[dict], str] | None = None
+    """Maps an OpenAI tool call to the tool's answer; without it a call just ends the answer."""
+    adapter: str = ""
+    """Which adapter speaks; empty for the base alone."""
     ids: list[int] = field(default_factory=list)
     """What came after the prompt."""
     logprobs: list[float] = field(default_factory=list)
@@ -47,129 +49,236 @@ class Row:
     """Whether the model chose the id (a tool's text was given)."""
     messages: list[dict] = field(default_factory=list)
     """Finished messages: assistant, tool, assistant ..."""
-    given: deque = field(default_factory=deque)
-    """Tokens that must come next."""
     message_start: int = 0
     """Where in `ids` the message being written begins."""
+    read: int = 0
+    """How many of its tokens are in the cache."""
+    unread: list[int] = field(default_factory=list)
+    """The tokens after them."""
+    twins: list["Row"] = field(default_factory=list)
+    """Other samples of the same prompt, which go on from here once it is read."""
     finish_reason: str = ""
-    """stop, length, or empty while running."""
+    """stop, length, cancelled, or empty while running."""
+    after: dict[tuple, int] = field(default_factory=dict)
+    """Where in its tokens what followed ALIKE tokens stands."""
+    indexed: int = 0
+    """How many of its tokens are noted there."""
+    trust: int = 4
+    """Tokens worth guessing."""
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.ids
+
+    def add(self, ids: list[int], logprobs: list[float], sampled: bool) -> None:
+        self.ids += ids
+        self.logprobs += logprobs
+        self.sampled += [sampled] * len(ids)
+        self.unread += ids
 
 
-def distribution(logits_BV: torch.Tensor, s: Sampling) -> torch.Tensor:
-    """Probabilities that tokens are drawn from: temperature, then top-k, then top-p."""
-    if s.temperature == 0:
-        return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
-    logits_BV = logits_BV / s.temperature
-    if s.top_k:
-        least = logits_BV.topk(min(s.top_k, logits_BV.size(1))).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least, float("-inf"))
-    probs_BV = torch.softmax(logits_BV, 1)
-    if s.top_p < 1:
-        ordered, index = probs_BV.sort(1, descending=True)
-        beyond = ordered.cumsum(1) - ordered >= s.top_p  # the token that crosses the border stays
-        probs_BV = probs_BV.masked_fill(torch.zeros_like(beyond).scatter_(1, index, beyond), 0.0)
-        probs_BV = probs_BV / probs_BV.sum(1, keepdim=True)
-    return probs_BV
+@dataclass
+class Reading:
+    """What a row reads in one step."""
+
+    row: Row
+    tokens: list[int]
+    wanted: int
+    """After how many of these tokens, from the last one back, logits are wanted."""
+    guessed: int = 0
+    """How many of the tokens are only a guess."""
 
 
-def draw(probs_BV: torch.Tensor, generator: torch.Generator) -> tuple[list[int], list[float]]:
-    """One token a row by inverting the cumulative distribution, and the log of its probability."""
-    cumulative = probs_BV.double().cumsum(1)
-    u = torch.rand(len(probs_BV), 1, generator=generator, dtype=torch.double).to(probs_BV.device) * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, u, right=True).clamp_max(probs_BV.size(1) - 1)
-    return ids[:, 0].tolist(), probs_BV.gather(1, ids)[:, 0].log().tolist()
+class Engine:
+    def __init__(self, runner, tokenizer):
+        self.runner, self.tokenizer = runner, tokenizer
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []
+
+    def add(
+        self, prompt: list[int], s: Sampling, samples: int = 1, run_tool=None, adapter: str = "", stream: int = 0
+    ) -> list[Row]:
+        """Queue a prompt to be continued `samples` times, with streams of random numbers from `stream` on.
+
+        Raises UserError if the prompt leaves no room in the context.
+        """
+        context = self.runner.context
+        if len(prompt) >= context:
+            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in a context of {context}")
+        limit = min(context, reach(prompt, s, run_tool))
+        rows = [Row(list(prompt), s, limit, stream + i, run_tool, adapter, unread=list(prompt)) for i in range(samples)]
+        rows[0].twins = rows[1:]
+        self.waiting.append(rows[0])
+        return rows
+
+    def cancel(self, row: Row) -> None:
+        """Stop serving a row, whatever it is doing."""
+        row.finish_reason = row.finish_reason or "cancelled"
+        if row in self.running:
+            self.running.remove(row)
+            self.runner.close(row)
+        elif row in self.waiting:
+            self.waiting.remove(row)
+            if row.twins:
+                first, *others = row.twins
+                first.twins = others
+                self.waiting.appendleft(first)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        batch = self.schedule()
+        logits = self.runner.run(batch)
+        self.postprocess(batch, logits)
+
+    def schedule(self) -> list[Reading]:
+        """Let in whoever finds room; then everybody reads, as far as one step's work allows."""
+        while self.waiting and self.runner.open(self.waiting[0]):
+            row = self.waiting.popleft()
+            row.unread = row.unread[row.read :]
+            self.running.append(row)
+        room, batch = self.runner.chunk, []
+        for row in sorted(self.running, key=lambda row: len(row.unread) > 1):  # nobody's next word waits for a long text
+            count = 1 if len(row.unread) == 1 else min(len(row.unread), max(0, room))
+            room -= count
+            if count:
+                up_to_date = count == len(row.unread)
+                may_guess = up_to_date and self.runner.drafts and len(self.running) <= FEW and not row.twins
+                guess = look_up(row) if may_guess else []
+                batch.append(Reading(row, row.unread[:count] + guess, up_to_date + len(guess), len(guess)))
+        return batch
+
+    def postprocess(self, batch: list[Reading], logits) -> None:
+        """What was read is read; those who are up to date write, and those who are done leave."""
+        writers, places = [], []  # rows with their guesses, and which logits are theirs
+        ready = 0
+        for r in batch:
+            own = len(r.tokens) - r.guessed
+            r.row.read += own
+            r.row.unread = r.row.unread[own:]
+            if r.wanted:
+                for row in [r.row, *self.seat_twins(r.row)]:
+                    writers.append((row, r.tokens[own:]))
+                    places += range(ready, ready + r.wanted)
+                ready += r.wanted
+        if not writers:
+            return
+        asked = [(row, len(row.ids) + i) for row, guess in writers for i in range(len(guess) + 1)]
+        uniforms = [uniform(row.sampling.seed, row.stream, i) for row, i in asked]
+        logits = logits if len(places) == ready else logits[places]
+        chosen = zip(*choose(logits, [row.sampling for row, _ in asked], uniforms))
+        for row, guess in writers:
+            own = [next(chosen) for _ in range(len(guess) + 1)]
+            accept(row, guess, own, self.settle)
+            if row.finish_reason:
+                self.runner.close(row)
+        self.running = [row for row in self.running if not row.finish_reason]
+
+    def seat_twins(self, row: Row) -> list[Row]:
+        """The other samples go on from here, too; those who find no room now wait."""
+        twins, row.twins = [twin for twin in row.twins if not twin.finish_reason], []
+        seated = self.runner.fork(row, twins)
+        for twin in twins[:seated]:
+            twin.read, twin.unread = row.read, []
+        self.running += twins[:seated]
+        self.waiting.extendleft(reversed(twins[seated:]))
+        return twins[:seated]
+
+    def settle(self, row: Row) -> None:
+        """After a token: has a message ended, a tool to run, a limit been reached?"""
+        s, written = row.sampling, sum(row.sampled)
+        if row.ids[-1] in self.tokenizer.ends:
+            finish_message(row, self.tokenizer, written < s.max_tokens)
+        elif written >= s.max_tokens:
+            row.finish_reason = "length"
+        elif s.stop and any(text in self.tokenizer.decode(row.ids[row.message_start :]) for text in s.stop):
+            row.finish_reason = "stop"
+        if row.read + len(row.unread) > row.limit:
+            row.finish_reason = row.finish_reason or "length"
+        unfinished = row.message_start < len(row.ids) or not row.messages
+        if row.finish_reason and unfinished:
+            close(row, self.tokenizer)
 
 
-@torch.no_grad()
+def look_up(row: Row) -> list[int]:
+    """What followed the last few tokens where they stood before (prompt lookup): often right where a text repeats itself."""
+    tokens = row.tokens
+    for i in range(row.indexed, len(tokens) - ALIKE):
+        row.after[tuple(tokens[i : i + ALIKE])] = i + ALIKE
+    row.indexed = max(0, len(tokens) - ALIKE)
+    at = row.after.get(tuple(tokens[-ALIKE:]), len(tokens))
+    return tokens[at : at + min(row.trust, row.limit - len(tokens))]
+
+
+def accept(row: Row, guess: list[int], chosen: list[tuple[int, float]], settle) -> None:
+    """Write what was chosen after each guessed token, as long as the guesses were right: the same text as without guessing."""
+    for i, (token, logprob) in enumerate(chosen):
+        row.add([token], [logprob], True)
+        settle(row)
+        right = i < len(guess) and token == guess[i] and row.unread == [token]
+        if row.finish_reason or not right:
+            break
+        row.read, row.unread = row.read + 1, []
+    if guess:
+        row.trust = min(16, 2 * row.trust) if i == len(guess) else max(2, i + 1)
+
+
+def reach(prompt: list[int], s: Sampling, run_tool) -> int:
+    """How many tokens a row may come to."""
+    return len(prompt) + s.max_tokens + (TOOL_ROOM * TOOL_ROUNDS if run_tool else 0)
+
+
+def finish_message(row: Row, tokenizer, may_go_on: bool) -> None:
+    """A message has ended: run the tool it calls and let the row read the answer, or finish it."""
+    message = parse_reply(row.ids[row.message_start :], tokenizer)
+    row.messages.append(message)
+    rounds = sum(m["role"] == "tool" for m in row.messages)
+    if row.run_tool and may_go_on and "tool_calls" in message and rounds < TOOL_ROUNDS:
+        calls = message["tool_calls"]
+        answers = [{"role": "tool", "tool_call_id": c["id"], "content": row.run_tool(c)} for c in calls]
+        row.messages += answers
+        given = following(answers, tokenizer)[: row.limit + 1 - row.read - len(row.unread)]
+        row.add(given, [0.0] * len(given), False)
+    else:
+        row.finish_reason = "stop"
+    row.message_start = len(row.ids)
+
+
+def close(row: Row, tokenizer) -> None:
+    """The row was cut off: keep what it wrote of its last message, up to a stop text."""
+    message = parse_reply(row.ids[row.message_start :], tokenizer)
+    stops = [message["content"].find(t) for t in row.sampling.stop if t in message["content"]]
+    row.messages.append(message | {"content": message["content"][: min(stops, default=None)]})
+    row.message_start = len(row.ids)
+
+
+def open_engine(folder: Path, seats: int = 1) -> Engine:
+    """An engine for a model folder, with room for `seats` whole contexts.
+
+    A Llama is packed where this machine has the kernels for it; everything else runs as PyTorch has it.
+    """
+    packed = importlib.import_module("nanoghost.engine.packed")  # only adopted models need it
+    if config := packed.packable(folder):
+        paged = importlib.import_module("nanoghost.engine.paged")
+        runner = paged.PagedRunner(packed.load_packed(folder), seats * config.context)
+        return Engine(runner, load_tokenizer(folder))
+    model, tokenizer = load_model(folder, machine.compute_dtype(), machine.device())
+    return Engine(PlainRunner(model, seats, model.config.context), tokenizer)
+
+
 def steps(
-    model,
-    tokenizer,
-    prompts: list[list[int]],
-    s: Sampling,
-    samples: int = 1,
-    run_tool: Callable[[dict], str] | None = None,
+    model, tokenizer, prompts: list[list[int]], s: Sampling, samples: int = 1, run_tool=None
 ) -> Iterator[list[Row]]:
     """Continue every prompt `samples` times; yields all rows after each step. Row p * samples + i belongs to prompt p.
 
-    `run_tool` maps an OpenAI tool call to the tool's answer; without it a call just ends the answer.
-    Raises UserError if a prompt leaves no room in the context.
+    `model` may be a model or a runner. Raises UserError if a prompt leaves no room in the context.
     """
-    longest = max(map(len, prompts))
-    if longest >= model.config.context:
-        raise UserError(f"a prompt of {longest} tokens leaves no room in a context of {model.config.context}")
-    generator = torch.Generator().manual_seed(s.seed)
-    ends = tokenizer.ends
-    device = model.head.device
-    rows = [Row(list(p)) for p in prompts for _ in range(samples)]
-
-    padded = torch.zeros(len(prompts), longest, dtype=torch.long)
-    valid = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for i, p in enumerate(prompts):
-        padded[i, longest - len(p) :] = torch.tensor(p)
-        valid[i, longest - len(p) :] = True
-    capacity = longest + s.max_tokens + (64 * TOOL_ROUNDS if run_tool else 0)
-    cache = model.new_cache(len(prompts), capacity)
-    logits_BV = model(padded.to(device), cache=cache, valid_BT=valid.to(device), last_only=True)[:, 0]
-    if samples > 1:
-        each = torch.arange(len(prompts), device=device).repeat_interleave(samples)
-        cache.keep(each)
-        logits_BV = logits_BV[each]
-
-    seats = list(rows)  # whose line of the cache is whose
-    running = list(rows)
-    while running:
-        drawn = draw(distribution(logits_BV, s), generator)
-        for row, token, logprob in zip(seats, *drawn):
-            if row.finish_reason:
-                continue
-            was_given = bool(row.given)
-            row.ids.append(row.given.popleft() if was_given else token)
-            row.logprobs.append(0.0 if was_given else logprob)
-            row.sampled.append(not was_given)
-            if was_given:
-                if not row.given:
-                    row.message_start = len(row.ids)
-            elif token in ends:
-                finish_message(row, tokenizer, run_tool if sum(row.sampled) < s.max_tokens else None)
-            elif sum(row.sampled) >= s.max_tokens:
-                row.finish_reason = "length"
-            elif s.stop and any(text in tokenizer.decode(row.ids[row.message_start :]) for text in s.stop):
-                row.finish_reason = "stop"
-        for row in running:
-            if cache.length >= cache.tokens.size(1):
-                row.finish_reason = row.finish_reason or "length"
-            unfinished = not row.messages or row.message_start < len(row.ids)
-            if row.finish_reason and unfinished and not row.given:  # what a tool says is no message of the model's
-                close(row, tokenizer, s)
+    capacity = max(reach(p, s, run_tool) for p in prompts)
+    runner = PlainRunner(model, len(prompts) * samples, capacity) if isinstance(model, torch.nn.Module) else model
+    engine = Engine(runner, tokenizer)
+    rows = [row for i, p in enumerate(prompts) for row in engine.add(p, s, samples, run_tool, stream=i * samples)]
+    while not all(row.finish_reason for row in rows):
+        engine.step()
         yield rows
-        running = [row for row in running if not row.finish_reason]
-        if running and len(running) <= 0.7 * len(seats):  # moving the cache costs more than a few idle seats
-            cache.keep(torch.tensor([j for j, row in enumerate(seats) if not row.finish_reason], device=device))
-            seats = running
-        if running:
-            logits_BV = model(torch.tensor([[row.ids[-1]] for row in seats], device=device), cache=cache)[:, 0]
-
-
-def finish_message(row: Row, tokenizer, run_tool) -> None:
-    """A message has ended: run the tool it calls and queue the answer, or finish the row."""
-    message = parse_reply(row.ids[row.message_start :], tokenizer)
-    row.messages.append(message)
-    row.message_start = len(row.ids)
-    rounds = sum(m["role"] == "tool" for m in row.messages)
-    if run_tool and "tool_calls" in message and rounds < TOOL_ROUNDS:
-        answers = [{"role": "tool", "tool_call_id": c["id"], "content": run_tool(c)} for c in message["tool_calls"]]
-        row.messages += answers
-        row.given.extend(following(answers, tokenizer))
-    else:
-        row.finish_reason = "stop"
-
-
-def close(row: Row, tokenizer, s: Sampling) -> None:
-    """The row was cut off: keep what it wrote of its last message, up to a stop text."""
-    message = parse_reply(row.ids[row.message_start :], tokenizer)
-    cut = min((message["content"].find(t) for t in s.stop if t in message["content"]), default=None)
-    row.messages.append(message | {"content": message["content"][:cut]})
-    row.message_start = len(row.ids)
 
 
 def generate(model, tokenizer, prompts, s: Sampling, samples: int = 1, run_tool=None) -> list[Row]:

@@ -10,7 +10,8 @@ import tyro
 from nanoghost import machine
 from nanoghost.data.shards import tokenise
 from nanoghost.data.sources import open_source
-from nanoghost.engine.generate import Sampling, generate
+from nanoghost.engine.generate import generate
+from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
 from nanoghost.evals.skills import accuracy, attempt

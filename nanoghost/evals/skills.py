@@ -3,7 +3,8 @@
 import math
 
 from nanoghost.chat import render
-from nanoghost.engine.generate import Row, Sampling, generate
+from nanoghost.engine.generate import Row, generate
+from nanoghost.engine.sampler import Sampling
 from nanoghost.tools.calculator import run_tool
 
 

@@ -146,8 +146,8 @@ class Ghost(nn.Module):
     def hidden(self, tokens_BT, layout: Layout, cache: Cache | None = None):
         """Last hidden states (B, T, D), and the letters of each token's word so far, as tokens (B, T, P; -1 for none)."""
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
-        seen_BS = tokens_BT if cache is None else cache.tokens[:, : cache.length]
-        rows_BTP = letters.word_rows(self.letters, seen_BS, layout.before_BS, tokens_BT.size(1))
+        seen_BS = tokens_BT if cache is None else cache.seen
+        rows_BTP = letters.word_rows(self.letters, seen_BS, layout.before_BS, layout.columns_BT)
         embedding_BTD = self.embed(tokens_BT, layout, rows_BTP, seen_BS)
         values = iter(self.values)
         x_BTD = embedding_BTD
@@ -189,23 +189,24 @@ class Ghost(nn.Module):
         gates = torch.stack([vocabulary + letter * (1 - there), copy, letter], -1)
         return copies_BTS, letters_BTS, places_BTP, spelled_BSP, gates
 
-    def forward(self, tokens_BT, cache: Cache | None = None, segments_BT=None, valid_BT=None, last_only=False):
-        """Log-probabilities of the next token (B, T, V) in fp32; only after the last token, (B, 1, V), with `last_only`.
+    def forward(self, tokens_BT, cache: Cache | None = None, segments_BT=None, last_B=None):
+        """Log-probabilities of the next token (B, T, V) in fp32; only after one token in each row, (B, 1, V), with `last_B`.
 
         `segments_BT` numbers the conversations packed into a row: nothing passes between different numbers.
-        `cache` holds what was read before; `valid_BT` is False where new columns are only padding (on the left).
+        `cache` holds what was read before.
         """
         if cache is None:
             layout = text_layout(tokens_BT, self.head.dtype, segments_BT)
         else:
-            layout = cache.layout(tokens_BT, valid_BT, self.head.dtype)
+            layout = cache.layout(tokens_BT, self.head.dtype)
         h_BTD, spelled_BTP = self.hidden(tokens_BT, layout, cache)
         copies_BTS, letters_BTS, places_BTP, spelled_BSP, gates = self.point(h_BTD, spelled_BTP, layout, cache)
-        if last_only:
+        if last_B is not None:
+            rows_B = torch.arange(len(last_B), device=last_B.device)
             h_BTD, copies_BTS, letters_BTS, places_BTP, gates = (
-                x[:, -1:] for x in (h_BTD, copies_BTS, letters_BTS, places_BTP, gates)
+                x[rows_B, last_B, None] for x in (h_BTD, copies_BTS, letters_BTS, places_BTP, gates)
             )
-        seen_BS = tokens_BT if cache is None else cache.tokens[:, : cache.length]
+        seen_BS = tokens_BT if cache is None else cache.seen
         vocabulary, copy, letter = gates.split(1, -1)
         probs_BTV = torch.softmax(F.linear(h_BTD, self.head).float(), -1) * vocabulary
         probs_BTV = probs_BTV.scatter_add(2, seen_BS[:, None].expand_as(copies_BTS), copies_BTS * copy)

@@ -91,12 +91,14 @@ class Layout:
     """Where in its row the token before each stands, of all that were read so far; -1 where there is none."""
     positions_BT: torch.Tensor
     """For the rotary embedding; (T,) if they are the same in all rows."""
+    columns_BT: torch.Tensor
+    """Where in its row each new token stands."""
     mask_BTS: torch.Tensor
     """-inf where a token (T) may not see another (S), else 0; B is 1 if all rows are alike."""
 
     def previous(self, tokens_BS):
         """The token before each new one, (B, T); 0 where there is none."""
-        before_BT = self.before_BS[:, -self.positions_BT.size(-1) :]
+        before_BT = self.before_BS.gather(1, self.columns_BT)
         return tokens_BS.gather(1, before_BT.clamp(0)) * (before_BT >= 0)
 
     def within(self, window: int):
@@ -116,7 +118,7 @@ def text_layout(tokens_BT, dtype, segments_BT=None) -> Layout:
     before_BS = (positions - 1).repeat(B, 1)
     if segments_BT is not None:
         before_BS[:, 1:].masked_fill_(segments_BT[:, 1:] != segments_BT[:, :-1], -1)
-    return Layout(before_BS, positions, causal_mask(T, dtype, tokens_BT.device, segments_BT))
+    return Layout(before_BS, positions, positions.expand(B, T), causal_mask(T, dtype, tokens_BT.device, segments_BT))
 
 
 def shared_prompts(prompts: list[list[int]], attempts: list[list[list[int]]], dtype, device):
@@ -144,7 +146,8 @@ def shared_prompts(prompts: list[list[int]], attempts: list[list[list[int]]], dt
             at = end
     seen, looking = segments[:, None, :], segments[:, :, None]
     visible = torch.ones(T, T, dtype=torch.bool).tril() & ((seen == looking) | (seen == 0))
-    layout = Layout(before.to(device), positions.to(device), additive(visible, dtype).to(device))
+    columns = torch.arange(T).expand(B, T)
+    layout = Layout(before.to(device), positions.to(device), columns.to(device), additive(visible, dtype).to(device))
     return tokens.to(device), layout, tuple(torch.tensor(places, device=device).unbind(1))
 
 
@@ -225,56 +228,68 @@ def token_logprobs(hidden_ND, head_VD, targets_N):
 
 
 class Cache:
-    """Keys and values of what was read so far: (layers, B, H, capacity, K), the tokens, and which columns are real.
+    """Keys and values of what each row has read, (layers, B, H, capacity, K), and the tokens: token n in column n.
 
-    Shorter prompts are padded on the left. Rotary embeddings see only differences of positions, so a column's number
-    serves as its position and padding needs nothing but a mask. `pointed` holds what the two pointers of a Ghost compare
+    Rows read on from where they stand, each from its own column. Where a row has fewer new tokens than the batch is wide,
+    what pads it on the right lands in columns that it has not reached, out of sight until they are overwritten; one column
+    more than the capacity takes what would land beyond the end. `pointed` holds what the two pointers of a Ghost compare
     with, the first one's keys a column late, and `spelled` the letters that its second one chooses from.
     """
 
     def __init__(self, layers, rows, capacity, heads, head_width, dtype, device="cpu", pointer_width=0, places=0):
-        self.k = torch.zeros(layers, rows, heads, capacity, head_width, dtype=dtype, device=device)
+        self.k = torch.zeros(layers, rows, heads, capacity + 1, head_width, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
-        self.pointed = torch.zeros(rows, capacity + 1, 2, pointer_width, dtype=dtype, device=device)
-        self.spelled = torch.full((rows, capacity, places), -1, device=device)
-        self.tokens = torch.zeros(rows, capacity, dtype=torch.long, device=device)
-        self.valid = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
-        self.length = 0
+        self.pointed = torch.zeros(rows, capacity + 2, 2, pointer_width, dtype=dtype, device=device)
+        self.spelled = torch.full((rows, capacity + 1, places), -1, device=device)
+        self.tokens = torch.zeros(rows, capacity + 1, dtype=torch.long, device=device)
+        self.capacity = capacity
+        self.take(None, torch.zeros(rows, dtype=torch.long, device=device))
 
-    def layout(self, tokens_BT, valid_BT, dtype) -> Layout:
-        """Read new tokens; `valid_BT` is False where they are only padding."""
-        start, end = self.length, self.length + tokens_BT.size(1)
-        self.length = end
-        self.tokens[:, start:end] = tokens_BT
-        self.valid[:, start:end] = True if valid_BT is None else valid_BT
-        columns = torch.arange(end, device=tokens_BT.device)
-        before_BS = (columns - 1).repeat(len(tokens_BT), 1)
-        before_BS[:, 1:].masked_fill_(~self.valid[:, : end - 1], -1)
-        visible = self.valid[:, None, :end] & (columns[None, None] <= columns[start:, None])
-        visible[..., range(end - start), range(start, end)] = True  # padding sees itself: softmax of nothing is NaN
-        return Layout(before_BS, columns[start:], additive(visible, dtype))
+    def take(self, rows: list[int] | None, starts_B: torch.Tensor) -> None:
+        """Who reads next, and from which column on; None for rows 0, 1, ... Without this, all go on where they are."""
+        self.rows = slice(0, len(starts_B)) if rows is None else torch.tensor(rows, device=self.k.device)
+        self.starts_B = starts_B
+
+    def layout(self, tokens_BT, dtype) -> Layout:
+        """Read new tokens."""
+        B, T = tokens_BT.shape
+        device = tokens_BT.device
+        columns_BT = (self.starts_B[:, None] + torch.arange(T, device=device)).clamp_max_(self.capacity)
+        self.starts_B = self.starts_B + T
+        self.end = int(columns_BT.max()) + 1
+        at_B = torch.arange(B, device=device) if isinstance(self.rows, slice) else self.rows
+        self.at = at_B[:, None], columns_BT
+        self.tokens[self.at] = tokens_BT
+        columns = torch.arange(self.end, device=device)
+        before_BS = (columns - 1).expand(B, -1)
+        positions_BT = columns_BT.clamp_max(self.capacity - 1)
+        return Layout(before_BS, positions_BT, columns_BT, additive(columns <= columns_BT[..., None], dtype))
+
+    @property
+    def seen(self):
+        """All tokens of the rows that read, (B, S); behind a row's own newest token stands anything."""
+        return self.tokens[self.rows, : self.end]
 
     def append(self, layer, k_BTHK, v_BTHK):
         """Store this layer's keys and values of the tokens just read; returns all so far, (B, S, H, K)."""
-        start = self.length - k_BTHK.size(1)
-        self.k[layer, :, :, start : self.length] = k_BTHK.transpose(1, 2)
-        self.v[layer, :, :, start : self.length] = v_BTHK.transpose(1, 2)
-        return (z[layer, :, :, : self.length].transpose(1, 2) for z in (self.k, self.v))
+        rows_B1, columns_BT = self.at
+        for whole, new in ((self.k, k_BTHK), (self.v, v_BTHK)):
+            whole[layer][rows_B1, :, columns_BT] = new
+        return (whole[layer, self.rows, :, : self.end].transpose(1, 2) for whole in (self.k, self.v))
 
     def point(self, keys_BT2W, spelled_BTP):
         """Store what the pointers need of the tokens just read; returns it for all columns so far."""
-        start, end = self.length - keys_BT2W.size(1), self.length
-        self.pointed[:, start + 1 : end + 1, 0] = keys_BT2W[:, :, 0] * self.valid[:, start:end, None]
-        self.pointed[:, start:end, 1] = keys_BT2W[:, :, 1]
-        self.spelled[:, start:end] = spelled_BTP
-        return self.pointed[:, :end], self.spelled[:, :end]
+        rows_B1, columns_BT = self.at
+        self.pointed[rows_B1, columns_BT + 1, 0] = keys_BT2W[:, :, 0]
+        self.pointed[rows_B1, columns_BT, 1] = keys_BT2W[:, :, 1]
+        self.spelled[self.at] = spelled_BTP
+        return self.pointed[self.rows, : self.end], self.spelled[self.rows, : self.end]
 
-    def keep(self, rows):
-        """Keep only these rows, in this order; a row may be named several times."""
-        for name in ("k", "v"):
-            old = getattr(self, name)
-            new = old.new_zeros(old.size(0), len(rows), *old.shape[2:])
-            new[:, :, :, : self.length] = old[:, rows, :, : self.length]
-            setattr(self, name, new)
-        for name in ("pointed", "spelled", "tokens", "valid"):
-            setattr(self, name, getattr(self, name)[rows])
+    def copy(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Let each target row have read what its source has, up to `length` tokens."""
+        if sources:
+            for whole in (self.k, self.v):
+                whole[:, targets, :, :length] = whole[:, sources, :, :length]
+            self.pointed[targets, : length + 1] = self.pointed[sources, : length + 1]
+            self.spelled[targets, :length] = self.spelled[sources, :length]
+            self.tokens[targets, :length] = self.tokens[sources, :length]

@@ -52,15 +52,14 @@ def letter_tokens(table) -> torch.Tensor:
     return tokens
 
 
-def word_rows(table, tokens_BS, before_BS, new: int):
-    """For each of the `new` last tokens the symbols of its word so far, as rows (place, symbol): (B, T, PLACES).
+def word_rows(table, tokens_BS, before_BS, at_BT):
+    """For the tokens in columns `at` the symbols of their words so far, as rows (place, symbol): (B, T, PLACES).
 
     `before` tells where the token before each stands, -1 for nowhere.
     """
-    B, S = tokens_BS.shape
     device = tokens_BS.device
-    at_BT = torch.arange(S - new, S, device=device).expand(B, new)
-    part = table[tokens_BS[:, S - new :]].long()
+    B, new = at_BT.shape
+    part = table[tokens_BS.gather(1, at_BT)].long()
     inside_BT = torch.ones(B, new, dtype=torch.bool, device=device)
     parts = []  # from the newest token of the word to its first one
     for _ in range(HOPS):

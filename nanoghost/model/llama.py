@@ -206,16 +206,16 @@ class Llama(nn.Module):
             x_BTD = block(x_BTD, cos, sin, mask_BTS, layer, cache, adapted)
         return F.rms_norm(x_BTD, (self.config.width,), self.final_norm.to(dtype), self.config.norm_eps)
 
-    def forward(
-        self, tokens_BT, cache: Cache | None = None, segments_BT=None, valid_BT=None, last_only=False, adapters_B=None
-    ):
+    def forward(self, tokens_BT, cache: Cache | None = None, segments_BT=None, last_B=None, adapters_B=None):
         """Logits (B, T, V) in fp32; arguments as in ghost.Ghost.forward, and which adapter each row uses (lora.rows_of)."""
         if cache is None:
             layout = text_layout(tokens_BT, self.head.dtype, segments_BT)
         else:
-            layout = cache.layout(tokens_BT, valid_BT, self.head.dtype)
+            layout = cache.layout(tokens_BT, self.head.dtype)
         h_BTD = self.hidden(tokens_BT, layout, cache, adapters_B)
-        return F.linear(h_BTD[:, -1:] if last_only else h_BTD, self.head).float()
+        if last_B is not None:
+            h_BTD = h_BTD[torch.arange(len(last_B), device=last_B.device), last_B, None]
+        return F.linear(h_BTD, self.head).float()
 
     def logprobs(self, tokens_BT, targets, segments_BT=None, layout: Layout | None = None, places=None):
         """log P(target | tokens so far) in fp32; arguments as in ghost.Ghost.logprobs."""
@@ -289,15 +289,15 @@ class Llama(nn.Module):
     def exported_tensors(self) -> dict[str, torch.Tensor]:
         """model.safetensors with Hugging Face's names."""
         tensors = {ours.replace("blocks.", "model.layers."): t for ours, t in self.state_dict().items()}
-        return {_their_name(name): t[0] if t.dim() == 3 else t for name, t in tensors.items()}
+        return {their_name(name): t[0] if t.dim() == 3 else t for name, t in tensors.items()}
 
     def import_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         own = self.state_dict()
         for name, tensor in own.items():
-            tensor.copy_(tensors[_their_name(name.replace("blocks.", "model.layers."))].view_as(tensor))
+            tensor.copy_(tensors[their_name(name.replace("blocks.", "model.layers."))].view_as(tensor))
 
 
-def _their_name(name: str) -> str:
+def their_name(name: str) -> str:
     table = {
         "embedding": "model.embed_tokens.weight",
         "final_norm": "model.norm.weight",

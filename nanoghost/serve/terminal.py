@@ -18,9 +18,9 @@ import tyro
 
 from nanoghost import machine
 from nanoghost.chat import parse_call, render, shortened
-from nanoghost.engine.generate import Row, Sampling, steps
+from nanoghost.engine.generate import Engine, Row, open_engine
+from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
-from nanoghost.model.weights import load_model
 from nanoghost.runs import home, open_model, write_atomic
 from nanoghost.tokenizer import StreamDecoder
 from nanoghost.tools.calculator import run_tool
@@ -68,7 +68,8 @@ class Conversation:
 
     def __init__(self, name: str | None, sampling: Sampling, system: str | None):
         self.folder = open_model(name)
-        self.model, self.tokenizer = load_model(self.folder.path, machine.compute_dtype(), machine.device())
+        self.engine = open_engine(self.folder.path)
+        self.tokenizer = self.engine.tokenizer
         self.sampling, self.answers = sampling, 0
         self.messages: list[dict] = []
         self.forgotten: list[dict] = []  # turns that no longer fit; /save has them still
@@ -91,7 +92,7 @@ class Conversation:
 
     def ask(self, text: str) -> int:
         """Add a user's message; returns how many old messages no longer fit. Raises UserError if this one alone doesn't."""
-        context = self.model.config.context
+        context = self.engine.runner.context
         room = context - max(LEAST, min(self.sampling.max_tokens, context // 2))
         text = text.encode(errors="replace").decode()  # bytes typed that are no UTF-8 arrive as lone surrogates
         longer = [*self.messages, {"role": "user", "content": text}]
@@ -111,15 +112,16 @@ class Conversation:
         prompt, _ = render(self.messages, self.tokenizer, generation=True)
         sampling = replace(self.sampling, seed=self.sampling.seed + self.answers)
         self.answers += 1
-        begun, row = len(self.messages), None
-        engine = steps(self.model, self.tokenizer, [prompt], sampling, run_tool=run_tool)
+        begun = len(self.messages)
+        [row] = self.engine.add(prompt, sampling, run_tool=run_tool)
         try:
-            for said, row in fragments(engine, self.tokenizer):  # noqa: B007 (`row` is read below)
+            for said in fragments(self.engine, row):
                 if said.text:
                     yield said
         finally:
-            finished = row.messages if row else []
-            rest = row.ids[row.message_start :] if row and not row.given else []
+            self.engine.cancel(row)
+            finished = row.messages
+            rest = row.ids[row.message_start :]
             if (opening := self.tokenizer.specials.get("<tool_call>")) in rest:
                 rest = rest[: rest.index(opening)]  # half a call is nothing that was said
             text = self.tokenizer.decode(rest)
@@ -127,37 +129,37 @@ class Conversation:
             self.messages = self.messages[:begun] + finished + partial
 
 
-def fragments(engine_steps, tokenizer) -> Iterator[tuple[Said, Row]]:
-    """What to show of a single row, and the row, as it grows. Marks are never text, and calls only if they don't parse.
-
-    After every step there is something, if only an empty text: who listens always holds the newest row.
-    """
+def fragments(engine: Engine, row: Row) -> Iterator[Said]:
+    """What to show of a row, as it grows. Marks are never text, and calls only if they don't parse."""
+    tokenizer = engine.tokenizer
     opening, closing = (tokenizer.specials.get(mark) for mark in ("<tool_call>", "</tool_call>"))
-    decoder, call, seen, calls, in_line = StreamDecoder(tokenizer), [], 0, {}, False
-    for (row,) in engine_steps:
-        token, new, text = row.ids[-1], row.messages[seen:], ""
-        seen = len(row.messages)
-        if call or (token == opening and row.sampled[-1]):
-            call.append(token)
-        elif row.sampled[-1]:
-            text = decoder.feed(token)
-        if call and (new or token == closing):  # as parse_reply: the end of the message also ends a call
-            written = tokenizer.decode(call)
-            text += "" if parse_call(written) else written
-            call = []
+    decoder, call, shown, seen, calls, in_line = StreamDecoder(tokenizer), [], 0, 0, {}, False
+    while not row.finish_reason:
+        engine.step()
+        ids = [token for token, own in zip(row.ids[shown:], row.sampled[shown:]) if own]
+        new, text, shown, seen = row.messages[seen:], "", len(row.ids), len(row.messages)
+        for i, token in enumerate(ids):
+            if call or token == opening:
+                call.append(token)
+            else:
+                text += decoder.feed(token)
+            if call and (token == closing or (new and i == len(ids) - 1)):  # as parse_reply: the message's end also ends a call
+                written = tokenizer.decode(call)
+                text += "" if parse_call(written) else written
+                call = []
         if new:
             text += decoder.flush()
         in_line = in_line or bool(text)
-        yield Said(text), row
+        yield Said(text)
         for message in new:
             if message["role"] == "assistant":
                 calls = {c["id"]: c["function"] for c in message.get("tool_calls", ())}
             else:
                 if in_line:
-                    yield Said("\n"), row
+                    yield Said("\n")
                 in_line = False
                 function = calls[message["tool_call_id"]]
-                yield Said(f"{function['name']}({arguments(function)}) → {message['content']}", is_tool=True), row
+                yield Said(f"{function['name']}({arguments(function)}) → {message['content']}", is_tool=True)
 
 
 def arguments(call: dict) -> str:

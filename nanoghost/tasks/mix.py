@@ -17,14 +17,14 @@ from nanoghost.tasks.sums import Sums
 
 # How often each is drawn.
 WEIGHTS = {
-    "plays": 0.06,
-    "identity": 0.15,
-    "sums": 0.19,
-    "spelling": 0.11,
-    "counting": 0.11,
-    "refusal": 0.13,
-    "chain_sum": 0.23,
-    "spell_backward": 0.02,
+    "plays": 0.055,
+    "identity": 0.14,
+    "sums": 0.235,
+    "spelling": 0.12,
+    "counting": 0.14,
+    "refusal": 0.136,
+    "chain_sum": 0.165,
+    "spell_backward": 0.009,
 }
 
 

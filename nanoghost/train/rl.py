@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from nanoghost import machine
-from nanoghost.engine.generate import Sampling
+from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.skills import accuracy, attempt
 from nanoghost.model.layers import shared_prompts
