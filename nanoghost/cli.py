@@ -21,6 +21,12 @@ VERBS = {
     "pretrain": ("train.pretrain", "PretrainSettings", "command", "learn to continue text"),
     "sft": ("train.sft", "SftSettings", "command", "learn to answer, from conversations"),
     "rl": ("train.rl", "RlSettings", "command", "learn from attempts at problems that can be checked"),
+    "distill": (
+        "train.distill",
+        "DistillSettings",
+        "command",
+        "learn from another model: its answers or its probabilities",
+    ),
     "eval": ("evals.evaluate", "EvalSettings", "command", "bits per byte and accuracy on held-out problems"),
     "adopt": ("adopt", "AdoptSettings", "command", "take in a model that others trained"),
     "export": ("export", "ExportSettings", "command", "write a model as a GGUF file"),
@@ -28,6 +34,8 @@ VERBS = {
     "show": ("models", "ShowSettings", "show_command", "a model's card"),
     "rename": ("models", "RenameSettings", "rename_command", "give a model another name"),
     "rm": ("models", "RemoveSettings", "remove_command", "remove a model"),
+    "bench decode": ("bench", "DecodeSettings", "decode", "how fast a model writes here, beside what is possible"),
+    "bench prefill": ("bench", "PrefillSettings", "prefill", "how fast it reads"),
     "doctor": ("doctor", "DoctorSettings", "command", "what this computer does well"),
 }
 
@@ -41,6 +49,8 @@ EXAMPLES = {
     "pretrain": "nanoghost pretrain --data ./my_notes --name mine --minutes 5\n  nanoghost pretrain --depth 2 --steps 100",
     "sft": "nanoghost sft mine --name mine-sft\n  nanoghost sft mine --name mine-sft --data chats.jsonl --minutes 2",
     "rl": "nanoghost rl ghost-sft --name ghost\n  nanoghost rl ghost-sft --name other --variant dr_grpo --tasks chain_sum",
+    "distill": "nanoghost distill ghost-base --teacher ghost --name pupil\n"
+    "  nanoghost distill nano --teacher smollm2 --name pupil --kind token --data plays --context 256",
     "eval": "nanoghost eval ghost\n  nanoghost eval ghost --problems 500 --json",
     "adopt": "nanoghost adopt smollm2\n  nanoghost adopt ./SmolLM2-360M-Instruct --name smol",
     "export": "nanoghost export smollm2 --quant q8_0 --out smollm2.gguf",
@@ -48,6 +58,8 @@ EXAMPLES = {
     "show": "nanoghost show ghost",
     "rename": "nanoghost rename ghost old-ghost",
     "rm": "nanoghost rm old-ghost",
+    "bench decode": "nanoghost bench decode smollm2\n  nanoghost bench decode smollm2 --against llama.cpp,transformers --json",
+    "bench prefill": "nanoghost bench prefill smollm2 --tokens 512",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }
 

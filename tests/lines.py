@@ -1,7 +1,8 @@
 """How much there is to read from `speedrun.py` to the chat: python -m tests.lines
 
 Counts lines of code, without blank lines, comments and docstrings, of every file that `nanoghost/speedrun.py` and
-`nanoghost/serve/terminal.py` import, directly or through others.
+`nanoghost/serve/terminal.py` import, directly or through others. What only some runs need (your own files, the Hub, models
+that others trained) is imported inside the functions that need it, and does not count.
 """
 
 import ast
@@ -22,17 +23,18 @@ def path_of(module: str) -> Path | None:
 
 
 @cache
-def imports_of(path: Path) -> set[str]:
-    """The modules of ours that a file imports, inside functions too."""
+def imports_of(path: Path, inside: bool = True) -> set[str]:
+    """The modules of ours that a file imports; with `inside`, also what is imported inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if inside else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: relative imports hide where a file stands"
-            inside = {f"{node.module}.{alias.name}" for alias in node.names}
-            modules = {name for name in inside if path_of(name)}  # the others are names in a module
-            found |= modules | ({node.module} if modules != inside else set())
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in names if path_of(name)}  # the others are names in a module
+            found |= modules | ({node.module} if modules != names else set())
     return {name for name in found if name.partition(".")[0] == "nanoghost"}
 
 
@@ -45,7 +47,7 @@ def reachable(starts=STARTS) -> set[str]:
             found.add(module)
             path = path_of(module)
             assert path, f"there is no module {module}"
-            waiting += imports_of(path)
+            waiting += imports_of(path, inside=False)
     return found
 
 

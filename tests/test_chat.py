@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import nanoghost.chat
 from nanoghost.chat import CHAT_TEMPLATE, parse_reply, render, render_text, shortened, text_of
-from nanoghost.data.sources import load_conversations
+from nanoghost.data.local import load_conversations
 from nanoghost.errors import UserError
 from nanoghost.tokenizer import SPECIALS, Tokenizer
 from tests.conftest import toy_text

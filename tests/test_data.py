@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanoghost.data import sources
+from nanoghost.data import hub, sources
 from nanoghost.data.batches import Batches, windows
+from nanoghost.data.local import load_conversations, open_local
 from nanoghost.data.shards import pieces_of, tokenise
-from nanoghost.data.sources import Document, Source, load_conversations, open_local, open_plays, open_source
+from nanoghost.data.sources import Document, Source, open_plays, open_source
 from nanoghost.errors import UserError
 from nanoghost.tokenizer import Tokenizer
 
@@ -201,7 +202,7 @@ def test_hub_rows_are_streamed_up_to_a_limit_and_licences_warn(monkeypatch, caps
     api = SimpleNamespace(dataset_info=lambda name, timeout: info)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=lambda: api))
-    source = sources.open_hub("hub:owner/name:small", max_bytes=800)
+    source = hub.open_hub("hub:owner/name:small", max_bytes=800)
     assert asked == {"name": "owner/name", "config": "small", "split": "train", "streaming": True, "revision": "abc123"}
     assert len(list(source.documents())) == 100  # 8 bytes each
     assert source.name == "owner--name-small" and source.licence == "cc-by-nc-4.0"

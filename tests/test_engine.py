@@ -13,6 +13,7 @@ from nanoghost.engine.packed import LANES, load_packed, pack, pack_module, unpac
 from nanoghost.engine.paged import PAGE, PagedRunner
 from nanoghost.engine.sampler import Sampling
 from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.lora import new_adapter
 from nanoghost.model.rope import rope_table
 from nanoghost.model.weights import save_model
 from nanoghost.tokenizer import Tokenizer
@@ -31,7 +32,9 @@ def test_what_is_packed_is_near_and_packing_again_changes_nothing(bits, error):
     numbers = unpack(packed)
     groups = weight.view(50, 3, 32)
     reach = groups.amax(2) - groups.amin(2) if bits == 4 else groups.abs().amax(2)
-    assert ((numbers - weight).view(50, 3, 32).abs().amax(2) <= 0.51 * error * reach + 1e-3 * groups.abs().amax(2)).all()
+    assert (
+        (numbers - weight).view(50, 3, 32).abs().amax(2) <= 0.51 * error * reach + 1e-3 * groups.abs().amax(2)
+    ).all()
     assert torch.equal(unpack(pack(numbers, bits)), numbers)
     rows = torch.tensor([49, 0, 17])
     assert torch.equal(unpack(packed, rows), numbers[rows])
@@ -85,7 +88,9 @@ def test_attention_over_pages(H, J, D, window):
     cos, sin = rope_table(64, D, 10000.0, None)
     q_norm, k_norm = torch.rand(D) + 0.5, torch.rand(D) + 0.5
     qkv = torch.randn(2, T, (H + 2 * J) * D)
-    cache = torch.full((12, J, 2, LANES * D), torch.nan, dtype=torch.float16)  # whoever reads what nobody wrote is found out
+    cache = torch.full(
+        (12, J, 2, LANES * D), torch.nan, dtype=torch.float16
+    )  # whoever reads what nobody wrote is found out
     table = torch.tensor([[7, 2, 9, 0], [3, 11, 5, 0]], dtype=torch.int32)
 
     def attend(row, start, end):
@@ -215,7 +220,9 @@ def test_nobody_notices_who_else_is_served(tokenizer):
     asked = []
     for i in range(40):
         prompt = rng.choice(beginnings) + rng.sample(words, rng.randint(1, 30))
-        s = Sampling(rng.randint(1, 40), rng.choice([0.0, 0.7, 1.0]), rng.choice([0, 5]), rng.choice([1.0, 0.9]), seed=i)
+        s = Sampling(
+            rng.randint(1, 40), rng.choice([0.0, 0.7, 1.0]), rng.choice([0, 5]), rng.choice([1.0, 0.9]), seed=i
+        )
         asked.append((prompt, s, rng.choice([1, 1, 3])))
     alone = []
     for prompt, s, samples in asked:
@@ -270,3 +277,34 @@ def test_attempts_at_one_prompt_read_it_once(tokenizer):
     prompt = tokenizer.encode(toy_text(6))[:53]
     rows = generate(runner, tokenizer, [prompt], Sampling(max_tokens=4, temperature=1.0), samples=8)
     assert read[0] == 53 and all(n <= 8 for n in read[1:]) and len({tuple(row.ids) for row in rows}) > 1
+
+
+@needs_kernels
+def test_each_row_goes_through_the_adapter_it_asks_for(tokenizer):
+    """Two adapters and none side by side write what the merged models and the base write alone."""
+    base = llama(tokenizer)
+    adapters = {}
+    for i, targets in enumerate((None, "q,down")):
+        adapter = new_adapter(base, 4, None, targets, seed=i)
+        for _, b, _ in adapter.pairs.values():
+            b.data = 0.05 * torch.randn(b.shape, generator=torch.Generator().manual_seed(i))
+        adapters[f"toy@{i}"] = adapter
+    model = pack_module(base, 16)
+    model.adapters = adapters
+    prompt = tokenizer.encode(toy_text(4))[:50]
+    with torch.inference_mode():
+        want = {}
+        for name, adapter in {"": None, **adapters}.items():
+            base.adapters = [adapter] if adapter else []
+            want[name] = whole_text(pack_module(base, 16), prompt)[-1]
+        runner = PagedRunner(model, 1000)
+        engine = Engine(runner, tokenizer)
+        names = ["toy@1", "", "toy@0", "toy@0"]
+        seen, run = [], runner.run
+        runner.run = lambda batch: seen.append(run(batch)) or seen[-1]
+        for name in names:
+            engine.add(prompt, Sampling(max_tokens=2, temperature=0), adapter=name)
+        engine.step()
+    for name, logits in zip(names, seen[0]):
+        assert (logits - want[name]).norm() < 0.02 * want[name].norm()
+    assert (want["toy@0"] - want[""]).norm() > 0.2 * want[""].norm() < 5 * (want["toy@1"] - want[""]).norm()

@@ -15,9 +15,9 @@ from tests.lines import ROOT, code_lines, imports_of, table
 
 # From the ground up; a file imports from its own row and the rows below it. A folder stands for all in it.
 ROWS = (
-    ("foundations", "errors runs machine tokenizer chat template progress model"),
+    ("foundations", "errors runs machine tokenizer bpe chat template progress model"),
     ("machinery", "optim data tasks tools engine"),
-    ("stages", "train evals models doctor adopt export"),
+    ("stages", "train evals models doctor adopt export bench bench_llama_cpp"),
     ("rooms", "serve"),
     ("speedrun", "speedrun"),
     ("commands", "cli __main__"),

@@ -8,12 +8,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanoghost.errors import UserError
-from nanoghost.evals.tokens import SAMPLES, EvalSettings, TrainSettings, eval_command, train_command
-from nanoghost.tokenizer import (
-    SPECIALS,
-    StreamDecoder,
-    Tokenizer,
+from nanoghost.bpe import (
     reference_decode,
     reference_encode,
     reference_encode_words,
@@ -22,6 +17,9 @@ from nanoghost.tokenizer import (
     reference_tokens,
     reference_train,
 )
+from nanoghost.errors import UserError
+from nanoghost.evals.tokens import SAMPLES, EvalSettings, TrainSettings, eval_command, train_command
+from nanoghost.tokenizer import SPECIALS, StreamDecoder, Tokenizer
 
 MIXED = [
     "O, that this too too solid flesh would melt,\nThaw and resolve itself into a dew!\n\n  'Tis 1601; we'll see.",

@@ -72,6 +72,8 @@ def tokenizer_for(source, vocab_size: int, say, examples: Sequence[str] = ()) ->
 
 def tokenise(source: Source, tokenizer) -> Shards:
     """The shards of this text under this tokenizer, made at the first call and found again at later ones."""
+    if "<|endoftext|>" not in tokenizer.specials:
+        raise UserError("this tokenizer has no <|endoftext|>, the mark that stands between texts")
     key = hashlib.sha256(f"{FORMAT} {source.fingerprint} {tokenizer.fingerprint}".encode()).hexdigest()
     folder = home() / "data" / f"{source.name}-{key[:8]}"
     folder.parent.mkdir(parents=True, exist_ok=True)

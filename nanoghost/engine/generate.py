@@ -6,11 +6,9 @@ one more token. What a runner is (plain.py: any model; paged.py: packed weights,
 does not notice: its tokens depend on its prompt, its settings and its seed, not on who else is being served.
 """
 
-import importlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -19,12 +17,11 @@ from nanoghost.chat import following, parse_reply
 from nanoghost.engine.plain import PlainRunner
 from nanoghost.engine.sampler import Sampling, choose, uniform
 from nanoghost.errors import UserError
-from nanoghost.model.weights import load_model, load_tokenizer
+from nanoghost.model.weights import load_config, load_model, load_tokenizer
+from nanoghost.runs import ModelFolder
 
 TOOL_ROUNDS = 4  # calls a model may make in one answer
 TOOL_ROOM = 64  # tokens that an answer of a tool may take, on average
-ALIKE = 3  # tokens that must recur before what followed them is expected again
-FEW = 4  # rows among which guessing pays: with more, arithmetic and not memory is what is short
 
 
 @dataclass(eq=False)
@@ -60,7 +57,7 @@ class Row:
     finish_reason: str = ""
     """stop, length, cancelled, or empty while running."""
     after: dict[tuple, int] = field(default_factory=dict)
-    """Where in its tokens what followed ALIKE tokens stands."""
+    """Where in its tokens what followed a few tokens stands."""
     indexed: int = 0
     """How many of its tokens are noted there."""
     trust: int = 4
@@ -137,13 +134,15 @@ class Engine:
             row.unread = row.unread[row.read :]
             self.running.append(row)
         room, batch = self.runner.chunk, []
-        for row in sorted(self.running, key=lambda row: len(row.unread) > 1):  # nobody's next word waits for a long text
+        for row in sorted(
+            self.running, key=lambda row: len(row.unread) > 1
+        ):  # nobody's next word waits for a long text
             count = 1 if len(row.unread) == 1 else min(len(row.unread), max(0, room))
             room -= count
             if count:
                 up_to_date = count == len(row.unread)
-                may_guess = up_to_date and self.runner.drafts and len(self.running) <= FEW and not row.twins
-                guess = look_up(row) if may_guess else []
+                may_guess = up_to_date and self.runner.drafts and not row.twins
+                guess = self.runner.guess(row) if may_guess else []
                 batch.append(Reading(row, row.unread[:count] + guess, up_to_date + len(guess), len(guess)))
         return batch
 
@@ -186,7 +185,7 @@ class Engine:
     def settle(self, row: Row) -> None:
         """After a token: has a message ended, a tool to run, a limit been reached?"""
         s, written = row.sampling, sum(row.sampled)
-        if row.ids[-1] in self.tokenizer.ends:
+        if row.ids[-1] in self.tokenizer.ends and not s.endless:
             finish_message(row, self.tokenizer, written < s.max_tokens)
         elif written >= s.max_tokens:
             row.finish_reason = "length"
@@ -197,16 +196,6 @@ class Engine:
         unfinished = row.message_start < len(row.ids) or not row.messages
         if row.finish_reason and unfinished:
             close(row, self.tokenizer)
-
-
-def look_up(row: Row) -> list[int]:
-    """What followed the last few tokens where they stood before (prompt lookup): often right where a text repeats itself."""
-    tokens = row.tokens
-    for i in range(row.indexed, len(tokens) - ALIKE):
-        row.after[tuple(tokens[i : i + ALIKE])] = i + ALIKE
-    row.indexed = max(0, len(tokens) - ALIKE)
-    at = row.after.get(tuple(tokens[-ALIKE:]), len(tokens))
-    return tokens[at : at + min(row.trust, row.limit - len(tokens))]
 
 
 def accept(row: Row, guess: list[int], chosen: list[tuple[int, float]], settle) -> None:
@@ -251,18 +240,21 @@ def close(row: Row, tokenizer) -> None:
     row.message_start = len(row.ids)
 
 
-def open_engine(folder: Path, seats: int = 1) -> Engine:
-    """An engine for a model folder, with room for `seats` whole contexts.
+def open_engine(folder: ModelFolder, seats: int = 1) -> Engine:
+    """An engine for a finished model, with room for `seats` whole contexts.
 
-    A Llama is packed where this machine has the kernels for it; everything else runs as PyTorch has it.
+    A Llama is packed where this machine has the kernels for it; everything else runs as PyTorch has it. Of BASE@NAME the
+    base is loaded, and rows that ask for the adapter BASE@NAME get it.
     """
-    packed = importlib.import_module("nanoghost.engine.packed")  # only adopted models need it
-    if config := packed.packable(folder):
-        paged = importlib.import_module("nanoghost.engine.paged")
-        runner = paged.PagedRunner(packed.load_packed(folder), seats * config.context)
-        return Engine(runner, load_tokenizer(folder))
-    model, tokenizer = load_model(folder, machine.compute_dtype(), machine.device())
-    return Engine(PlainRunner(model, seats, model.config.context), tokenizer)
+    base = folder.path.with_name(folder.base)
+    config = load_config(base)
+    if config.model_type != "nanoghost":
+        from nanoghost.engine.paged import open_paged
+
+        if runner := open_paged(folder, config, seats):
+            return Engine(runner, load_tokenizer(base))
+    model, tokenizer = load_model(folder.path, machine.compute_dtype(), machine.device())
+    return Engine(PlainRunner(model, seats, config.context), tokenizer)
 
 
 def steps(
@@ -272,13 +264,24 @@ def steps(
 
     `model` may be a model or a runner. Raises UserError if a prompt leaves no room in the context.
     """
-    capacity = max(reach(p, s, run_tool) for p in prompts)
-    runner = PlainRunner(model, len(prompts) * samples, capacity) if isinstance(model, torch.nn.Module) else model
+    runner = model
+    if isinstance(model, torch.nn.Module):
+        runner = runner_for(model, len(prompts) * samples, max(reach(p, s, run_tool) for p in prompts))
     engine = Engine(runner, tokenizer)
     rows = [row for i, p in enumerate(prompts) for row in engine.add(p, s, samples, run_tool, stream=i * samples)]
     while not all(row.finish_reason for row in rows):
         engine.step()
         yield rows
+
+
+def runner_for(model: torch.nn.Module, seats: int, capacity: int):
+    """Where `seats` rows of `capacity` tokens find room. A Llama in bf16 is packed for it, as it is at this moment."""
+    if model.config.model_type != "nanoghost" and model.head.dtype == torch.bfloat16:
+        from nanoghost.engine.paged import paged
+
+        if runner := paged(model, seats, capacity):
+            return runner
+    return PlainRunner(model, seats, capacity)
 
 
 def generate(model, tokenizer, prompts, s: Sampling, samples: int = 1, run_tool=None) -> list[Row]:

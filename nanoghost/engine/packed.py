@@ -24,6 +24,7 @@ from safetensors import safe_open
 from nanoghost.engine import kernels
 from nanoghost.errors import UserError
 from nanoghost.model.llama import Llama, LlamaConfig, their_name
+from nanoghost.model.lora import Adapter
 from nanoghost.model.rope import rope_table
 from nanoghost.runs import read_json, write_atomic
 
@@ -80,7 +81,9 @@ def unpack(p: Packed, rows_N: torch.Tensor | None = None) -> torch.Tensor:
         codes = torch.cat([codes & 15, codes >> 4], 2)
     codes = codes.flatten(2).float()
     scales = p.scales[block, :, lane].float()[..., None]
-    return (codes * scales + p.lows[block, :, lane].float()[..., None] if p.bits == 4 else (codes - 128) * scales).flatten(1)
+    return (
+        codes * scales + p.lows[block, :, lane].float()[..., None] if p.bits == 4 else (codes - 128) * scales
+    ).flatten(1)
 
 
 def fewest_bits(weight_MK: torch.Tensor) -> int:
@@ -114,22 +117,26 @@ def pack_model(config: LlamaConfig, tensor, bits: int | None = None) -> dict:
     return parts
 
 
-def packable(folder: Path) -> LlamaConfig | None:
-    """The configuration of a model folder that can be packed and run on this machine, None for others."""
-    if (folder / "adapter_config.json").exists():
-        return None
-    settings = read_json(folder / "config.json")
-    if settings["model_type"] == "nanoghost":
-        return None
-    c = LlamaConfig.from_settings(settings)
-    fits = c.head_width in (64, 128) and c.width % GROUP == 0 and c.mlp_width % GROUP == 0
-    return c if fits and not kernels.unavailable() else None
+def packable(c) -> bool:
+    """Whether a model of this configuration can be packed and run on this machine."""
+    fits = c.model_type != "nanoghost" and c.head_width in (64, 128) and c.width % GROUP == 0 and c.mlp_width % GROUP == 0
+    return fits and not kernels.unavailable()
 
 
 def pack_module(model: Llama, bits: int) -> "PackedLlama":
-    """What a model being trained says now; nothing is compiled anew."""
+    """What a model being trained says now, its adapter merged; nothing is compiled anew."""
     parameters = dict(model.named_parameters())
-    return PackedLlama(model.config, pack_model(model.config, lambda name: parameters.get(name), bits))
+    corrections = {f"blocks.{i}.{name}": pair for a in model.adapters for (i, name), pair in a.pairs.items()}
+
+    def tensor(name):
+        weight = parameters.get(name)
+        if name in corrections:
+            a_RM, b_NR, scale = corrections[name]
+            weight = weight.float() + scale * (b_NR.float() @ a_RM.float())
+        return weight
+
+    with torch.no_grad():
+        return PackedLlama(model.config, pack_model(model.config, tensor, bits))
 
 
 def load_packed(folder: Path, bits: int | None = None) -> "PackedLlama":
@@ -167,6 +174,8 @@ class PackedLlama:
     """The same function as llama.Llama, for reading along: tokens of any sequences at any positions in one pass."""
 
     def __init__(self, config: LlamaConfig, parts: dict):
+        self.adapters: dict[str, Adapter] = {}
+        """By the name that a row asks for."""
         if reason := kernels.unavailable():
             raise UserError(f"packed weights need compiled kernels: {reason}")
         self.config = config
@@ -177,17 +186,30 @@ class PackedLlama:
         ]
         self.cos, self.sin = rope_table(config.context, config.head_width, config.rope_base, config.rope_scaling)
 
+    def bytes(self) -> int:
+        """Of all packed weights: what a step reads."""
+        packed = [p for p in self.parts.values() if isinstance(p, Packed)]
+        return sum(t.nbytes for p in packed for t in (p.codes, p.scales, p.lows))
+
+    def products(self) -> int:
+        """Multiplications a token, the head included."""
+        packed = {name: p for name, p in self.parts.items() if isinstance(p, Packed)}
+        if not self.config.tied:
+            del packed["embedding"]
+        return sum(p.outputs * p.codes.size(1) * GROUP for p in packed.values())
+
     def new_pages(self, count: int) -> torch.Tensor:
         """(layers, pages, J, 2, 16 x head width) fp16: 16 tokens a page, keys as (head width, 16), values as (16, head width)."""
         c = self.config
         return torch.empty(c.depth, count, c.key_value_heads, 2, LANES * c.head_width, dtype=torch.float16)
 
-    def forward(self, tokens_N, rows_N, positions_N, pages, table, wanted) -> torch.Tensor:
+    def forward(self, tokens_N, rows_N, positions_N, pages, table, wanted, adapted=()) -> torch.Tensor:
         """Logits (wanted, V) in fp32 after the tokens numbered `wanted`.
 
         Token n of sequence rows_N[n] stands at positions_N[n]; that sequence's pages are listed in table[rows_N[n]].
+        `adapted` pairs a slice of the tokens with the adapter that they go through.
         """
-        c, ops, N = self.config, torch.ops.nanoghost, len(tokens_N)
+        c, ops, N, shapes = self.config, torch.ops.nanoghost, len(tokens_N), self.config.matrix_shapes()
         x_ND = unpack(self.parts["embedding"], tokens_N)
         width = (c.heads + 2 * c.key_value_heads) * c.head_width
 
@@ -195,16 +217,31 @@ class PackedLlama:
             ops.linear(x, p.codes, p.scales, p.lows, p.bits, bias, norm, c.norm_eps, out, add)
             return out
 
+        def correct(y, layer, names, inputs):
+            """Add the adapters' part of the matrices of these names, whose outputs stand side by side in y."""
+            for tokens, adapter in adapted:
+                pairs = [adapter.pairs.get((layer, name)) for name in names]
+                if any(pairs):
+                    x = inputs(tokens)
+                for pair, part in zip(pairs, y[tokens].split([shapes[name][0] for name in names], 1)):
+                    if pair:
+                        a_RM, b_NR, scale = pair
+                        part.addmm_(x @ a_RM.T, b_NR.T, alpha=scale)
+
         for layer, (b, cache) in enumerate(zip(self.blocks, pages)):
             turned = (self.cos, self.sin) if layer not in c.unrotated else (x_ND.new_empty(0),) * 2
             window = c.windows[layer] if c.windows else 0
             qkv = linear(x_ND, b["qkv"], torch.empty(N, width), b.get("qkv_bias"), b["attention_norm"])
+            correct(qkv, layer, STACKS["qkv"], lambda t, b=b: F.rms_norm(x_ND[t], (c.width,), b["attention_norm"], c.norm_eps))
             y = ops.attend(
                 qkv, *turned, cache, table, rows_N, positions_N, c.head_width**-0.5, window, b.get("q_norm"), b.get("k_norm"), c.norm_eps
             )  # fmt: skip
             linear(y, b["out"], x_ND, b.get("out_bias"), add=True)
+            correct(x_ND, layer, STACKS["out"], lambda t, y=y: y[t])
             gate_up = linear(x_ND, b["gate_up"], torch.empty(N, 2 * c.mlp_width), norm=b["mlp_norm"])
+            correct(gate_up, layer, STACKS["gate_up"], lambda t, b=b: F.rms_norm(x_ND[t], (c.width,), b["mlp_norm"], c.norm_eps))
             linear(gate_up, b["down"], x_ND, add=True)
+            correct(x_ND, layer, STACKS["down"], lambda t, h=gate_up: F.silu(h[t, : c.mlp_width]) * h[t, c.mlp_width :])
         x_ND = x_ND[wanted]
         head = self.parts["embedding" if c.tied else "head"]
         return linear(x_ND, head, torch.empty(len(x_ND), c.vocab_size), norm=self.parts["final_norm"])

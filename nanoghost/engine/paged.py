@@ -11,7 +11,13 @@ from itertools import count
 import torch
 
 from nanoghost.engine.packed import LANES as PAGE
-from nanoghost.engine.packed import PackedLlama
+from nanoghost.engine.packed import PackedLlama, load_packed, pack_module, packable
+from nanoghost.model.llama import Llama
+from nanoghost.model.lora import read_adapter
+from nanoghost.runs import ModelFolder
+
+ALIKE = 3  # tokens that must recur before what followed them is expected again
+FEW = 4  # rows among which guessing pays: with more, arithmetic and not memory is what is short
 
 
 class PagedRunner:
@@ -111,18 +117,32 @@ class PagedRunner:
             self.leave(page)
         self.seats.append(seat.number)
 
+    def guess(self, row) -> list[int]:
+        """What followed the last few tokens where they stood before (prompt lookup): often right where a text repeats itself."""
+        if len(self.rows) > FEW:
+            return []
+        tokens = row.tokens
+        for i in range(row.indexed, len(tokens) - ALIKE):
+            row.after[tuple(tokens[i : i + ALIKE])] = i + ALIKE
+        row.indexed = max(0, len(tokens) - ALIKE)
+        at = row.after.get(tuple(tokens[-ALIKE:]), len(tokens))
+        return tokens[at : at + min(row.trust, row.limit - len(tokens))]
+
     def run(self, batch: list) -> torch.Tensor:
         """Logits (wanted, V) of the readings, in order."""
-        tokens, seats, positions, wanted = [], [], [], []
+        tokens, seats, positions, wanted, adapted = [], [], [], [], []
         for reading in batch:
             row, n = reading.row, len(reading.tokens)
             self.remember(row)
+            if row.adapter:
+                adapted.append((slice(len(tokens), len(tokens) + n), self.model.adapters[row.adapter]))
             tokens += reading.tokens
             seats += [self.rows[id(row)].number] * n
             positions += range(row.read, row.read + n)
             wanted += range(len(tokens) - reading.wanted, len(tokens))
         seats, positions = (torch.tensor(x, dtype=torch.int32) for x in (seats, positions))
-        return self.model.forward(torch.tensor(tokens), seats, positions, self.cache, self.table, torch.tensor(wanted, dtype=torch.long))
+        tokens, wanted = (torch.tensor(x, dtype=torch.long) for x in (tokens, wanted))
+        return self.model.forward(tokens, seats, positions, self.cache, self.table, wanted, adapted)
 
 
 class Seat:
@@ -130,3 +150,20 @@ class Seat:
 
     def __init__(self, number: int, pages: list[int], known: int):
         self.number, self.pages, self.known = number, pages, known
+
+
+def open_paged(folder: ModelFolder, config, seats: int) -> PagedRunner | None:
+    """The base of a model folder with room for `seats` whole contexts, the adapter beside it; None where it cannot be packed."""
+    if not packable(config):
+        return None
+    model = load_packed(folder.path.with_name(folder.base))
+    if folder.name != folder.base:
+        model.adapters[folder.name] = read_adapter(folder.path, config, torch.float32)
+    return PagedRunner(model, seats * config.context, seats)
+
+
+def paged(model: Llama, seats: int, capacity: int) -> PagedRunner | None:
+    """A model being trained, as it is at this moment, in bf16; None where it cannot be packed."""
+    if not packable(model.config):
+        return None
+    return PagedRunner(pack_module(model, 16), seats * (min(capacity, model.config.context) + PAGE), seats)

@@ -26,6 +26,8 @@ class Sampling:
     """Same seed, same place among the samples: same tokens, whatever else is being written."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are cut off."""
+    endless: bool = False
+    """Go on where the model would end: for measuring."""
 
 
 def distribution(logits_BV: torch.Tensor, s: Sampling) -> torch.Tensor:
@@ -73,7 +75,9 @@ def draw(probs_BV: torch.Tensor, uniforms: list[float]) -> tuple[list[int], list
 
 def uniform(seed: int, stream: int, index: int) -> float:
     """The index-th number of a stream, in [0, 1): splitmix64 (Steele et al. 2014), so that it depends on nothing else."""
-    z = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + (index + 1) * 0x8CB92BA72F3D8DD7) & 0xFFFFFFFFFFFFFFFF
+    z = (
+        seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + (index + 1) * 0x8CB92BA72F3D8DD7
+    ) & 0xFFFFFFFFFFFFFFFF
     for _ in range(2):
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF

@@ -21,7 +21,13 @@ from nanoghost.chat import text_of
 from nanoghost.evals.charts import chart, smooth
 from nanoghost.runs import ModelFolder, open_model, write_atomic
 
-STAGES = {"adopt": "as adopted", "pretrain": "pretraining", "sft": "finetuning", "rl": "reinforcement"}
+STAGES = {
+    "adopt": "as adopted",
+    "pretrain": "pretraining",
+    "sft": "finetuning",
+    "distill": "distillation",
+    "rl": "reinforcement",
+}
 SKILLS = {
     "sums": "sums with the calculator",
     "spelling": "spelling a word",
@@ -167,6 +173,8 @@ class Content:
             drawn.append(chart("validation: bits per byte", {"bpb": validation}, "step", level=floor))
         sft = smooth([(e["step"], e["loss"]) for e in self.events.get("sft", [])], 15)
         drawn.append(chart("finetuning: loss on answers", {"loss": sft}, "step"))
+        distilled = smooth([(e["step"], e["loss"]) for e in self.events.get("distill", [])], 15)
+        drawn.append(chart("distillation: loss", {"loss": distilled}, "step"))
         rl = self.events.get("rl", [])
         tasks = sorted({k for e in rl for k in e if k.startswith("pass_rate_")})
         rates = {k.removeprefix("pass_rate_"): smooth([(e["step"], e[k]) for e in rl], 5) for k in tasks}

@@ -69,6 +69,12 @@ class LlamaConfig:
     def head_width(self) -> int:
         return self.head_dim or self.width // self.heads
 
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each matrix of a layer."""
+        q, kv = self.heads * self.head_width, self.key_value_heads * self.head_width
+        D, F = self.width, self.mlp_width
+        return {"q": (q, D), "k": (kv, D), "v": (kv, D), "out": (D, q), "gate": (F, D), "up": (F, D), "down": (D, F)}
+
     @classmethod
     def from_settings(cls, s: dict) -> "LlamaConfig":
         """From a config.json in Hugging Face's words. What this code cannot do raises UserError."""

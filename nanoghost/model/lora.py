@@ -146,12 +146,12 @@ def load_adapted(folders: list[Path], dtype: torch.dtype, device="cpu"):
     """(base with the adapters of these folders on it, in their order, tokenizer); they must have the same base."""
     base = folders[0].with_name(folders[0].name.partition("@")[0])
     model, tokenizer = load_model(base, dtype, device)
-    attach(model, [read_adapter(folder, model) for folder in folders])
+    attach(model, [read_adapter(folder, model.config, dtype) for folder in folders])
     return model, tokenizer
 
 
-def read_adapter(folder: Path, model) -> Adapter:
-    """The adapter of a folder, ours or another's, in the model's dtype. What cannot be represented raises UserError."""
+def read_adapter(folder: Path, config, dtype: torch.dtype) -> Adapter:
+    """The adapter of a folder, ours or another's, for a base of this configuration. What cannot be represented raises UserError."""
     c = read_json(folder / "adapter_config.json")
     refuse = {
         f"the method {c.get('peft_type')}": c.get("peft_type") != "LORA",
@@ -165,16 +165,16 @@ def read_adapter(folder: Path, model) -> Adapter:
     rank, alpha = c["r"], float(c["lora_alpha"])
     tensors, _ = read_tensors(folder / "adapter_model.safetensors")
     pairs = {}
-    for layer, block in enumerate(model.blocks):
-        for name in MODULES:
-            w_NM, names = getattr(block, name)[0], [_their_name(layer, name, part) for part in "AB"]
+    for layer in range(config.depth):
+        for name, (N, M) in config.matrix_shapes().items():
+            names = [_their_name(layer, name, part) for part in "AB"]
             if names[0] in tensors or names[1] in tensors:
                 found = [tensors.pop(n, None) for n in names]
                 shapes = [None if t is None else tuple(t.shape) for t in found]
-                if shapes != [(rank, w_NM.size(1)), (len(w_NM), rank)]:
+                if shapes != [(rank, M), (N, rank)]:
                     raise UserError(f"the adapter in {folder} does not fit the base's {name} of layer {layer}")
                 scale = alpha / (rank**0.5 if c.get("use_rslora") else rank)
-                pairs[layer, name] = (*(nn.Parameter(t.to(w_NM)) for t in found), scale)
+                pairs[layer, name] = (*(nn.Parameter(t.to(dtype)) for t in found), scale)
     if tensors or not pairs:
         raise UserError(f"the adapter in {folder} is not for this base: {min(tensors, default='it holds no weights')}")
     return Adapter(rank, alpha, pairs)

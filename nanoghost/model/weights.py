@@ -1,6 +1,5 @@
 """Model folders on disk: what Hugging Face transformers and others read, and checkpoints for an exact resume."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -13,28 +12,29 @@ from nanoghost.errors import UserError
 from nanoghost.runs import read_json, write_atomic, write_json
 from nanoghost.tokenizer import Tokenizer
 
-ARCHITECTURES = {"nanoghost": "ghost.Ghost"} | dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3", "smollm3"), "llama.Llama"
-)
+FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 def architecture(model_type: str):
     """(configuration class, model class), imported when they are needed."""
-    if model_type not in ARCHITECTURES:
-        raise UserError(f"a model of kind '{model_type}' cannot run here; nanoghost knows {', '.join(ARCHITECTURES)}")
-    module, name = ARCHITECTURES[model_type].split(".")
-    module = importlib.import_module(f"nanoghost.model.{module}")
-    return getattr(module, f"{name}Config"), getattr(module, name)
+    if model_type == "nanoghost":
+        from nanoghost.model.ghost import Ghost, GhostConfig
 
+        return GhostConfig, Ghost
+    if model_type in FAMILY:
+        from nanoghost.model.llama import Llama, LlamaConfig
 
-def lora():
-    return importlib.import_module("nanoghost.model.lora")  # for adapters only
+        return LlamaConfig, Llama
+    known = ", ".join(("nanoghost", *FAMILY))
+    raise UserError(f"a model of kind '{model_type}' cannot run here; nanoghost knows {known}")
 
 
 def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
     """Write config, weights, tokenizer and chat template; the weights last. Of an adapted model only the adapter."""
     if model.adapters:
-        return lora().save_adapter(folder, model.adapters[0])
+        from nanoghost.model.lora import save_adapter
+
+        return save_adapter(folder, model.adapters[0])
     dialect = tokenizer.dialect
     eos = sorted(dialect.ends) if dialect else tokenizer.special("<|im_end|>")
     names = dialect.names if dialect else {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
@@ -60,16 +60,23 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
 def load_model(folder: Path, dtype: torch.dtype, device="cpu"):
     """(model in the compute dtype, tokenizer) of a model folder. Unreadable weights raise UserError."""
     if (folder / "adapter_config.json").exists():
-        return lora().load_adapted([folder], dtype, device)
-    settings = read_json(folder / "config.json")
-    config_class, model_class = architecture(settings["model_type"])
-    model = model_class(config_class.from_settings(settings))
+        from nanoghost.model.lora import load_adapted
+
+        return load_adapted([folder], dtype, device)
+    config = load_config(folder)
+    model = architecture(config.model_type)[1](config)
     tensors, _ = read_tensors(folder / "model.safetensors")
     expected = {name: tuple(t.shape) for name, t in model.exported_tensors().items()}
     if wrong := [n for n, shape in expected.items() if n not in tensors or tuple(tensors[n].shape) != shape]:
         raise UserError(f"the weights in {folder} do not fit its config.json (first: {wrong[0]})")
     model.import_tensors(tensors)
     return model.cast(dtype).to(device), load_tokenizer(folder)
+
+
+def load_config(folder: Path):
+    """The configuration that a model folder is of."""
+    settings = read_json(folder / "config.json")
+    return architecture(settings["model_type"])[0].from_settings(settings)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -79,9 +86,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if said["chat_template"] != CHAT_TEMPLATE:
         names = {key: said[key] for key in ("bos_token", "eos_token") if said.get(key)}
         eos = generation["eos_token_id"]
-        template = importlib.import_module("nanoghost.template")  # only adopted models need Jinja
+        from nanoghost.template import Dialect
+
         ends = set(eos if isinstance(eos, list) else [eos])
-        tokenizer.dialect = template.Dialect(said["chat_template"], names, ends)
+        tokenizer.dialect = Dialect(said["chat_template"], names, ends)
     return tokenizer
 
 

@@ -68,7 +68,7 @@ class Conversation:
 
     def __init__(self, name: str | None, sampling: Sampling, system: str | None):
         self.folder = open_model(name)
-        self.engine = open_engine(self.folder.path)
+        self.engine = open_engine(self.folder)
         self.tokenizer = self.engine.tokenizer
         self.sampling, self.answers = sampling, 0
         self.messages: list[dict] = []
@@ -113,7 +113,8 @@ class Conversation:
         sampling = replace(self.sampling, seed=self.sampling.seed + self.answers)
         self.answers += 1
         begun = len(self.messages)
-        [row] = self.engine.add(prompt, sampling, run_tool=run_tool)
+        adapter = self.folder.name if "@" in self.folder.name else ""
+        [row] = self.engine.add(prompt, sampling, run_tool=run_tool, adapter=adapter)
         try:
             for said in fragments(self.engine, row):
                 if said.text:
@@ -143,7 +144,9 @@ def fragments(engine: Engine, row: Row) -> Iterator[Said]:
                 call.append(token)
             else:
                 text += decoder.feed(token)
-            if call and (token == closing or (new and i == len(ids) - 1)):  # as parse_reply: the message's end also ends a call
+            if call and (
+                token == closing or (new and i == len(ids) - 1)
+            ):  # as parse_reply: the message's end also ends a call
                 written = tokenizer.decode(call)
                 text += "" if parse_call(written) else written
                 call = []

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from nanoghost.chat import pieces
-from nanoghost.data.sources import load_conversations, open_source
+from nanoghost.data.sources import open_source
 from nanoghost.tasks.base import Task, mixture
 from nanoghost.tasks.gym import ChainSum, SpellBackward, word_list
 from nanoghost.tasks.identity import Identity, identity_facts
@@ -19,12 +19,12 @@ from nanoghost.tasks.sums import Sums
 WEIGHTS = {
     "plays": 0.055,
     "identity": 0.14,
-    "sums": 0.235,
+    "sums": 0.225,
     "spelling": 0.12,
-    "counting": 0.14,
-    "refusal": 0.136,
-    "chain_sum": 0.165,
-    "spell_backward": 0.009,
+    "counting": 0.135,
+    "refusal": 0.13,
+    "chain_sum": 0.187,
+    "spell_backward": 0.008,
 }
 
 
@@ -72,6 +72,8 @@ def spelled_words(texts: list[tuple[str, str]], count: int = 3000) -> list[str]:
 
 def own_conversations(data: str) -> list[list[dict]]:
     """Those of the file in `data`: lessons, FILE, or lessons+FILE."""
+    from nanoghost.data.local import load_conversations
+
     path = data.removeprefix("lessons").removeprefix("+")
     return load_conversations(path) if path else []
 

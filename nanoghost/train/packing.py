@@ -80,26 +80,34 @@ class PackedBatches:
         epoch = next(e for e in range(len(self.starts) - 1) if number < self.starts[e + 1])
         return self.epochs[epoch][number - self.starts[epoch]]
 
+    def rows_at(self, step: int) -> tuple[list[list[int]], int]:
+        """Which lessons the rows of this process hold, and how many tokens are learned in the rows of all."""
+        all_rows = [self.row(n) for n in range(step * self.rows, (step + 1) * self.rows)]
+        learned = sum(sum(self.lessons[i].learned) for row in all_rows for i in row)
+        return all_rows[self.rank :: self.world], learned
+
     def at(self, step: int):
         """inputs, targets, weights, segments, each (R, T): this process's rows.
 
         Weights are the shares of the tokens in the loss: equal where a token is learned, 0 elsewhere; they sum to 1 over
         the rows of all processes.
         """
-        numbers = range(step * self.rows, (step + 1) * self.rows)
-        all_rows = [self.row(n) for n in numbers]
-        learned = sum(sum(self.lessons[i].learned) for row in all_rows for i in row)
-        own = all_rows[self.rank :: self.world]
-        R, T = len(own), self.context
-        ids, segments = np.zeros((R, T + 1), np.int64), np.zeros((R, T + 1), np.int64)
-        weights = np.zeros((R, T + 1), np.float32)
-        for r, row in enumerate(own):
-            at = 0
-            for number, i in enumerate(row):
-                end = at + self.lengths[i]
-                ids[r, at:end], segments[r, at:end] = self.lessons[i].ids, number + 1
-                weights[r, at:end] = self.lessons[i].learned
-                weights[r, at:end] /= learned
-                at = end
-        ids, segments, weights = map(torch.from_numpy, (ids, segments, weights))
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights[:, 1:], segments[:, :-1]
+        own, learned = self.rows_at(step)
+        return fill(own, self.lessons, self.context, learned)
+
+
+def fill(rows: list[list[int]], lessons: list[Lesson], context: int, learned: int):
+    """inputs, targets, weights (1 / `learned` where a token is learned), segments of rows of lessons, each (R, T)."""
+    R, T = len(rows), context
+    ids, segments = np.zeros((R, T + 1), np.int64), np.zeros((R, T + 1), np.int64)
+    weights = np.zeros((R, T + 1), np.float32)
+    for r, row in enumerate(rows):
+        at = 0
+        for number, i in enumerate(row):
+            end = at + len(lessons[i].ids)
+            ids[r, at:end], segments[r, at:end] = lessons[i].ids, number + 1
+            weights[r, at:end] = lessons[i].learned
+            weights[r, at:end] /= learned
+            at = end
+    ids, segments, weights = map(torch.from_numpy, (ids, segments, weights))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights[:, 1:], segments[:, :-1]

@@ -14,10 +14,11 @@ from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
-from nanoghost.model.weights import architecture, save_model
+from nanoghost.model.weights import architecture, load_tokenizer, save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate, momentum
 from nanoghost.progress import Display
+from nanoghost.runs import open_model
 from nanoghost.tasks.mix import example_texts
 from nanoghost.train import stage
 from nanoghost.train.recipe import depth_for, groups, model_config
@@ -39,6 +40,8 @@ class PretrainSettings:
     """ghost (learns fastest) or llama (runs in other engines)."""
     vocab_size: int = 4096
     """Tokens of a new tokenizer."""
+    tokenizer: str | None = None
+    """Take the tokenizer of this model instead of making a new one, so that the model can teach (`distill`)."""
     context: int = 256
     """Tokens in a training row; also the longest conversation of the model."""
     batch: int = 16
@@ -68,7 +71,10 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     stage.check_length(settings)
     check(settings, world)
     source = open_source(settings.data)
-    tokenizer = tokenizer_for(source, settings.vocab_size, display.say, example_texts())
+    if settings.tokenizer:
+        tokenizer = load_tokenizer(open_model(settings.tokenizer).path)
+    else:
+        tokenizer = tokenizer_for(source, settings.vocab_size, display.say, example_texts())
     shards = tokenise(source, tokenizer)
     train = shards.tokens("train")
     batches = Batches(train, settings.context, settings.batch, settings.seed, rank, world)

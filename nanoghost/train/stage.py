@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 from nanoghost import machine
 from nanoghost.errors import UserError
-from nanoghost.model.weights import load_checkpoint, load_model, lora, save_checkpoint
+from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint
 from nanoghost.runs import ModelFolder, Stopping, open_model, writing
 
 NOT_SETTINGS = ("name", "json", "force", "parent", "checkpoint_seconds")  # these do not change what a stage computes
@@ -155,7 +155,9 @@ def named(settings, parent: ModelFolder):
             raise UserError(f"--lora is for models of the Llama family, and '{parent.name}' is a ghost")
         if "@" in parent.name:
             raise UserError(f"'{parent.name}' has an adapter already, which goes on as it is: leave out --lora")
-        lora().check(settings.lora, settings.lora_targets)
+        from nanoghost.model import lora
+
+        lora.check(settings.lora, settings.lora_targets)
     elif "@" not in parent.name:
         return settings
     return replace(settings, name=f"{parent.base}@{settings.name.removeprefix(f'{parent.base}@')}")
@@ -165,8 +167,9 @@ def load_parent(parent: ModelFolder, settings):
     """(model, tokenizer) to train: the parent's, with a new adapter on it if one is asked for."""
     model, tokenizer = load_model(parent.path, machine.compute_dtype(), machine.device())
     if settings.lora is not None:
-        new = lora().new_adapter(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)
-        lora().attach(model, [new])
+        from nanoghost.model import lora
+
+        lora.attach(model, [lora.new_adapter(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)])
     return model, tokenizer
 
 

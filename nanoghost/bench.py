@@ -1,0 +1,231 @@
+"""`nanoghost bench`: how fast a model reads and writes here, beside what memory and arithmetic of this machine allow.
+
+What is read is natural text, another one for each row; what is written is sampled. Contenders are measured in turn, so that
+a slow moment of the machine meets all of them, and a figure is the median of its rounds.
+"""
+
+import importlib
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from nanoghost import doctor, machine
+from nanoghost.chat import render
+from nanoghost.data.sources import open_source
+from nanoghost.engine.generate import open_engine
+from nanoghost.engine.packed import PackedLlama
+from nanoghost.engine.sampler import Sampling
+from nanoghost.errors import UserError
+from nanoghost.runs import ModelFolder, open_model
+
+PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}  # and their modules
+
+KINDS = {  # what a person may ask for; guessing ahead helps where a text repeats what stands before it
+    "a story": "Write a story about {word}.",
+    "an explanation": "Explain to a child what {word} is.",
+    "code": "Write a Python class for {word}, and tests for it.",
+    "a copy": "Repeat this text word for word:\n\n{text}",
+}
+WORDS = ("a lighthouse", "rain", "the moon", "a library", "bread")
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """Name of the model; default: the one finished last."""
+    streams: str = "1,16,64"
+    """How many conversations are written at once; several numbers with commas."""
+    tokens: int = 128
+    """Tokens that each writes."""
+    rounds: int = 3
+    """Times that everything is measured."""
+    against: str = ""
+    """Peers that are measured in turn with us, if they are installed: transformers, llama.cpp, or both with a comma."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+@dataclass(frozen=True)
+class PrefillSettings:
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """Name of the model; default: the one finished last."""
+    tokens: int = 512
+    """Length of the text that is read."""
+    rounds: int = 5
+    """Times that everything is measured."""
+    against: str = ""
+    """Peers that are measured in turn with us, if they are installed: transformers, llama.cpp, or both with a comma."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+class Ours:
+    def __init__(self, folder: ModelFolder, seats: int):
+        self.engine = open_engine(folder, seats)
+        self.model = self.engine.runner.model
+
+    def write(self, prompts: list[list[int]], tokens: int, guess: bool = False, temperature: float = 0.8) -> float:
+        """Tokens a second of all rows together, from when every prompt is read until the last row is done."""
+        self.engine.runner.drafts = guess
+        rows = [self.engine.add(p, Sampling(tokens, temperature, seed=i, endless=True))[0] for i, p in enumerate(prompts)]
+        while any(not row.ids for row in rows):
+            self.engine.step()
+        start, before = time.perf_counter(), sum(len(row.ids) for row in rows)
+        while self.engine.running:
+            self.engine.step()
+        return (sum(len(row.ids) for row in rows) - before) / (time.perf_counter() - start)
+
+    def read(self, prompt: list[int]) -> float:
+        """Tokens a second from a text nobody has seen to the first word after it."""
+        start = time.perf_counter()
+        [row] = self.engine.add(prompt, Sampling(1, 0.0))
+        while not row.finish_reason:
+            self.engine.step()
+        return len(prompt) / (time.perf_counter() - start)
+
+
+class Transformers:
+    """The model folder as `transformers` runs it, in bf16, eager; whole calls of `generate`, as people use it."""
+
+    def __init__(self, folder: ModelFolder):
+        auto = importlib.import_module("transformers").AutoModelForCausalLM
+        self.model = auto.from_pretrained(folder.path, dtype=torch.bfloat16)
+
+    def write(self, prompts: list[list[int]], tokens: int) -> float:
+        shortest = min(map(len, prompts))  # one length, so that it needs no padding: that is to its favour
+        ids = torch.tensor([p[:shortest] for p in prompts])
+        start = time.perf_counter()
+        self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=True, eos_token_id=None, pad_token_id=0
+        )  # fmt: skip
+        return len(prompts) * tokens / (time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def read(self, prompt: list[int]) -> float:
+        start = time.perf_counter()
+        self.model(torch.tensor([prompt]), logits_to_keep=1)
+        return len(prompt) / (time.perf_counter() - start)
+
+
+def texts(tokenizer, count: int, tokens: int, skip: int = 0) -> list[list[int]]:
+    """Different pieces of the validation plays."""
+    documents = [d.text for d in open_source("plays").documents() if d.split == "validation"]
+    starts = [(documents[i % len(documents)], 3000 + 6 * tokens * (i // len(documents))) for i in range(skip, skip + count)]
+    return [tokenizer.encode(text[at : at + 8 * tokens])[:tokens] for text, at in starts]
+
+
+def limits() -> dict:
+    dtype = machine.compute_dtype()
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "matrix_gflops_per_second": round(doctor.matmul_gflops_per_second(dtype), 1),
+        "bandwidth_gb_per_second": round(doctor.bandwidth_gb_per_second(), 1),
+    }
+
+
+def most(model, measured: dict, streams: int, context: int, tokens: int = 1) -> float:
+    """Tokens a second if a step took only as long as memory needs to deliver what it reads, or arithmetic to multiply it.
+
+    A step reads every weight once, and each row's keys and values; products of 8 bits are twice as fast as those of bf16.
+    `tokens`: how many each row reads; the head works on the last one only.
+    """
+    c = model.config
+    packed = isinstance(model, PackedLlama)
+    head = c.vocab_size * c.width
+    body = model.products() - head if packed else model.parameter_counts()["matrices"]
+    weights = model.bytes() if packed else (body + head) * model.head.element_size()
+    heads = getattr(c, "key_value_heads", None) or c.heads
+    kept = streams * context * c.depth * heads * c.head_width * 2 * 2  # keys and values, 16 bits each
+    peak = measured["matrix_gflops_per_second"] * 1e9 * (2 if packed else 1)
+    by_memory = (weights + kept) / (measured["bandwidth_gb_per_second"] * 1e9)
+    by_arithmetic = 2 * streams * (body * tokens + head) / peak
+    return streams * tokens / max(by_memory, by_arithmetic)
+
+
+def contenders(settings, seats: int, room: int) -> dict:
+    """By name; each has room for `seats` conversations of `room` tokens."""
+    machine.prepare()
+    folder = open_model(settings.model)
+    asked = [name for name in settings.against.split(",") if name]
+    for name in asked:
+        if name not in PEERS:
+            raise UserError(f"--against knows {' and '.join(PEERS)}, not '{name}'")
+        if not importlib.util.find_spec(PEERS[name]):
+            raise UserError(f"{name} is not installed: pip install 'nanoghost[parity]'")
+    found = {"nanoghost": Ours(folder, seats)}
+    if "transformers" in asked:
+        found["transformers, bf16"] = Transformers(folder)
+    if "llama.cpp" in asked:
+        peer = importlib.import_module("nanoghost.bench_llama_cpp").LlamaCpp
+        found |= {f"llama.cpp, {quant}": peer(folder, seats, quant, room) for quant in ("q4_0", "q8_0", "bf16")}
+    return found
+
+
+def decode(settings: DecodeSettings) -> None:
+    """Writing: one conversation and many, then one that guesses ahead, by kind of text."""
+    streams = [int(n) for n in settings.streams.split(",")]
+    rivals = contenders(settings, max(streams), 48 + settings.tokens)
+    ours, tokenizer = rivals["nanoghost"], rivals["nanoghost"].engine.tokenizer
+    works: list[tuple[str, str, int, Callable]] = []
+    for n in streams:
+        prompts = [p[: 24 + i % 17] for i, p in enumerate(texts(tokenizer, n, 40))]
+        for name, rival in rivals.items():
+            works.append((name, "decode", n, lambda rival=rival, prompts=prompts: rival.write(prompts, settings.tokens)))
+    if ours.engine.runner.drafts:
+        text = tokenizer.decode(texts(tokenizer, 1, 120)[0])
+        for kind, question in KINDS.items():
+            asked = [[{"role": "user", "content": question.format(word=word, text=text)}] for word in WORDS]
+            prompts = [render(messages, tokenizer, generation=True)[0] for messages in asked]
+            for guess in (False, True):
+                work = f"decode {kind}, {'guessing ahead' if guess else 'without guessing'}"
+                run = lambda prompts=prompts, guess=guess: statistics.median(  # noqa: E731
+                    ours.write([p], settings.tokens, guess, 0.0) for p in prompts
+                )
+                works.append(("nanoghost", work, 1, run))
+    measured = limits()
+    tell(settings, measured, works, lambda n: most(ours.model, measured, n, 32 + settings.tokens // 2))
+
+
+def prefill(settings: PrefillSettings) -> None:
+    """Reading: one text, to the first word after it."""
+    rivals = contenders(settings, 1, settings.tokens + 16)
+    pieces = iter(texts(rivals["nanoghost"].engine.tokenizer, (settings.rounds + 1) * len(rivals), settings.tokens))
+    works = [(name, "prefill", 1, lambda rival=rival: rival.read(next(pieces))) for name, rival in rivals.items()]
+    measured = limits()
+    ours = rivals["nanoghost"].model
+    tell(settings, measured, works, lambda n: most(ours, measured, n, settings.tokens, settings.tokens))
+
+
+def tell(settings, measured: dict, works: list, limit: Callable[[int], float]) -> None:
+    """Run everything in turn, once to warm up, and print medians beside the limits."""
+    rates = [[] for _ in works]
+    for i in range(settings.rounds + 1):
+        for found, (_, _, _, run) in zip(rates, works):
+            rate = run()
+            found += [rate] if i else []
+    rows = []
+    for (engine, work, streams, _), found in zip(works, rates):
+        rate, most = statistics.median(found), limit(streams)
+        rows.append({"engine": engine, "work": work, "streams": streams, "tokens_per_second": round(rate, 1),
+                     "lowest": round(min(found), 1), "highest": round(max(found), 1),
+                     "limit": round(most, 1), "share": round(rate / most, 3)})  # fmt: skip
+    table = Table()
+    for column in ("engine", "work", "streams", "tokens/s", "from", "to", "limit", "share"):
+        table.add_column(column, justify="left" if column in ("engine", "work") else "right")
+    for r in rows:
+        figures = (f"{r[key]:,.0f}" for key in ("tokens_per_second", "lowest", "highest", "limit"))
+        table.add_row(r["engine"], r["work"], str(r["streams"]), *figures, f"{r['share']:.0%}")
+    Console(stderr=True).print(table)
+    gflops, bandwidth = measured["matrix_gflops_per_second"], measured["bandwidth_gb_per_second"]
+    Console(stderr=True).print(f"limits: {gflops:.0f} GFLOP/s in {measured['dtype']}, twice that in 8 bits; {bandwidth:.0f} GB/s")
+    if settings.json:
+        print(json.dumps({"limits": measured, "rows": rows}))

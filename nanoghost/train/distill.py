@@ -1,0 +1,416 @@
+"""Distillation: a student learns from another model's answers, or from its probabilities.
+
+    kind        what is learned from                 the teacher gives             tokenizers
+    sequence    prompts                              answers, as text              any         Kim and Rush 2016
+    token       text or conversations as they are    probabilities of each token   the same    Hinton et al. 2015
+    on-policy   what the student itself writes       probabilities of each token   the same    Agarwal et al. 2024, GKD
+
+What a teacher says about the examples is kept in the data folder: it is asked once, whatever is tried with it.
+"""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import safetensors.torch
+import torch
+import tyro
+
+from nanoghost import machine
+from nanoghost.chat import render, shortened
+from nanoghost.data.local import load_conversations
+from nanoghost.data.shards import tokenise
+from nanoghost.data.sources import open_source
+from nanoghost.engine.generate import generate
+from nanoghost.engine.sampler import Sampling
+from nanoghost.errors import UserError
+from nanoghost.evals.bits import bits_per_byte
+from nanoghost.model.weights import load_model, load_tokenizer, save_model
+from nanoghost.optim.optimizer import Optimizer
+from nanoghost.optim.schedule import learning_rate
+from nanoghost.progress import Display
+from nanoghost.runs import ModelFolder, home, open_model, write_atomic
+from nanoghost.tasks.mix import lesson_conversations, own_conversations
+from nanoghost.tools.calculator import run_tool
+from nanoghost.train import stage
+from nanoghost.train.distill_loss import distill_loss, student_buckets, teacher_buckets
+from nanoghost.train.packing import Lesson, PackedBatches, fill, lessons_from, pack
+from nanoghost.train.recipe import later_groups
+from nanoghost.train.sft import train_step
+
+LOGITS = 2**25  # in flight at once: as many rows go through a model together as this allows
+GROUP = 16  # examples that a teacher is asked about at once
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    parent: Annotated[str | None, tyro.conf.Positional] = None
+    """The student: model to start from; default: the one finished last."""
+    teacher: str = "smollm2"
+    """Model to learn from."""
+    name: str = "pupil"
+    """Name of the new model."""
+    kind: str = "sequence"
+    """sequence (the teacher's answers), token (its probabilities of a given text) or on-policy (of what the student says)."""
+    data: str = "lessons"
+    """Examples: lessons (the built-in mix), a JSONL file of conversations, lessons+FILE for both; for token and on-policy
+    also text: plays, a file or folder, or hub:OWNER/NAME."""
+    examples: int = 500
+    """Most examples that are used: conversations, or rows of text, evenly spaced."""
+    top_k: int = 32
+    """Tokens of which the teacher's probability is learned one by one; the others are learned as one."""
+    beta: float | None = None
+    """0: KL(teacher || student), 1: KL(student || teacher), between: generalised Jensen-Shannon; default: 0, on-policy 1."""
+    share: float = 0.7
+    """Of the teacher in the loss of token; the rest is plain next-token loss, 0 is nothing else."""
+    max_tokens: int = 96
+    """Longest answer that is sampled."""
+    temperature: float | None = None
+    """Of the answers; default: 0.7 for the teacher's (sequence), 1 for the student's own (on-policy)."""
+    minutes: float | None = None
+    """How long to train, once the teacher has been asked; becomes a number of steps before the first one."""
+    steps: int | None = None
+    """How many steps to train, instead of minutes (default: 2.5 minutes)."""
+    batch: int = 16
+    """Packed rows in a step, over all processes; on-policy: prompts."""
+    context: int = 512
+    """Tokens in a row, if the student can read as many."""
+    learning_rate: float = 1.0
+    """Factor on pretraining's learning rates."""
+    seed: int = 0
+    """Of the examples' order, the lessons and the sampling."""
+    checkpoint_seconds: float = 60.0
+    """Time between checkpoints."""
+    force: bool = False
+    """Replace a model of that name."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+def main(settings: DistillSettings, display: Display | None = None) -> dict | None:
+    """Train; returns the figures, or None if the model was there already. Ctrl-C loses nothing."""
+    machine.prepare()
+    machine.start_ranks()
+    rank, world = machine.ranks()
+    display = display or Display()
+    stage.check_length(settings)
+    parent, teacher = stage.parent_of(settings, "distill"), open_model(settings.teacher)
+    check(settings, parent, teacher, world)
+    shards = None
+    if is_text(settings.data):
+        shards = tokenise(open_source(settings.data), load_tokenizer(parent.path))
+    own = [] if shards else own_conversations(settings.data)
+
+    with stage.run("distill", settings, display, parent) as run:
+        if run is None:
+            return None
+        clock = stage.Clock(0.0)
+        model, tokenizer = load_model(parent.path, machine.compute_dtype(), machine.device())
+        context = min(settings.context, model.config.context)
+        if shards:
+            examples = rows_of_text(shards.tokens("train"), context, settings.examples)
+        else:
+            examples = conversations_of(settings, own, run)
+        gradients = KINDS[settings.kind](settings, examples, tokenizer, context, teacher, run, display)
+        rates = later_groups(stage.base_card(parent.card), model.config.width, settings.learning_rate)
+        optimizer = Optimizer(model, rates, machine.compute_dtype(), rank, world)
+
+        if "steps" not in run.card:
+            asked = clock.seconds
+            steps = settings.steps or rehearsed_steps(settings, parent, rates, gradients)
+            sources = [*teacher.card["data"], *([shards.manifest["source"]] if shards else [])]
+            data = run.card["data"] + [s for s in sources if s not in run.card["data"]]
+            run.note(steps=steps, data=data, teacher=teacher.card, teacher_seconds=round(asked, 1))
+        steps = run.card["steps"]
+        start, notes = run.resume(optimizer)
+        tokens = notes.get("tokens", 0)
+        display.say(
+            f"distilling {teacher.name} into {settings.name}, {settings.kind}: {steps} steps"
+            f"{f', going on at {start}' if start else ''}"
+        )
+
+        began = notes.get("seconds", 0.0)
+        clock = stage.Clock(began, settings.checkpoint_seconds)
+        rate = stage.Rate()
+        every = max(1, steps // 500)
+        for step in range(start, steps):
+            part, count = gradients(model, step)
+            loss = machine.mean_over_ranks(part)
+            run.check_loss(loss, step)
+            run.checkpoint(step, optimizer, clock, tokens=tokens)
+            scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
+            optimizer.step(scale)
+            tokens += count
+            rate.count(count)
+            if step % every == 0 or step == steps - 1:
+                run.event(
+                    step, steps=steps, loss=loss, learning_rate=scale, tokens=tokens, tokens_per_second=rate.per_second,
+                    seconds=clock.seconds, seconds_left=(steps - step - 1) * (clock.seconds - began) / (step - start + 1),
+                )  # fmt: skip
+
+        seconds = clock.seconds
+        if rank == 0:
+            save_model(run.folder.path, model, tokenizer)
+        figures = {
+            "name": settings.name, "parameters": run.card["parameters"], "tokens": tokens, "seconds": round(seconds, 1),
+            "tokens_per_second": rate.per_second, "flops_per_second": rate.per_second * model.flops_per_token(context),
+            "loss": loss, "steps": steps, "teacher": teacher.name, "teacher_seconds": run.card["teacher_seconds"],
+        }  # fmt: skip
+        for split, name in (("test", "bpb"), ("val", "validation_bpb")) if shards else ():
+            figures[name] = bits_per_byte(model, shards.tokens(split), context, shards.bytes(split))
+        run.finish(**figures)
+    display.say(f"{settings.name}: loss {loss:.3f} after {seconds:.0f} s of training")
+    return figures
+
+
+def check(settings: DistillSettings, parent: ModelFolder, teacher: ModelFolder, world: int) -> None:
+    if settings.kind not in KINDS:
+        raise UserError(f"--kind is one of {', '.join(KINDS)}, not '{settings.kind}'")
+    if settings.batch % world:
+        raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
+    for name, low, high in (("beta", 0, 1), ("share", 0, 1), ("top_k", 1, 2**20), ("examples", 1, 2**40)):
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+    if settings.kind == "sequence":
+        if is_text(settings.data):
+            raise UserError("--kind sequence needs questions: --data lessons, or a .jsonl file of conversations")
+        return
+    own, theirs = load_tokenizer(parent.path), load_tokenizer(teacher.path)
+    if reason := difference(own, theirs):
+        raise UserError(
+            f"'{parent.name}' cannot learn from the probabilities of '{teacher.name}': {reason}; use --kind sequence,"
+            f" or a student made with `pretrain --tokenizer {teacher.name}`"
+        )
+
+
+def difference(own, theirs) -> str:
+    """Why the ids of two tokenizers do not mean the same, or nothing."""
+    if own.vocab_size != theirs.vocab_size:
+        return f"it has {own.vocab_size} tokens and its teacher {theirs.vocab_size}"
+    if own.specials != theirs.specials:
+        return "their special tokens differ"
+    for i in range(own.vocab_size):
+        if own.token_bytes(i) != theirs.token_bytes(i):
+            return f"token {i} is {own.token_bytes(i)!r} to it and {theirs.token_bytes(i)!r} to its teacher"
+    return ""
+
+
+# ── examples ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_text(data: str) -> bool:
+    return not data.startswith("lessons") and not data.endswith(".jsonl")
+
+
+def rows_of_text(tokens, context: int, most: int) -> list[Lesson]:
+    """Up to `most` rows of a text, of `context` + 1 tokens, evenly spaced; neighbours share one token."""
+    count = (len(tokens) - 1) // context
+    if not count:
+        raise UserError(
+            f"the text has {len(tokens)} tokens, too few for one row of {context} + 1: choose a smaller --context"
+        )
+    starts = [i * count // min(most, count) * context for i in range(min(most, count))]
+    return [Lesson(tokens[s : s + context + 1].tolist(), [False] + [True] * context) for s in starts]
+
+
+def conversations_of(settings: DistillSettings, own: list[list[dict]], run: stage.Run) -> list[list[dict]]:
+    """Up to `settings.examples` of the built-in mix, and as many of the file."""
+    own = random.Random(0).sample(own, min(settings.examples, len(own)))
+    card = stage.base_card(run.card["parent"])
+    return own + lesson_conversations(settings.data, card, settings.name, settings.examples, settings.seed)
+
+
+def question(messages: list[dict]) -> list[dict]:
+    """A conversation up to its last question."""
+    last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    return messages[: last + 1]
+
+
+# ── what the teacher says, kept ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def kept(what: str, key: list, count: int, make, run: stage.Run, display: Display) -> list[Path]:
+    """`count` files, each the bytes that `make(number)` returned once; those that are missing are made, shared by the ranks.
+
+    `key` is all that the contents depend on, the number of processes not being among it.
+    """
+    digest = hashlib.sha256(json.dumps([what, str(machine.compute_dtype()), *key]).encode()).hexdigest()
+    paths = [home() / "data" / f"{what}-{digest[:12]}" / f"{number:05}" for number in range(count)]
+    rank, world = machine.ranks()
+    clock = stage.Clock(0.0, 10.0)
+    for number in range(rank, count, world):
+        if run.stopping:
+            raise KeyboardInterrupt
+        if not paths[number].exists():
+            write_atomic(paths[number], make(number))
+            if clock.due() and rank == 0:
+                display.say(f"the teacher has given {number + 1} of {count} parts of its {what}")
+    machine.wait_for_ranks()
+    return paths
+
+
+def answers(settings: DistillSettings, asked: list[list[dict]], teacher: ModelFolder, run, display) -> list[list[dict]]:
+    """The teacher's conversations: the questions whose answer ended within the limit, with the answer."""
+    temperature = 0.7 if settings.temperature is None else settings.temperature
+
+    loaded = cache(lambda: load_model(teacher.path, machine.compute_dtype(), machine.device()))
+
+    def make(number: int) -> bytes:
+        model, tokenizer = loaded()
+        some = asked[number * GROUP : (number + 1) * GROUP]
+        room = model.config.context - settings.max_tokens
+        prompts = [render(shortened(m, tokenizer, room, True), tokenizer, generation=True)[0] for m in some]
+        sampling = Sampling(settings.max_tokens, temperature, seed=settings.seed * 1_000_003 + number)
+        rows = generate(model, tokenizer, prompts, sampling, run_tool=run_tool)
+        whole = [{"messages": m + row.messages} for m, row in zip(some, rows) if row.finish_reason == "stop"]
+        return "".join(json.dumps(conversation) + "\n" for conversation in whole).encode()
+
+    key = [teacher.card, asked, settings.max_tokens, temperature, settings.seed]
+    paths = kept("answers", key, -(-len(asked) // GROUP), make, run, display)
+    together = paths[0].with_name("answers.jsonl")
+    if machine.ranks()[0] == 0:
+        write_atomic(together, b"".join(path.read_bytes() for path in paths))
+    machine.wait_for_ranks()
+    if not together.stat().st_size:
+        raise UserError(f"none of the teacher's {len(asked)} answers ended: try a larger --max-tokens")
+    found = load_conversations(together)
+    display.say(
+        f"{len(found)} of {len(asked)} answers ended within {settings.max_tokens} tokens; they are in {together}"
+    )
+    return found
+
+
+@torch.no_grad()
+def taught(teacher, batch, settings: DistillSettings, vocab_size: int):
+    """What a teacher expects at each learned token of a batch, row by row: ids (N, K), log P of the buckets (N, K + 1).
+
+    Some models have more rows in their last layer than their tokenizer has tokens; `vocab_size` cuts them off.
+    """
+    found = []
+    for inputs, targets, weights, segments in parts_of(batch, teacher):
+        places = (weights > 0).nonzero(as_tuple=True)
+        logits_NV = teacher(inputs, segments_BT=segments)[places][:, :vocab_size]
+        found.append(teacher_buckets(logits_NV, targets[places], settings.top_k))
+    return [torch.cat(tensors) for tensors in zip(*found)]
+
+
+def parts_of(batch, model):
+    """The batch in parts of a few rows, on the device."""
+    rows = max(1, LOGITS // (batch[0].size(1) * model.config.vocab_size))
+    return zip(*(t.to(machine.device()).split(rows) for t in batch))
+
+
+# ── the kinds: each prepares, and returns `gradients(model, step)`: .grad filled, (loss, tokens) returned ───────────
+
+
+def sequence(settings: DistillSettings, conversations, tokenizer, context: int, teacher, run, display):
+    asked = [q for q in map(question, conversations) if q]
+    if not asked:
+        raise UserError(f"{settings.data}: no conversation has a user's message to answer")
+    lessons, left_out = lessons_from(answers(settings, asked, teacher, run, display), tokenizer, context)
+    if left_out:
+        display.say(f"{left_out} answers do not fit into {context} tokens and are left out")
+    batches = PackedBatches(lessons, context, settings.batch, settings.seed, *machine.ranks())
+
+    def gradients(model, step: int) -> tuple[float, int]:
+        return train_step(model, batches.at(step), batches.world), settings.batch * context
+
+    return gradients
+
+
+def token(settings: DistillSettings, examples, tokenizer, context: int, teacher, run, display):
+    lessons = examples if isinstance(examples[0], Lesson) else lessons_from(examples, tokenizer, context)[0]
+
+    loaded = cache(lambda: load_model(teacher.path, machine.compute_dtype(), machine.device()))
+
+    def make(number: int) -> bytes:
+        expert, _ = loaded()
+        some = lessons[number * GROUP : (number + 1) * GROUP]
+        rows = pack([len(lesson.ids) for lesson in some], context + 1, range(len(some)))
+        ids, logprobs = taught(expert, fill(rows, some, context, 1), settings, tokenizer.vocab_size)
+        order = torch.tensor([i for row in rows for i in row])
+        return safetensors.torch.save({"ids": ids.int().cpu(), "logprobs": logprobs.cpu(), "order": order})
+
+    key = [teacher.card, [lesson.ids for lesson in lessons], context, settings.top_k]
+    said = []  # of each lesson: ids, log-probabilities
+    for number, path in enumerate(kept("probabilities", key, -(-len(lessons) // GROUP), make, run, display)):
+        part = safetensors.torch.load(path.read_bytes())
+        order = [number * GROUP + i for i in part["order"].tolist()]
+        lengths = [sum(lessons[i].learned) for i in order]
+        found = dict(zip(order, zip(part["ids"].long().split(lengths), part["logprobs"].split(lengths))))
+        said += [found[i] for i in sorted(found)]
+    batches = PackedBatches(lessons, context, settings.batch, settings.seed, *machine.ranks())
+
+    def gradients(model, step: int) -> tuple[float, int]:
+        rows, learned = batches.rows_at(step)
+        batch = fill(rows, lessons, context, learned)
+        targets = [torch.cat(tensors) for tensors in zip(*(said[i] for row in rows for i in row))]
+        return distill_step(model, batch, targets, settings.beta or 0.0, settings.share), settings.batch * context
+
+    return gradients
+
+
+def on_policy(settings: DistillSettings, examples, tokenizer, context: int, teacher, run, display):
+    if isinstance(examples[0], Lesson):
+        prompts = [row.ids[: context // 4] for row in examples]  # the student goes on with the text
+    else:
+        prompts = [render(q, tokenizer, generation=True)[0] for q in map(question, examples) if q]
+    prompts = [ids for ids in prompts if len(ids) + settings.max_tokens <= context]
+    if not prompts:
+        raise UserError(f"no prompt leaves room for {settings.max_tokens} tokens in a context of {context}")
+    expert, _ = load_model(teacher.path, machine.compute_dtype(), machine.device())
+    rank, world = machine.ranks()
+    beta = 1.0 if settings.beta is None else settings.beta
+    temperature = 1.0 if settings.temperature is None else settings.temperature
+
+    def gradients(model, step: int) -> tuple[float, int]:
+        chosen = random.Random(f"{settings.seed}-{step}").choices(prompts, k=settings.batch)[rank::world]
+        seed = (settings.seed * 1_000_003 + step) * world + rank
+        rows = generate(model, tokenizer, chosen, Sampling(settings.max_tokens, temperature, seed=seed))
+        lessons = [Lesson(row.prompt + row.ids, [False] * len(row.prompt) + row.sampled) for row in rows]
+        packed = pack([len(lesson.ids) for lesson in lessons], context + 1, range(len(lessons)))
+        counts = machine.gather((sum(sum(row.sampled) for row in rows), sum(len(lesson.ids) for lesson in lessons)))
+        written, read = map(sum, zip(*counts))  # by all processes
+        batch = fill(packed, lessons, context, written)
+        targets = taught(expert, batch, settings, tokenizer.vocab_size)
+        return distill_step(model, batch, targets, beta, share=1.0), read
+
+    return gradients
+
+
+KINDS = {"sequence": sequence, "token": token, "on-policy": on_policy}
+
+
+def distill_step(model, batch, targets, beta: float, share: float) -> float:
+    """Gradients of this process's part of the loss over the batch; returns that part, times the number of processes."""
+    total, done = 0.0, 0
+    for inputs, following, weights, segments in parts_of(batch, model):
+        places = (weights > 0).nonzero(as_tuple=True)
+        ids_NK, teacher_NB = (t[done : done + len(places[0])].to(machine.device()) for t in targets)
+        done += len(places[0])
+        student_NB = student_buckets(model, inputs, ids_NK, segments, places)
+        loss_N = distill_loss(student_NB, teacher_NB, ids_NK, following[places], beta, share)
+        loss = (loss_N * weights[places]).sum() * machine.ranks()[1]  # gradients are averaged over processes
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def rehearsed_steps(settings: DistillSettings, parent: ModelFolder, rates, gradients) -> int:
+    model, _ = load_model(parent.path, machine.compute_dtype(), machine.device())
+    optimizer = Optimizer(model, rates, machine.compute_dtype(), *machine.ranks())
+
+    def one_step(step: int) -> None:
+        gradients(model, step)
+        optimizer.step(0.0)
+
+    return stage.steps_within((settings.minutes or 2.5) * 60, one_step, rehearsals=6)
+
+
+def command(settings: DistillSettings) -> None:
+    stage.print_figures(main(settings), settings)

@@ -1,0 +1,112 @@
+"""How far a student's expectations are from its teacher's.
+
+The vocabulary is sorted into buckets: the k tokens that the teacher finds most probable, each alone, and all others
+together. The token that really comes next always has a bucket of its own: where it is not among the k, it takes the
+last one's place. Both distributions are at temperature 1, and both sum to 1 over the buckets, so a divergence of 0 means
+that they agree on them. Merging tokens can only make a divergence smaller; with k = V it is the full one.
+
+    beta   divergence                              the student
+    0      KL(teacher || student)                  covers all that the teacher holds possible   Hinton et al. 2015
+    1      KL(student || teacher)                  keeps to what the teacher finds probable     Gu et al. 2024, MiniLLM
+    else   beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student:
+           generalised Jensen-Shannon                                                           Agarwal et al. 2024, GKD
+
+N positions, D width, V vocabulary, K = k, B = K + 1 buckets; R rows, T tokens in a row.
+"""
+
+import math
+
+import torch
+
+from nanoghost.model.ghost import Ghost
+from nanoghost.model.layers import CHUNK, text_layout
+
+
+def teacher_buckets(logits_NV, targets_N, k: int):
+    """The tokens that have a bucket of their own, (N, K), and the teacher's log P of every bucket, (N, B) fp32."""
+    logprobs_NV = torch.log_softmax(logits_NV.float(), 1)
+    ids_NK = logprobs_NV.topk(min(k, logits_NV.size(1)), 1).indices
+    missing_N = (ids_NK != targets_N[:, None]).all(1)
+    ids_NK[missing_N, -1] = targets_N[missing_N]
+    return ids_NK, gather_buckets(logprobs_NV, ids_NK)
+
+
+def divergence(student_NB, teacher_NB, beta: float):
+    """Nats for each position, (N,), of two log-distributions."""
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum(1)
+
+    if beta == 0:
+        return kl(teacher_NB, student_NB)
+    if beta == 1:
+        return kl(student_NB, teacher_NB)
+    middle_NB = torch.logaddexp(teacher_NB + math.log(beta), student_NB + math.log(1 - beta))
+    return beta * kl(teacher_NB, middle_NB) + (1 - beta) * kl(student_NB, middle_NB)
+
+
+def distill_loss(student_NB, teacher_NB, ids_NK, targets_N, beta: float, share: float):
+    """For each position `share` of the divergence from the teacher and 1 - share of the plain next-token loss, (N,)."""
+    true_N1 = (ids_NK == targets_N[:, None]).int().argmax(1, keepdim=True)
+    plain_N = -student_NB.gather(1, true_N1)[:, 0]
+    return share * divergence(student_NB, teacher_NB, beta) + (1 - share) * plain_N
+
+
+# ── the student's buckets ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def student_buckets(model, tokens_RT, ids_NK, segments_RT, places):
+    """log P of the tokens `ids_NK` at each of `places` (row, position), and of all others together: (N, B) fp32."""
+    if isinstance(model, Ghost):  # its pointers point at tokens of the text: only the whole distribution has it all
+        return gather_buckets(model(tokens_RT, segments_BT=segments_RT)[places], ids_NK)
+    h_RTD = model.hidden(tokens_RT, text_layout(tokens_RT, model.head.dtype, segments_RT))
+    return bucket_logprobs(h_RTD[places], model.head, ids_NK)
+
+
+def bucket_logprobs(hidden_ND, head_VD, ids_NK):
+    """The same from hidden states. As with layers.token_logprobs the fp32 logits of the whole batch never exist.
+
+    The others are summed, not what is left of 1: rounding would leave nothing, or less.
+    """
+    return _BucketLogProbs.apply(hidden_ND, head_VD, ids_NK)
+
+
+def gather_buckets(logprobs_NV, ids_NK):
+    """The same from the log-probabilities of the whole vocabulary."""
+    return _buckets(logprobs_NV.exp(), ids_NK).log()
+
+
+class _BucketLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, head_VD, ids_NK):
+        N, K = ids_NK.shape
+        probs_NV = torch.empty(N, len(head_VD), dtype=hidden_ND.dtype, device=hidden_ND.device)
+        buckets_NB = torch.empty(N, K + 1, dtype=torch.float32, device=hidden_ND.device)
+        for s in _chunks(N, len(head_VD)):
+            probs_NV[s] = torch.softmax(hidden_ND[s] @ head_VD.T, 1)
+            buckets_NB[s] = _buckets(probs_NV[s], ids_NK[s])
+        ctx.save_for_backward(hidden_ND, head_VD, ids_NK, probs_NV, buckets_NB)
+        return buckets_NB.log()
+
+    @staticmethod
+    def backward(ctx, grad_NB):
+        hidden_ND, head_VD, ids_NK, probs_NV, buckets_NB = ctx.saved_tensors
+        # d log P(bucket) / d logit = (its share of the bucket, if it is in there) - p
+        total_N1 = grad_NB.sum(1, keepdim=True)
+        ids_grad_NK = grad_NB[:, :-1] - buckets_NB[:, :-1] * total_N1
+        others_N1 = grad_NB[:, -1:] / buckets_NB[:, -1:] - total_N1
+        grad_logits = probs_NV.mul_(others_N1.to(probs_NV.dtype))  # in their place: they are not needed again
+        grad_logits.scatter_(1, ids_NK, ids_grad_NK.to(probs_NV.dtype))
+        return grad_logits @ head_VD, grad_logits.T @ hidden_ND, None
+
+
+def _chunks(positions: int, vocabulary: int):
+    """Slices of positions whose probabilities together are as many as CHUNK of a small vocabulary."""
+    size = max(1, CHUNK * 4096 // vocabulary)
+    return [slice(i, i + size) for i in range(0, positions, size)]
+
+
+def _buckets(probs_NV, ids_NK):
+    """Probabilities of K tokens and, summed, of all others: (N, B) fp32, none quite 0."""
+    others_N = probs_NV.scatter(1, ids_NK, 0.0).sum(1, dtype=torch.float32)
+    return torch.cat([probs_NV.gather(1, ids_NK).float(), others_N[:, None]], 1).clamp_min(1e-30)
