@@ -24,9 +24,9 @@ test: .venv/installed  ## run the tests
 	$(BIN)/ruff check --quiet nanoghost tests
 	$(BIN)/python -m pytest -q
 
-parity: .venv/installed  ## compare with transformers and peft themselves (installs them)
+parity: .venv/installed  ## compare models with transformers, peft and llama.cpp (installs them, builds one: minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
-	$(BIN)/python -m pytest -q tests/test_parity.py tests/test_model.py tests/test_lora.py
+	$(BIN)/python -m pytest -q -rs tests/test_parity.py tests/test_llama_cpp.py tests/test_model.py tests/test_lora.py
 
 lines: .venv/installed  ## count what one reads from speedrun.py to the chat
 	@$(BIN)/python -m tests.lines

@@ -52,8 +52,8 @@ EXAMPLES = {
     "distill": "nanoghost distill ghost-base --teacher ghost --name pupil\n"
     "  nanoghost distill nano --teacher smollm2 --name pupil --kind token --data plays --context 256",
     "eval": "nanoghost eval ghost\n  nanoghost eval ghost --problems 500 --json",
-    "adopt": "nanoghost adopt smollm2\n  nanoghost adopt ./SmolLM2-360M-Instruct --name smol",
-    "export": "nanoghost export smollm2 --quant q8_0 --out smollm2.gguf",
+    "adopt": "nanoghost adopt smollm2\n  nanoghost adopt ./SmolLM2-360M-Instruct --name smol\n  nanoghost adopt Qwen/Qwen3-0.6B",
+    "export": "nanoghost export smollm2 --gguf\n  nanoghost export smollm2 --gguf --quant q8_0 --out smollm2.gguf",
     "list": "nanoghost list",
     "show": "nanoghost show ghost",
     "rename": "nanoghost rename ghost old-ghost",

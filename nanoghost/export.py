@@ -4,6 +4,7 @@ The model folder itself is what Hugging Face transformers and vLLM load; a ghost
 """
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ import tyro
 
 from nanoghost.chat import CHAT_TEMPLATE
 from nanoghost.errors import UserError
-from nanoghost.model.gguf_llama import gguf_name, tokenizer_fields, turned
+from nanoghost.model.gguf_llama import TURNED, gguf_name, tokenizer_fields, turned
 from nanoghost.model.rope import frequencies, kind_of
+from nanoghost.model.rules import licence_files
 from nanoghost.model.weights import load_model
 from nanoghost.runs import open_model, replacing
 
@@ -28,6 +30,8 @@ KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4
 class ExportSettings:
     model: Annotated[str | None, tyro.conf.Positional] = None
     """Name of the model; default: the one finished last."""
+    gguf: bool = False
+    """As a GGUF file. It need not be said: it is the only form, since the model folder is what others load as it is."""
     quant: str = "f16"
     """How matrices are stored: f32, f16, bf16, q8_0 or q4_0."""
     out: Path | None = None
@@ -55,18 +59,33 @@ def main(settings: ExportSettings) -> dict:
     temporary = path.with_name(f".{path.name}.tmp")
     with replacing(temporary, path):
         write(temporary, model, tokenizer, folder.name, card, gguf.GGMLQuantizationType[KINDS[settings.quant]])
+    for file in licence_files(folder.path):
+        shutil.copyfile(file, path.with_name(f"{path.stem}.{file.name}"))
     return {"name": folder.name, "path": str(path), "bytes": path.stat().st_size, "quant": settings.quant}
+
+
+def history(card: dict, kind) -> str:
+    """What a model was made from and what was changed, in one sentence: licences ask for it."""
+    sources = "; ".join(f"{d['name']} ({d['licence']}; {d['attribution']})" for d in card["data"])
+    changes = [d["changes"] for d in card["data"] if "changes" in d]
+    stages = [card["stage"]]
+    while card := card["parent"]:
+        stages.append(card["stage"])
+    steps = [*changes, *(f"nanoghost {stage}" for stage in reversed(stages) if stage != "adopt")]
+    return f"Made from {sources}. Changed: {'; '.join([*steps, f'matrices stored as {kind.name}'])}."
 
 
 def write(path: Path, model, tokenizer, name: str, card: dict, kind) -> None:
     c = model.config
     arch = "llama" if c.model_type == "mistral" else c.model_type
-    if c.windows or c.unrotated:
+    unrotated = tuple(range(3, c.depth, 4)) if arch == "smollm3" else ()  # llama.cpp has it so
+    if any(c.windows) or c.unrotated != unrotated:
         raise UserError(f"'{name}' has sliding windows or unrotated layers, which its GGUF form cannot say")
+    tokens, kinds, merges, pre, begun = tokenizer_fields(tokenizer, c.vocab_size)
     w = gguf.GGUFWriter(path, arch)
     w.add_name(name)
-    w.add_license(card["data"][0]["licence"])
-    w.add_description(f"made with nanoghost from {', '.join(d['name'] for d in card['data'])}")
+    w.add_license(" and ".join(dict.fromkeys(d["licence"] for d in card["data"])))
+    w.add_description(history(card, kind))
     w.add_vocab_size(c.vocab_size)
     w.add_context_length(c.context)
     w.add_embedding_length(c.width)
@@ -82,21 +101,19 @@ def write(path: Path, model, tokenizer, name: str, card: dict, kind) -> None:
     w.add_file_type({"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}[kind.name])
     stretch(w, c)
     w.add_tokenizer_model("gpt2")
-    tokens, kinds, merges, pre = tokenizer_fields(tokenizer)
     w.add_tokenizer_pre(pre)
     w.add_token_list(tokens)
     w.add_token_types(kinds)
     w.add_token_merges(merges)
-    names = tokenizer.dialect.names if tokenizer.dialect else {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
-    w.add_eos_token_id(tokenizer.special(names["eos_token"]))
-    if "bos_token" in names:
-        w.add_bos_token_id(tokenizer.special(names["bos_token"]))
-    w.add_add_bos_token(False)
+    w.add_eos_token_id(tokenizer.special(tokenizer.names["eos_token"]))
+    if "bos_token" in tokenizer.names:
+        w.add_bos_token_id(tokenizer.special(tokenizer.names["bos_token"]))
+    w.add_add_bos_token(begun)
     w.add_add_space_prefix(False)
     w.add_chat_template(tokenizer.dialect.source if tokenizer.dialect else CHAT_TEMPLATE)
     for their, tensor in model.exported_tensors().items():
         x = tensor.float().numpy()
-        if arch == "llama" and (".q_proj." in their or ".k_proj." in their):
+        if arch in TURNED and (".q_proj." in their or ".k_proj." in their):
             x = turned(x, c.heads if ".q_proj." in their else c.key_value_heads)
         stored = (
             kind if x.ndim == 2 and x.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else gguf.GGMLQuantizationType.F32
@@ -118,6 +135,8 @@ def stretch(w: gguf.GGUFWriter, c) -> None:
         stretched, _ = frequencies(c.head_width, c.rope_base, c.rope_scaling)
         w.add_tensor("rope_freqs.weight", (plain / stretched).float().numpy())
         return
+    if more := c.rope_scaling.keys() - {"rope_type", "type", "factor", "original_max_position_embeddings"}:
+        raise UserError(f"positions stretched by {how} with {min(more)}: its GGUF form cannot say that here")
     w.add_rope_scaling_type(gguf.RopeScalingType(how))
     w.add_rope_scaling_factor(c.rope_scaling["factor"])
     if how == "yarn":

@@ -124,12 +124,6 @@ def open_model(name: str | None) -> ModelFolder:
     if not folder.finished:
         state = "is not finished (the command that started it goes on with it)" if folder.exists else "is unknown"
         raise UserError(f"model '{name}' {state}; finished models: {', '.join(names) or 'none'}")
-    if "@" in name:
-        card = folder.card["parent"]
-        while "@" in card["name"]:
-            card = card["parent"]
-        if not (base := ModelFolder(folder.base)).finished or base.card["finished"] != card["finished"]:
-            raise UserError(f"adapter '{name}' was made for another model '{base.name}' than the one that is there now")
     return folder
 
 

@@ -37,7 +37,7 @@ def render_text(source: str, messages: list[dict], generation: bool = False, **n
     """
     try:
         return _compiled(source).render(messages=messages, add_generation_prompt=generation, **names)
-    except TemplateError as e:
+    except Exception as e:  # a template is somebody's program: whatever goes wrong in it is its own fault
         raise UserError(f"the model's chat template does not take this conversation: {e}") from None
 
 

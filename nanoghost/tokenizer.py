@@ -57,6 +57,11 @@ class Tokenizer:
         self.specials = {token.content: i for i, token in added.items() if token.special}
         self.dialect = None  # how an adopted model writes conversations (template.py); ours are written by chat.py
         vocabulary = backend.get_vocab(with_added_tokens=True)
+        spelled = set("".join(token for token, i in vocabulary.items() if i not in added))
+        if not isinstance(backend.model, models.BPE) or not spelled or not spelled <= BYTE_OF.keys():
+            raise UserError("the tokenizer is not a byte-level BPE vocabulary, the only kind nanoghost reads")
+        if max(vocabulary.values()) >= 2 * len(vocabulary):
+            raise UserError(f"the tokenizer has {len(vocabulary)} tokens and an id of {max(vocabulary.values())}")
         self._bytes = [b""] * (max(vocabulary.values()) + 1)
         for token, i in vocabulary.items():
             if i in added:
@@ -137,6 +142,11 @@ class Tokenizer:
     def special(self, name: str) -> int:
         """Id of a special token."""
         return self.specials[name]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Its bos_token and eos_token, in the words of tokenizer_config.json."""
+        return self.dialect.names if self.dialect else {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
 
     @property
     def ends(self) -> set[int]:

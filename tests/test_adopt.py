@@ -1,7 +1,11 @@
 """Models that come and go: GGUF and Hugging Face folders in and out, and the chat templates that come with them."""
 
 import json
+import sys
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from nanoghost.model.gguf import GGUF
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.rope import kind_of
 from nanoghost.model.weights import load_model
-from nanoghost.runs import ModelFolder
+from nanoghost.runs import ModelFolder, writing
 from nanoghost.tokenizer import Tokenizer
 from tests.conftest import toy_text
 
@@ -193,6 +197,137 @@ def test_what_cannot_be_represented_is_refused(nanoghost, folder, tmp_path):
 def test_a_ghost_is_not_exported(nanoghost, toy_base, tmp_path):
     code, _, err = nanoghost("export", toy_base, "--out", tmp_path / "ghost.gguf")
     assert code == 2 and "--arch llama" in err and not list(tmp_path.glob("*.gguf"))
+
+
+def copied(folder, to):
+    """What Hugging Face's form has of a model folder."""
+    to.mkdir()
+    for name in "config.json generation_config.json tokenizer.json tokenizer_config.json model.safetensors".split():
+        (to / name).write_bytes((folder.path / name).read_bytes())
+    return to
+
+
+def test_licences_travel(nanoghost, folder, tmp_path):
+    source = copied(folder, tmp_path / "theirs")
+    (source / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n\nlicense: mine\n")
+    (source / "LICENSE").write_text("their licence")
+    assert nanoghost("adopt", source, "--name", "again")[0] == 0
+    card = ModelFolder("again").card
+    assert card["data"][0]["licence"] == "apache-2.0" and "changes" in card["data"][0]
+    assert (ModelFolder("again").path / "LICENSE").read_text() == "their licence"
+    code, _, err = nanoghost("export", "again", "--gguf", "--quant", "q8_0", "--out", tmp_path / "out" / "a.gguf")
+    assert code == 2 and "out" in err  # no such folder
+    assert nanoghost("export", "again", "--gguf", "--quant", "q8_0", "--out", tmp_path / "a.gguf")[0] == 0
+    fields = GGUF(tmp_path / "a.gguf").fields
+    assert fields["general.license"] == "apache-2.0" and "Q8_0" in fields["general.description"]
+    assert (tmp_path / "a.LICENSE").read_text() == "their licence"
+    assert nanoghost("adopt", tmp_path / "a.gguf", "--name", "third")[0] == 0
+    assert ModelFolder("third").card["data"][0]["licence"] == "apache-2.0"
+
+
+def test_a_model_is_replaced_or_stays(nanoghost, folder, tmp_path, monkeypatch):
+    source = copied(folder, tmp_path / "theirs")
+    assert nanoghost("adopt", source, "--name", "again")[0] == 0
+    place = ModelFolder("again").path
+    (place / "note").touch()
+    code, _, err = nanoghost("adopt", source, "--name", "again")
+    assert code == 2 and "--force" in err
+    with writing(ModelFolder("again")):
+        code, _, err = nanoghost("adopt", source, "--name", "again", "--force")
+    assert code == 2 and "another process" in err and (place / "note").exists()
+
+    rename = type(place).rename
+
+    def full(self, target):
+        if self.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    with monkeypatch.context() as m:
+        m.setattr(type(place), "rename", full)
+        assert nanoghost("adopt", source, "--name", "again", "--force")[0] == 2
+    assert (place / "note").exists() and ModelFolder("again").finished
+    assert nanoghost("adopt", source, "--name", "again", "--force")[0] == 0
+    assert not (place / "note").exists() and ModelFolder("again").finished
+    assert not list(place.parent.glob(".adopting*"))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as its library asks for; serves `folder`."""
+
+    commit = "0123456789" * 4
+
+    def do_GET(self):
+        path = urlsplit(self.path).path
+        files = [p for p in sorted(self.server.folder.rglob("*")) if p.is_file()]
+        names = {p.relative_to(self.server.folder).as_posix(): p for p in files}
+        _, _, name = path.partition(f"/resolve/{self.commit}/")
+        if not path.removeprefix("/api/models").startswith("/maker/tiny/"):
+            return self.send_error(404)
+        if "/revision/" in path:
+            body = json.dumps({"id": "maker/tiny", "sha": self.commit, "siblings": [{"rfilename": n} for n in names]})
+        elif "/tree/" in path:
+            body = json.dumps(
+                [{"type": "file", "path": n, "size": p.stat().st_size, "oid": n} for n, p in names.items()]
+            )
+        else:
+            self.server.asked.add(name)
+        body = names[name].read_bytes() if name else body.encode()
+        self.send_response(200)
+        for key, value in {"Content-Length": len(body), "ETag": f'"{name}"', "X-Repo-Commit": self.commit}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    constants = pytest.importorskip(
+        "huggingface_hub.constants", reason="huggingface_hub is not installed: the extra 'hub'"
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.asked = tmp_path / "hub", set()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
+def test_a_model_of_the_hub(nanoghost, folder, hub):
+    copied(folder, hub.folder)
+    (hub.folder / "README.md").write_text("---\nlicense: other\nlicense_name: tiny-1\n---\n")
+    (hub.folder / "LICENSE.txt").write_text("their licence")
+    for needless in ("pytorch_model.bin", "model.onnx", "original/model.safetensors", "onnx/config.json"):
+        (hub.folder / needless).parent.mkdir(exist_ok=True)
+        (hub.folder / needless).write_text("large")
+    code, _, err = nanoghost("adopt", "maker/tiny")
+    assert code == 0, err
+    assert torch.equal(logits(folder.path)[0], logits(ModelFolder("tiny").path)[0])
+    about = ModelFolder("tiny").card["data"][0]
+    assert (about["name"], about["licence"]) == ("maker/tiny", "tiny-1") and Hub.commit in about["attribution"]
+    assert (ModelFolder("tiny").path / "LICENSE.txt").exists()
+    assert not [name for name in hub.asked if "/" in name or "bin" in name or "onnx" in name]
+    code, _, err = nanoghost("adopt", "maker/other")
+    assert code == 2 and "'maker/other'" in err and not ModelFolder("other").path.exists()
+
+
+def test_without_the_hubs_library_there_is_a_clear_line(nanoghost, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    code, _, err = nanoghost("adopt", "maker/tiny")
+    assert code == 2 and "nanoghost[hub]" in err
 
 
 def test_rows_turned_and_turned_back_are_the_same():

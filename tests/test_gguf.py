@@ -93,3 +93,69 @@ def test_no_damage_does_more_than_raise(small):
         except UserError:
             refused += 1
     assert 100 < refused < 600
+
+
+# ── K-quants: the library can only read them, so they are held to the slow loops of their definition ────────────────
+
+
+def scales_and_mins(packed):
+    """The eight scales and mins of six bits each that twelve bytes hold."""
+    low = [(packed[j] & 63, packed[j + 4] & 63) for j in range(4)]
+    high = [
+        ((packed[j + 4] & 15) | (packed[j - 4] >> 6 << 4), (packed[j + 4] >> 4) | (packed[j] >> 6 << 4))
+        for j in range(4, 8)
+    ]
+    return low + high
+
+
+def q4_k(block, fifth=None):
+    d, dmin = np.frombuffer(block[:4], np.float16).astype(np.float32)
+    low = block[16:144] if fifth is None else block[48:176]
+    x = np.zeros(256, np.float32)
+    for i in range(256):
+        group, inside = divmod(i, 32)
+        byte = low[group // 2 * 32 + inside]
+        q = byte >> 4 if group % 2 else byte & 15
+        if fifth is not None:
+            q += 16 * (fifth[inside] >> group & 1)
+        scale, least = scales_and_mins(block[4:16])[group]
+        x[i] = d * np.float32(scale) * np.float32(q) - dmin * np.float32(least)
+    return x
+
+
+def q5_k(block):
+    return q4_k(block, fifth=block[16:48])
+
+
+def q6_k(block):
+    low, high, scales = block[:128], block[128:192], np.frombuffer(block[192:208], np.int8)
+    d = np.frombuffer(block[208:], np.float16).astype(np.float32)[0]
+    x = np.zeros(256, np.float32)
+    for i in range(256):
+        half, rest = divmod(i, 128)
+        quarter, inside = divmod(rest, 32)
+        four = low[half * 64 + quarter % 2 * 32 + inside] >> (4 * (quarter // 2)) & 15
+        two = high[half * 32 + inside] >> (2 * quarter) & 3
+        x[i] = d * np.float32(scales[i // 16]) * np.float32(int(four | two << 4) - 32)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "slow", "halves"), [("Q4_K", q4_k, (0, 2)), ("Q5_K", q5_k, (0, 2)), ("Q6_K", q6_k, (208,))]
+)
+def test_k_quants_are_read_as_they_are_defined(tmp_path, kind, slow, halves):
+    number = gguf.GGMLQuantizationType[kind]
+    size = gguf.GGML_QUANT_SIZES[number][1]
+    raw = np.random.default_rng(0).integers(0, 256, (3, 2 * size), np.uint8)
+    for block in raw.reshape(-1, size):
+        for at in halves:  # any bytes are a block, but those that scale it are numbers of half precision
+            block[at : at + 2] = np.array([0.01 * (at + 1)], np.float16).view(np.uint8)
+    path = tmp_path / "k.gguf"
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_tensor("x", raw, raw_dtype=number)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    expected = np.stack([slow(block.tobytes()) for block in raw.reshape(-1, size)]).reshape(3, 512)
+    assert np.allclose(GGUF(path).tensor("x"), expected, rtol=1e-6, atol=1e-6)

@@ -8,6 +8,7 @@ Tiny random models of each of the family, made and saved by transformers, adopte
 import pytest
 import torch
 
+from nanoghost import runs
 from nanoghost.chat import render
 from nanoghost.model.weights import load_model
 from nanoghost.runs import ModelFolder
@@ -90,3 +91,70 @@ def test_the_same_prompts_and_the_same_ids(theirs, nanoghost):
         assert render(talk[:count], tokenizer, generation)[0] == ids
     for text in ("The king.", "  x\n\ny ", "naïve 你好 🙂", "don't 1066 AND", ""):
         assert tokenizer.encode(text) == fast(text, add_special_tokens=False)["input_ids"]
+
+
+# ── SmolLM2 itself ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+REAL_HOME = runs.home()  # that of the one who runs the tests; each test has its own
+
+PROMPTS = (
+    "What is the capital of France?", "Write a poem about the sea.", "How do I boil an egg?", "Explain gravity to a child.",
+    "List five animals.", "What is 12 + 30?", "Translate 'good morning' into Spanish.", "Who wrote Hamlet?",
+    "Write a Python function that reverses a list.", "Summarise: The cat sat on the mat. It was happy.", "Tell me a joke.",
+    "What is photosynthesis?", "Why is the sky blue?", "Give me three names for a dog.", "What rhymes with 'night'?",
+    "Is 17 a prime number?", "Write a haiku.", "How far is the moon?", "What does 'ubiquitous' mean?", "Hello!",
+)  # fmt: skip
+TEXTS = (
+    "", " ", "\n\n", "The king.", "  x\n\n\ty  ", "naïve café 你好 🙂👩‍👩‍👧", "don't I'LL 1066 3.14 1,000,000",
+    "def f(x):\n    return x**2  # code\n", "<|im_end|> <|im_start|>user\n", "e\u0301 \u00e9 ﬁ ½", "עברית العربية हिन्दी",
+    "a\u00a0b\u200bc\r\n", "x" * 200, "{'a': [1, 2], \"b\": null}", "\x00\x1b[0m", "<repo_name> <jupyter_start>",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    folder = REAL_HOME / "models" / "smollm2"
+    if not (folder / "card.json").exists():
+        pytest.skip(f"smollm2 is not adopted in {REAL_HOME}: nanoghost adopt smollm2")
+    their_model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return (*load_model(folder, torch.float32), their_model, folder)
+
+
+def test_smollm2_says_the_same_as_in_transformers(smollm2):
+    """200 greedy tokens for each prompt. At each of them the largest of their logits is the token we wrote, so their
+    own greedy continuation is this one; a tie within rounding would be found below."""
+    model, tokenizer, their_model, _ = smollm2
+    prompts = [render([{"role": "user", "content": p}], tokenizer, generation=True)[0] for p in PROMPTS]
+    longest, worst = max(map(len, prompts)), 0.0
+    x = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    valid = torch.tensor([[False] * (longest - len(ids)) + [True] * len(ids) for ids in prompts])
+    cache, written = model.new_cache(len(prompts), longest + 200), []
+    with torch.no_grad():
+        for step in range(200):
+            x = model(x, cache, valid_BT=None if step else valid, last_only=True)[:, -1].argmax(-1, keepdim=True)
+            written.append(x)
+        for ids, ours in zip(prompts, torch.cat(written, 1).tolist()):
+            whole = torch.tensor([ids + ours])
+            a, b = their_model(whole).logits[0], model(whole)[0]
+            worst = max(worst, float((a - b).abs().max() / a.abs().max()))
+            assert a[len(ids) - 1 : -1].argmax(-1).tolist() == ours, tokenizer.decode(ids)
+    print(f"logits differ by at most {worst:.1e}")
+    assert worst <= 1e-4
+
+
+def test_smollm2_has_the_same_prompts_and_ids(smollm2):
+    _, tokenizer, _, folder = smollm2
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+    plain = transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == plain(text, add_special_tokens=False)["input_ids"], text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    for text in TEXTS:
+        said = [{"role": role, "content": text + "!"} for role in ("system", "user", "assistant", "user")]
+        for talk in (said[1:2], said[1:], said):
+            for generation in (True, False):
+                written = fast.apply_chat_template(talk, tokenize=False, add_generation_prompt=generation)
+                ids = render(talk, tokenizer, generation)[0]
+                assert tokenizer.decode(ids, skip_special=False) == written
+                if not any(mark in text for mark in tokenizer.specials):  # there a mark is a mark, here it stays text
+                    assert ids == fast(written, add_special_tokens=False)["input_ids"]

@@ -17,7 +17,7 @@ from torch import nn
 
 from nanoghost.errors import UserError
 from nanoghost.model.weights import load_model, read_tensors
-from nanoghost.runs import read_json, write_atomic, write_json
+from nanoghost.runs import ModelFolder, read_json, write_atomic, write_json
 
 MODULES = {  # our names of the matrices, and PEFT's
     **{p: f"self_attn.{p}_proj" for p in "qkv"},
@@ -90,6 +90,27 @@ def check(rank: int, targets: str | None) -> None:
         raise UserError(f"--lora-targets knows {', '.join(MODULES)}, not '{', '.join(sorted(unknown))}'")
 
 
+def whole_name(settings, parent: ModelFolder) -> str:
+    """BASE@NAME, of a new adapter on `parent` or of one that goes on with the parent's."""
+    if settings.lora is not None:
+        if parent.card["arch"] == "ghost":
+            raise UserError(f"--lora is for models of the Llama family, and '{parent.name}' is a ghost")
+        if "@" in parent.name:
+            raise UserError(f"'{parent.name}' has an adapter already, which goes on as it is: leave out --lora")
+        check(settings.lora, settings.lora_targets)
+    return f"{parent.base}@{settings.name.removeprefix(f'{parent.base}@')}"
+
+
+def check_base(folder: Path) -> None:
+    """An adapter of ours is of use only beside the model that it was made for."""
+    base = folder.with_name(folder.name.partition("@")[0])
+    card = read_json(folder / "card.json")["parent"]
+    while "@" in card["name"]:
+        card = card["parent"]
+    if read_json(base / "card.json").get("finished") != card["finished"]:
+        raise UserError(f"adapter '{folder.name}' was made for another model '{base.name}' than the one that is there now")
+
+
 def new_adapter(model, rank: int, alpha: float | None, targets: str | None, seed: int) -> Adapter:
     """An adapter that changes nothing yet. `targets` is a list with commas; None: all matrices."""
     names = targets.split(",") if targets else list(MODULES)
@@ -152,6 +173,8 @@ def load_adapted(folders: list[Path], dtype: torch.dtype, device="cpu"):
 
 def read_adapter(folder: Path, config, dtype: torch.dtype) -> Adapter:
     """The adapter of a folder, ours or another's, for a base of this configuration. What cannot be represented raises UserError."""
+    if (folder / "card.json").exists():
+        check_base(folder)
     c = read_json(folder / "adapter_config.json")
     refuse = {
         f"the method {c.get('peft_type')}": c.get("peft_type") != "LORA",

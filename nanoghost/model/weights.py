@@ -36,11 +36,10 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
 
         return save_adapter(folder, model.adapters[0])
     dialect = tokenizer.dialect
-    eos = sorted(dialect.ends) if dialect else tokenizer.special("<|im_end|>")
-    names = dialect.names if dialect else {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
-    ends = {"eos_token_id": eos} | (
-        {"bos_token_id": tokenizer.special(names["bos_token"])} if names.get("bos_token") else {}
-    )
+    names = tokenizer.names
+    ends = {"eos_token_id": sorted(dialect.ends) if dialect else tokenizer.special(names["eos_token"])}
+    if "bos_token" in names:
+        ends["bos_token_id"] = tokenizer.special(names["bos_token"])
     write_json(folder / "config.json", model.settings() | ends)
     write_json(folder / "generation_config.json", ends | {"do_sample": True, "temperature": 0.8, "top_p": 0.95})
     tokenizer.save(folder)

@@ -150,17 +150,11 @@ def parent_of(settings, stage: str) -> ModelFolder:
 
 def named(settings, parent: ModelFolder):
     """The settings with the new model's whole name: what gets an adapter, or goes on with one, is BASE@NAME."""
-    if settings.lora is not None:
-        if parent.card["arch"] == "ghost":
-            raise UserError(f"--lora is for models of the Llama family, and '{parent.name}' is a ghost")
-        if "@" in parent.name:
-            raise UserError(f"'{parent.name}' has an adapter already, which goes on as it is: leave out --lora")
-        from nanoghost.model import lora
-
-        lora.check(settings.lora, settings.lora_targets)
-    elif "@" not in parent.name:
+    if settings.lora is None and "@" not in parent.name:
         return settings
-    return replace(settings, name=f"{parent.base}@{settings.name.removeprefix(f'{parent.base}@')}")
+    from nanoghost.model import lora
+
+    return replace(settings, name=lora.whole_name(settings, parent))
 
 
 def load_parent(parent: ModelFolder, settings):
