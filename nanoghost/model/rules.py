@@ -18,7 +18,7 @@ from nanoghost.model.rope import kind_of
 class Rule:
     words: str
     """What a value should be."""
-    holds: Callable[[object], bool]
+    holds: Callable[[object], object]
 
 
 def whole(least: int, most: int) -> Rule:
@@ -38,7 +38,7 @@ def maybe(rule: Rule) -> Rule:
 
 
 def every(rule: Rule) -> Rule:
-    return Rule(f"a list, each of it {rule.words}", lambda x: isinstance(x, list) and all(map(rule.holds, x)))
+    return Rule(f"a list, each of it {rule.words}", lambda x: isinstance(x, list) and x and all(map(rule.holds, x)))
 
 
 def either(a: Rule, b: Rule) -> Rule:

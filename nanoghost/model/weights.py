@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import safetensors.torch
@@ -86,9 +87,12 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"cannot read weights {path}: {e}") from None
 
 
-def licence_files(folder: Path) -> list[Path]:
-    """What must travel with the weights."""
-    return sorted(path for path in folder.iterdir() if re.match(r"(?i)(licen[cs]e|notice|copying)\b", path.name))
+def copy_licences(source: Path, target: Path, before: str = "", after: str = "") -> None:
+    """What must travel with the weights, from folder to folder; with names that begin otherwise `before` and `after`."""
+    for path in source.iterdir():
+        name = path.name.removeprefix(before)
+        if before + name == path.name and re.fullmatch(r"(?i)(licen[cs]e[-\w]*|notice|copying)(\.txt|\.md)?", name):
+            shutil.copyfile(path, target / (after + name))
 
 
 def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
