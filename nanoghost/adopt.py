@@ -6,7 +6,6 @@ folder is refused with the reason.
 
 import json
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -32,9 +31,9 @@ from nanoghost.model.rules import (
     Rule,
     check,
     check_settings,
+    copy_licences,
     either,
     every,
-    licence_files,
     maybe,
     one_of,
     read_header,
@@ -182,7 +181,8 @@ def adopt_gguf(path: Path, made: Path) -> dict:
     Tokenizer(backend).save(made)
     tensors = {n: torch.from_numpy(x.copy() if not x.flags.writeable else x) for n, x in tensors_of(g, settings)}
     safetensors.torch.save_file(tensors, made / "model.safetensors", {"format": "pt"})
-    copy_licences(path.parent, made)
+    for before in ("", f"{path.stem}."):  # as `export` calls it
+        copy_licences(path.parent, made, before)
     stored = ", ".join(sorted({t.kind.name for t in g.tensors.values()}))
     return {
         "name": field("general.name", path.stem),
@@ -211,7 +211,7 @@ def adopt_folder(source: Path, made: Path) -> dict:
     ends = {"eos_token_id": settings.get("eos_token_id")}
     if generation.exists():
         ends |= {k: v for k, v in read_json_file(generation).items() if k == "eos_token_id" and v is not None}
-    check(ends, {"eos_token_id": either(TOKEN, every(TOKEN))}, generation)
+    check(ends, {"eos_token_id": either(TOKEN, every(TOKEN))}, source)
     names = {key: value for key in ("bos_token", "eos_token") if (value := said.get(key))}
     names = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()}
     index = source / "model.safetensors.index.json"
@@ -271,17 +271,11 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def stated_licence(source: Path) -> str:
-    """The name of the licence: the Hub's pages say it in the head of README.md."""
+    """The name of the licence: the Hub's models say it in the head of README.md."""
     page = source / "README.md"
     head = page.read_text(encoding="utf-8", errors="replace").partition("\n---")[0] if page.exists() else ""
     said = dict(re.findall(r"^(license|license_name): *([\w.+ -]*\w)", head, re.MULTILINE))
-    files = [path.name for path in licence_files(source)]
-    return said.get("license_name") or said.get("license") or (f"see {files[0]}" if files else "unknown")
-
-
-def copy_licences(source: Path, made: Path) -> None:
-    for file in licence_files(source):
-        shutil.copyfile(file, made / file.name)
+    return said.get("license_name") or said.get("license") or "unknown"
 
 
 def write_texts(made: Path, settings: dict, names: dict, template: str, eos: list[int]) -> None:

@@ -4,7 +4,6 @@ The model folder itself is what Hugging Face transformers and vLLM load; a ghost
 """
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from nanoghost.chat import CHAT_TEMPLATE
 from nanoghost.errors import UserError
 from nanoghost.model.gguf_llama import TURNED, gguf_name, tokenizer_fields, turned
 from nanoghost.model.rope import frequencies, kind_of
-from nanoghost.model.rules import licence_files
+from nanoghost.model.rules import copy_licences
 from nanoghost.model.weights import load_model
 from nanoghost.runs import open_model, replacing
 
@@ -59,8 +58,7 @@ def main(settings: ExportSettings) -> dict:
     temporary = path.with_name(f".{path.name}.tmp")
     with replacing(temporary, path):
         write(temporary, model, tokenizer, folder.name, card, gguf.GGMLQuantizationType[KINDS[settings.quant]])
-    for file in licence_files(folder.path):
-        shutil.copyfile(file, path.with_name(f"{path.stem}.{file.name}"))
+    copy_licences(folder.path, path.parent, after=f"{path.stem}.")
     return {"name": folder.name, "path": str(path), "bytes": path.stat().st_size, "quant": settings.quant}
 
 

@@ -207,6 +207,7 @@ def copied(folder, to):
     return to
 
 
+@pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
 def test_licences_travel(nanoghost, folder, tmp_path):
     source = copied(folder, tmp_path / "theirs")
     (source / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n\nlicense: mine\n")
@@ -223,8 +224,10 @@ def test_licences_travel(nanoghost, folder, tmp_path):
     assert (tmp_path / "a.LICENSE").read_text() == "their licence"
     assert nanoghost("adopt", tmp_path / "a.gguf", "--name", "third")[0] == 0
     assert ModelFolder("third").card["data"][0]["licence"] == "apache-2.0"
+    assert (ModelFolder("third").path / "LICENSE").read_text() == "their licence"
 
 
+@pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
 def test_a_model_is_replaced_or_stays(nanoghost, folder, tmp_path, monkeypatch):
     source = copied(folder, tmp_path / "theirs")
     assert nanoghost("adopt", source, "--name", "again")[0] == 0

@@ -24,7 +24,7 @@ from tests.test_adopt import TEMPLATE
 
 STRANGE = (
     None, 0, -1, 1, 3, 7, 2**31, 2**62, 0.0, -2.5, 1e30, float("nan"), float("inf"), True, "", "x", "linear", "yarn", "\x1b[2J\n",
-    ["a", "b"], [1, 2, 3], [0.5], {}, {"rope_type": "yarn"}, {"rope_type": "llama3", "factor": 0}, {"type": []}, [[]],
+    ["a", "b"], [1, 2, 3], [0.5], {}, [], {"rope_type": "yarn"}, {"rope_type": "llama3", "factor": 0}, {"type": []}, [[]],
 )  # fmt: skip
 
 
@@ -84,11 +84,11 @@ def test_a_gguf_of_any_wrong_settings(their_gguf, tmp_path):
     fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in g.fields.items()}
     tensors = {name: g.tensor(name) for name in g.tensors}
     optional = {"llama.attention.head_count_kv", "llama.rope.scaling.type", "llama.rope.scaling.factor"}
-    values = [v for v in STRANGE if v is None or not isinstance(v, dict) and v != [[]]]
+    values = [v for v in STRANGE if v is None or not isinstance(v, dict) and v not in ([], [[]])]
     path, refused, cases = tmp_path / "damaged.gguf", 0, 0
     assert outcome(their_gguf) == ""
     for key in [*fields, *optional, "llama.attention.sliding_window", "tokenizer.ggml.eot_token_id"]:
-        for value in rng.sample(values, 6):
+        for value in rng.sample(values, 5):
             damaged = {k: v for k, v in (fields | {key: value}).items() if v is not None}
             if rng.random() < 0.2:
                 damaged.pop(rng.choice(list(damaged)))
@@ -137,7 +137,7 @@ def changed(said, path, value):
 
 @pytest.mark.parametrize(
     ("file", "cases"),
-    [("config.json", 150), ("tokenizer_config.json", 60), ("generation_config.json", 40), ("tokenizer.json", 150)],
+    [("config.json", 120), ("tokenizer_config.json", 60), ("generation_config.json", 40), ("tokenizer.json", 80)],
 )
 def test_a_folder_with_anything_anywhere(theirs, file, cases):
     rng, whole = random.Random(file), (theirs / file).read_text()

@@ -213,9 +213,9 @@ PRE_TOKENIZERS = {
 
 def tokenizer_of(g: GGUF) -> tokenizers.Tokenizer:
     """tokenizer.json."""
-    kind, pre = (g.fields.get(f"tokenizer.ggml.{what}") for what in ("model", "pre"))
-    pre = "gpt-2" if pre is None else pre
-    if not isinstance(pre, str) or [kind] != ["gpt2"] or pre not in PRE_TOKENIZERS:
+    check(g.fields, dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre"), maybe(TEXT)), g.path)
+    kind, pre = g.fields.get("tokenizer.ggml.model"), g.fields.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise UserError(
             f"{g.path} has a tokenizer of kind {kind}/{pre}; nanoghost rebuilds gpt2 with {', '.join(PRE_TOKENIZERS)}:"
             f" adopt the model's Hugging Face folder instead"
@@ -238,6 +238,8 @@ def tokenizer_of(g: GGUF) -> tokenizers.Tokenizer:
     backend.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, kinds) if k == USER_DEFINED])
     bos = g.fields.get("tokenizer.ggml.bos_token_id")
     if bos is not None and g.fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+        if {":", "$"} & set(tokens[bos]):
+            raise UserError(f"{g.path} puts {tokens[bos]!r} before each text, which tokenizer.json has no way to say")
         backend.post_processor = begins_with(tokens[bos], bos)
     return backend
 

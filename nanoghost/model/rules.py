@@ -6,6 +6,7 @@ are taken at their word.
 
 import re
 import reprlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from nanoghost.model.rope import kind_of
 class Rule:
     words: str
     """What a value should be."""
-    holds: Callable[[object], bool]
+    holds: Callable[[object], object]
 
 
 def whole(least: int, most: int) -> Rule:
@@ -41,7 +42,7 @@ def maybe(rule: Rule) -> Rule:
 
 
 def every(rule: Rule) -> Rule:
-    return Rule(f"a list, each of it {rule.words}", lambda x: isinstance(x, list) and all(map(rule.holds, x)))
+    return Rule(f"a list, each of it {rule.words}", lambda x: isinstance(x, list) and x and all(map(rule.holds, x)))
 
 
 def either(a: Rule, b: Rule) -> Rule:
@@ -144,6 +145,9 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         raise UserError(f"cannot read weights {path}: {e}") from None
 
 
-def licence_files(folder: Path) -> list[Path]:
-    """What must travel with the weights."""
-    return sorted(path for path in folder.iterdir() if re.match(r"(?i)(licen[cs]e|notice|copying)\b", path.name))
+def copy_licences(source: Path, target: Path, before: str = "", after: str = "") -> None:
+    """What must travel with the weights, from folder to folder; with names that begin otherwise `before` and `after`."""
+    for path in source.iterdir():
+        name = path.name.removeprefix(before)
+        if before + name == path.name and re.fullmatch(r"(?i)(licen[cs]e[-\w]*|notice|copying)(\.txt|\.md)?", name):
+            shutil.copyfile(path, target / (after + name))
