@@ -109,13 +109,14 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         if run is None:
             return None
         clock = stage.Clock(0.0)
-        model, tokenizer = load_model(parent.path, machine.compute_dtype(), machine.device())
+        model, tokenizer = load(parent)
         context = min(settings.context, model.config.context)
         if shards:
             examples = rows_of_text(shards.tokens("train"), context, settings.examples)
         else:
             examples = conversations_of(settings, own, run)
         gradients = KINDS[settings.kind](settings, examples, tokenizer, context, teacher, run, display)
+        machine.release_memory()  # a teacher that has said it all is gone
         rates = later_groups(stage.base_card(parent.card), model.config.width, settings.learning_rate)
         optimizer = Optimizer(model, rates, machine.compute_dtype(), rank, world)
 
@@ -165,6 +166,10 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         run.finish(**figures)
     display.say(f"{settings.name}: loss {loss:.3f} after {seconds:.0f} s of training")
     return figures
+
+
+def load(folder: ModelFolder):
+    return load_model(folder.path, machine.compute_dtype(), machine.device())
 
 
 def check(settings: DistillSettings, parent: ModelFolder, teacher: ModelFolder, world: int) -> None:
@@ -257,17 +262,18 @@ def kept(what: str, key: list, count: int, make, run: stage.Run, display: Displa
 def answers(settings: DistillSettings, asked: list[list[dict]], teacher: ModelFolder, run, display) -> list[list[dict]]:
     """The teacher's conversations: the questions whose answer ended within the limit, with the answer."""
     temperature = 0.7 if settings.temperature is None else settings.temperature
-
-    loaded = cache(lambda: load_model(teacher.path, machine.compute_dtype(), machine.device()))
+    loaded = cache(lambda: load(teacher))
 
     def make(number: int) -> bytes:
         model, tokenizer = loaded()
-        some = asked[number * GROUP : (number + 1) * GROUP]
         room = model.config.context - settings.max_tokens
-        prompts = [render(shortened(m, tokenizer, room, True), tokenizer, generation=True)[0] for m in some]
+        prompts = []  # (question, token ids) of those that the teacher has room to answer
+        for messages in asked[number * GROUP : (number + 1) * GROUP]:
+            ids, _ = render(shortened(messages, tokenizer, room, True), tokenizer, generation=True)
+            prompts += [(messages, ids)] if len(ids) <= room else []
         sampling = Sampling(settings.max_tokens, temperature, seed=settings.seed * 1_000_003 + number)
-        rows = generate(model, tokenizer, prompts, sampling, run_tool=run_tool)
-        whole = [{"messages": m + row.messages} for m, row in zip(some, rows) if row.finish_reason == "stop"]
+        rows = generate(model, tokenizer, [ids for _, ids in prompts], sampling, run_tool=run_tool) if prompts else []
+        whole = [{"messages": m + row.messages} for (m, _), row in zip(prompts, rows) if row.finish_reason == "stop"]
         return "".join(json.dumps(conversation) + "\n" for conversation in whole).encode()
 
     key = [teacher.card, asked, settings.max_tokens, temperature, settings.seed]
@@ -325,8 +331,7 @@ def sequence(settings: DistillSettings, conversations, tokenizer, context: int, 
 
 def token(settings: DistillSettings, examples, tokenizer, context: int, teacher, run, display):
     lessons = examples if isinstance(examples[0], Lesson) else lessons_from(examples, tokenizer, context)[0]
-
-    loaded = cache(lambda: load_model(teacher.path, machine.compute_dtype(), machine.device()))
+    loaded = cache(lambda: load(teacher))
 
     def make(number: int) -> bytes:
         expert, _ = loaded()
@@ -363,7 +368,7 @@ def on_policy(settings: DistillSettings, examples, tokenizer, context: int, teac
     prompts = [ids for ids in prompts if len(ids) + settings.max_tokens <= context]
     if not prompts:
         raise UserError(f"no prompt leaves room for {settings.max_tokens} tokens in a context of {context}")
-    expert, _ = load_model(teacher.path, machine.compute_dtype(), machine.device())
+    expert, _ = load(teacher)
     rank, world = machine.ranks()
     beta = 1.0 if settings.beta is None else settings.beta
     temperature = 1.0 if settings.temperature is None else settings.temperature
