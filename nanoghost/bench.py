@@ -76,7 +76,9 @@ class Ours:
     def write(self, prompts: list[list[int]], tokens: int, guess: bool = False, temperature: float = 0.8) -> float:
         """Tokens a second of all rows together, from when every prompt is read until the last row is done."""
         self.engine.runner.drafts = guess
-        rows = [self.engine.add(p, Sampling(tokens, temperature, seed=i, endless=True))[0] for i, p in enumerate(prompts)]
+        rows = [
+            self.engine.add(p, Sampling(tokens, temperature, seed=i, endless=True))[0] for i, p in enumerate(prompts)
+        ]
         while any(not row.ids for row in rows):
             self.engine.step()
         start, before = time.perf_counter(), sum(len(row.ids) for row in rows)
@@ -119,7 +121,9 @@ class Transformers:
 def texts(tokenizer, count: int, tokens: int, skip: int = 0) -> list[list[int]]:
     """Different pieces of the validation plays."""
     documents = [d.text for d in open_source("plays").documents() if d.split == "val"]
-    starts = [(documents[i % len(documents)], 3000 + 6 * tokens * (i // len(documents))) for i in range(skip, skip + count)]
+    starts = [
+        (documents[i % len(documents)], 3000 + 6 * tokens * (i // len(documents))) for i in range(skip, skip + count)
+    ]
     return [tokenizer.encode(text[at : at + 8 * tokens])[:tokens] for text, at in starts]
 
 
@@ -179,7 +183,9 @@ def decode(settings: DecodeSettings) -> None:
     for n in streams:
         prompts = [p[: 24 + i % 17] for i, p in enumerate(texts(tokenizer, n, 40))]
         for name, rival in rivals.items():
-            works.append((name, "decode", n, lambda rival=rival, prompts=prompts: rival.write(prompts, settings.tokens)))
+            works.append(
+                (name, "decode", n, lambda rival=rival, prompts=prompts: rival.write(prompts, settings.tokens))
+            )
     if ours.engine.runner.drafts:
         text = tokenizer.decode(texts(tokenizer, 1, 120)[0])
         for kind, question in KINDS.items():
@@ -226,6 +232,8 @@ def tell(settings, measured: dict, works: list, limit: Callable[[int], float]) -
         table.add_row(r["engine"], r["work"], str(r["streams"]), *figures, f"{r['share']:.0%}")
     Console(stderr=True).print(table)
     gflops, bandwidth = measured["matrix_gflops_per_second"], measured["bandwidth_gb_per_second"]
-    Console(stderr=True).print(f"limits: {gflops:.0f} GFLOP/s in {measured['dtype']}, twice that in 8 bits; {bandwidth:.0f} GB/s")
+    Console(stderr=True).print(
+        f"limits: {gflops:.0f} GFLOP/s in {measured['dtype']}, twice that in 8 bits; {bandwidth:.0f} GB/s"
+    )
     if settings.json:
         print(json.dumps({"limits": measured, "rows": rows}))

@@ -21,12 +21,7 @@ VERBS = {
     "pretrain": ("train.pretrain", "PretrainSettings", "command", "learn to continue text"),
     "sft": ("train.sft", "SftSettings", "command", "learn to answer, from conversations"),
     "rl": ("train.rl", "RlSettings", "command", "learn from attempts at problems that can be checked"),
-    "distill": (
-        "train.distill",
-        "DistillSettings",
-        "command",
-        "learn from another model: its answers or its probabilities",
-    ),
+    "distill": ("train.distill", "DistillSettings", "command", "learn what another model answers, or expects"),
     "eval": ("evals.evaluate", "EvalSettings", "command", "bits per byte and accuracy on held-out problems"),
     "adopt": ("adopt", "AdoptSettings", "command", "take in a model that others trained"),
     "export": ("export", "ExportSettings", "command", "write a model as a GGUF file"),

@@ -271,6 +271,16 @@ def test_on_policy_the_student_comes_nearer_on_what_it_writes_itself(distill, sc
 
 
 @pytest.mark.parametrize("kind", ["token", "on-policy"])
+def test_an_adapter_can_learn_and_teach(distill, school, kind):
+    common = ("--kind", kind, "--data", school / "notes.txt", "--steps", 6)
+    assert distill("nano", *common, "--teacher", "toy", "--name", "taught", "--lora", 4)["name"] == "nano@taught"
+    assert distill("nano@taught", *common, "--teacher", "toy", "--name", "more")["name"] == "nano@more"
+    assert ModelFolder("nano@more").card["adapters"][0]["rank"] == 4
+    figures = distill("nano", *common, "--teacher", "nano@more", "--name", "pupil", "--share", 1)
+    assert figures["loss"] < losses("nano@taught", "distill")[0], "an adapter is nearer to its base than toy is"
+
+
+@pytest.mark.parametrize("kind", ["token", "on-policy"])
 def test_it_survives_kill_9_bit_for_bit(distill, school, nanoghost, kind):
     common = ("distill", "nano", "--teacher", "toy", "--kind", kind, "--data", school / "notes.txt", *SMALL,
               "--steps", 25, "--checkpoint-seconds", 0.1)  # fmt: skip

@@ -41,5 +41,14 @@ def build(library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     temporary = library.with_name(f".{library.name}.{os.getpid()}.tmp")
     with replacing(temporary, library):
-        command = [machine.compiler_name(), *flags, str(SOURCE), "-o", str(temporary), "-ltorch", "-ltorch_cpu", "-lc10"]
+        command = [
+            machine.compiler_name(),
+            *flags,
+            str(SOURCE),
+            "-o",
+            str(temporary),
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+        ]
         subprocess.run(command, check=True)

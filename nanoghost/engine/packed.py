@@ -119,7 +119,9 @@ def pack_model(config: LlamaConfig, tensor, bits: int | None = None) -> dict:
 
 def packable(c) -> bool:
     """Whether a model of this configuration can be packed and run on this machine."""
-    fits = c.model_type != "nanoghost" and c.head_width in (64, 128) and c.width % GROUP == 0 and c.mlp_width % GROUP == 0
+    fits = (
+        c.model_type != "nanoghost" and c.head_width in (64, 128) and c.width % GROUP == 0 and c.mlp_width % GROUP == 0
+    )
     return fits and not kernels.unavailable()
 
 
@@ -232,14 +234,24 @@ class PackedLlama:
             turned = (self.cos, self.sin) if layer not in c.unrotated else (x_ND.new_empty(0),) * 2
             window = c.windows[layer] if c.windows else 0
             qkv = linear(x_ND, b["qkv"], torch.empty(N, width), b.get("qkv_bias"), b["attention_norm"])
-            correct(qkv, layer, STACKS["qkv"], lambda t, b=b: F.rms_norm(x_ND[t], (c.width,), b["attention_norm"], c.norm_eps))
+            correct(
+                qkv,
+                layer,
+                STACKS["qkv"],
+                lambda t, b=b: F.rms_norm(x_ND[t], (c.width,), b["attention_norm"], c.norm_eps),
+            )
             y = ops.attend(
                 qkv, *turned, cache, table, rows_N, positions_N, c.head_width**-0.5, window, b.get("q_norm"), b.get("k_norm"), c.norm_eps
             )  # fmt: skip
             linear(y, b["out"], x_ND, b.get("out_bias"), add=True)
             correct(x_ND, layer, STACKS["out"], lambda t, y=y: y[t])
             gate_up = linear(x_ND, b["gate_up"], torch.empty(N, 2 * c.mlp_width), norm=b["mlp_norm"])
-            correct(gate_up, layer, STACKS["gate_up"], lambda t, b=b: F.rms_norm(x_ND[t], (c.width,), b["mlp_norm"], c.norm_eps))
+            correct(
+                gate_up,
+                layer,
+                STACKS["gate_up"],
+                lambda t, b=b: F.rms_norm(x_ND[t], (c.width,), b["mlp_norm"], c.norm_eps),
+            )
             linear(gate_up, b["down"], x_ND, add=True)
             correct(x_ND, layer, STACKS["down"], lambda t, h=gate_up: F.silu(h[t, : c.mlp_width]) * h[t, c.mlp_width :])
         x_ND = x_ND[wanted]

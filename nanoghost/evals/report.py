@@ -134,7 +134,10 @@ class Content:
         ]
         rows += [
             ("seed", str(base["seed"])),
-            ("architecture", f"{base['arch']}: {base.get('depth_reason', 'as adopted')}; {base['vocab_size']:,} tokens of vocabulary"),
+            (
+                "architecture",
+                f"{base['arch']}: {base.get('depth_reason', 'as adopted')}; {base['vocab_size']:,} tokens of vocabulary",
+            ),
             ("parameters", ", ".join(f"{n / 1e6:.2f}M {k}" for k, n in base["parameter_counts"].items())),
         ]
         for a in self.card.get("adapters", ()):

@@ -259,7 +259,11 @@ class Llama(nn.Module):
         n = self.parameter_counts()
         T = context or self.config.context
         trained = sum(t.numel() for adapter in self.adapters for t in adapter.tensors())
-        return (4 if trained else 6) * (n["matrices"] + n["head"]) + 6 * trained + 6 * self.config.depth * self.config.heads * self.config.head_width * T
+        return (
+            (4 if trained else 6) * (n["matrices"] + n["head"])
+            + 6 * trained
+            + 6 * self.config.depth * self.config.heads * self.config.head_width * T
+        )
 
     def settings(self) -> dict:
         """config.json in Hugging Face's words."""

@@ -108,7 +108,9 @@ def check_base(folder: Path) -> None:
     while "@" in card["name"]:
         card = card["parent"]
     if read_json(base / "card.json").get("finished") != card["finished"]:
-        raise UserError(f"adapter '{folder.name}' was made for another model '{base.name}' than the one that is there now")
+        raise UserError(
+            f"adapter '{folder.name}' was made for another model '{base.name}' than the one that is there now"
+        )
 
 
 def new_adapter(model, rank: int, alpha: float | None, targets: str | None, seed: int) -> Adapter:
@@ -122,7 +124,11 @@ def new_adapter(model, rank: int, alpha: float | None, targets: str | None, seed
         for name in names:
             w_NM = getattr(block, name)[0]
             a_RM = torch.empty(rank, w_NM.size(1)).uniform_(-1, 1, generator=generator) * w_NM.size(1) ** -0.5
-            pairs[layer, name] = (nn.Parameter(a_RM.to(w_NM)), nn.Parameter(w_NM.new_zeros(len(w_NM), rank)), alpha / rank)
+            pairs[layer, name] = (
+                nn.Parameter(a_RM.to(w_NM)),
+                nn.Parameter(w_NM.new_zeros(len(w_NM), rank)),
+                alpha / rank,
+            )
     return Adapter(rank, alpha, pairs)
 
 

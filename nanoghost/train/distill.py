@@ -39,7 +39,7 @@ from nanoghost.tools.calculator import run_tool
 from nanoghost.train import stage
 from nanoghost.train.distill_loss import distill_loss, student_buckets, teacher_buckets
 from nanoghost.train.packing import Lesson, PackedBatches, fill, lessons_from, pack
-from nanoghost.train.recipe import later_groups
+from nanoghost.train.recipe import later_groups, row_length
 from nanoghost.train.sft import train_step
 
 LOGITS = 2**25  # in flight at once: as many rows go through a model together as this allows
@@ -77,10 +77,16 @@ class DistillSettings:
     """How many steps to train, instead of minutes (default: 2.5 minutes)."""
     batch: int = 16
     """Packed rows in a step, over all processes; on-policy: prompts."""
-    context: int = 512
-    """Tokens in a row, if the student can read as many."""
+    context: int | None = None
+    """Tokens in a row; default: the student's context, at most 512."""
     learning_rate: float = 1.0
-    """Factor on pretraining's learning rates."""
+    """Factor on the recipe's learning rates."""
+    lora: int | None = None
+    """Train only an adapter of this rank, which is named BASE@NAME; 8 to 32 are usual. Default: train everything."""
+    lora_alpha: float | None = None
+    """Strength of the adapter, in PEFT's words; default: 32."""
+    lora_targets: str | None = None
+    """Which matrices it corrects, of q,k,v,out,gate,up,down; default: all."""
     seed: int = 0
     """Of the examples' order, the lessons and the sampling."""
     checkpoint_seconds: float = 60.0
@@ -99,23 +105,23 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
     display = display or Display()
     stage.check_length(settings)
     parent, teacher = stage.parent_of(settings, "distill"), open_model(settings.teacher)
+    settings = stage.named(settings, parent)
     check(settings, parent, teacher, world)
-    shards = None
-    if is_text(settings.data):
-        shards = tokenise(open_source(settings.data), load_tokenizer(parent.path))
+    shards = tokenise(open_source(settings.data), tokenizer_of(parent)) if is_text(settings.data) else None
     own = [] if shards else own_conversations(settings.data)
 
     with stage.run("distill", settings, display, parent) as run:
         if run is None:
             return None
         clock = stage.Clock(0.0)
-        model, tokenizer = load_model(parent.path, machine.compute_dtype(), machine.device())
-        context = min(settings.context, model.config.context)
+        model, tokenizer = stage.load_parent(parent, settings)
+        context = row_length(model.config.context, settings.context)
         if shards:
             examples = rows_of_text(shards.tokens("train"), context, settings.examples)
         else:
             examples = conversations_of(settings, own, run)
         gradients = KINDS[settings.kind](settings, examples, tokenizer, context, teacher, run, display)
+        machine.release_memory()  # a teacher that has said it all is gone
         rates = later_groups(stage.base_card(parent.card), model.config.width, settings.learning_rate)
         optimizer = Optimizer(model, rates, machine.compute_dtype(), rank, world)
 
@@ -124,7 +130,8 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
             steps = settings.steps or rehearsed_steps(settings, parent, rates, gradients)
             sources = [*teacher.card["data"], *([shards.manifest["source"]] if shards else [])]
             data = run.card["data"] + [s for s in sources if s not in run.card["data"]]
-            run.note(steps=steps, data=data, teacher=teacher.card, teacher_seconds=round(asked, 1))
+            adapters = [adapter.summary() for adapter in model.adapters]
+            run.note(steps=steps, data=data, teacher=teacher.card, teacher_seconds=round(asked, 1), adapters=adapters)
         steps = run.card["steps"]
         start, notes = run.resume(optimizer)
         tokens = notes.get("tokens", 0)
@@ -167,6 +174,14 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
     return figures
 
 
+def load(folder: ModelFolder):
+    return load_model(folder.path, machine.compute_dtype(), machine.device())
+
+
+def tokenizer_of(folder: ModelFolder):
+    return load_tokenizer(ModelFolder(folder.base).path)
+
+
 def check(settings: DistillSettings, parent: ModelFolder, teacher: ModelFolder, world: int) -> None:
     if settings.kind not in KINDS:
         raise UserError(f"--kind is one of {', '.join(KINDS)}, not '{settings.kind}'")
@@ -180,7 +195,7 @@ def check(settings: DistillSettings, parent: ModelFolder, teacher: ModelFolder, 
         if is_text(settings.data):
             raise UserError("--kind sequence needs questions: --data lessons, or a .jsonl file of conversations")
         return
-    own, theirs = load_tokenizer(parent.path), load_tokenizer(teacher.path)
+    own, theirs = tokenizer_of(parent), tokenizer_of(teacher)
     if reason := difference(own, theirs):
         raise UserError(
             f"'{parent.name}' cannot learn from the probabilities of '{teacher.name}': {reason}; use --kind sequence,"
@@ -257,17 +272,18 @@ def kept(what: str, key: list, count: int, make, run: stage.Run, display: Displa
 def answers(settings: DistillSettings, asked: list[list[dict]], teacher: ModelFolder, run, display) -> list[list[dict]]:
     """The teacher's conversations: the questions whose answer ended within the limit, with the answer."""
     temperature = 0.7 if settings.temperature is None else settings.temperature
-
-    loaded = cache(lambda: load_model(teacher.path, machine.compute_dtype(), machine.device()))
+    loaded = cache(lambda: load(teacher))
 
     def make(number: int) -> bytes:
         model, tokenizer = loaded()
-        some = asked[number * GROUP : (number + 1) * GROUP]
         room = model.config.context - settings.max_tokens
-        prompts = [render(shortened(m, tokenizer, room, True), tokenizer, generation=True)[0] for m in some]
+        prompts = []  # (question, token ids) of those that the teacher has room to answer
+        for messages in asked[number * GROUP : (number + 1) * GROUP]:
+            ids, _ = render(shortened(messages, tokenizer, room, True), tokenizer, generation=True)
+            prompts += [(messages, ids)] if len(ids) <= room else []
         sampling = Sampling(settings.max_tokens, temperature, seed=settings.seed * 1_000_003 + number)
-        rows = generate(model, tokenizer, prompts, sampling, run_tool=run_tool)
-        whole = [{"messages": m + row.messages} for m, row in zip(some, rows) if row.finish_reason == "stop"]
+        rows = generate(model, tokenizer, [ids for _, ids in prompts], sampling, run_tool=run_tool) if prompts else []
+        whole = [{"messages": m + row.messages} for (m, _), row in zip(prompts, rows) if row.finish_reason == "stop"]
         return "".join(json.dumps(conversation) + "\n" for conversation in whole).encode()
 
     key = [teacher.card, asked, settings.max_tokens, temperature, settings.seed]
@@ -325,8 +341,7 @@ def sequence(settings: DistillSettings, conversations, tokenizer, context: int, 
 
 def token(settings: DistillSettings, examples, tokenizer, context: int, teacher, run, display):
     lessons = examples if isinstance(examples[0], Lesson) else lessons_from(examples, tokenizer, context)[0]
-
-    loaded = cache(lambda: load_model(teacher.path, machine.compute_dtype(), machine.device()))
+    loaded = cache(lambda: load(teacher))
 
     def make(number: int) -> bytes:
         expert, _ = loaded()
@@ -363,7 +378,7 @@ def on_policy(settings: DistillSettings, examples, tokenizer, context: int, teac
     prompts = [ids for ids in prompts if len(ids) + settings.max_tokens <= context]
     if not prompts:
         raise UserError(f"no prompt leaves room for {settings.max_tokens} tokens in a context of {context}")
-    expert, _ = load_model(teacher.path, machine.compute_dtype(), machine.device())
+    expert, _ = load(teacher)
     rank, world = machine.ranks()
     beta = 1.0 if settings.beta is None else settings.beta
     temperature = 1.0 if settings.temperature is None else settings.temperature
@@ -402,7 +417,7 @@ def distill_step(model, batch, targets, beta: float, share: float) -> float:
 
 
 def rehearsed_steps(settings: DistillSettings, parent: ModelFolder, rates, gradients) -> int:
-    model, _ = load_model(parent.path, machine.compute_dtype(), machine.device())
+    model, _ = stage.load_parent(parent, settings)
     optimizer = Optimizer(model, rates, machine.compute_dtype(), *machine.ranks())
 
     def one_step(step: int) -> None:

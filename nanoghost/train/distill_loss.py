@@ -97,7 +97,8 @@ class _BucketLogProbs(torch.autograd.Function):
         others_N1 = grad_NB[:, -1:] / buckets_NB[:, -1:] - total_N1
         grad_logits = probs_NV.mul_(others_N1.to(probs_NV.dtype))  # in their place: they are not needed again
         grad_logits.scatter_(1, ids_NK, ids_grad_NK.to(probs_NV.dtype))
-        return grad_logits @ head_VD, grad_logits.T @ hidden_ND, None
+        head_learns = ctx.needs_input_grad[1]
+        return grad_logits @ head_VD, grad_logits.T @ hidden_ND if head_learns else None, None
 
 
 def _chunks(positions: int, vocabulary: int):

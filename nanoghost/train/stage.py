@@ -163,7 +163,9 @@ def load_parent(parent: ModelFolder, settings):
     if settings.lora is not None:
         from nanoghost.model import lora
 
-        lora.attach(model, [lora.new_adapter(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)])
+        lora.attach(
+            model, [lora.new_adapter(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)]
+        )
     return model, tokenizer
 
 
