@@ -13,7 +13,7 @@ from nanoghost.engine.packed import LANES, load_packed, pack, pack_module, unpac
 from nanoghost.engine.paged import PAGE, PagedRunner
 from nanoghost.engine.sampler import Sampling
 from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.model.lora import new_adapter
+from nanoghost.model.lora import Adapter, new_adapter
 from nanoghost.model.rope import rope_table
 from nanoghost.model.weights import save_model
 from nanoghost.tokenizer import Tokenizer
@@ -264,6 +264,7 @@ def test_a_beginning_is_read_once(tokenizer):
     assert read[0] <= PAGE + 5 + 1
     read.clear()
     engine = Engine(runner, tokenizer)
+    model.adapters["another"] = Adapter(4, 32.0, {})
     engine.add(turn, s, adapter="another")
     engine.step()
     assert read[0] == len(turn), "another adapter's keys and values are other ones"
@@ -299,6 +300,7 @@ def test_each_row_goes_through_the_adapter_it_asks_for(tokenizer):
             want[name] = whole_text(pack_module(base, 16), prompt)[-1]
         runner = PagedRunner(model, 1000)
         engine = Engine(runner, tokenizer)
+        runner.drafts = False
         names = ["toy@1", "", "toy@0", "toy@0"]
         seen, run = [], runner.run
         runner.run = lambda batch: seen.append(run(batch)) or seen[-1]

@@ -116,9 +116,8 @@ class Engine:
             self.runner.close(row)
         elif row in self.waiting:
             self.waiting.remove(row)
-            if row.twins:
-                first, *others = row.twins
-                first.twins = others
+            for first in row.twins[:1]:
+                first.twins = row.twins[1:]
                 self.waiting.appendleft(first)
 
     @torch.no_grad()
@@ -141,8 +140,7 @@ class Engine:
             room -= count
             if count:
                 up_to_date = count == len(row.unread)
-                may_guess = up_to_date and self.runner.drafts and not row.twins
-                guess = self.runner.guess(row) if may_guess else []
+                guess = self.runner.guess(row) if up_to_date and self.runner.drafts and not row.twins else []
                 batch.append(Reading(row, row.unread[:count] + guess, up_to_date + len(guess), len(guess)))
         return batch
 
@@ -264,10 +262,9 @@ def steps(
 
     `model` may be a model or a runner. Raises UserError if a prompt leaves no room in the context.
     """
-    runner = model
     if isinstance(model, torch.nn.Module):
-        runner = runner_for(model, len(prompts) * samples, max(reach(p, s, run_tool) for p in prompts))
-    engine = Engine(runner, tokenizer)
+        model = runner_for(model, len(prompts) * samples, max(reach(p, s, run_tool) for p in prompts))
+    engine = Engine(model, tokenizer)
     rows = [row for i, p in enumerate(prompts) for row in engine.add(p, s, samples, run_tool, stream=i * samples)]
     while not all(row.finish_reason for row in rows):
         engine.step()

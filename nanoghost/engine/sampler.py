@@ -34,8 +34,7 @@ def distribution(logits_BV: torch.Tensor, s: Sampling) -> torch.Tensor:
     """Probabilities that tokens are drawn from: temperature, then top-k, then top-p."""
     if s.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
-    if s.temperature != 1:
-        logits_BV = logits_BV / s.temperature
+    logits_BV = logits_BV / s.temperature if s.temperature != 1 else logits_BV
     if s.top_k:
         least = logits_BV.topk(min(s.top_k, logits_BV.size(1))).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least, float("-inf"))
