@@ -308,5 +308,5 @@ def test_each_row_goes_through_the_adapter_it_asks_for(tokenizer):
             engine.add(prompt, Sampling(max_tokens=2, temperature=0), adapter=name)
         engine.step()
     for name, logits in zip(names, seen[0]):
-        assert (logits - want[name]).norm() < 0.02 * want[name].norm()
+        assert (logits - want[name]).norm() < 0.04 * want[name].norm()
     assert (want["toy@0"] - want[""]).norm() > 0.2 * want[""].norm() < 5 * (want["toy@1"] - want[""]).norm()

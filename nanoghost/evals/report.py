@@ -106,7 +106,7 @@ class Content:
             f = c["figures"]
             work = f["flops_per_second"] / f["tokens_per_second"] * f["tokens"] / 1e15 if f["tokens_per_second"] else 0
             rows.append((STAGES[c["stage"]], c["name"], f"{c['steps']:,}", f"{f['tokens']:,}", f"{f['seconds']:.0f}",
-                         f"{f['tokens'] / f['seconds']:,.0f}", f"{work:.4f}"))  # fmt: skip
+                         f"{f['tokens'] / max(f['seconds'], 0.1):,.0f}", f"{work:.4f}"))  # fmt: skip
         return rows
 
     def quality(self) -> tuple[list[str], list[tuple[str, list[str], int]]]:
