@@ -211,9 +211,12 @@ def adopt_folder(source: Path, made: Path) -> dict:
     ends = {"eos_token_id": settings.get("eos_token_id")}
     if generation.exists():
         ends |= {k: v for k, v in read_json_file(generation).items() if k == "eos_token_id" and v is not None}
-    check(ends, {"eos_token_id": either(TOKEN, every(TOKEN))}, source)
     names = {key: value for key in ("bos_token", "eos_token") if (value := said.get(key))}
     names = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()}
+    tokenizer = Tokenizer.load(source)
+    if ends["eos_token_id"] is None:
+        ends["eos_token_id"] = tokenizer.specials.get(names.get("eos_token"))
+    check(ends, {"eos_token_id": either(TOKEN, every(TOKEN))}, source)
     index = source / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
@@ -233,7 +236,7 @@ def adopt_folder(source: Path, made: Path) -> dict:
         tensors |= {n: t for n, t in read_tensors(source / file)[0].items() if n in found}
     eos = ends["eos_token_id"]
     write_texts(made, settings, names, template, eos if isinstance(eos, list) else [eos])
-    Tokenizer.load(source).save(made)
+    tokenizer.save(made)
     safetensors.torch.save_file(tensors, made / "model.safetensors", {"format": "pt"})
     copy_licences(source, made)
     return {

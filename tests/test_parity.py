@@ -35,7 +35,7 @@ MODELS = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2, windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
-    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 0]}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 0], "eos_token_id": None}),  # its tokenizer says it
 }
 
 
