@@ -31,7 +31,6 @@ from nanoghost.model.rules import (
     Rule,
     check,
     check_settings,
-    copy_licences,
     either,
     every,
     maybe,
@@ -40,7 +39,7 @@ from nanoghost.model.rules import (
     table,
 )
 from nanoghost.model.weights import architecture, load_model, read_tensors
-from nanoghost.runs import FORMAT, ModelFolder, home, write_atomic, write_json, writing
+from nanoghost.runs import FORMAT, ModelFolder, copy_licences, home, write_atomic, write_json, writing
 from nanoghost.tokenizer import Tokenizer
 from nanoghost.train.stage import new_card
 

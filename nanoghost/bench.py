@@ -7,6 +7,7 @@ a slow moment of the machine meets all of them, and a figure is the median of it
 import importlib
 import importlib.util
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -22,9 +23,11 @@ from nanoghost import doctor, machine
 from nanoghost.chat import render
 from nanoghost.data.sources import open_source
 from nanoghost.engine.generate import open_engine
-from nanoghost.engine.packed import PackedLlama
+from nanoghost.engine.packed import PackedLlama, pack_module, packable
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
+from nanoghost.evals.bits import bits_per_byte
+from nanoghost.model.weights import load_model
 from nanoghost.runs import ModelFolder, open_model
 
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}  # and their modules
@@ -35,6 +38,7 @@ KINDS = {  # what a person may ask for; guessing ahead helps where a text repeat
     "code": "Write a Python class for {word}, and tests for it.",
     "copy": "Repeat this text word for word:\n\n{text}",
 }
+LONGEST = 500  # tokens of a prompt
 WORDS = ("a lighthouse", "rain", "the moon", "a library", "bread")
 
 
@@ -68,17 +72,28 @@ class PrefillSettings:
     """Print the figures as JSON on standard output."""
 
 
+@dataclass(frozen=True)
+class PackingSettings:
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """Name of the model; default: the one finished last."""
+    tokens: int = 4096
+    """How much text is scored."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
 class Ours:
-    def __init__(self, folder: ModelFolder, seats: int):
-        self.engine = open_engine(folder, seats)
+    def __init__(self, folder: ModelFolder, seats: int, room: int):
+        self.engine = open_engine(folder, seats, room)
         self.model = self.engine.runner.model
+        self.adapter = folder.name if "@" in folder.name else ""
 
     def write(self, prompts: list[list[int]], tokens: int, guess: bool = False, temperature: float = 0.8) -> float:
         """Tokens a second of all rows together, from when every prompt is read until the last row is done."""
         self.engine.runner.drafts = guess
-        rows = [
-            self.engine.add(p, Sampling(tokens, temperature, seed=i, endless=True))[0] for i, p in enumerate(prompts)
-        ]
+        rows = []
+        for i, prompt in enumerate(prompts):
+            rows += self.engine.add(prompt, Sampling(tokens, temperature, seed=i, endless=True), adapter=self.adapter)
         while any(not row.ids for row in rows):
             self.engine.step()
         start, before = time.perf_counter(), sum(len(row.ids) for row in rows)
@@ -89,7 +104,7 @@ class Ours:
     def read(self, prompt: list[int]) -> float:
         """Tokens a second from a text nobody has seen to the first word after it."""
         start = time.perf_counter()
-        [row] = self.engine.add(prompt, Sampling(1, 0.0))
+        [row] = self.engine.add(prompt, Sampling(1, 0.0), adapter=self.adapter)
         while not row.finish_reason:
             self.engine.step()
         return len(prompt) / (time.perf_counter() - start)
@@ -118,13 +133,12 @@ class Transformers:
         return len(prompt) / (time.perf_counter() - start)
 
 
-def texts(tokenizer, count: int, tokens: int, skip: int = 0) -> list[list[int]]:
-    """Different pieces of the validation plays."""
-    documents = [d.text for d in open_source("plays").documents() if d.split == "val"]
-    starts = [
-        (documents[i % len(documents)], 3000 + 6 * tokens * (i // len(documents))) for i in range(skip, skip + count)
-    ]
-    return [tokenizer.encode(text[at : at + 8 * tokens])[:tokens] for text, at in starts]
+def texts(tokenizer, count: int, tokens: int) -> list[list[int]]:
+    """`count` different pieces of the validation plays, all as long."""
+    ids = [i for d in open_source("plays").documents() if d.split == "val" for i in tokenizer.encode(d.text)]
+    if count * tokens > len(ids):
+        raise UserError(f"{count} texts of {tokens} tokens are more than the validation plays have ({len(ids)})")
+    return [ids[i * tokens : (i + 1) * tokens] for i in range(count)]
 
 
 def limits() -> dict:
@@ -155,17 +169,24 @@ def most(model, measured: dict, streams: int, context: int, tokens: int = 1) -> 
     return streams * tokens / max(by_memory, by_arithmetic)
 
 
+def check(settings) -> None:
+    if settings.tokens < 2 or settings.rounds < 1:
+        raise UserError("--tokens is at least 2 and --rounds at least 1")
+
+
 def contenders(settings, seats: int, room: int) -> dict:
     """By name; each has room for `seats` conversations of `room` tokens."""
     machine.prepare()
     folder = open_model(settings.model)
     asked = [name for name in settings.against.split(",") if name]
+    if asked and (folder.card["arch"] == "ghost" or "@" in folder.name):
+        raise UserError(f"'{folder.name}' runs only here: --against is for whole models of the Llama family")
     for name in asked:
         if name not in PEERS:
             raise UserError(f"--against knows {' and '.join(PEERS)}, not '{name}'")
         if not importlib.util.find_spec(PEERS[name]):
             raise UserError(f"{name} is not installed: pip install 'nanoghost[parity]'")
-    found = {"nanoghost": Ours(folder, seats)}
+    found = {"nanoghost": Ours(folder, seats, room)}
     if "transformers" in asked:
         found["transformers, bf16"] = Transformers(folder)
     if "llama.cpp" in asked:
@@ -176,8 +197,11 @@ def contenders(settings, seats: int, room: int) -> dict:
 
 def decode(settings: DecodeSettings) -> None:
     """Writing: one conversation and many, then one that guesses ahead, by kind of text."""
+    if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", settings.streams):
+        raise UserError(f"--streams is a whole number from 1 up, or several with commas, not '{settings.streams}'")
+    check(settings)
     streams = [int(n) for n in settings.streams.split(",")]
-    rivals = contenders(settings, max(streams), 48 + settings.tokens)
+    rivals = contenders(settings, max(streams), LONGEST + settings.tokens)
     ours, tokenizer = rivals["nanoghost"], rivals["nanoghost"].engine.tokenizer
     works: list[tuple[str, str, int, Callable]] = []
     for n in streams:
@@ -203,12 +227,39 @@ def decode(settings: DecodeSettings) -> None:
 
 def prefill(settings: PrefillSettings) -> None:
     """Reading: one text, to the first word after it."""
+    check(settings)
     rivals = contenders(settings, 1, settings.tokens + 16)
     pieces = iter(texts(rivals["nanoghost"].engine.tokenizer, (settings.rounds + 1) * len(rivals), settings.tokens))
     works = [(name, "prefill", 1, lambda rival=rival: rival.read(next(pieces))) for name, rival in rivals.items()]
     measured = limits()
     ours = rivals["nanoghost"].model
     tell(settings, measured, works, lambda n: most(ours, measured, n, settings.tokens, settings.tokens))
+
+
+def packing(settings: PackingSettings) -> None:
+    """What it costs to speak in fewer bits: bits per byte of the validation plays, beside plain PyTorch in fp32."""
+    machine.prepare()
+    folder = open_model(settings.model)
+    model, tokenizer = load_model(folder.path, torch.float32)
+    if not packable(model.config):
+        raise UserError(f"'{folder.name}' is not packed on this machine: it runs as PyTorch has it")
+    [tokens] = texts(tokenizer, 1, settings.tokens)
+    size, window = len(tokenizer.decode(tokens[1:]).encode()), min(512, model.config.context)
+    plain = bits_per_byte(model, tokens, window, size)
+    rows = [{"work": "fp32", "bpb": plain, "megabytes": 4 * sum(model.parameter_counts().values()) / 1e6, "more": 0.0}]
+    for bits in (16, 8, 4, None):
+        packed = pack_module(model, bits)
+        bpb = bits_per_byte(packed, tokens, window, size)
+        work = f"{bits} bits" if bits else "few bits, as chat has it"
+        rows.append({"work": work, "bpb": bpb, "megabytes": packed.bytes() / 1e6, "more": bpb / plain - 1})
+    table = Table()
+    for column in ("weights", "MB", "bits per byte", "more"):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for r in rows:
+        table.add_row(r["work"], f"{r['megabytes']:.0f}", f"{r['bpb']:.4f}", f"{r['more']:+.2%}")
+    Console(stderr=True).print(table)
+    if settings.json:
+        print(json.dumps({"rows": rows}))
 
 
 def tell(settings, measured: dict, works: list, limit: Callable[[int], float]) -> None:

@@ -31,6 +31,7 @@ VERBS = {
     "rm": ("models", "RemoveSettings", "remove_command", "remove a model"),
     "bench decode": ("bench", "DecodeSettings", "decode", "how fast a model writes here, beside what is possible"),
     "bench prefill": ("bench", "PrefillSettings", "prefill", "how fast it reads"),
+    "bench packing": ("bench", "PackingSettings", "packing", "what it costs to speak in fewer bits"),
     "doctor": ("doctor", "DoctorSettings", "command", "what this computer does well"),
 }
 
@@ -55,6 +56,7 @@ EXAMPLES = {
     "rm": "nanoghost rm old-ghost",
     "bench decode": "nanoghost bench decode smollm2\n  nanoghost bench decode smollm2 --against llama.cpp,transformers --json",
     "bench prefill": "nanoghost bench prefill smollm2 --tokens 512",
+    "bench packing": "nanoghost bench packing smollm2",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }
 

@@ -17,10 +17,10 @@ import tyro
 from nanoghost.chat import CHAT_TEMPLATE
 from nanoghost.errors import UserError
 from nanoghost.model.gguf_llama import TURNED, gguf_name, tokenizer_fields, turned
+from nanoghost.model.lora import merged
 from nanoghost.model.rope import frequencies, kind_of
-from nanoghost.model.rules import copy_licences
 from nanoghost.model.weights import load_model
-from nanoghost.runs import open_model, replacing
+from nanoghost.runs import copy_licences, open_model, replacing
 
 KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 
@@ -42,7 +42,7 @@ class ExportSettings:
 
 
 def main(settings: ExportSettings) -> dict:
-    """Write the file; returns its path and size. A file that fails is not left behind."""
+    """Write the file, an adapter merged into its base; returns its path and size. A file that fails is not left behind."""
     folder = open_model(settings.model)
     if settings.quant not in KINDS:
         raise UserError(f"--quant is one of {', '.join(KINDS)}, not '{settings.quant}'")
@@ -55,6 +55,7 @@ def main(settings: ExportSettings) -> dict:
     if path.exists() and not settings.force:
         raise UserError(f"{path} exists; choose another --out, or --force to replace it")
     model, tokenizer = load_model(folder.path, torch.float32)
+    model = merged(model)
     temporary = path.with_name(f".{path.name}.tmp")
     with replacing(temporary, path):
         write(temporary, model, tokenizer, folder.name, card, gguf.GGMLQuantizationType[KINDS[settings.quant]])

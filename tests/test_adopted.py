@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from nanoghost.model.weights import load_model
 from nanoghost.runs import ModelFolder
 from nanoghost.tasks.mix import all_tasks, spoken_name
 from nanoghost.train.recipe import ADOPTED, later_groups, row_length
@@ -72,3 +74,27 @@ def test_it_says_nothing_of_its_making(nanoghost, adopted):
     assert spoken_name("theirs@anna") == "Theirs" and "plays" not in tasks
     assert not {"maker", "data", "how_made", "tokens", "minutes", "machine", "licence"} & set(tasks["identity"].intents)
     assert {"name", "parameters", "hello"} <= set(tasks["identity"].intents)
+
+
+def test_its_licence_goes_on_to_what_is_made_from_it(nanoghost, adopted, tmp_path):
+    (ModelFolder(adopted).path / "LICENSE").write_text("Be kind.")
+    for words in (("--name", "more"), ("--name", "me", "--lora", 2)):
+        code, _, err = nanoghost("sft", adopted, *words, *SFT)
+        assert code == 0, err
+    for name in ("more", "theirs@me"):
+        assert (ModelFolder(name).path / "LICENSE").read_text() == "Be kind."
+        assert nanoghost("export", name, "--gguf", "--out", tmp_path / f"{name}.gguf")[0] == 0
+        assert (tmp_path / f"{name}.LICENSE").read_text() == "Be kind."
+
+
+def test_an_adapter_is_exported_with_its_base(nanoghost, adopted, tmp_path):
+    code, _, err = nanoghost("sft", adopted, "--name", "me", "--lora", 2, "--learning-rate", 100, *SFT)
+    assert code == 0, err
+    assert nanoghost("export", "theirs@me", "--quant", "f32", "--out", tmp_path / "me.gguf")[0] == 0
+    assert nanoghost("adopt", tmp_path / "me.gguf", "--name", "back")[0] == 0
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        base, adapted, back = (
+            load_model(ModelFolder(name).path, torch.float32)[0](ids) for name in (adopted, "theirs@me", "back")
+        )
+    assert torch.allclose(back, adapted, atol=1e-4) and not torch.allclose(base, adapted, atol=1e-2)

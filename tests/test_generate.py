@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nanoghost.chat import render
-from nanoghost.engine.generate import generate
+from nanoghost.engine.generate import Engine, generate
+from nanoghost.engine.plain import PlainRunner
 from nanoghost.engine.sampler import Sampling, distribution, draw, uniform
 from nanoghost.errors import UserError
 from nanoghost.model.ghost import Ghost, GhostConfig
@@ -166,3 +167,20 @@ def test_a_call_with_the_last_token_is_not_answered(tokenizer):
     script.start = len(prompt)
     [row] = generate(script, tokenizer, [prompt], Sampling(max_tokens=len(call), temperature=0), run_tool=run_tool)
     assert sum(row.sampled) == len(call) == len(row.ids)
+
+
+@pytest.mark.parametrize("steps", [0, 1], ids=["waiting", "half read"])
+def test_when_the_first_of_several_samples_is_cancelled_the_others_go_on(tokenizer, steps):
+    model = toy_model("ghost", tokenizer)
+    prompt, s = tokenizer.encode("The king sees the queen. The sea"), Sampling(max_tokens=5, temperature=1.0, seed=2)
+    want = [row.ids for row in generate(model, tokenizer, [prompt], s, samples=4)]
+    engine = Engine(PlainRunner(model, 4, 64), tokenizer)
+    engine.runner.chunk = 6
+    rows = engine.add(prompt, s, samples=4)
+    for _ in range(steps):
+        engine.step()
+    engine.cancel(rows[2])
+    engine.cancel(rows[0])
+    while engine.waiting or engine.running:
+        engine.step()
+    assert [row.ids for row in rows] == [[], want[1], [], want[3]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -97,7 +98,7 @@ def test_a_verb_is_there_its_examples_parse_and_its_settings_are_explained(verb)
         program, *words = shlex.split(line)
         assert [program, *words[: len(verb.split())]] == ["nanoghost", *verb.split()]
         assert isinstance(cli.parse(settings, verb, words[len(verb.split()) :]), settings)
-    source = (ROOT / "nanoghost" / (module_name.replace(".", "/") + ".py")).read_text()
+    source = "\n".join(inspect.getsource(part) for part in settings.__mro__[:-1])
     for field in dataclasses.fields(settings):
         assert re.search(rf'^    {field.name}: .*\n    """', source, re.M), f"{field.name} has no docstring"
 

@@ -116,9 +116,10 @@ class Engine:
             self.runner.close(row)
         elif row in self.waiting:
             self.waiting.remove(row)
-            for first in row.twins[:1]:
-                first.twins = row.twins[1:]
-                self.waiting.appendleft(first)
+        twins, row.twins = [twin for twin in row.twins if not twin.finish_reason], []
+        for first in twins[:1]:  # the others' prompt is still to be read
+            first.twins = twins[1:]
+            self.waiting.appendleft(first)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -133,9 +134,8 @@ class Engine:
             row.unread = row.unread[row.read :]
             self.running.append(row)
         room, batch = self.runner.chunk, []
-        for row in sorted(
-            self.running, key=lambda row: len(row.unread) > 1
-        ):  # nobody's next word waits for a long text
+        # nobody's next word waits for a long text
+        for row in sorted(self.running, key=lambda row: len(row.unread) > 1):
             count = 1 if len(row.unread) == 1 else min(len(row.unread), max(0, room))
             room -= count
             if count:
@@ -238,21 +238,22 @@ def close(row: Row, tokenizer) -> None:
     row.message_start = len(row.ids)
 
 
-def open_engine(folder: ModelFolder, seats: int = 1) -> Engine:
-    """An engine for a finished model, with room for `seats` whole contexts.
+def open_engine(folder: ModelFolder, seats: int = 1, room: int | None = None) -> Engine:
+    """An engine for a finished model, with `seats` for conversations of `room` tokens (default: of a whole context).
 
     A Llama is packed where this machine has the kernels for it; everything else runs as PyTorch has it. Of BASE@NAME the
     base is loaded, and rows that ask for the adapter BASE@NAME get it.
     """
     base = folder.path.with_name(folder.base)
     config = load_config(base)
+    room = min(room or config.context, config.context)
     if config.model_type != "nanoghost":
         from nanoghost.engine.paged import open_paged
 
-        if runner := open_paged(folder, config, seats):
+        if runner := open_paged(folder, config, seats, room):
             return Engine(runner, load_tokenizer(base))
     model, tokenizer = load_model(folder.path, machine.compute_dtype(), machine.device())
-    return Engine(PlainRunner(model, seats, config.context), tokenizer)
+    return Engine(PlainRunner(model, seats, room), tokenizer)
 
 
 def steps(

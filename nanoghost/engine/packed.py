@@ -119,13 +119,12 @@ def pack_model(config: LlamaConfig, tensor, bits: int | None = None) -> dict:
 
 def packable(c) -> bool:
     """Whether a model of this configuration can be packed and run on this machine."""
-    fits = (
-        c.model_type != "nanoghost" and c.head_width in (64, 128) and c.width % GROUP == 0 and c.mlp_width % GROUP == 0
-    )
-    return fits and not kernels.unavailable()
+    if c.model_type == "nanoghost" or c.head_width not in (64, 128) or c.width % GROUP or c.mlp_width % GROUP:
+        return False
+    return not kernels.unavailable()
 
 
-def pack_module(model: Llama, bits: int) -> "PackedLlama":
+def pack_module(model: Llama, bits: int | None) -> "PackedLlama":
     """What a model being trained says now, its adapter merged; nothing is compiled anew."""
     parameters = dict(model.named_parameters())
     corrections = {f"blocks.{i}.{name}": pair for a in model.adapters for (i, name), pair in a.pairs.items()}
@@ -257,3 +256,15 @@ class PackedLlama:
         x_ND = x_ND[wanted]
         head = self.parts["embedding" if c.tied else "head"]
         return linear(x_ND, head, torch.empty(len(x_ND), c.vocab_size), norm=self.parts["final_norm"])
+
+    def logprobs(self, tokens_BT, targets_BT) -> torch.Tensor:
+        """log P(target | tokens so far), (B, T) in fp32, as llama.Llama.logprobs; one row after the other."""
+        T = tokens_BT.size(1)
+        pages = self.new_pages(-(-T // LANES))
+        rows_T, positions_T = torch.zeros(T, dtype=torch.int32), torch.arange(T, dtype=torch.int32)
+        table, wanted = torch.arange(pages.size(1), dtype=torch.int32)[None], torch.arange(T)
+        found = []
+        for tokens_T, targets_T in zip(tokens_BT, targets_BT):
+            logits_TV = self.forward(tokens_T, rows_T, positions_T, pages, table, wanted)
+            found.append(-F.cross_entropy(logits_TV, targets_T, reduction="none"))
+        return torch.stack(found)

@@ -152,14 +152,14 @@ class Seat:
         self.number, self.pages, self.known = number, pages, known
 
 
-def open_paged(folder: ModelFolder, config, seats: int) -> PagedRunner | None:
-    """The base of a model folder with room for `seats` whole contexts, the adapter beside it; None where it cannot be packed."""
+def open_paged(folder: ModelFolder, config, seats: int, room: int) -> PagedRunner | None:
+    """The base of a model folder with `seats` of `room` tokens, the adapter beside it; None where it cannot be packed."""
     if not packable(config):
         return None
     model = load_packed(folder.path.with_name(folder.base))
     if folder.name != folder.base:
         model.adapters[folder.name] = read_adapter(folder.path, config, torch.float32)
-    return PagedRunner(model, seats * config.context, seats)
+    return PagedRunner(model, seats * -(-room // PAGE) * PAGE, seats)
 
 
 def paged(model: Llama, seats: int, capacity: int) -> PagedRunner | None:

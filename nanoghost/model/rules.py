@@ -4,9 +4,7 @@ config.json, the header of a GGUF file and the settings of a tokenizer are doubt
 are taken at their word.
 """
 
-import re
 import reprlib
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,11 +141,3 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as e:
         raise UserError(f"cannot read weights {path}: {e}") from None
-
-
-def copy_licences(source: Path, target: Path, before: str = "", after: str = "") -> None:
-    """What must travel with the weights, from folder to folder; with names that begin otherwise `before` and `after`."""
-    for path in source.iterdir():
-        name = path.name.removeprefix(before)
-        if before + name == path.name and re.fullmatch(r"(?i)(licen[cs]e[-\w]*|notice|copying)(\.txt|\.md)?", name):
-            shutil.copyfile(path, target / (after + name))

@@ -5,15 +5,12 @@
     token       text or conversations as they are    probabilities of each token   the same    Hinton et al. 2015
     on-policy   what the student itself writes       probabilities of each token   the same    Agarwal et al. 2024, GKD
 
-What a teacher says about the examples is kept in the data folder: it is asked once, whatever is tried with it.
+What a teacher says about the examples is kept in the data folder (teacher.py).
 """
 
-import hashlib
-import json
 import random
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Annotated
 
 import safetensors.torch
@@ -21,33 +18,29 @@ import torch
 import tyro
 
 from nanoghost import machine
-from nanoghost.chat import render, shortened
-from nanoghost.data.local import load_conversations
+from nanoghost.chat import render
 from nanoghost.data.shards import tokenise
 from nanoghost.data.sources import open_source
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
-from nanoghost.model.weights import load_model, load_tokenizer, save_model
+from nanoghost.model.weights import load_tokenizer, save_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
-from nanoghost.runs import ModelFolder, home, open_model, write_atomic
+from nanoghost.runs import ModelFolder, open_model
 from nanoghost.tasks.mix import lesson_conversations, own_conversations
-from nanoghost.tools.calculator import run_tool
 from nanoghost.train import stage
-from nanoghost.train.distill_loss import distill_loss, student_buckets, teacher_buckets
+from nanoghost.train.distill_loss import distill_loss, student_buckets
 from nanoghost.train.packing import Lesson, PackedBatches, fill, lessons_from, pack
 from nanoghost.train.recipe import later_groups, row_length
 from nanoghost.train.sft import train_step
-
-LOGITS = 2**25  # in flight at once: as many rows go through a model together as this allows
-GROUP = 16  # examples that a teacher is asked about at once
+from nanoghost.train.teacher import GROUP, answers, kept, load, parts_of, taught
 
 
 @dataclass(frozen=True)
-class DistillSettings:
+class DistillSettings(stage.LaterSettings):
     parent: Annotated[str | None, tyro.conf.Positional] = None
     """The student: model to start from; default: the one finished last."""
     teacher: str = "smollm2"
@@ -71,30 +64,14 @@ class DistillSettings:
     """Longest answer that is sampled."""
     temperature: float | None = None
     """Of the answers; default: 0.7 for the teacher's (sequence), 1 for the student's own (on-policy)."""
-    minutes: float | None = None
-    """How long to train, once the teacher has been asked; becomes a number of steps before the first one."""
-    steps: int | None = None
-    """How many steps to train, instead of minutes (default: 2.5 minutes)."""
     batch: int = 16
     """Packed rows in a step, over all processes; on-policy: prompts."""
     context: int | None = None
     """Tokens in a row; default: the student's context, at most 512."""
     learning_rate: float = 1.0
     """Factor on the recipe's learning rates."""
-    lora: int | None = None
-    """Train only an adapter of this rank, which is named BASE@NAME; 8 to 32 are usual. Default: train everything."""
-    lora_alpha: float | None = None
-    """Strength of the adapter, in PEFT's words; default: 32."""
-    lora_targets: str | None = None
-    """Which matrices it corrects, of q,k,v,out,gate,up,down; default: all."""
     seed: int = 0
     """Of the examples' order, the lessons and the sampling."""
-    checkpoint_seconds: float = 60.0
-    """Time between checkpoints."""
-    force: bool = False
-    """Replace a model of that name."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 def main(settings: DistillSettings, display: Display | None = None) -> dict | None:
@@ -174,10 +151,6 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
     return figures
 
 
-def load(folder: ModelFolder):
-    return load_model(folder.path, machine.compute_dtype(), machine.device())
-
-
 def tokenizer_of(folder: ModelFolder):
     return load_tokenizer(ModelFolder(folder.base).path)
 
@@ -244,81 +217,6 @@ def question(messages: list[dict]) -> list[dict]:
     """A conversation up to its last question."""
     last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     return messages[: last + 1]
-
-
-# ── what the teacher says, kept ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def kept(what: str, key: list, count: int, make, run: stage.Run, display: Display) -> list[Path]:
-    """`count` files, each the bytes that `make(number)` returned once; those that are missing are made, shared by the ranks.
-
-    `key` is all that the contents depend on, the number of processes not being among it.
-    """
-    digest = hashlib.sha256(json.dumps([what, str(machine.compute_dtype()), *key]).encode()).hexdigest()
-    paths = [home() / "data" / f"{what}-{digest[:12]}" / f"{number:05}" for number in range(count)]
-    rank, world = machine.ranks()
-    clock = stage.Clock(0.0, 10.0)
-    for number in range(rank, count, world):
-        if run.stopping:
-            raise KeyboardInterrupt
-        if not paths[number].exists():
-            write_atomic(paths[number], make(number))
-            if clock.due() and rank == 0:
-                display.say(f"the teacher has given {number + 1} of {count} parts of its {what}")
-    machine.wait_for_ranks()
-    return paths
-
-
-def answers(settings: DistillSettings, asked: list[list[dict]], teacher: ModelFolder, run, display) -> list[list[dict]]:
-    """The teacher's conversations: the questions whose answer ended within the limit, with the answer."""
-    temperature = 0.7 if settings.temperature is None else settings.temperature
-    loaded = cache(lambda: load(teacher))
-
-    def make(number: int) -> bytes:
-        model, tokenizer = loaded()
-        room = model.config.context - settings.max_tokens
-        prompts = []  # (question, token ids) of those that the teacher has room to answer
-        for messages in asked[number * GROUP : (number + 1) * GROUP]:
-            ids, _ = render(shortened(messages, tokenizer, room, True), tokenizer, generation=True)
-            prompts += [(messages, ids)] if len(ids) <= room else []
-        sampling = Sampling(settings.max_tokens, temperature, seed=settings.seed * 1_000_003 + number)
-        rows = generate(model, tokenizer, [ids for _, ids in prompts], sampling, run_tool=run_tool) if prompts else []
-        whole = [{"messages": m + row.messages} for (m, _), row in zip(prompts, rows) if row.finish_reason == "stop"]
-        return "".join(json.dumps(conversation) + "\n" for conversation in whole).encode()
-
-    key = [teacher.card, asked, settings.max_tokens, temperature, settings.seed]
-    paths = kept("answers", key, -(-len(asked) // GROUP), make, run, display)
-    together = paths[0].with_name("answers.jsonl")
-    if machine.ranks()[0] == 0:
-        write_atomic(together, b"".join(path.read_bytes() for path in paths))
-    machine.wait_for_ranks()
-    if not together.stat().st_size:
-        raise UserError(f"none of the teacher's {len(asked)} answers ended: try a larger --max-tokens")
-    found = load_conversations(together)
-    display.say(
-        f"{len(found)} of {len(asked)} answers ended within {settings.max_tokens} tokens; they are in {together}"
-    )
-    return found
-
-
-@torch.no_grad()
-def taught(teacher, batch, settings: DistillSettings, vocab_size: int):
-    """What a teacher expects at each learned token of a batch, row by row: ids (N, K), log P of the buckets (N, K + 1).
-
-    Some models have more rows in their last layer than their tokenizer has tokens; `vocab_size` cuts them off.
-    """
-    found = []
-    for inputs, targets, weights, segments in parts_of(batch, teacher):
-        places = (weights > 0).nonzero(as_tuple=True)
-        logits_NV = teacher(inputs, segments_BT=segments)[places][:, :vocab_size]
-        found.append(teacher_buckets(logits_NV, targets[places], settings.top_k))
-    return [torch.cat(tensors) for tensors in zip(*found)]
-
-
-def parts_of(batch, model):
-    """The batch in parts of a few rows, on the device."""
-    rows = max(1, LOGITS // (batch[0].size(1) * model.config.vocab_size))
-    return zip(*(t.to(machine.device()).split(rows) for t in batch))
 
 
 # ── the kinds: each prepares, and returns `gradients(model, step)`: .grad filled, (loss, tokens) returned ───────────

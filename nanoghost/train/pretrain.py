@@ -25,15 +25,11 @@ from nanoghost.train.recipe import depth_for, groups, model_config
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
+class PretrainSettings(stage.StageSettings):
     name: str = "ghost-base"
     """Name of the new model."""
     data: str = "plays"
     """Text to learn: plays, a file or folder (.txt .md .jsonl .parquet), or hub:OWNER/NAME."""
-    minutes: float | None = None
-    """How long to train; becomes a number of steps before the first one."""
-    steps: int | None = None
-    """How many steps to train, instead of minutes (default: 4 minutes)."""
     depth: int | None = None
     """The dial: layers; sets width, heads and learning rates. Default: what learns most in the given minutes."""
     arch: str = "ghost"
@@ -54,12 +50,6 @@ class PretrainSettings:
     """Of the weights at step 0 and of the batch order."""
     compile: str = "auto"
     """on, off, or auto: compile where it pays within the run."""
-    checkpoint_seconds: float = 60.0
-    """Time between checkpoints."""
-    force: bool = False
-    """Replace a model of that name."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 def main(settings: PretrainSettings, display: Display | None = None) -> dict | None:

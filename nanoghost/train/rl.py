@@ -34,7 +34,7 @@ PRACTISED = ("chain_sum", "spell_backward", "sums", "spelling", "counting", "ref
 
 
 @dataclass(frozen=True)
-class RlSettings:
+class RlSettings(stage.LaterSettings):
     parent: Annotated[str | None, tyro.conf.Positional] = None
     """Model to start from; default: the one finished last."""
     name: str = "ghost"
@@ -43,10 +43,6 @@ class RlSettings:
     """Tasks to practise, by name."""
     variant: str = "cispo"
     """Loss: cispo, dr_grpo, dapo, gspo or reinforce."""
-    minutes: float | None = None
-    """How long to train; becomes a number of steps before the first one."""
-    steps: int | None = None
-    """How many steps to train, instead of minutes (default: 2.5 minutes)."""
     problems: int = 64
     """Problems in a step, over all processes."""
     attempts: int = 8
@@ -61,20 +57,8 @@ class RlSettings:
     """Held-out problems of each task, tried before and after."""
     learning_rate: float = 0.3
     """Share of the recipe's learning rates."""
-    lora: int | None = None
-    """Train only an adapter of this rank, which is named BASE@NAME; 8 to 32 are usual. Default: train everything."""
-    lora_alpha: float | None = None
-    """Strength of the adapter, in PEFT's words; default: 32."""
-    lora_targets: str | None = None
-    """Which matrices it corrects, of q,k,v,out,gate,up,down; default: all."""
     seed: int = 0
     """Of the problems and the attempts."""
-    checkpoint_seconds: float = 60.0
-    """Time between checkpoints."""
-    force: bool = False
-    """Replace a model of that name."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 def main(settings: RlSettings, display: Display | None = None) -> dict | None:

@@ -20,7 +20,7 @@ from nanoghost.train.recipe import later_groups, row_length
 
 
 @dataclass(frozen=True)
-class SftSettings:
+class SftSettings(stage.LaterSettings):
     parent: Annotated[str | None, tyro.conf.Positional] = None
     """Model to start from; default: the one finished last."""
     name: str = "ghost-sft"
@@ -29,30 +29,14 @@ class SftSettings:
     """lessons (the built-in mix), a JSONL file of conversations, or lessons+FILE for both."""
     lessons: int = 40000
     """Conversations of the built-in mix."""
-    minutes: float | None = None
-    """How long to train; becomes a number of steps before the first one."""
-    steps: int | None = None
-    """How many steps to train, instead of minutes (default: 2.5 minutes)."""
     batch: int = 8
     """Packed rows in a step, over all processes."""
     context: int | None = None
     """Tokens in a row, and of the longest conversation; default: the model's context, at most 512."""
     learning_rate: float = 1.0
     """Factor on the recipe's learning rates."""
-    lora: int | None = None
-    """Train only an adapter of this rank, which is named BASE@NAME; 8 to 32 are usual. Default: train everything."""
-    lora_alpha: float | None = None
-    """Strength of the adapter, in PEFT's words; default: 32."""
-    lora_targets: str | None = None
-    """Which matrices it corrects, of q,k,v,out,gate,up,down; default: all."""
     seed: int = 0
     """Of the lessons and their order."""
-    checkpoint_seconds: float = 60.0
-    """Time between checkpoints."""
-    force: bool = False
-    """Replace a model of that name."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 def main(settings: SftSettings, display: Display | None = None) -> dict | None:

@@ -9,16 +9,44 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
 from nanoghost import machine
 from nanoghost.errors import UserError
 from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint
-from nanoghost.runs import ModelFolder, Stopping, open_model, writing
+from nanoghost.runs import ModelFolder, Stopping, copy_licences, open_model, writing
 
 NOT_SETTINGS = ("name", "json", "force", "parent", "checkpoint_seconds")  # these do not change what a stage computes
 INHERITED = ("data", "arch", "config", "parameters", "vocab_size")  # what a child's card takes from its parent's
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """What every stage is asked."""
+
+    minutes: float | None = None
+    """How long to train; becomes a number of steps before the first one. Default: 4 for pretraining, 2.5 for what comes later."""
+    steps: int | None = None
+    """How many steps to train, instead of minutes."""
+    checkpoint_seconds: float = 60.0
+    """Time between checkpoints."""
+    force: bool = False
+    """Replace a model of that name."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterSettings(StageSettings):
+    """What stages are asked that start from a model."""
+
+    lora: int | None = None
+    """Train only an adapter of this rank, which is named BASE@NAME; 8 to 32 are usual. Default: train everything."""
+    lora_alpha: float | None = None
+    """Strength of the adapter, in PEFT's words; default: 32."""
+    lora_targets: str | None = None
+    """Which matrices it corrects, of q,k,v,out,gate,up,down; default: all."""
 
 
 class Run:
@@ -120,6 +148,7 @@ def prepare_folder(folder: ModelFolder, stage: str, settings, chosen: dict, pare
     else:
         if parent:
             shutil.copy(parent.path / "events.jsonl", folder.path / "events.jsonl")
+            copy_licences(parent.path, folder.path)
         folder.write_card(new_card(stage, chosen, parent))
 
 

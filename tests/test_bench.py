@@ -1,0 +1,81 @@
+"""bench and the machine it runs on: figures beside limits, clear words for what cannot be measured, and no compiler."""
+
+import json
+
+import pytest
+import torch
+
+from nanoghost import bench
+from nanoghost.data.local import open_local
+from nanoghost.engine import kernels, packed
+from nanoghost.engine.generate import open_engine
+from nanoghost.engine.plain import PlainRunner
+from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.weights import load_tokenizer, save_model
+from nanoghost.runs import ModelFolder
+
+
+@pytest.fixture
+def llama(nanoghost, toy_base):
+    """A toy Llama with heads as wide as the kernels want them."""
+    code, _, err = nanoghost("pretrain", "--tokenizer", toy_base, "--data", ModelFolder(toy_base).card["settings"]["data"],
+                             "--name", "small", "--arch", "llama", "--steps", 1, "--depth", 2, "--context", 64)  # fmt: skip
+    assert code == 0, err
+    folder = ModelFolder("small")
+    model = Llama(LlamaConfig(320, 512, 2, 64, 1, 1, 96))
+    for p in model.parameters():
+        p.data = p.data + 0.1 * torch.randn_like(p)
+    save_model(folder.path, model, load_tokenizer(folder.path))
+    return "small"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, toy_file):
+    monkeypatch.setattr(bench, "open_source", lambda _: open_local(toy_file))
+    monkeypatch.setattr(bench, "limits", lambda: {"dtype": "bfloat16", "matrix_gflops_per_second": 100.0, "bandwidth_gb_per_second": 10.0})  # fmt: skip
+
+
+def test_figures_stand_beside_limits(nanoghost, toy_base, llama):
+    for name in (toy_base, llama):
+        code, out, err = nanoghost("bench", "prefill", name, "--tokens", 20, "--rounds", 1, "--json")
+        assert code == 0, err
+        [row] = json.loads(out)["rows"]
+        assert row["work"] == "prefill" and row["tokens_per_second"] > 0 and row["limit"] > 0
+        code, out, err = nanoghost("bench", "decode", name, "--streams", "1,3", "--tokens", 4, "--rounds", 1, "--json")
+        assert code == 0, err
+        rows = json.loads(out)["rows"]
+        assert [row["streams"] for row in rows[:2]] == [1, 3]
+
+
+@pytest.mark.skipif(bool(kernels.unavailable()), reason="no kernels here")
+def test_fewer_bits_cost_more(nanoghost, llama, toy_base):
+    code, out, err = nanoghost("bench", "packing", llama, "--tokens", 120, "--json")
+    assert code == 0, err
+    rows = {row["work"]: row for row in json.loads(out)["rows"]}
+    assert rows["fp32"]["megabytes"] > rows["16 bits"]["megabytes"] > rows["8 bits"]["megabytes"] > rows["4 bits"]["megabytes"]
+    assert abs(rows["16 bits"]["more"]) < 0.02 and abs(rows["8 bits"]["more"]) < 0.05
+    code, _, err = nanoghost("bench", "packing", toy_base)
+    assert code == 2 and "not packed" in err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("decode", "--streams", "two"), "--streams"),
+        (("decode", "--streams", "0"), "--streams"),
+        (("decode", "--tokens", "1"), "--tokens"),
+        (("prefill", "--rounds", "0"), "--rounds"),
+        (("prefill", "--against", "vllm"), "runs only here"),
+    ],
+)
+def test_mistakes_get_a_line(nanoghost, toy_base, words, said):
+    code, _, err = nanoghost("bench", *words)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_without_a_compiler_everything_works_and_the_reason_is_known(llama, monkeypatch, home):
+    monkeypatch.setenv("CXX", "/bin/false")
+    assert "compiler" in kernels.unavailable.__wrapped__() or kernels.unavailable()
+    monkeypatch.setattr(packed.kernels, "unavailable", lambda: "there is no C++ compiler")
+    engine = open_engine(ModelFolder(llama))
+    assert isinstance(engine.runner, PlainRunner)
