@@ -34,13 +34,10 @@ class SpeedrunSettings:
     """Print the figures as JSON on standard output."""
 
 
-def main(settings: SpeedrunSettings) -> dict:
-    """Make ghost-base, ghost-sft and ghost, a report, and return the figures of all stages."""
-    start = time.perf_counter()
-    display = Display()
+def recipe(settings: SpeedrunSettings) -> tuple:
+    """The stages that train, in order, and what each is asked."""
     minutes, seed, force = settings.minutes, settings.seed, settings.force
-
-    stages = (
+    return (
         # 1. Learn to continue text. The tokenizer is learned on the way (data/, tokenizer.py, train/pretrain.py).
         (pretrain, pretrain.PretrainSettings("ghost-base", settings.data, minutes=minutes * 0.20, seed=seed, force=force)),
         # 2. Learn to answer: lessons in conversation, sums, spelling, and saying "I don't know" (tasks/, train/sft.py).
@@ -48,14 +45,19 @@ def main(settings: SpeedrunSettings) -> dict:
         # 3. Learn from attempts: problems that can be checked, many tries at each (train/rl.py).
         (rl, rl.RlSettings("ghost-sft", "ghost", minutes=minutes * 0.28, seed=seed, force=force)),
     )
-    for stage, stage_settings in stages:
+
+
+def main(settings: SpeedrunSettings) -> dict:
+    """Make ghost-base, ghost-sft and ghost, a report, and return the figures of all stages."""
+    start = time.perf_counter()
+    display = Display()
+    for stage, stage_settings in recipe(settings):
         stage.main(stage_settings, display)
         folder = ModelFolder(stage_settings.name)
         machine.release_memory()
         # 4. Measure each on problems and text that no stage has seen (evals/).
         if not any(e["stage"] == f"{folder.card['stage']}-eval" for e in folder.events):
             evaluate(folder, settings.problems if folder.card["parent"] else -(-settings.problems // 4), display)
-
         machine.release_memory()
 
     # 5. Tell what was made: report.html, report.md, and a short form here.

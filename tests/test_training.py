@@ -10,6 +10,7 @@ import time
 import pytest
 
 from nanoghost.runs import ModelFolder
+from nanoghost.speedrun import SpeedrunSettings, recipe
 from tests.conftest import TOY
 
 
@@ -233,3 +234,11 @@ def test_two_processes_train_like_one(nanoghost, toy_file):
     figures = two("rl", "two", "--name", "two-rl", "--steps", 2, "--problems", 4, "--attempts", 4, "--max-tokens", 6,
                   "--held-out", 4, "--json")  # fmt: skip
     assert set(figures["accuracy"]) == {"chain_sum", "spell_backward"}
+
+
+def test_the_speedrun_shares_out_its_minutes_and_each_stage_starts_from_the_one_before():
+    asked = [settings for _, settings in recipe(SpeedrunSettings(minutes=10, data="notes", seed=7, force=True))]
+    assert sum(settings.minutes for settings in asked) == pytest.approx(10)
+    assert [settings.name for settings in asked] == ["ghost-base", "ghost-sft", "ghost"]
+    assert [settings.parent for settings in asked[1:]] == ["ghost-base", "ghost-sft"]
+    assert asked[0].data == "notes" and asked[0].depth is None and all(s.seed == 7 and s.force for s in asked)

@@ -215,44 +215,38 @@ class PackedLlama:
         width = (c.heads + 2 * c.key_value_heads) * c.head_width
 
         def linear(x, p: Packed, out, bias=None, norm=None, add=False):
-            ops.linear(x, p.codes, p.scales, p.lows, p.bits, bias, norm, c.norm_eps, out, add)
+            ops.linear.default(x, p.codes, p.scales, p.lows, p.bits, bias, norm, c.norm_eps, out, add)
             return out
 
-        def correct(y, layer, names, inputs):
-            """Add the adapters' part of the matrices of these names, whose outputs stand side by side in y."""
+        def correct(y, layer, stack, x, norm=None):
+            """Add the adapters' part of the matrices of a stack, whose outputs stand side by side in y."""
             for tokens, adapter in adapted:
-                pairs = [adapter.pairs.get((layer, name)) for name in names]
+                pairs = [adapter.pairs.get((layer, name)) for name in STACKS[stack]]
                 if any(pairs):
-                    x = inputs(tokens)
-                for pair, part in zip(pairs, y[tokens].split([shapes[name][0] for name in names], 1)):
+                    h = x[tokens]
+                    if norm is not None:
+                        h = F.rms_norm(h, (c.width,), norm, c.norm_eps)
+                    elif stack == "down":
+                        h = F.silu(h[:, : c.mlp_width]) * h[:, c.mlp_width :]
+                for pair, part in zip(pairs, y[tokens].split([shapes[name][0] for name in STACKS[stack]], 1)):
                     if pair:
                         a_RM, b_NR, scale = pair
-                        part.addmm_(x @ a_RM.T, b_NR.T, alpha=scale)
+                        part.addmm_(h @ a_RM.T, b_NR.T, alpha=scale)
 
         for layer, (b, cache) in enumerate(zip(self.blocks, pages)):
             turned = (self.cos, self.sin) if layer not in c.unrotated else (x_ND.new_empty(0),) * 2
             window = c.windows[layer] if c.windows else 0
             qkv = linear(x_ND, b["qkv"], torch.empty(N, width), b.get("qkv_bias"), b["attention_norm"])
-            correct(
-                qkv,
-                layer,
-                STACKS["qkv"],
-                lambda t, b=b: F.rms_norm(x_ND[t], (c.width,), b["attention_norm"], c.norm_eps),
-            )
-            y = ops.attend(
+            correct(qkv, layer, "qkv", x_ND, b["attention_norm"])
+            y = ops.attend.default(
                 qkv, *turned, cache, table, rows_N, positions_N, c.head_width**-0.5, window, b.get("q_norm"), b.get("k_norm"), c.norm_eps
             )  # fmt: skip
             linear(y, b["out"], x_ND, b.get("out_bias"), add=True)
-            correct(x_ND, layer, STACKS["out"], lambda t, y=y: y[t])
+            correct(x_ND, layer, "out", y)
             gate_up = linear(x_ND, b["gate_up"], torch.empty(N, 2 * c.mlp_width), norm=b["mlp_norm"])
-            correct(
-                gate_up,
-                layer,
-                STACKS["gate_up"],
-                lambda t, b=b: F.rms_norm(x_ND[t], (c.width,), b["mlp_norm"], c.norm_eps),
-            )
+            correct(gate_up, layer, "gate_up", x_ND, b["mlp_norm"])
             linear(gate_up, b["down"], x_ND, add=True)
-            correct(x_ND, layer, STACKS["down"], lambda t, h=gate_up: F.silu(h[t, : c.mlp_width]) * h[t, c.mlp_width :])
+            correct(x_ND, layer, "down", gate_up)
         x_ND = x_ND[wanted]
         head = self.parts["embedding" if c.tied else "head"]
         return linear(x_ND, head, torch.empty(len(x_ND), c.vocab_size), norm=self.parts["final_norm"])
