@@ -10,6 +10,8 @@ import torch
 
 from nanoghost import runs
 from nanoghost.chat import render
+from nanoghost.engine.generate import generate
+from nanoghost.engine.sampler import Sampling
 from nanoghost.model.weights import load_model
 from nanoghost.runs import ModelFolder
 from nanoghost.tokenizer import Tokenizer
@@ -125,15 +127,10 @@ def test_smollm2_says_the_same_as_in_transformers(smollm2):
     own greedy continuation is this one; a tie within rounding would be found below."""
     model, tokenizer, their_model, _ = smollm2
     prompts = [render([{"role": "user", "content": p}], tokenizer, generation=True)[0] for p in PROMPTS]
-    longest, worst = max(map(len, prompts)), 0.0
-    x = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
-    valid = torch.tensor([[False] * (longest - len(ids)) + [True] * len(ids) for ids in prompts])
-    cache, written = model.new_cache(len(prompts), longest + 200), []
+    worst = 0.0
+    rows = generate(model, tokenizer, prompts, Sampling(200, temperature=0, endless=True))
     with torch.no_grad():
-        for step in range(200):
-            x = model(x, cache, valid_BT=None if step else valid, last_only=True)[:, -1].argmax(-1, keepdim=True)
-            written.append(x)
-        for ids, ours in zip(prompts, torch.cat(written, 1).tolist()):
+        for ids, ours in ((row.prompt, row.ids) for row in rows):
             whole = torch.tensor([ids + ours])
             a, b = their_model(whole).logits[0], model(whole)[0]
             worst = max(worst, float((a - b).abs().max() / a.abs().max()))
