@@ -17,14 +17,14 @@ from nanoghost.tasks.sums import Sums
 
 # How often each is drawn.
 WEIGHTS = {
-    "plays": 0.055,
-    "identity": 0.14,
-    "sums": 0.225,
+    "plays": 0.05,
+    "identity": 0.135,
+    "sums": 0.215,
     "spelling": 0.12,
     "counting": 0.135,
     "refusal": 0.13,
-    "chain_sum": 0.187,
-    "spell_backward": 0.008,
+    "chain_sum": 0.205,
+    "spell_backward": 0.01,
 }
 
 
