@@ -29,9 +29,16 @@ VERBS = {
     "show": ("models", "ShowSettings", "show_command", "a model's card"),
     "rename": ("models", "RenameSettings", "rename_command", "give a model another name"),
     "rm": ("models", "RemoveSettings", "remove_command", "remove a model"),
-    "bench decode": ("bench", "DecodeSettings", "decode", "how fast a model writes here, beside what is possible"),
-    "bench prefill": ("bench", "PrefillSettings", "prefill", "how fast it reads"),
-    "bench packing": ("bench", "PackingSettings", "packing", "what it costs to speak in fewer bits"),
+    "bench decode": (
+        "bench.decode",
+        "DecodeSettings",
+        "decode",
+        "how fast a model writes here, beside what is possible",
+    ),
+    "bench prefill": ("bench.decode", "PrefillSettings", "prefill", "how fast it reads"),
+    "bench train": ("bench.train", "TrainSettings", "train", "how fast it is finetuned"),
+    "bench rl": ("bench.rl", "RlBenchSettings", "command", "how fast it practises"),
+    "bench packing": ("bench.decode", "PackingSettings", "packing", "what it costs to speak in fewer bits"),
     "doctor": ("doctor", "DoctorSettings", "command", "what this computer does well"),
 }
 
@@ -54,8 +61,12 @@ EXAMPLES = {
     "show": "nanoghost show ghost",
     "rename": "nanoghost rename ghost old-ghost",
     "rm": "nanoghost rm old-ghost",
+    "sleep": "nanoghost sleep --person me\n  nanoghost sleep --person me --dry-run\n  nanoghost sleep --person me --log",
+    "lab sleep": "nanoghost lab sleep\n  nanoghost lab sleep --split test --arms base,ours --json",
     "bench decode": "nanoghost bench decode smollm2\n  nanoghost bench decode smollm2 --against llama.cpp,transformers --json",
     "bench prefill": "nanoghost bench prefill smollm2 --tokens 512",
+    "bench train": "nanoghost bench train smollm2 --lora 8\n  nanoghost bench train smollm2 --against transformers --json",
+    "bench rl": "nanoghost bench rl smollm2\n  nanoghost bench rl smollm2 --against trl --json",
     "bench packing": "nanoghost bench packing smollm2",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }

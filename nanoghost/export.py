@@ -22,7 +22,7 @@ from nanoghost.model.rope import frequencies, kind_of
 from nanoghost.model.weights import load_model
 from nanoghost.runs import copy_licences, open_model, replacing
 
-KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_1": "Q4_1", "q4_0": "Q4_0"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ExportSettings:
     gguf: bool = False
     """As a GGUF file. It need not be said: it is the only form, since the model folder is what others load as it is."""
     quant: str = "f16"
-    """How matrices are stored: f32, f16, bf16, q8_0 or q4_0."""
+    """How matrices are stored: f32, f16, bf16, q8_0, q4_1 or q4_0."""
     out: Path | None = None
     """The file to write; default: NAME.QUANT.gguf here."""
     force: bool = False
@@ -97,7 +97,7 @@ def write(path: Path, model, tokenizer, name: str, card: dict, kind) -> None:
     w.add_rope_dimension_count(c.head_width)
     w.add_rope_freq_base(c.rope_base)
     w.add_layer_norm_rms_eps(c.norm_eps)
-    w.add_file_type({"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}[kind.name])
+    w.add_file_type({"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}[kind.name])
     stretch(w, c)
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre(pre)

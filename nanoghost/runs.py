@@ -56,12 +56,26 @@ def read_json(path: Path):
     return json.loads(path.read_text())
 
 
-def read_events(path: Path) -> list[dict]:
-    """All events of a folder. After a resume, the last event for a (stage, step) counts; a torn last line is dropped."""
+def append_line(path: Path, value) -> None:
+    """Append one JSON line. A line torn by a crash is cut off first, so that there stays one value to a line."""
+    with open(path, "ab+") as f:
+        end = f.seek(0, os.SEEK_END)
+        if end and (f.seek(end - 1), f.read(1))[1] != b"\n":
+            f.seek(0)
+            f.truncate(f.read().rfind(b"\n") + 1)
+        f.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+
+
+def read_lines(path: Path) -> list:
+    """All values of a file of JSON lines, none if there is no such file; a torn last line is dropped."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    events = [json.loads(line) for line in lines[:-1]]  # what follows the last newline was never finished
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def read_events(path: Path) -> list[dict]:
+    """All events of a folder. After a resume, the last event for a (stage, step) counts; a torn last line is dropped."""
+    events = read_lines(path)
     latest = {(e["stage"], e["step"]): i for i, e in enumerate(events)}
     return [e for i, e in enumerate(events) if latest[e["stage"], e["step"]] == i]
 
@@ -93,14 +107,8 @@ class ModelFolder:
         return read_events(self.path / "events.jsonl")
 
     def append_event(self, event: dict) -> dict:
-        """Append one JSON line. A line torn by a crash is cut off first, so that events stay one to a line."""
         event = {"time": round(time.time(), 3)} | event
-        with open(self.path / "events.jsonl", "ab+") as f:
-            end = f.seek(0, os.SEEK_END)
-            if end and (f.seek(end - 1), f.read(1))[1] != b"\n":
-                f.seek(0)
-                f.truncate(f.read().rfind(b"\n") + 1)
-            f.write(json.dumps(event).encode() + b"\n")
+        append_line(self.path / "events.jsonl", event)
         return event
 
     def write_card(self, card: dict) -> None:

@@ -20,7 +20,7 @@ from nanoghost.train import pretrain, rl, sft
 
 @dataclass(frozen=True)
 class SpeedrunSettings:
-    minutes: float = 9.5
+    minutes: float = 8.6
     """Minutes of training in all: 19% pretraining, 54% finetuning, 27% reinforcement."""
     data: str = "plays"
     """Text to learn: plays, a file or folder, or hub:OWNER/NAME."""

@@ -147,7 +147,9 @@ def test_out_as_gguf_and_in_again_is_the_same_model(nanoghost, folder, tmp_path)
     assert own.ends >= theirs.ends
 
 
-@pytest.mark.parametrize(("quant", "most"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 3e-2), ("q4_0", 0.5)])
+@pytest.mark.parametrize(
+    ("quant", "most"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 3e-2), ("q4_1", 0.4), ("q4_0", 0.5)]
+)
 def test_quantised_exports_stay_near(nanoghost, folder, tmp_path, quant, most):
     path = tmp_path / "toy.gguf"
     assert nanoghost("export", folder.name, "--quant", quant, "--out", path)[0] == 0

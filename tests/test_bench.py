@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nanoghost import bench
+from nanoghost.bench import decode, rl, table, train
 from nanoghost.data.local import open_local
 from nanoghost.engine import kernels, packed
 from nanoghost.engine.generate import open_engine
@@ -31,8 +31,10 @@ def llama(nanoghost, toy_base):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, toy_file):
-    monkeypatch.setattr(bench, "open_source", lambda _: open_local(toy_file))
-    monkeypatch.setattr(bench, "limits", lambda: {"dtype": "bfloat16", "matrix_gflops_per_second": 100.0, "bandwidth_gb_per_second": 10.0})  # fmt: skip
+    monkeypatch.setattr(table, "open_source", lambda _: open_local(toy_file))
+    limits = {"dtype": "bfloat16", "matrix_gflops_per_second": 100.0, "bandwidth_gb_per_second": 10.0}
+    for module in (decode, train, rl):
+        monkeypatch.setattr(module, "limits", lambda: limits)
 
 
 def test_figures_stand_beside_limits(nanoghost, toy_base, llama):
@@ -47,12 +49,37 @@ def test_figures_stand_beside_limits(nanoghost, toy_base, llama):
         assert [row["streams"] for row in rows[:2]] == [1, 3]
 
 
+def test_training_stands_beside_its_limit(nanoghost, toy_base, llama):
+    few = ("--rounds", 1, "--batch", 2, "--steps", 1, "--json")
+    for name, lora in ((toy_base, 0), (llama, 2)):
+        code, out, err = nanoghost("bench", "train", name, "--lora", lora, *few)
+        assert code == 0, err
+        rows = json.loads(out)["rows"]
+        assert [row["work"] for row in rows] == ["text", "conversations"]
+        assert all(row["tokens_per_second"] > 0 and row["limit"] > 0 for row in rows)
+    code, _, err = nanoghost("bench", "train", toy_base, "--lora", 2, *few)
+    assert code == 2 and "--lora 0" in err
+
+
+def test_practice_is_counted_in_attempts(nanoghost, llama):
+    code, out, err = nanoghost("bench", "rl", llama, "--problems", 2, "--attempts", 2, "--rounds", 1, "--json")
+    assert code == 0, err
+    [row] = json.loads(out)["rows"]
+    assert row["attempts_per_minute"] > 0 and "limit" not in row
+    assert nanoghost("bench", "rl", llama, "--task", "chess")[0] == 2
+
+
 @pytest.mark.skipif(bool(kernels.unavailable()), reason="no kernels here")
 def test_fewer_bits_cost_more(nanoghost, llama, toy_base):
     code, out, err = nanoghost("bench", "packing", llama, "--tokens", 120, "--json")
     assert code == 0, err
     rows = {row["work"]: row for row in json.loads(out)["rows"]}
-    assert rows["fp32"]["megabytes"] > rows["16 bits"]["megabytes"] > rows["8 bits"]["megabytes"] > rows["4 bits"]["megabytes"]
+    assert (
+        rows["fp32"]["megabytes"]
+        > rows["16 bits"]["megabytes"]
+        > rows["8 bits"]["megabytes"]
+        > rows["4 bits"]["megabytes"]
+    )
     assert abs(rows["16 bits"]["more"]) < 0.02 and abs(rows["8 bits"]["more"]) < 0.05
     code, _, err = nanoghost("bench", "packing", toy_base)
     assert code == 2 and "not packed" in err

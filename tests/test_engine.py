@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from nanoghost.engine import kernels
 from nanoghost.engine.generate import Engine, generate
-from nanoghost.engine.packed import LANES, load_packed, pack, pack_module, unpack
+from nanoghost.engine.packed import LANES, NONE, load_packed, pack, pack_module, unpack
 from nanoghost.engine.paged import PAGE, PagedRunner
 from nanoghost.engine.sampler import Sampling
 from nanoghost.model.llama import Llama, LlamaConfig
@@ -63,7 +63,7 @@ def test_products_are_those_of_the_numbers(bits, N):
     p = pack(weight, bits)
     numbers = unpack(p)
 
-    def product(x, bias=None, norm=None, out=None):
+    def product(x, bias=NONE, norm=NONE, out=None):
         add, out = out is not None, torch.full((len(x), 50), torch.nan) if out is None else out.clone()
         torch.ops.nanoghost.linear(x, p.codes, p.scales, p.lows, bits, bias, norm, 1e-5, out, add)
         return out
@@ -134,13 +134,13 @@ def llama(tokenizer, **changes):
     return model
 
 
-def whole_text(packed, ids):
+def whole_text(packed, ids, adapted=()):
     """Logits (T, V) of a text read in one pass, in a cache of its own."""
     n = len(ids)
     pages = packed.new_pages(-(-n // PAGE))
     table = torch.arange(pages.size(1), dtype=torch.int32)[None]
     rows, at = torch.zeros(n, dtype=torch.int32), torch.arange(n, dtype=torch.int32)
-    return packed.forward(torch.tensor(ids), rows, at, pages, table, torch.arange(n))
+    return packed.forward(torch.tensor(ids), rows, at, pages, table, torch.arange(n), adapted)
 
 
 @needs_kernels
@@ -158,6 +158,8 @@ def test_a_packed_llama_is_that_llama(changes, tokenizer):
             want = model(torch.tensor([ids]))[0]
         got = whole_text(packed, ids)
         assert (got - want).norm() < error * want.norm()
+        one_by_one = whole_text(packed, ids, [(slice(0, 20), Adapter(1, 1.0, {}))])
+        assert torch.equal(got, one_by_one), "all layers in one call are the same as each operator alone"
 
 
 @needs_kernels

@@ -100,7 +100,9 @@ def same_greedy_words(theirs, model, ids, count: int, rtol: float) -> None:
     assert len(set(written[len(ids) :])) > 3  # it says something
 
 
-@pytest.mark.parametrize(("quant", "most"), [("f32", 1e-4), ("f16", 3e-3), ("q8_0", 5e-2), ("q4_0", 5e-2)])
+@pytest.mark.parametrize(
+    ("quant", "most"), [("f32", 1e-4), ("f16", 3e-3), ("q8_0", 5e-2), ("q4_1", 5e-2), ("q4_0", 5e-2)]
+)
 def test_an_export_says_the_same_there(nanoghost, folder, tmp_path, quant, most):
     path = tmp_path / "toy.gguf"
     code, _, err = nanoghost("export", folder.name, "--gguf", "--quant", quant, "--out", path)

@@ -9,6 +9,7 @@ does not notice: its tokens depend on its prompt, its settings and its seed, not
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -87,13 +88,14 @@ class Reading:
 
 
 class Engine:
-    def __init__(self, runner, tokenizer):
-        self.runner, self.tokenizer = runner, tokenizer
+    def __init__(self, runner, tokenizer, adapter: str = ""):
+        """`adapter`: the one that speaks where none is asked for; empty for the base alone."""
+        self.runner, self.tokenizer, self.adapter = runner, tokenizer, adapter
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
 
     def add(
-        self, prompt: list[int], s: Sampling, samples: int = 1, run_tool=None, adapter: str = "", stream: int = 0
+        self, prompt: list[int], s: Sampling, samples: int = 1, run_tool=None, adapter: str | None = None, stream: int = 0
     ) -> list[Row]:
         """Queue a prompt to be continued `samples` times, with streams of random numbers from `stream` on.
 
@@ -103,6 +105,7 @@ class Engine:
         if len(prompt) >= context:
             raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in a context of {context}")
         limit = min(context, reach(prompt, s, run_tool))
+        adapter = self.adapter if adapter is None else adapter
         rows = [Row(list(prompt), s, limit, stream + i, run_tool, adapter, unread=list(prompt)) for i in range(samples)]
         rows[0].twins = rows[1:]
         self.waiting.append(rows[0])
@@ -238,21 +241,26 @@ def close(row: Row, tokenizer) -> None:
     row.message_start = len(row.ids)
 
 
-def open_engine(folder: ModelFolder, seats: int = 1, room: int | None = None) -> Engine:
+def open_engine(folder: ModelFolder, seats: int = 1, room: int | None = None, adapter: Path | None = None) -> Engine:
     """An engine for a finished model, with `seats` for conversations of `room` tokens (default: of a whole context).
 
-    A Llama is packed where this machine has the kernels for it; everything else runs as PyTorch has it. Of BASE@NAME the
-    base is loaded, and rows that ask for the adapter BASE@NAME get it.
+    A Llama is packed where this machine has the kernels for it; everything else runs as PyTorch has it. Through the folder
+    `adapter`, or that of BASE@NAME, go all rows that do not ask for another.
     """
     base = folder.path.with_name(folder.base)
+    adapter = adapter or (folder.path if "@" in folder.name else None)
     config = load_config(base)
     room = min(room or config.context, config.context)
     if config.model_type != "nanoghost":
         from nanoghost.engine.paged import open_paged
 
-        if runner := open_paged(folder, config, seats, room):
-            return Engine(runner, load_tokenizer(base))
-    model, tokenizer = load_model(folder.path, machine.compute_dtype(), machine.device())
+        if runner := open_paged(base, config, seats, room, adapter):
+            return Engine(runner, load_tokenizer(base), str(adapter or ""))
+    model, tokenizer = load_model(base, machine.compute_dtype(), machine.device())
+    if adapter:
+        from nanoghost.model.lora import attach, read_adapter
+
+        attach(model, [read_adapter(adapter, config, machine.compute_dtype())])
     return Engine(PlainRunner(model, seats, room), tokenizer)
 
 

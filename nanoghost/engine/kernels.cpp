@@ -154,7 +154,7 @@ struct Weights {
     const uint8_t* codes;
     const uint16_t *scales, *lows;
     const float* bias;
-    int K, M;
+    int K, M, bits;
 };
 
 template <int BITS, int R>
@@ -185,48 +185,76 @@ void block_of_outputs(const Weights& w, const Inputs& x, int block, int N, bool 
     if (n < N) rows<BITS, 1>(w, x, block, n, add, out);
 }
 
-// out (N, M) = f(x) W^T + bias, or += that; f norms if there is a norm, else gates if x is twice as wide as W.
-void linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& lows, int64_t bits,
-            const std::optional<Tensor>& bias, const std::optional<Tensor>& norm, double eps, Tensor out, bool add) {
-    static Inputs in;  // one call at a time
-    const int N = x.size(0), M = out.size(1), K = codes.size(1) * GROUP, G = codes.size(1);
-    const bool gated = x.size(1) == 2 * K;
-    const Weights w{codes.const_data_ptr<uint8_t>(),
-                    bits == 16 ? nullptr : (const uint16_t*)scales.const_data_ptr(),
-                    bits == 4 ? (const uint16_t*)lows.const_data_ptr() : nullptr,
-                    bias ? bias->const_data_ptr<float>() : nullptr, K, M};
-    const float* from = x.const_data_ptr<float>();
-    const float* norm_weight = norm ? norm->const_data_ptr<float>() : nullptr;
-    float* to = out.mutable_data_ptr<float>();
-    const int threads = omp_get_max_threads(), blocks = (M + LANES - 1) / LANES;
-    if (in.codes.size() < (size_t)N * K * 2) in.codes.resize((size_t)N * K * 2);
-    const size_t groups = (size_t)N * G;
-    if (in.scales.size() < groups) in.scales.resize(groups), in.starts.resize(groups), in.sums.resize(groups);
-    if (in.wide.size() < (size_t)threads * K) in.wide.resize((size_t)threads * K);
+// The rows of x, normed if there is a norm, else gated if x is twice as wide as W, in the form that W multiplies.
+void prepare(const float* x, int width, const Weights& w, const float* norm, float eps, int n, float* wide, Inputs& in) {
+    const int K = w.K, G = K / GROUP;
+    const float* row = x + (int64_t)n * width;
+    if (norm) rms_norm(row, norm, eps, K, wide), row = wide;
+    else if (width == 2 * K) gate(row, K, wide), row = wide;
+    if (w.bits == 16) to_bf16(row, K, in.codes.data() + (size_t)n * K * 2);
+    else quantise(row, K, in.codes.data() + (size_t)n * K, in.scales.data() + (size_t)n * G, in.starts.data() + (size_t)n * G, in.sums.data() + (size_t)n * G);
+}
 
-    auto prepare = [&](int n, int thread) {
-        const float* row = from + (int64_t)n * x.size(1);
-        float* wide = in.wide.data() + (size_t)thread * K;
-        if (norm_weight) rms_norm(row, norm_weight, eps, K, wide), row = wide;
-        else if (gated) gate(row, K, wide), row = wide;
-        if (bits == 16) to_bf16(row, K, in.codes.data() + (size_t)n * K * 2);
-        else quantise(row, K, in.codes.data() + (size_t)n * K, in.scales.data() + (size_t)n * G, in.starts.data() + (size_t)n * G, in.sums.data() + (size_t)n * G);
-    };
-    if (N < 4) for (int n = 0; n < N; n++) prepare(n, 0);
-#pragma omp parallel num_threads(threads)
-    {
-        const int thread = omp_get_thread_num();
-        if (N >= 4) {
-#pragma omp for schedule(static)
-            for (int n = 0; n < N; n++) prepare(n, thread);
+constexpr int FEW = 4;  // rows below which each thread prepares them all for itself, rather than wait for the others
+
+// What the threads of a call share, and what each has of its own.
+struct Workspace {
+    Inputs shared;
+    std::vector<Inputs> own;
+    std::vector<std::vector<float>> wide, scores;
+
+    void fit(int N, int K, int tokens) {  // the most inputs of a product, the most tokens of a sequence
+        const size_t threads = omp_get_max_threads();
+        if (own.size() < threads) own.resize(threads), wide.resize(threads), scores.resize(threads);
+        for (size_t t = 0; t < threads; t++) {
+            fit(own[t], std::min(N, FEW), K);
+            if (wide[t].size() < (size_t)K) wide[t].resize(K);
+            if (scores[t].size() < (size_t)3 * tokens) scores[t].resize(3 * tokens);
         }
-#pragma omp for schedule(static) nowait
-        for (int b = 0; b < blocks; b++) {
-            if (bits == 4) block_of_outputs<4>(w, in, b, N, add, to);
-            else if (bits == 8) block_of_outputs<8>(w, in, b, N, add, to);
-            else block_of_outputs<16>(w, in, b, N, add, to);
-        }
+        fit(shared, N, K);
     }
+    static void fit(Inputs& in, size_t N, size_t K) {
+        if (in.codes.size() < N * K * 2) in.codes.resize(N * K * 2);
+        const size_t groups = N * K / GROUP;
+        if (in.scales.size() < groups) in.scales.resize(groups), in.starts.resize(groups), in.sums.resize(groups);
+    }
+};
+Workspace work;  // one call at a time
+
+// out (N, M) = f(x) W^T + bias, or += that. Every thread of a parallel region calls this; all leave it together.
+void multiply(const float* x, int width, const Weights& w, const float* norm, float eps, int N, float* out, bool add) {
+    const int thread = omp_get_thread_num(), blocks = (w.M + LANES - 1) / LANES;
+    float* wide = work.wide[thread].data();
+    Inputs& in = N < FEW ? work.own[thread] : work.shared;
+    if (N < FEW) for (int n = 0; n < N; n++) prepare(x, width, w, norm, eps, n, wide, in);
+    else {
+#pragma omp for schedule(static)
+        for (int n = 0; n < N; n++) prepare(x, width, w, norm, eps, n, wide, in);
+    }
+#pragma omp for schedule(static)
+    for (int b = 0; b < blocks; b++) {
+        if (w.bits == 4) block_of_outputs<4>(w, in, b, N, add, out);
+        else if (w.bits == 8) block_of_outputs<8>(w, in, b, N, add, out);
+        else block_of_outputs<16>(w, in, b, N, add, out);
+    }
+}
+
+const float* floats(const Tensor& t) { return t.defined() && t.numel() ? t.const_data_ptr<float>() : nullptr; }
+
+Weights weights(const Tensor& codes, const Tensor& scales, const Tensor& lows, const Tensor& bias, int bits, int M) {
+    return {codes.const_data_ptr<uint8_t>(), (const uint16_t*)scales.const_data_ptr(), (const uint16_t*)lows.const_data_ptr(),
+            floats(bias), (int)codes.size(1) * GROUP, M, bits};
+}
+
+// One product alone; an empty tensor stands for no bias or no norm.
+void linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& lows, int64_t bits, const Tensor& bias,
+            const Tensor& norm, double eps, Tensor out, bool add) {
+    const Weights w = weights(codes, scales, lows, bias, bits, out.size(1));
+    work.fit(x.size(0), w.K, 0);
+    const float *from = x.const_data_ptr<float>(), *norm_weight = floats(norm);
+    float* to = out.mutable_data_ptr<float>();
+#pragma omp parallel
+    multiply(from, x.size(1), w, norm_weight, eps, x.size(0), to, add);
 }
 
 // ---- attention over pages: keys as D x 16 tokens, values as 16 tokens x D, both fp16 ----
@@ -320,68 +348,121 @@ void rotate(float* x, const float* cos, const float* sin, int D) {
     }
 }
 
-// qkv (N, (H + 2 J) D), changed in place; cos, sin (context, D / 2), empty where heads are not rotated; cache (pages, J, 2, 16 D)
-// fp16; page_table (sequences, most pages); rows (N) and positions (N) say whose token each is and where. Writes the
-// tokens' keys and values into the cache, then returns (N, H D).
-Tensor attend(Tensor qkv, const Tensor& cos, const Tensor& sin, Tensor cache, const Tensor& page_table, const Tensor& rows,
-              const Tensor& positions, double scale, int64_t window, const std::optional<Tensor>& q_norm,
-              const std::optional<Tensor>& k_norm, double eps) {
-    const int N = qkv.size(0), J = cache.size(1), D = cache.size(3) / LANES, H = qkv.size(1) / D - 2 * J, width = qkv.size(1);
-    const int64_t page_size = cache.stride(0);
-    Tensor out = at::empty({N, H * D}, qkv.options());
-    float *x = qkv.mutable_data_ptr<float>(), *y = out.mutable_data_ptr<float>();
-    uint16_t* pages = (uint16_t*)cache.mutable_data_ptr();
-    const int *table = page_table.const_data_ptr<int>(), *row = rows.const_data_ptr<int>(), *at = positions.const_data_ptr<int>();
-    const int most_pages = page_table.size(1), together = H / J;
-    const bool rotated = cos.numel() > 0;
-    const float *c = rotated ? cos.const_data_ptr<float>() : nullptr, *s = rotated ? sin.const_data_ptr<float>() : nullptr;
+// What attention needs beside the tokens' queries, keys and values.
+struct Attention {
+    const float *cos, *sin;           // (context, D / 2), null where heads are not rotated
+    const float *q_norm, *k_norm;     // (D), or null
+    uint16_t* pages;                  // (pages, J, 2, 16 D) fp16
+    const int *table, *row, *at;      // (sequences, most pages); whose token each of the N is, and where it stands
+    int64_t page_size;
+    int H, J, D, most_pages, window;
+    float scale, eps;
+};
 
+// qkv (N, (H + 2 J) D), changed in place, to out (N, H D); the tokens' keys and values are written into the pages.
+// Every thread of a parallel region calls this; all leave it together.
+void attend_all(float* qkv, const Attention& a, int N, float* out) {
+    const int H = a.H, J = a.J, D = a.D, width = (H + 2 * J) * D, together = H / J;
     auto remember = [&](int n) {
-        float* q = x + (int64_t)n * width;
+        float* q = qkv + (int64_t)n * width;
         for (int h = 0; h < H + J; h++) {
-            const auto& norm = h < H ? q_norm : k_norm;
-            if (norm) rms_norm(q + h * D, norm->const_data_ptr<float>(), eps, D, q + h * D);
-            if (rotated) rotate(q + h * D, c + (int64_t)at[n] * (D / 2), s + (int64_t)at[n] * (D / 2), D);
+            const float* norm = h < H ? a.q_norm : a.k_norm;
+            if (norm) rms_norm(q + h * D, norm, a.eps, D, q + h * D);
+            if (a.cos) rotate(q + h * D, a.cos + (int64_t)a.at[n] * (D / 2), a.sin + (int64_t)a.at[n] * (D / 2), D);
         }
-        uint16_t* page = pages + table[row[n] * most_pages + at[n] / LANES] * page_size;
+        uint16_t* page = a.pages + a.table[a.row[n] * a.most_pages + a.at[n] / LANES] * a.page_size;
+        const int lane = a.at[n] % LANES;
         for (int j = 0; j < J; j++, page += 2 * LANES * D) {
             const float *k = q + (H + j) * D, *v = q + (H + J + j) * D;
-            for (int d = 0; d < D; d++) page[d * LANES + at[n] % LANES] = _cvtss_sh(k[d], 0);
+            for (int d = 0; d < D; d++) page[d * LANES + lane] = _cvtss_sh(k[d], 0);
             for (int d = 0; d < D; d += LANES)
-                _mm256_storeu_si256((__m256i*)(page + D * LANES + (at[n] % LANES) * D + d), _mm512_cvtps_ph(_mm512_loadu_ps(v + d), 0));
+                _mm256_storeu_si256((__m256i*)(page + D * LANES + lane * D + d), _mm512_cvtps_ph(_mm512_loadu_ps(v + d), 0));
         }
     };
-    const int chunk = std::clamp(N * J / (8 * omp_get_max_threads()), 1, 4);
-    if (N < 4) for (int n = 0; n < N; n++) remember(n);
-    static std::vector<std::vector<float>> scores;  // a thread's own; one call at a time
-    if (scores.size() < (size_t)omp_get_max_threads()) scores.resize(omp_get_max_threads());
-    for (auto& own : scores)
-        if (own.size() < (size_t)3 * most_pages * LANES) own.resize(3 * most_pages * LANES);
-#pragma omp parallel
-    {
-        float* own = scores[omp_get_thread_num()].data();
-        if (N >= 4) {
 #pragma omp for schedule(static)
-            for (int n = 0; n < N; n++) remember(n);
-        }
-#pragma omp for schedule(dynamic, chunk) nowait
-        for (int i = 0; i < N * J; i++) {
-            const int n = i / J, j = i % J;
-            const int first = window ? std::max(0, at[n] - (int)window + 1) : 0;
-            const float* q = x + (int64_t)n * width + j * together * D;
-            auto run = D == 64 ? attend_group<64> : attend_group<128>;
-            run(q, together, pages + (int64_t)j * 2 * LANES * D, page_size, table + row[n] * most_pages, first, at[n], scale, own,
-                y + ((int64_t)n * H + j * together) * D);
-        }
+    for (int n = 0; n < N; n++) remember(n);
+    float* own = work.scores[omp_get_thread_num()].data();
+    const int chunk = std::clamp(N * J / (8 * omp_get_num_threads()), 1, 4);
+#pragma omp for schedule(dynamic, chunk)
+    for (int i = 0; i < N * J; i++) {
+        const int n = i / J, j = i % J, first = a.window ? std::max(0, a.at[n] - a.window + 1) : 0;
+        const float* q = qkv + (int64_t)n * width + j * together * D;
+        auto run = D == 64 ? attend_group<64> : attend_group<128>;
+        run(q, together, a.pages + (int64_t)j * 2 * LANES * D, a.page_size, a.table + a.row[n] * a.most_pages, first, a.at[n],
+            a.scale, own, out + ((int64_t)n * H + j * together) * D);
     }
+}
+
+Attention attention(int heads, const Tensor& cos, const Tensor& sin, const Tensor& q_norm, const Tensor& k_norm, Tensor cache,
+                    const Tensor& table, const Tensor& rows, const Tensor& positions, double scale, int64_t window, double eps) {
+    return {floats(cos), floats(sin), floats(q_norm), floats(k_norm), (uint16_t*)cache.mutable_data_ptr(),
+            table.const_data_ptr<int>(), rows.const_data_ptr<int>(), positions.const_data_ptr<int>(), cache.stride(0),
+            heads, (int)cache.size(1), (int)cache.size(3) / LANES, (int)table.size(1), (int)window, (float)scale, (float)eps};
+}
+
+// Attention alone; an empty tensor stands for heads that are not rotated, or not normed.
+Tensor attend(Tensor qkv, const Tensor& cos, const Tensor& sin, Tensor cache, const Tensor& table, const Tensor& rows,
+              const Tensor& positions, double scale, int64_t window, const Tensor& q_norm, const Tensor& k_norm, double eps) {
+    const int N = qkv.size(0), J = cache.size(1), D = cache.size(3) / LANES, H = qkv.size(1) / D - 2 * J;
+    const Attention a = attention(H, cos, sin, q_norm, k_norm, cache, table, rows, positions, scale, window, eps);
+    Tensor out = at::empty({N, H * D}, qkv.options());
+    work.fit(1, GROUP, a.most_pages * LANES);
+    float *from = qkv.mutable_data_ptr<float>(), *to = out.mutable_data_ptr<float>();
+#pragma omp parallel
+    attend_all(from, a, N, to);
     return out;
+}
+
+// x (N, width) through all layers, changed in place: one call and one parallel region instead of five a layer.
+// parts: a layer's tensors, in packed.py's order; bits: of its four matrices; turned and windows: one number a layer.
+void layers(Tensor x, at::TensorList parts, at::IntArrayRef bits, at::IntArrayRef turned, at::IntArrayRef windows,
+            const Tensor& cos, const Tensor& sin, Tensor cache, const Tensor& table, const Tensor& rows,
+            const Tensor& positions, double scale, double eps) {
+    struct Layer {
+        const float *norm, *mlp_norm;
+        Weights qkv, out, gate_up, down;
+        Attention attention;
+    };
+    constexpr int PARTS = 18;
+    const int N = x.size(0), width = x.size(1), depth = turned.size(), D = cache.size(4) / LANES, J = cache.size(2);
+    const Tensor none, first = cache.select(0, 0);
+    std::vector<Layer> all;
+    int widest = 0, mlp = 0, H = 0;
+    for (int l = 0; l < depth; l++) {
+        const at::TensorList p = parts.slice(l * PARTS, PARTS);
+        const int64_t* b = bits.data() + 4 * l;
+        mlp = p[15].size(1) * GROUP, H = p[7].size(1) * GROUP / D;
+        widest = std::max({widest, mlp, H * D, width});
+        all.push_back({floats(p[0]), floats(p[11]), weights(p[1], p[2], p[3], p[4], b[0], (H + 2 * J) * D),
+                       weights(p[7], p[8], p[9], p[10], b[1], width), weights(p[12], p[13], p[14], none, b[2], 2 * mlp),
+                       weights(p[15], p[16], p[17], none, b[3], width),
+                       attention(H, turned[l] ? cos : none, turned[l] ? sin : none, p[5], p[6], first, table, rows, positions,
+                                 scale, windows[l], eps)});
+        all.back().attention.pages += l * cache.stride(0);
+    }
+    work.fit(N, widest, table.size(1) * LANES);
+    static std::vector<float> qkv, y, gate_up;
+    if (qkv.size() < (size_t)N * (H + 2 * J) * D) qkv.resize((size_t)N * (H + 2 * J) * D);
+    if (y.size() < (size_t)N * H * D) y.resize((size_t)N * H * D);
+    if (gate_up.size() < (size_t)N * 2 * mlp) gate_up.resize((size_t)N * 2 * mlp);
+    float* at = x.mutable_data_ptr<float>();
+#pragma omp parallel
+    for (const Layer& l : all) {
+        multiply(at, width, l.qkv, l.norm, eps, N, qkv.data(), false);
+        attend_all(qkv.data(), l.attention, N, y.data());
+        multiply(y.data(), H * D, l.out, nullptr, eps, N, at, true);
+        multiply(at, width, l.gate_up, l.mlp_norm, eps, N, gate_up.data(), false);
+        multiply(gate_up.data(), 2 * mlp, l.down, nullptr, eps, N, at, true);
+    }
 }
 
 }  // namespace
 
 TORCH_LIBRARY(nanoghost, m) {
-    m.def("linear(Tensor x, Tensor codes, Tensor scales, Tensor lows, int bits, Tensor? bias, Tensor? norm, float eps,"
+    m.def("linear(Tensor x, Tensor codes, Tensor scales, Tensor lows, int bits, Tensor bias, Tensor norm, float eps,"
           " Tensor(a!) out, bool add) -> ()", &linear);
-    m.def("attend(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) cache, Tensor page_table, Tensor rows, Tensor positions,"
-          " float scale, int window, Tensor? q_norm, Tensor? k_norm, float eps) -> Tensor", &attend);
+    m.def("attend(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) cache, Tensor table, Tensor rows, Tensor positions,"
+          " float scale, int window, Tensor q_norm, Tensor k_norm, float eps) -> Tensor", &attend);
+    m.def("layers(Tensor(a!) x, Tensor[] parts, int[] bits, int[] turned, int[] windows, Tensor cos, Tensor sin, Tensor(b!) cache,"
+          " Tensor table, Tensor rows, Tensor positions, float scale, float eps) -> ()", &layers);
 }

@@ -92,6 +92,7 @@ def fewest_bits(weight_MK: torch.Tensor) -> int:
     return 4 if torch.allclose(unpack(pack(sample, 4)), sample.float(), rtol=1e-5, atol=1e-7) else 8
 
 
+NONE = torch.empty(0)  # stands for a part that a model does not have
 VECTORS = ("attention_norm", "mlp_norm", "q_norm", "k_norm", "out_bias")
 STACKS = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
 
@@ -115,6 +116,13 @@ def pack_model(config: LlamaConfig, tensor, bits: int | None = None) -> dict:
         if tensor(b + "q_bias") is not None:
             parts[b + "qkv_bias"] = torch.cat([tensor(b + f"{x}_bias").float() for x in "qkv"])
     return parts
+
+
+def tensors_of(block: dict) -> list[torch.Tensor]:
+    """A layer's tensors in the order in which the operator `layers` takes them."""
+    order = ("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias", "mlp_norm", "gate_up", "down")
+    parts = [block.get(name, NONE) for name in order]
+    return [t for p in parts for t in ((p.codes, p.scales, p.lows) if isinstance(p, Packed) else (p,))]
 
 
 def packable(c) -> bool:
@@ -185,6 +193,10 @@ class PackedLlama:
             {name.split(".")[2]: p for name, p in parts.items() if name.startswith(f"blocks.{i}.")}
             for i in range(config.depth)
         ]
+        self.turned = [int(i not in config.unrotated) for i in range(config.depth)]
+        self.windows = list(config.windows or [0] * config.depth)
+        self.bits = [b[stack].bits for b in self.blocks for stack in STACKS]
+        self.flat = [t for b in self.blocks for t in tensors_of(b)]
         self.cos, self.sin = rope_table(config.context, config.head_width, config.rope_base, config.rope_scaling)
 
     def bytes(self) -> int:
@@ -214,7 +226,7 @@ class PackedLlama:
         x_ND = unpack(self.parts["embedding"], tokens_N)
         width = (c.heads + 2 * c.key_value_heads) * c.head_width
 
-        def linear(x, p: Packed, out, bias=None, norm=None, add=False):
+        def linear(x, p: Packed, out, bias=NONE, norm=NONE, add=False):
             ops.linear.default(x, p.codes, p.scales, p.lows, p.bits, bias, norm, c.norm_eps, out, add)
             return out
 
@@ -233,15 +245,18 @@ class PackedLlama:
                         a_RM, b_NR, scale = pair
                         part.addmm_(h @ a_RM.T, b_NR.T, alpha=scale)
 
-        for layer, (b, cache) in enumerate(zip(self.blocks, pages)):
-            turned = (self.cos, self.sin) if layer not in c.unrotated else (x_ND.new_empty(0),) * 2
-            window = c.windows[layer] if c.windows else 0
-            qkv = linear(x_ND, b["qkv"], torch.empty(N, width), b.get("qkv_bias"), b["attention_norm"])
-            correct(qkv, layer, "qkv", x_ND, b["attention_norm"])
-            y = ops.attend.default(
-                qkv, *turned, cache, table, rows_N, positions_N, c.head_width**-0.5, window, b.get("q_norm"), b.get("k_norm"), c.norm_eps
+        where, scale = (table, rows_N, positions_N), c.head_width**-0.5
+        if not adapted:
+            ops.layers.default(
+                x_ND, self.flat, self.bits, self.turned, self.windows, self.cos, self.sin, pages, *where, scale, c.norm_eps
             )  # fmt: skip
-            linear(y, b["out"], x_ND, b.get("out_bias"), add=True)
+        for layer, (b, cache) in enumerate(zip(self.blocks, pages)) if adapted else ():
+            turned = (self.cos, self.sin) if self.turned[layer] else (NONE, NONE)
+            norms = (b.get("q_norm", NONE), b.get("k_norm", NONE), c.norm_eps)
+            qkv = linear(x_ND, b["qkv"], torch.empty(N, width), b.get("qkv_bias", NONE), b["attention_norm"])
+            correct(qkv, layer, "qkv", x_ND, b["attention_norm"])
+            y = ops.attend.default(qkv, *turned, cache, *where, scale, self.windows[layer], *norms)
+            linear(y, b["out"], x_ND, b.get("out_bias", NONE), add=True)
             correct(x_ND, layer, "out", y)
             gate_up = linear(x_ND, b["gate_up"], torch.empty(N, 2 * c.mlp_width), norm=b["mlp_norm"])
             correct(gate_up, layer, "gate_up", x_ND, b["mlp_norm"])

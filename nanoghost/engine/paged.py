@@ -7,6 +7,7 @@ that nobody uses are kept until the room is needed, the one that rested longest 
 
 from collections import OrderedDict, deque
 from itertools import count
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,6 @@ from nanoghost.engine.packed import LANES as PAGE
 from nanoghost.engine.packed import PackedLlama, load_packed, pack_module, packable
 from nanoghost.model.llama import Llama
 from nanoghost.model.lora import read_adapter
-from nanoghost.runs import ModelFolder
 
 ALIKE = 3  # tokens that must recur before what followed them is expected again
 FEW = 4  # rows among which guessing pays: with more, arithmetic and not memory is what is short
@@ -152,13 +152,13 @@ class Seat:
         self.number, self.pages, self.known = number, pages, known
 
 
-def open_paged(folder: ModelFolder, config, seats: int, room: int) -> PagedRunner | None:
-    """The base of a model folder with `seats` of `room` tokens, the adapter beside it; None where it cannot be packed."""
+def open_paged(base: Path, config, seats: int, room: int, adapter: Path | None = None) -> PagedRunner | None:
+    """A model folder with `seats` of `room` tokens, an adapter beside it under its path's name; None where it cannot be packed."""
     if not packable(config):
         return None
-    model = load_packed(folder.path.with_name(folder.base))
-    if folder.name != folder.base:
-        model.adapters[folder.name] = read_adapter(folder.path, config, torch.float32)
+    model = load_packed(base)
+    if adapter:
+        model.adapters[str(adapter)] = read_adapter(adapter, config, torch.float32)
     return PagedRunner(model, seats * -(-room // PAGE) * PAGE, seats)
 
 

@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 
 from nanoghost import machine
-from nanoghost.chat import parse_call, render, shortened
+from nanoghost.chat import parse_call, render, shortened, text_of
 from nanoghost.engine.generate import Engine, Row, open_engine
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
@@ -53,6 +53,8 @@ class ChatSettings:
     """Longest answer."""
     seed: int | None = None
     """For answers that can be repeated; default: 0 with --prompt, otherwise another each time."""
+    person: str | None = None
+    """Who is talking: what is said goes into their journal, and the model knows what their nights made of it (`nanoghost sleep`)."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ class Said:
 class Conversation:
     """A model, what was said so far, and how to answer."""
 
-    def __init__(self, name: str | None, sampling: Sampling, system: str | None):
+    def __init__(self, name: str | None, sampling: Sampling, system: str | None, person=None):
         self.folder = open_model(name)
-        self.engine = open_engine(self.folder)
+        self.person = person and person.create()
+        self.engine = open_engine(self.folder, adapter=person and person.adapter_for(self.folder))
         self.tokenizer = self.engine.tokenizer
         self.sampling, self.answers = sampling, 0
         self.messages: list[dict] = []
@@ -105,7 +108,12 @@ class Conversation:
         dropped = len(longer) - len(kept)
         self.forgotten += [m for m in longer if m["role"] != "system"][:dropped]
         self.messages = kept
+        self.note("user", text)
         return dropped
+
+    def note(self, speaker: str, text: str) -> None:
+        if self.person and text:
+            self.person.say(speaker, text)
 
     def answer(self) -> Iterator[Said]:
         """Stream the answer and keep it; closing the iterator early keeps what was said until then."""
@@ -113,8 +121,7 @@ class Conversation:
         sampling = replace(self.sampling, seed=self.sampling.seed + self.answers)
         self.answers += 1
         begun = len(self.messages)
-        adapter = self.folder.name if "@" in self.folder.name else ""
-        [row] = self.engine.add(prompt, sampling, run_tool=run_tool, adapter=adapter)
+        [row] = self.engine.add(prompt, sampling, run_tool=run_tool)
         try:
             for said in fragments(self.engine, row):
                 if said.text:
@@ -128,6 +135,7 @@ class Conversation:
             text = self.tokenizer.decode(rest)
             partial = [{"role": "assistant", "content": text}] if text else []
             self.messages = self.messages[:begun] + finished + partial
+            self.note("assistant", "".join(text_of(m) for m in finished + partial if m["role"] == "assistant"))
 
 
 def fragments(engine: Engine, row: Row) -> Iterator[Said]:
@@ -183,7 +191,12 @@ def command(settings: ChatSettings) -> None:
     once = settings.prompt is not None
     seed = settings.seed if settings.seed is not None else 0 if once else int(time.time())
     sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_k, settings.top_p, seed)
-    conversation = Conversation(settings.model, sampling, settings.system)
+    person = None
+    if settings.person is not None:
+        from nanoghost.people import Person
+
+        person = Person(settings.person)
+    conversation = Conversation(settings.model, sampling, settings.system, person)
     try:
         if not once:
             talk(conversation)

@@ -1,11 +1,9 @@
-"""`nanoghost bench`: how fast a model reads and writes here, beside what memory and arithmetic of this machine allow.
+"""How fast a model reads and writes here, beside what memory and arithmetic of this machine allow.
 
-What is read is natural text, another one for each row; what is written is sampled. Contenders are measured in turn, so that
-a slow moment of the machine meets all of them, and a figure is the median of its rounds.
+What is read is natural text, another one for each row; what is written is sampled.
 """
 
 import importlib
-import importlib.util
 import json
 import re
 import statistics
@@ -19,9 +17,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost import doctor, machine
+from nanoghost import machine
+from nanoghost.bench.table import limits, peers, tell, texts
 from nanoghost.chat import render
-from nanoghost.data.sources import open_source
 from nanoghost.engine.generate import open_engine
 from nanoghost.engine.packed import PackedLlama, pack_module, packable
 from nanoghost.engine.sampler import Sampling
@@ -29,8 +27,6 @@ from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
 from nanoghost.model.weights import load_model
 from nanoghost.runs import ModelFolder, open_model
-
-PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}  # and their modules
 
 KINDS = {  # what a person may ask for; guessing ahead helps where a text repeats what stands before it
     "story": "Write a story about {word}.",
@@ -86,14 +82,13 @@ class Ours:
     def __init__(self, folder: ModelFolder, seats: int, room: int):
         self.engine = open_engine(folder, seats, room)
         self.model = self.engine.runner.model
-        self.adapter = folder.name if "@" in folder.name else ""
 
     def write(self, prompts: list[list[int]], tokens: int, guess: bool = False, temperature: float = 0.8) -> float:
         """Tokens a second of all rows together, from when every prompt is read until the last row is done."""
         self.engine.runner.drafts = guess
         rows = []
         for i, prompt in enumerate(prompts):
-            rows += self.engine.add(prompt, Sampling(tokens, temperature, seed=i, endless=True), adapter=self.adapter)
+            rows += self.engine.add(prompt, Sampling(tokens, temperature, seed=i, endless=True))
         while any(not row.ids for row in rows):
             self.engine.step()
         start, before = time.perf_counter(), sum(len(row.ids) for row in rows)
@@ -104,7 +99,7 @@ class Ours:
     def read(self, prompt: list[int]) -> float:
         """Tokens a second from a text nobody has seen to the first word after it."""
         start = time.perf_counter()
-        [row] = self.engine.add(prompt, Sampling(1, 0.0), adapter=self.adapter)
+        [row] = self.engine.add(prompt, Sampling(1, 0.0))
         while not row.finish_reason:
             self.engine.step()
         return len(prompt) / (time.perf_counter() - start)
@@ -131,23 +126,6 @@ class Transformers:
         start = time.perf_counter()
         self.model(torch.tensor([prompt]), logits_to_keep=1)
         return len(prompt) / (time.perf_counter() - start)
-
-
-def texts(tokenizer, count: int, tokens: int) -> list[list[int]]:
-    """`count` different pieces of the validation plays, all as long."""
-    ids = [i for d in open_source("plays").documents() if d.split == "val" for i in tokenizer.encode(d.text)]
-    if count * tokens > len(ids):
-        raise UserError(f"{count} texts of {tokens} tokens are more than the validation plays have ({len(ids)})")
-    return [ids[i * tokens : (i + 1) * tokens] for i in range(count)]
-
-
-def limits() -> dict:
-    dtype = machine.compute_dtype()
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "matrix_gflops_per_second": round(doctor.matmul_gflops_per_second(dtype), 1),
-        "bandwidth_gb_per_second": round(doctor.bandwidth_gb_per_second(), 1),
-    }
 
 
 def most(model, measured: dict, streams: int, context: int, tokens: int = 1) -> float:
@@ -178,20 +156,13 @@ def contenders(settings, seats: int, room: int) -> dict:
     """By name; each has room for `seats` conversations of `room` tokens."""
     machine.prepare()
     folder = open_model(settings.model)
-    asked = [name for name in settings.against.split(",") if name]
-    if asked and (folder.card["arch"] == "ghost" or "@" in folder.name):
-        raise UserError(f"'{folder.name}' runs only here: --against is for whole models of the Llama family")
-    for name in asked:
-        if name not in PEERS:
-            raise UserError(f"--against knows {' and '.join(PEERS)}, not '{name}'")
-        if not importlib.util.find_spec(PEERS[name]):
-            raise UserError(f"{name} is not installed: pip install 'nanoghost[parity]'")
+    asked = peers(settings.against, folder, ["transformers", "llama.cpp"])
     found = {"nanoghost": Ours(folder, seats, room)}
     if "transformers" in asked:
         found["transformers, bf16"] = Transformers(folder)
     if "llama.cpp" in asked:
-        peer = importlib.import_module("nanoghost.bench_llama_cpp").LlamaCpp
-        found |= {f"llama.cpp, {quant}": peer(folder, seats, quant, room) for quant in ("q4_0", "q8_0", "bf16")}
+        peer = importlib.import_module("nanoghost.bench.llama_cpp_peer").LlamaCpp
+        found |= {f"llama.cpp, {quant}": peer(folder, seats, quant, room) for quant in ("q4_0", "q4_1", "q8_0", "bf16")}
     return found
 
 
@@ -260,31 +231,3 @@ def packing(settings: PackingSettings) -> None:
     Console(stderr=True).print(table)
     if settings.json:
         print(json.dumps({"rows": rows}))
-
-
-def tell(settings, measured: dict, works: list, limit: Callable[[int], float]) -> None:
-    """Run everything in turn, once to warm up, and print medians beside the limits."""
-    rates = [[] for _ in works]
-    for i in range(settings.rounds + 1):
-        for found, (_, _, _, run) in zip(rates, works):
-            rate = run()
-            found += [rate] if i else []
-    rows = []
-    for (engine, work, streams, _), found in zip(works, rates):
-        rate, most = statistics.median(found), limit(streams)
-        rows.append({"engine": engine, "work": work, "streams": streams, "tokens_per_second": round(rate, 1),
-                     "lowest": round(min(found), 1), "highest": round(max(found), 1),
-                     "limit": round(most, 1), "share": round(rate / most, 3)})  # fmt: skip
-    table = Table()
-    for column in ("engine", "work", "streams", "tokens/s", "from", "to", "limit", "share"):
-        table.add_column(column, justify="left" if column in ("engine", "work") else "right")
-    for r in rows:
-        figures = (f"{r[key]:,.0f}" for key in ("tokens_per_second", "lowest", "highest", "limit"))
-        table.add_row(r["engine"], r["work"], str(r["streams"]), *figures, f"{r['share']:.0%}")
-    Console(stderr=True).print(table)
-    gflops, bandwidth = measured["matrix_gflops_per_second"], measured["bandwidth_gb_per_second"]
-    Console(stderr=True).print(
-        f"limits: {gflops:.0f} GFLOP/s in {measured['dtype']}, twice that in 8 bits; {bandwidth:.0f} GB/s"
-    )
-    if settings.json:
-        print(json.dumps({"limits": measured, "rows": rows}))

@@ -1,0 +1,70 @@
+"""What people tell of themselves, and how they say it, ask for it and correct it; small talk and everyday questions.
+
+Wordings are written down in people.toml in lists called train and test. The product uses train; test belongs to `lab sleep`.
+"""
+
+import hashlib
+import random
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One thing that may be known of a person."""
+
+    relation: str
+    """As in "your {relation}"."""
+    values: tuple[str, ...]
+    answer: str
+    said: dict[str, tuple[str, ...]]
+    changed: dict[str, tuple[str, ...]]
+    asked: dict[str, tuple[str, ...]]
+
+
+@cache
+def book() -> dict:
+    return tomllib.loads(Path(__file__).with_name("people.toml").read_text())
+
+
+@cache
+def relations() -> dict[str, Relation]:
+    """By what stands in a ledger's `relation`."""
+    found = {}
+    for entry in book()["relations"].values():
+        found[entry["relation"]] = made(entry, entry["relation"], lambda text: text)
+    for entry in book().get("attributes", {}).values():
+        for who in book()["relatives"]:
+            name = f"{who}'s {entry['attribute']}"
+            found.setdefault(name, made(entry, name, lambda text, who=who: text.replace("{who}", who)))
+    return found
+
+
+def made(entry: dict, name: str, fill) -> Relation:
+    texts = {k: {split: tuple(map(fill, v)) for split, v in entry[k].items()} for k in ("said", "changed", "asked")}
+    return Relation(name, tuple(entry["values"]), fill(entry["answer"]), **texts)
+
+
+def dice(*key) -> random.Random:
+    """Random numbers that belong to a thing, whatever else there is."""
+    return random.Random(hashlib.sha256(repr(key).encode()).hexdigest())
+
+
+def questions(relation: str, split: str) -> list[str]:
+    """Ways of asking for it, those of its own first."""
+    own = relations()[relation].asked[split] if relation in relations() else ()
+    every = [*own, *(wording.format(a=relation) for wording in book()["generic"][split])]
+    return list({bare(q): q for q in reversed(every)}.values())[::-1]
+
+
+def bare(text: str) -> str:
+    """Its letters and digits alone: what capitals and marks make different is the same."""
+    return "".join(c for c in text.casefold() if c.isalnum())
+
+
+def statement(relation: str, value: str) -> str:
+    """What a good assistant says of it."""
+    known = relations().get(relation)
+    return known.answer.format(v=value) if known else f"Your {relation} is {value}."
