@@ -281,7 +281,7 @@ def stated_licence(source: Path) -> str:
 
 
 def write_texts(made: Path, settings: dict, names: dict, template: str, eos: list[int]) -> None:
-    write_json(made / "config.json", settings)
+    write_json(made / "config.json", {"architectures": [CLASSES[settings["model_type"]]]} | settings)
     write_json(made / "generation_config.json", {"eos_token_id": eos})
     said = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": template}
     write_json(made / "tokenizer_config.json", said | {"model_max_length": settings["max_position_embeddings"]})

@@ -1,12 +1,14 @@
 """`nanoghost bench rl`: steps of reinforcement, attempts and update together, beside TRL on the same problems.
 
-Both train the whole model in bf16, sample at temperature 1 and use the same verifier. A step whose group of attempts all
-earned the same teaches nothing: we leave such groups out of the update, TRL works them through.
+Both train the whole model in bf16 and sample at temperature 1. The verifier tosses a coin by the words of an attempt: every
+group of attempts then has something to learn from, whatever the model knows. (Where all attempts at a problem earn the same,
+we leave them out of the update; that would be to our favour.)
 """
 
 import importlib
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -42,6 +44,16 @@ class RlBenchSettings:
     """trl: its GRPOTrainer, with transformers' generation, measured in turn with us."""
     json: bool = False
     """Print the figures as JSON on standard output."""
+
+
+class Tossed:
+    """A task's problems, with a coin for a verifier."""
+
+    def __init__(self, task):
+        self.problem = task.problem
+
+    def score(self, problem, reply) -> float:
+        return float(zlib.crc32(str(reply[-1]["content"]).encode()) % 2)
 
 
 class Ours:
@@ -110,7 +122,7 @@ def command(settings: RlBenchSettings) -> None:
         raise UserError("--rounds is at least 1")
     asked = rl.RlSettings(tasks=settings.task, problems=settings.problems, attempts=settings.attempts)
     rl.check(asked, 1)
-    task = all_tasks(base_card(folder.card), folder.name)[settings.task]
+    task = Tossed(all_tasks(base_card(folder.card), folder.name)[settings.task])
     rivals = {"nanoghost": Ours(folder, settings, task)}
     if peers(settings.against, folder, ["trl"]):
         rivals["TRL"] = Trl(folder, settings, task)

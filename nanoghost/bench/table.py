@@ -37,16 +37,17 @@ def limits() -> dict:
     }
 
 
-def peers(against: str, folder: ModelFolder, known) -> list[str]:
-    """The peers that are asked for, of those that can be; they must be installed and able to run the model."""
+def peers(against: str, folder: ModelFolder, known, beside=()) -> list[str]:
+    """The peers that are asked for, of those that can be; they and the modules `beside` must be there, and able to run the model."""
     asked = [name for name in against.split(",") if name]
     if asked and (folder.card["arch"] == "ghost" or "@" in folder.name):
         raise UserError(f"'{folder.name}' runs only here: --against is for whole models of the Llama family")
     for name in asked:
         if name not in known:
             raise UserError(f"--against knows {' and '.join(known)}, not '{name}'")
-        if not importlib.util.find_spec(PEERS[name]):
-            raise UserError(f"{name} is not installed: pip install 'nanoghost[parity]'")
+        for module in (PEERS[name], *beside):
+            if not importlib.util.find_spec(module):
+                raise UserError(f"{module} is not installed: pip install 'nanoghost[{'trl' if name == 'trl' else 'parity'}]'")
     return asked
 
 

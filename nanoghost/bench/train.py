@@ -108,7 +108,7 @@ def train(settings: TrainSettings) -> None:
     if "@" in folder.name or (settings.lora and folder.card["arch"] == "ghost"):
         raise UserError(f"--lora is for whole models of the Llama family, and '{folder.name}' is none: --lora 0")
     rivals = {"nanoghost": Ours(folder, settings)}
-    if peers(settings.against, folder, ["transformers"]):
+    if peers(settings.against, folder, ["transformers"], ["peft"] if settings.lora else []):
         rivals["transformers, bf16"] = Transformers(folder, settings)
 
     ours, tokenizer = rivals["nanoghost"].model, load_model(folder.path, machine.compute_dtype())[1]
@@ -124,6 +124,5 @@ def train(settings: TrainSettings) -> None:
         for name, rival in rivals.items()
     ]
     measured = limits()
-    # gradients of frozen weights are not computed: two products of a weight instead of three
-    operations = ours.flops_per_token(context) * (2 / 3 if settings.lora else 1)
+    operations = ours.flops_per_token(context)
     tell(settings, measured, works, lambda _: measured["matrix_gflops_per_second"] * 1e9 / operations)
