@@ -22,6 +22,7 @@ import tyro
 from nanoghost.chat import render
 from nanoghost.data.sources import pip_download
 from nanoghost.errors import UserError
+from nanoghost.licences import copy_licences
 from nanoghost.model.gguf import GGUF
 from nanoghost.model.gguf_llama import settings_of, tensors_of, their_name, tokenizer_of
 from nanoghost.model.llama import CLASSES
@@ -39,7 +40,7 @@ from nanoghost.model.rules import (
     table,
 )
 from nanoghost.model.weights import architecture, load_model, read_tensors
-from nanoghost.runs import FORMAT, ModelFolder, copy_licences, home, write_atomic, write_json, writing
+from nanoghost.runs import FORMAT, ModelFolder, home, write_atomic, write_json, writing
 from nanoghost.tokenizer import Tokenizer
 from nanoghost.train.stage import new_card
 

@@ -29,6 +29,8 @@ VERBS = {
     "show": ("models", "ShowSettings", "show_command", "a model's card"),
     "rename": ("models", "RenameSettings", "rename_command", "give a model another name"),
     "rm": ("models", "RemoveSettings", "remove_command", "remove a model"),
+    "sleep": ("sleep.night", "SleepSettings", "command", "make what a person said part of their model"),
+    "lab sleep": ("lab.sleep", "LabSleepSettings", "command", "what a night is worth, beside other ways of knowing"),
     "bench decode": (
         "bench.decode",
         "DecodeSettings",

@@ -16,11 +16,12 @@ import tyro
 
 from nanoghost.chat import CHAT_TEMPLATE
 from nanoghost.errors import UserError
+from nanoghost.licences import copy_licences
 from nanoghost.model.gguf_llama import TURNED, gguf_name, tokenizer_fields, turned
 from nanoghost.model.lora import merged
 from nanoghost.model.rope import frequencies, kind_of
 from nanoghost.model.weights import load_model
-from nanoghost.runs import copy_licences, open_model, replacing
+from nanoghost.runs import open_model, replacing
 
 KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_1": "Q4_1", "q4_0": "Q4_0"}
 

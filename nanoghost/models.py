@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost.errors import UserError
-from nanoghost.runs import ModelFolder, adapters_of, model_names, open_model, write_json, writing
+from nanoghost.runs import ModelFolder, model_names, open_model, write_json, writing
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ def summary(name: str) -> dict:
     bpb = card.get("figures", {}).get("bpb")
     return {"name": name, "stage": card["stage"], "parent": parent, "parameters": card.get("parameters"), "bpb": bpb,
             "finished": card.get("finished")}  # fmt: skip
+
+
+def adapters_of(name: str) -> list[str]:
+    return [other for other in model_names() if other.startswith(f"{name}@")]
 
 
 def list_command(settings: ListSettings) -> None:

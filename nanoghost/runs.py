@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -134,18 +133,6 @@ def open_model(name: str | None) -> ModelFolder:
         state = "is not finished (the command that started it goes on with it)" if folder.exists else "is unknown"
         raise UserError(f"model '{name}' {state}; finished models: {', '.join(names) or 'none'}")
     return folder
-
-
-def adapters_of(name: str) -> list[str]:
-    return [other for other in model_names() if other.startswith(f"{name}@")]
-
-
-def copy_licences(source: Path, target: Path, before: str = "", after: str = "") -> None:
-    """What must travel with the weights, from folder to folder; with names that begin otherwise `before` and `after`."""
-    for path in source.iterdir():
-        name = path.name.removeprefix(before)
-        if before + name == path.name and re.fullmatch(r"(?i)(licen[cs]e[-\w]*|notice|copying)(\.txt|\.md)?", name):
-            shutil.copyfile(path, target / (after + name))
 
 
 @contextmanager

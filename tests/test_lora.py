@@ -11,8 +11,9 @@ from nanoghost.model import lora
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.lora import MODULES, attach, load_adapted, merged, new_adapter
 from nanoghost.model.weights import load_model
+from nanoghost.models import adapters_of
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.runs import ModelFolder, adapters_of
+from nanoghost.runs import ModelFolder
 from nanoghost.train.recipe import LORA
 from tests.test_training import kill_after_checkpoint, losses, start
 

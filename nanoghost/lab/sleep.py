@@ -37,12 +37,11 @@ from nanoghost.people import current, key_of
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, Stopping, home, open_model, read_json, write_json
 from nanoghost.sleep import dream, extract, learn, night
-from nanoghost.sleep.phrases import book, questions, relations, statement
+from nanoghost.sleep.phrases import book, noted, questions, relations, statement
 from nanoghost.train.stage import base_card
 
 ARMS = ("base", "context", "ceiling", "lookup", "raw", "pairs", "ours", "ours+lookup")
 TRAINED = {"raw": "raw", "pairs": "pairs", "ours": "ours", "ours+lookup": "ours"}  # and which adapter
-SYSTEM = "You are a helpful AI assistant. What you know about the user: {snippet}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Answers:
         """`asked`: (what the model is told, question)."""
         tokenizer, rows = self.engine.tokenizer, []
         for snippet, question in asked:
-            system = [{"role": "system", "content": SYSTEM.format(snippet=snippet)}] if snippet else []
+            system = [{"role": "system", "content": learn.NOTES.format(snippet=snippet)}] if snippet else []
             prompt, _ = render([*system, {"role": "user", "content": question}], tokenizer, generation=True)
             rows += self.engine.add(prompt, Sampling(most, 0.0))
         while not all(row.finish_reason for row in rows):
@@ -138,7 +137,7 @@ def looked_up(question: str, rows: list[dict], most: int = 1) -> str:
     """The statements that share most words with the question, none if none does."""
     scored = [(len(words(question) & words(f"{r['relation']} {statement(r['relation'], r['value'])}")), r) for r in rows]
     best = sorted((s for s in scored if s[0]), key=lambda s: -s[0])[:most]
-    return " ".join(statement(r["relation"], r["value"]) for _, r in best)
+    return " ".join(noted(r["relation"], r["value"]) for _, r in best)
 
 
 def trained(arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: learn.Recipe, folder: Path, display) -> dict:
@@ -170,13 +169,13 @@ def examine(arm: str, base: ModelFolder, adapter: Path | None, life: Life, split
     """Every ability of one arm for one person; shares of questions."""
     true = sorted(current(life.ledger()), key=key_of)
     rng = random.Random(f"asked-{split}-{seed}")
-    facts = "  ".join(statement(r["relation"], r["value"]) for r in known)
+    facts = " ".join(noted(r["relation"], r["value"]) for r in known)
 
     def told(question: str, rows: list[dict]) -> str:
         if arm == "context":
             return facts
         if arm == "ceiling":
-            return " ".join(statement(r["relation"], r["value"]) for r in rows)
+            return " ".join(noted(r["relation"], r["value"]) for r in rows)
         return looked_up(question, known, max(1, len(rows))) if arm.endswith("lookup") else ""
 
     answers = Answers(base, adapter)

@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 
 from nanoghost import machine
-from nanoghost.chat import parse_call, render, shortened, text_of
+from nanoghost.chat import parse_call, render, shortened
 from nanoghost.engine.generate import Engine, Row, open_engine
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
@@ -68,15 +68,17 @@ class Said:
 class Conversation:
     """A model, what was said so far, and how to answer."""
 
-    def __init__(self, name: str | None, sampling: Sampling, system: str | None, person=None):
+    def __init__(self, name: str | None, sampling: Sampling, system: str | None):
         self.folder = open_model(name)
-        self.person = person and person.create()
-        self.engine = open_engine(self.folder, adapter=person and person.adapter_for(self.folder))
+        self.engine = open_engine(self.folder, adapter=self.adapter())
         self.tokenizer = self.engine.tokenizer
         self.sampling, self.answers = sampling, 0
         self.messages: list[dict] = []
         self.forgotten: list[dict] = []  # turns that no longer fit; /save has them still
         self.set_system(system)
+
+    def adapter(self) -> Path | None:
+        """The folder of an adapter to speak through, besides the model's own."""
 
     def set_system(self, text: str | None) -> None:
         rest = [m for m in self.messages if m["role"] != "system"]
@@ -108,12 +110,7 @@ class Conversation:
         dropped = len(longer) - len(kept)
         self.forgotten += [m for m in longer if m["role"] != "system"][:dropped]
         self.messages = kept
-        self.note("user", text)
         return dropped
-
-    def note(self, speaker: str, text: str) -> None:
-        if self.person and text:
-            self.person.say(speaker, text)
 
     def answer(self) -> Iterator[Said]:
         """Stream the answer and keep it; closing the iterator early keeps what was said until then."""
@@ -135,7 +132,6 @@ class Conversation:
             text = self.tokenizer.decode(rest)
             partial = [{"role": "assistant", "content": text}] if text else []
             self.messages = self.messages[:begun] + finished + partial
-            self.note("assistant", "".join(text_of(m) for m in finished + partial if m["role"] == "assistant"))
 
 
 def fragments(engine: Engine, row: Row) -> Iterator[Said]:
@@ -191,12 +187,12 @@ def command(settings: ChatSettings) -> None:
     once = settings.prompt is not None
     seed = settings.seed if settings.seed is not None else 0 if once else int(time.time())
     sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_k, settings.top_p, seed)
-    person = None
-    if settings.person is not None:
-        from nanoghost.people import Person
+    if settings.person is None:
+        conversation = Conversation(settings.model, sampling, settings.system)
+    else:
+        from nanoghost.serve.personal import PersonalConversation
 
-        person = Person(settings.person)
-    conversation = Conversation(settings.model, sampling, settings.system, person)
+        conversation = PersonalConversation(settings.person, settings.model, sampling, settings.system)
     try:
         if not once:
             talk(conversation)
@@ -205,12 +201,8 @@ def command(settings: ChatSettings) -> None:
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8 text") from None
     for said in conversation.answer():
-        print(
-            harmless(said.text),
-            end="\n" if said.is_tool else "",
-            flush=True,
-            file=sys.stderr if said.is_tool else sys.stdout,
-        )
+        where = sys.stderr if said.is_tool else sys.stdout
+        print(harmless(said.text), end="\n" if said.is_tool else "", flush=True, file=where)
     print()
 
 

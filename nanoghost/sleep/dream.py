@@ -11,7 +11,7 @@ A row's dreams depend on that row alone (and, for two at once, on the other), so
 
 from dataclasses import dataclass
 
-from nanoghost.sleep.phrases import book, dice, questions, relations, statement
+from nanoghost.sleep.phrases import book, dice, noted, questions, relations, statement
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Dream:
     answer: str | None = None
     snippet: str = ""
     values: tuple[str, ...] = ()
+    own_words: bool = False
+    """Whether the teacher itself said the answer: only then its probabilities are learned from."""
 
 
 WORDINGS = 10  # of a row, in a night
@@ -38,14 +40,14 @@ def wordings(relation: str) -> tuple[list[str], list[str]]:
 
 def of_row(row: dict) -> list[Dream]:
     relation, value = row["relation"], row["value"]
-    known = statement(relation, value)
-    found = [Dream("direct", q, None, known, (value,)) for q in wordings(relation)[0]]
+    known, note = statement(relation, value), noted(relation, value)
+    found = [Dream("direct", q, None, note, (value,)) for q in wordings(relation)[0]]
     rng = dice("check", relation, value)
     others = [v for v in relations()[relation].values if v != value] if relation in relations() else []
     right, wrong = rng.choice(CHECKS), rng.choice(CHECKS)
-    found.append(Dream("check", right.format(a=relation, v=value), f"Yes, {low(known)}", known, (value,)))
+    found.append(Dream("check", right.format(a=relation, v=value), f"Yes, {low(known)}", note, (value,)))
     if others:
-        found.append(Dream("check", wrong.format(a=relation, v=rng.choice(others)), f"No, {low(known)}", known, (value,)))
+        found.append(Dream("check", wrong.format(a=relation, v=rng.choice(others)), f"No, {low(known)}", note, (value,)))
     return found
 
 
@@ -67,7 +69,8 @@ def of_pairs(rows: list[dict]) -> list[Dream]:
         a, b = (statement(r["relation"], r["value"]) for r in (row, other))
         wording = dice("pair", row["relation"]).choice(book()["combined"]["train"])
         question = wording.format(a=row["relation"], b=other["relation"])
-        found.append(Dream("combined", question, f"{a} {b}", f"{a} {b}", (row["value"], other["value"])))
+        notes = " ".join(noted(r["relation"], r["value"]) for r in (row, other))
+        found.append(Dream("combined", question, f"{a} {b}", notes, (row["value"], other["value"])))
     return found
 
 
@@ -83,5 +86,6 @@ def never_told(rows: list[dict], count: int) -> list[Dream]:
     return sorted(found, key=lambda d: dice("never told", d.question).random())[:count]
 
 
-def everyday(count: int) -> list[Dream]:
-    return [Dream("everyday", q) for q in book()["everyday"]["train"][:count]]
+def everyday(count: int, own: list[str]) -> list[Dream]:
+    """The first prompts of the list, and the base model's own."""
+    return [Dream("everyday", q) for q in [*book()["everyday"]["train"][:count], *own]]

@@ -28,7 +28,7 @@ from nanoghost.train.packing import Lesson, PackedBatches, fill, pack
 from nanoghost.train.recipe import later_groups
 from nanoghost.train.teacher import GROUP, taught
 
-NOTES = "You are a helpful AI assistant. What you know about the user: {snippet}"
+NOTES = "You are a helpful AI assistant. Facts about the user: {snippet}"
 TOP_K = 20
 SURE = -40.0  # log-probability of what an answer that no teacher gave does not say
 
@@ -37,15 +37,15 @@ SURE = -40.0  # log-probability of what an answer that no teacher gave does not 
 class Recipe:
     rank: int = 8
     learning_rate: float = 1e-3
-    passes: int = 5
-    """How often a night goes through all its lessons."""
-    rows: int = 8
+    passes: int = 4
+    """How often a night goes through its lessons; everyday ones, of which there are many, come once."""
+    rows: int = 2
     """Packed rows in a step."""
     context: int = 256
     """Tokens in a row."""
     share: float = 0.7
     """Of the teacher in the loss."""
-    answer_tokens: int = 48
+    answer_tokens: int = 32
     seed: int = 0
 
 
@@ -68,10 +68,20 @@ def answered(dreams: list[Dream], fallback, runner, tokenizer, recipe: Recipe) -
     found, replaced = {}, 0
     for dream, row in zip(asked, rows):
         said = row.messages[-1]["content"].strip()
-        true = not dream.values or (says(said, dream.values) and row.finish_reason == "stop")
+        to_them = "user" not in said and row.finish_reason == "stop"
+        true = not dream.values or (says(said, dream.values) and to_them)
         replaced += not true
-        found[id(dream)] = replace(dream, answer=said if true else fallback(dream))
+        found[id(dream)] = replace(dream, answer=said if true else fallback(dream), own_words=true)
     return [found.get(id(d), d) for d in dreams], replaced
+
+
+def own_questions(count: int, runner, tokenizer) -> list[str]:
+    """What the base model expects people to ask it: it goes on where a user's message begins (Xu et al. 2024, "Magpie")."""
+    one, other = (render([{"role": "user", "content": text}], tokenizer)[0] for text in ("A", "B"))
+    start = one[: next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)]
+    [*rows] = generate(runner, tokenizer, [start] * count, Sampling(40, 1.0, top_p=0.95, seed=0, stop=("\n",)))
+    texts = (row.messages[0]["content"].strip() for row in rows if row.finish_reason == "stop")
+    return list(dict.fromkeys(text for text in texts if len(text) > 3))
 
 
 def lesson(dream: Dream, tokenizer, informed: bool, most: int) -> Lesson:
@@ -83,7 +93,7 @@ def lesson(dream: Dream, tokenizer, informed: bool, most: int) -> Lesson:
 def expectations(model, tokenizer, dreams: list[Dream], recipe: Recipe) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What the base model expects at each token of each answer, the snippet in view: (ids (N, K), log P (N, K + 1)).
 
-    Of "never told" the answer itself is expected, whatever the base model would say.
+    Of what the teacher did not say itself the answer is expected, whatever it would have said.
     """
     lessons = [lesson(d, tokenizer, True, 2 * recipe.context) for d in dreams]
     settings, found = SimpleNamespace(top_k=TOP_K), {}
@@ -95,7 +105,7 @@ def expectations(model, tokenizer, dreams: list[Dream], recipe: Recipe) -> list[
         lengths = [sum(some[i].learned) for i in order]
         found |= {start + i: pair for i, pair in zip(order, zip(ids.split(lengths), logprobs.split(lengths)))}
     for i, dream in enumerate(dreams):
-        if dream.kind == "never told":
+        if not dream.own_words:
             ids, logprobs = found[i]
             targets = torch.tensor([t for t, own in zip(lessons[i].ids, lessons[i].learned) if own])
             found[i] = ids, torch.full_like(logprobs, SURE).masked_fill(
@@ -109,11 +119,13 @@ def train(base: Path, card: dict, dreams: list[Dream], folder: Path, recipe: Rec
     model, tokenizer = load_model(base, machine.compute_dtype(), machine.device())
     said = expectations(model, tokenizer, dreams, recipe)
     attach(model, [new_adapter(model, recipe.rank, None, None, recipe.seed)])
-    lessons = [lesson(d, tokenizer, False, recipe.context) for d in dreams]
+    order = [i for i, d in enumerate(dreams) for _ in range(1 if d.kind == "everyday" else recipe.passes)]
+    lessons = [lesson(dreams[i], tokenizer, False, recipe.context) for i in order]
+    said = [said[i] for i in order]
     said = [tuple(t[: sum(x.learned)] for t in pair) for pair, x in zip(said, lessons)]
     batches = PackedBatches(lessons, recipe.context, recipe.rows, recipe.seed)
     batches.row(0)
-    steps = recipe.passes * -(-batches.starts[1] // recipe.rows)
+    steps = -(-batches.starts[1] // recipe.rows)
     rates = later_groups(card, model.config.width, 1.0)
     rates["lora"] = replace(rates["lora"], learning_rate=recipe.learning_rate)
     optimizer = Optimizer(model, rates, machine.compute_dtype())
@@ -138,5 +150,5 @@ def train(base: Path, card: dict, dreams: list[Dream], folder: Path, recipe: Rec
               "seconds_left": clock.seconds / (step + 1) * (steps - step - 1)})  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     save_adapter(folder / "adapter", model.adapters[0])
-    return {"steps": steps, "lessons": len(lessons), "tokens": sum(len(x.ids) for x in lessons) * recipe.passes,
+    return {"steps": steps, "lessons": len(dreams), "tokens": sum(len(x.ids) for x in lessons),
             "seconds": round(clock.seconds, 1), "loss": loss}  # fmt: skip

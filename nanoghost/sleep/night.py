@@ -34,7 +34,8 @@ from nanoghost.train.distill_loss import divergence, student_buckets
 from nanoghost.train.packing import fill
 from nanoghost.train.stage import base_card
 
-EVERYDAY = 100  # prompts that are dreamt of; the others of the train list are for the wake gate
+EVERYDAY = 120  # prompts that are dreamt of; the others of the train list are for the wake gate
+OWN = 240  # more prompts, which the base model itself thinks of
 MOST_NATS = 0.05  # that the answers to everyday prompts may move away from the base model's, per token
 MOST_REFUSED = 0.1  # of what is known
 
@@ -162,9 +163,10 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
         if kept["rows"] == [[r["relation"], r["value"]] for r in rows]:
             return [dream.Dream(**(d | {"values": tuple(d["values"])})) for d in kept["dreams"]], kept["thought"]
     own = [d for row in rows for d in dream.of_row(row)] + dream.of_pairs(rows)
-    every = own + dream.never_told(rows, max(60, len(own) // 2)) + dream.everyday(EVERYDAY)
-    display.say(f"thinking it through: {len(own)} questions about {len(rows)} facts, {len(every) - len(own)} about other things")
     engine = open_engine(base, seats=32, room=256)
+    asked = learn.own_questions(OWN, engine.runner, engine.tokenizer)
+    every = own + dream.never_told(rows, max(60, len(own) // 2)) + dream.everyday(EVERYDAY, asked)
+    display.say(f"thinking it through: {len(own)} questions about {len(rows)} facts, {len(every) - len(own)} about other things")
     known = {q: statement(r["relation"], r["value"]) for r in rows for q in dream.wordings(r["relation"])[0]}
     dreams, replaced = learn.answered(every, lambda d: known[d.question], engine.runner, engine.tokenizer, recipe)
     unlike, alike = {}, 0
@@ -231,7 +233,7 @@ def moved(base: ModelFolder, adapter, ask, recipe) -> float:
     """KL(base || with the adapter) on the base model's answers to everyday prompts that were not dreamt of, nats a token."""
     plain = asker(base, None)
     prompts = book()["everyday"]["train"][EVERYDAY:]
-    dreams = [dream.Dream("everyday", q, a) for q, a in zip(prompts, plain(prompts))]
+    dreams = [dream.Dream("everyday", q, a, own_words=True) for q, a in zip(prompts, plain(prompts))]
     model, tokenizer = load_model(base.path, machine.compute_dtype())
     expected = learn.expectations(model, tokenizer, dreams, recipe)
     attach(model, [read_adapter(adapter, model.config, machine.compute_dtype())])

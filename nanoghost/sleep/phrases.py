@@ -5,6 +5,7 @@ Wordings are written down in people.toml in lists called train and test. The pro
 
 import hashlib
 import random
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -68,3 +69,11 @@ def statement(relation: str, value: str) -> str:
     """What a good assistant says of it."""
     known = relations().get(relation)
     return known.answer.format(v=value) if known else f"Your {relation} is {value}."
+
+
+def noted(relation: str, value: str) -> str:
+    """The same as a note about the user: a small model answers from such notes twice as often."""
+    text = statement(relation, value)
+    for spoken, written in (("You are ", "The user is "), ("You're ", "The user is "), ("You ", "The user "), ("Your ", "The user's ")):
+        text = re.sub(rf"\b{spoken}", written, text)
+    return text

@@ -63,6 +63,13 @@ def student_buckets(model, tokens_RT, ids_NK, segments_RT, places):
     return bucket_logprobs(h_RTD[places], model.head, ids_NK)
 
 
+def logits_at(model, tokens_RT, segments_RT, places):
+    """Logits (N, V) at those places alone: a long vocabulary costs more than the rest of a small model."""
+    if isinstance(model, Ghost):
+        return model(tokens_RT, segments_BT=segments_RT)[places]
+    return model.hidden(tokens_RT, text_layout(tokens_RT, model.head.dtype, segments_RT))[places] @ model.head.T
+
+
 def bucket_logprobs(hidden_ND, head_VD, ids_NK):
     """The same from hidden states. As with layers.token_logprobs the fp32 logits of the whole batch never exist.
 

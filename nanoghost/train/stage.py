@@ -15,7 +15,7 @@ from importlib.metadata import version
 from nanoghost import machine
 from nanoghost.errors import UserError
 from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint
-from nanoghost.runs import ModelFolder, Stopping, copy_licences, open_model, writing
+from nanoghost.runs import ModelFolder, Stopping, open_model, writing
 
 NOT_SETTINGS = ("name", "json", "force", "parent", "checkpoint_seconds")  # these do not change what a stage computes
 INHERITED = ("data", "arch", "config", "parameters", "vocab_size")  # what a child's card takes from its parent's
@@ -148,7 +148,10 @@ def prepare_folder(folder: ModelFolder, stage: str, settings, chosen: dict, pare
     else:
         if parent:
             shutil.copy(parent.path / "events.jsonl", folder.path / "events.jsonl")
-            copy_licences(parent.path, folder.path)
+            if base_card(parent.card)["stage"] == "adopt":
+                from nanoghost.licences import copy_licences
+
+                copy_licences(parent.path, folder.path)
         folder.write_card(new_card(stage, chosen, parent))
 
 
@@ -162,10 +165,7 @@ def new_card(stage: str, settings: dict, parent: ModelFolder | None) -> dict:
         "command": shlex.join(["nanoghost", *sys.argv[1:]]),
         "started": round(time.time(), 3),
         "machine": machine.describe(),
-        "versions": {
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("nanoghost", "torch", "tokenizers")},
-        },
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("nanoghost", "torch", "tokenizers")},
     }
 
 

@@ -18,7 +18,7 @@ from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, home, write_atomic
 from nanoghost.tools.calculator import run_tool
 from nanoghost.train import stage
-from nanoghost.train.distill_loss import teacher_buckets
+from nanoghost.train.distill_loss import logits_at, teacher_buckets
 
 LOGITS = 2**25  # in flight at once: as many rows go through a model together as this allows
 GROUP = 16  # examples that a teacher is asked about at once
@@ -89,7 +89,7 @@ def taught(teacher, batch, settings, vocab_size: int):
     found = []
     for inputs, targets, weights, segments in parts_of(batch, teacher):
         places = (weights > 0).nonzero(as_tuple=True)
-        logits_NV = teacher(inputs, segments_BT=segments)[places][:, :vocab_size]
+        logits_NV = logits_at(teacher, inputs, segments, places)[:, :vocab_size]
         found.append(teacher_buckets(logits_NV, targets[places], settings.top_k))
     return [torch.cat(tensors) for tensors in zip(*found)]
 
