@@ -1,5 +1,5 @@
-// Two operators that let a Llama speak as fast as the memory delivers its weights: a product with packed weights, and
-// attention over pages of keys and values. For x86 with AVX-512 (VNNI, BF16). packed.py tells the layouts, and
+// Three operators that let a Llama speak as fast as the memory delivers its weights: a product with packed weights,
+// attention over pages of keys and values, and all layers made of the two. For x86 with AVX-512 (VNNI, BF16). packed.py tells the layouts, and
 // tests/test_engine.py holds both to the same in plain PyTorch.
 //
 // N tokens, K inputs, M outputs, G groups of 32 inputs, H heads, D width of a head.

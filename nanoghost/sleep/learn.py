@@ -30,6 +30,7 @@ from nanoghost.train.teacher import GROUP, taught
 
 NOTES = "You are a helpful AI assistant. Facts about the user: {snippet}"
 TOP_K = 20
+ONCE = ("everyday", "never told")
 SURE = -40.0  # log-probability of what an answer that no teacher gave does not say
 
 
@@ -38,7 +39,7 @@ class Recipe:
     rank: int = 8
     learning_rate: float = 1e-3
     passes: int = 4
-    """How often a night goes through its lessons; everyday ones, of which there are many, come once."""
+    """How often a night goes through its lessons; those of the kinds ONCE, of which there are many, come once."""
     rows: int = 2
     """Packed rows in a step."""
     context: int = 256
@@ -119,7 +120,7 @@ def train(base: Path, card: dict, dreams: list[Dream], folder: Path, recipe: Rec
     model, tokenizer = load_model(base, machine.compute_dtype(), machine.device())
     said = expectations(model, tokenizer, dreams, recipe)
     attach(model, [new_adapter(model, recipe.rank, None, None, recipe.seed)])
-    order = [i for i, d in enumerate(dreams) for _ in range(1 if d.kind == "everyday" else recipe.passes)]
+    order = [i for i, d in enumerate(dreams) for _ in range(1 if d.kind in ONCE else recipe.passes)]
     lessons = [lesson(dreams[i], tokenizer, False, recipe.context) for i in order]
     said = [said[i] for i in order]
     said = [tuple(t[: sum(x.learned)] for t in pair) for pair, x in zip(said, lessons)]

@@ -36,7 +36,7 @@ from nanoghost.train.stage import base_card
 
 EVERYDAY = 120  # prompts that are dreamt of; the others of the train list are for the wake gate
 OWN = 240  # more prompts, which the base model itself thinks of
-MOST_NATS = 0.05  # that the answers to everyday prompts may move away from the base model's, per token
+MOST_NATS = 0.1  # that the answers to everyday prompts may move away from the base model's, per token
 MOST_REFUSED = 0.1  # of what is known
 
 
@@ -165,7 +165,7 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
     own = [d for row in rows for d in dream.of_row(row)] + dream.of_pairs(rows)
     engine = open_engine(base, seats=32, room=256)
     asked = learn.own_questions(OWN, engine.runner, engine.tokenizer)
-    every = own + dream.never_told(rows, max(60, len(own) // 2)) + dream.everyday(EVERYDAY, asked)
+    every = own + dream.never_told(rows, max(300, 2 * len(own))) + dream.everyday(EVERYDAY, asked)
     display.say(f"thinking it through: {len(own)} questions about {len(rows)} facts, {len(every) - len(own)} about other things")
     known = {q: statement(r["relation"], r["value"]) for r in rows for q in dream.wordings(r["relation"])[0]}
     dreams, replaced = learn.answered(every, lambda d: known[d.question], engine.runner, engine.tokenizer, recipe)
