@@ -11,6 +11,7 @@ People share nothing: no file, no adapter, no cache.
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -58,9 +59,9 @@ class Person:
         write_lines(self.path / "ledger.jsonl", rows)
 
     def forget(self, number: int) -> dict:
-        """Remove a row of the ledger, older values of the same thing, and what was said of them; returns the row.
+        """Remove a row of the ledger, older values of the same thing, what was said of them, the nights' records and the adapter.
 
-        The adapter still knows it: the next night makes a new one, which never saw it.
+        The next night makes another adapter, which never saw it.
         """
         rows = {row["id"]: row for row in self.ledger}
         if number not in rows:
@@ -69,6 +70,8 @@ class Person:
         gone = [row for row in rows.values() if key_of(row) == key]
         sources = {source for row in gone for source in row["sources"]}
         write_lines(self.path / "journal.jsonl", [e for e in self.journal if e["id"] not in sources])
+        for path in (self.path / "adapter", *(self.path / "nights").glob("*")):  # they know it, they quote it
+            shutil.rmtree(path, ignore_errors=True)
         self.write_ledger([row for row in rows.values() if row not in gone])
         return rows[number]
 

@@ -61,8 +61,11 @@ def test_what_is_forgotten_leaves_ledger_and_journal(me):
         row(3, "dog's name", "Rex", [3]),
     ]
     me.write_ledger(rows)
+    for name in ("adapter", "nights/0001"):
+        (me.path / name).mkdir(parents=True)
     me.forget(2)
     assert me.ledger == rows[2:] and me.journal == entries[2:]
+    assert not me.adapter and not any((me.path / "nights").iterdir())
     with pytest.raises(UserError, match="no row 2"):
         me.forget(2)
 

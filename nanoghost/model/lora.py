@@ -145,14 +145,14 @@ def merged(model):
 # ── folders in PEFT's form ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def save_adapter(folder: Path, adapter: Adapter) -> None:
-    """Write the settings and the weights, the weights last."""
+def save_adapter(folder: Path, adapter: Adapter, base: str | None = None) -> None:
+    """Write the settings and the weights, the weights last. `base`: its name, if the folder is not called BASE@NAME."""
     write_json(
         folder / "adapter_config.json",
         {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": folder.name.partition("@")[0],
+            "base_model_name_or_path": base or folder.name.partition("@")[0],
             "r": adapter.rank,
             "lora_alpha": adapter.alpha,
             "target_modules": [MODULES[name].split(".")[1] for name in adapter.targets],

@@ -17,6 +17,7 @@ from nanoghost.train import sft
 ASK = "Write down what the user tells about their own life, one line each, as: what it is: value. If it is nothing, write: nothing"
 NOTHING = "nothing"
 MOST = 48  # tokens of an answer
+LONGEST = 2000  # letters of a message that are read
 
 
 def message(rng, split: str, known: list) -> tuple[str, list[tuple[str, str]]]:
@@ -69,8 +70,8 @@ def extract(folder: ModelFolder, texts: list[str]) -> list[list[tuple[str, str]]
     """What each text tells: (relation, value), each value standing in its text."""
     if not texts:
         return []
-    engine = open_engine(folder, seats=16, room=512)
-    prompts = [render(conversation(text), engine.tokenizer, generation=True)[0][-400:] for text in texts]
+    engine = open_engine(folder, seats=16, room=1024)
+    prompts = [render(conversation(text[:LONGEST]), engine.tokenizer, generation=True)[0] for text in texts]
     rows = [engine.add(p, Sampling(MOST, 0.0))[0] for p in prompts]
     while not all(row.finish_reason for row in rows):
         engine.step()

@@ -150,6 +150,6 @@ def train(base: Path, card: dict, dreams: list[Dream], folder: Path, recipe: Rec
         show({"stage": "sleep", "step": step, "steps": steps, "loss": loss, "tokens_per_second": rate.per_second,
               "seconds_left": clock.seconds / (step + 1) * (steps - step - 1)})  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    save_adapter(folder / "adapter", model.adapters[0])
+    save_adapter(folder / "adapter", model.adapters[0], base.name)
     return {"steps": steps, "lessons": len(dreams), "tokens": sum(len(x.ids) for x in lessons),
             "seconds": round(clock.seconds, 1), "loss": loss}  # fmt: skip
