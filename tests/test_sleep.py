@@ -10,7 +10,7 @@ from nanoghost.lab.sleep import live
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.weights import save_model
 from nanoghost.people import Person, current, key_of
-from nanoghost.runs import Stopping, home
+from nanoghost.runs import ModelFolder, Stopping, home, write_json
 from nanoghost.sleep import dream, extract, learn, night
 from nanoghost.sleep.phrases import bare, book, noted, questions, relations, statement
 from nanoghost.tokenizer import Tokenizer
@@ -208,3 +208,45 @@ def test_the_order_of_telling_leaves_no_trace():
     rows = [row(1, "sister's name", "Ines"), row(2, "dog's name", "Biscuit")]
     one, other = (sorted(current(some), key=key_of) for some in (rows, rows[::-1]))
     assert [r["value"] for r in one] == [r["value"] for r in other]
+
+
+class Quiet:
+    def say(self, text):
+        self.said = text
+
+    def __call__(self, event):
+        pass
+
+
+def test_a_night_from_journal_to_adapter_and_out_again(base, me, monkeypatch):
+    """The real night at toy size; only the notes are taken by hand: a toy cannot take any."""
+    write_json(base / "card.json", CARD | {"name": "toy", "finished": 1.0, "arch": "llama"})
+    me.say("user", "My sister is Ines.")
+    monkeypatch.setattr(extract, "scribe", lambda *_: None)
+    monkeypatch.setattr(extract, "extract", lambda _, texts: [[("sister's name", "Ines")] if "Ines" in t else [] for t in texts])
+    monkeypatch.setattr(night, "OWN", 4)
+    monkeypatch.setattr(night, "EVERYDAY", 4)
+    some = book() | {"everyday": {"train": book()["everyday"]["train"][:8], "test": []}}
+    for module in (dream, night):
+        monkeypatch.setattr(module, "book", lambda: some)
+    monkeypatch.setattr(dream, "never_told", lambda rows, count: [dream.Dream("never told", "who?", "You haven't told me.")])
+    settings, display, recipe = night.SleepSettings("me", "toy"), Quiet(), learn.Recipe(rank=2, passes=2, answer_tokens=4)
+    with Stopping() as stopping:
+        assert night.night(me, ModelFolder("toy"), night.SleepSettings("me", "toy", dry_run=True), display, stopping, recipe) is None
+        assert "Ines" in display.said and not me.ledger
+        figures = night.night(me, ModelFolder("toy"), settings, display, stopping, recipe)
+        assert not figures["committed"] and "recalls no more" in figures["reasons"][0], "a toy learns nothing in six steps"
+        assert not me.ledger and not me.adapter
+        better = iter([0.0, 1.0])
+        wake = night.wake
+        monkeypatch.setattr(night, "MOST_NATS", 99.0)
+        monkeypatch.setattr(night, "wake", lambda *a: wake(*a) | {"recall": next(better)})
+        figures = night.night(me, ModelFolder("toy"), settings, display, stopping, recipe)
+        assert figures["committed"] and figures["number"] == 2, "what was rolled back is tried again"
+        assert [r["value"] for r in me.ledger] == ["Ines"] and me.adapter
+        assert me.adapter_for(ModelFolder("toy")) and not me.adapter_for(ModelFolder("other"))
+        page = (me.path / "nights" / "0002" / "report.html").read_text()
+        assert "Your sister&#x27;s name is Ines." in page
+        assert night.night(me, ModelFolder("toy"), settings, display, stopping, recipe) is None, "nothing new was said"
+    me.forget(1)
+    assert not any("Ines" in path.read_text(errors="replace") for path in me.path.rglob("*") if path.is_file())
