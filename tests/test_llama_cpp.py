@@ -234,7 +234,9 @@ def test_smollm2_as_it_came_and_as_it_goes(nanoghost, smollm2, tmp_path):
     ids = render([{"role": "user", "content": "What is the capital of France?"}], tokenizer, True)[0]
     with torch.no_grad():
         a = model(torch.tensor([ids]))[0].numpy()
-    original = next((REAL_HOME / "data" / "smollm2").glob("*.gguf"))
+    original = next((REAL_HOME / "data" / "smollm2").glob("*.gguf"), None)
+    if original is None:
+        pytest.skip(f"the packaged file is not in {REAL_HOME}: nanoghost adopt smollm2 --force")
     for quant, most in ((None, 0.1), ("f32", 1e-4), ("q8_0", 0.05)):
         if quant:
             assert nanoghost("export", "smollm2", "--gguf", "--quant", quant, "--out", path, "--force")[0] == 0
