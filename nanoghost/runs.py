@@ -136,14 +136,14 @@ def open_model(name: str | None) -> ModelFolder:
 
 
 @contextmanager
-def writing(folder: ModelFolder):
-    """Hold the folder's lock: one writer at a time; the lock goes with the process, however it ends."""
+def writing(folder):
+    """Hold the lock of a model's or a person's folder: one writer at a time; the lock goes with the process, however it ends."""
     folder.path.mkdir(parents=True, exist_ok=True)
     with open(folder.path / ".lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is writing model '{folder.name}'") from None
+            raise UserError(f"another process is writing '{folder.name}'") from None
         yield
 
 

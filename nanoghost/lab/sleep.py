@@ -29,9 +29,6 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost import machine
-from nanoghost.chat import render
-from nanoghost.engine.generate import open_engine
-from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.people import current, key_of
 from nanoghost.progress import Display
@@ -111,24 +108,6 @@ def ask_ways(relation: str, split: str) -> list[str]:
 # ── arms ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Answers:
-    """Answers of a model with an adapter, and what it is told beforehand."""
-
-    def __init__(self, base: ModelFolder, adapter: Path | None):
-        self.engine = open_engine(base, seats=32, room=1024, adapter=adapter)
-
-    def __call__(self, asked: list[tuple[str, str]], most: int = 48) -> list[str]:
-        """`asked`: (what the model is told, question)."""
-        tokenizer, rows = self.engine.tokenizer, []
-        for snippet, question in asked:
-            system = [{"role": "system", "content": learn.NOTES.format(snippet=snippet)}] if snippet else []
-            prompt, _ = render([*system, {"role": "user", "content": question}], tokenizer, generation=True)
-            rows += self.engine.add(prompt, Sampling(most, 0.0))
-        while not all(row.finish_reason for row in rows):
-            self.engine.step()
-        return [row.messages[-1]["content"] for row in rows]
-
-
 def words(text: str) -> set[str]:
     return {w.strip(".,?!'\"").removesuffix("'s") for w in text.casefold().split()} - {"my", "your", "is", "the", "what", "do", "you", "a"}
 
@@ -178,7 +157,11 @@ def examine(arm: str, base: ModelFolder, adapter: Path | None, life: Life, split
             return " ".join(noted(r["relation"], r["value"]) for r in rows)
         return looked_up(question, known, max(1, len(rows))) if arm.endswith("lookup") else ""
 
-    answers = Answers(base, adapter)
+    ask = learn.Answers(base, adapter)
+
+    def answers(asked: list[tuple[str, str]], most: int = 48) -> list[str]:
+        return ask([q for _, q in asked], [snippet for snippet, _ in asked], most)
+
     single = [(row, q) for row in true for q in ask_ways(row["relation"], split)]
     said = answers([(told(q, [row]), q) for row, q in single])
     solved = [night.right(a, row["relation"], row["value"]) for a, (row, _) in zip(said, single)]
@@ -198,7 +181,7 @@ def examine(arm: str, base: ModelFolder, adapter: Path | None, life: Life, split
     abstained = [night.refuses(a) for a in answers([(told(q, []), q) for q in unknown])]
 
     everyday = book()["everyday"]["train"][night.EVERYDAY :] if split == "val" else book()["everyday"]["test"]
-    plain, now = Answers(base, None)([("", q) for q in everyday]), answers([("", q) for q in everyday])
+    plain, now = learn.Answers(base, None)(everyday), ask(everyday)
     values = [r["value"] for r in true if len(r["value"]) > 3]
     intruded = [any(learn.says(b, (v,)) and not learn.says(a, (v,)) for v in values) for a, b in zip(plain, now)]
     refused_there = [night.refuses(b) and not night.refuses(a) for a, b in zip(plain, now)]
@@ -210,8 +193,8 @@ def examine(arm: str, base: ModelFolder, adapter: Path | None, life: Life, split
     return {
         "single": share(solved), "first_day": share(solved, oldest), "updated": share(solved, changed), "combined": share(combined),
         "abstains": share(abstained), "false_refusals": share(refused), "intrusions": sum(intruded), "refuses_everyday": sum(refused_there),
-        "nats": round(night.moved(base, adapter, None, learn.Recipe()), 4) if adapter else 0.0,
-        "examples": [[q, a] for (_, q), a in list(zip(single, said))[:: max(1, len(single) // 12)]] + [[q, a] for q, a in zip(unknown[:6], answers([("", q) for q in unknown[:6]]))],
+        "nats": round(night.moved(base, adapter, learn.Recipe()), 4) if adapter else 0.0,
+        "examples": [[q, a] for (_, q), a in list(zip(single, said))[:: max(1, len(single) // 12)]] + [[q, a] for q, a in zip(unknown[:6], ask(unknown[:6]))],
     }  # fmt: skip
 
 

@@ -6,11 +6,10 @@ on messages that are put together from people.toml. What it writes is checked: a
 
 import json
 
-from nanoghost.chat import render
 from nanoghost.engine.generate import open_engine
-from nanoghost.engine.sampler import Sampling
 from nanoghost.people import current, key_of
 from nanoghost.runs import ModelFolder, home, write_atomic
+from nanoghost.sleep.learn import said
 from nanoghost.sleep.phrases import book, dice, questions, relations
 from nanoghost.train import sft
 
@@ -71,11 +70,8 @@ def extract(folder: ModelFolder, texts: list[str]) -> list[list[tuple[str, str]]
     if not texts:
         return []
     engine = open_engine(folder, seats=16, room=1024)
-    prompts = [render(conversation(text[:LONGEST]), engine.tokenizer, generation=True)[0] for text in texts]
-    rows = [engine.add(p, Sampling(MOST, 0.0))[0] for p in prompts]
-    while not all(row.finish_reason for row in rows):
-        engine.step()
-    return [parsed(row.messages[-1]["content"], text) for row, text in zip(rows, texts)]
+    written = said(engine, [conversation(text[:LONGEST]) for text in texts], MOST)
+    return [parsed(lines, text) for lines, text in zip(written, texts)]
 
 
 def parsed(written: str, text: str) -> list[tuple[str, str]]:

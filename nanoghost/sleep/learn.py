@@ -15,12 +15,13 @@ import torch
 
 from nanoghost import machine
 from nanoghost.chat import render
-from nanoghost.engine.generate import generate
+from nanoghost.engine.generate import generate, open_engine
 from nanoghost.engine.sampler import Sampling
 from nanoghost.model.lora import attach, new_adapter, save_adapter
 from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
+from nanoghost.runs import ModelFolder
 from nanoghost.sleep.dream import Dream
 from nanoghost.train import stage
 from nanoghost.train.distill import distill_step
@@ -54,6 +55,27 @@ def messages_of(dream: Dream, informed: bool) -> list[dict]:
     system = [{"role": "system", "content": NOTES.format(snippet=dream.snippet)}] if informed and dream.snippet else []
     answer = [{"role": "assistant", "content": dream.answer}] if dream.answer is not None else []
     return [*system, {"role": "user", "content": dream.question}, *answer]
+
+
+class Answers:
+    """Greedy answers of a base model, through an adapter if there is one."""
+
+    def __init__(self, base: ModelFolder, adapter: Path | None):
+        self.engine = open_engine(base, seats=32, room=1024, adapter=adapter)
+
+    def __call__(self, questions: list[str], snippets: list[str] | None = None, most: int = 48) -> list[str]:
+        """`snippets`: what the model may look at, one for each question, or empty."""
+        asked = [Dream("", q, snippet=s) for q, s in zip(questions, snippets or [""] * len(questions))]
+        return said(self.engine, [messages_of(dream, True) for dream in asked], most)
+
+
+def said(engine, conversations: list[list[dict]], most: int) -> list[str]:
+    """The greedy answer to each conversation, all written at once."""
+    prompts = [render(messages, engine.tokenizer, generation=True)[0] for messages in conversations]
+    rows = [engine.add(prompt, Sampling(most, 0.0))[0] for prompt in prompts]
+    while not all(row.finish_reason for row in rows):
+        engine.step()
+    return [row.messages[-1]["content"] for row in rows]
 
 
 def says(answer: str, values) -> bool:

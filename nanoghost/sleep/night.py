@@ -7,27 +7,23 @@ nothing else. It replaces the one before only if it recalls more of the ledger a
 Ctrl-C loses nothing: each step's result is in the night's folder, and the same command goes on there.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 
 from nanoghost import machine
-from nanoghost.chat import render
 from nanoghost.engine.generate import open_engine
-from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.skills import wilson
 from nanoghost.model.lora import attach, read_adapter
 from nanoghost.model.weights import load_model
 from nanoghost.people import Person, current, key_of, open_person
 from nanoghost.progress import Display
-from nanoghost.runs import ModelFolder, Stopping, open_model, read_json, write_json
+from nanoghost.runs import ModelFolder, Stopping, open_model, read_json, write_json, writing
 from nanoghost.sleep import dream, extract, learn, report
 from nanoghost.sleep.phrases import bare, book, relations, statement
 from nanoghost.train.distill_loss import divergence, student_buckets
@@ -67,23 +63,13 @@ def command(settings: SleepSettings) -> None:
         raise UserError(f"'{base.name}' cannot sleep: it takes a whole model of the Llama family, such as smollm2")
     if settings.dry_run and settings.forget is not None:
         raise UserError("--dry-run does nothing, and --forget removes: choose one")
-    with sole_sleeper(person), Stopping() as stopping:
+    with writing(person), Stopping() as stopping:
         if settings.forget is not None:
             gone = person.forget(settings.forget)
             Display().say(f"removed from the ledger and the journal: your {gone['relation']}, {gone['value']}")
         figures = night(person, base, settings, Display(), stopping)
     if settings.json and figures:
         print(json.dumps(figures))
-
-
-@contextmanager
-def sole_sleeper(person: Person):
-    with open(person.path / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{person.name} is asleep in another process") from None
-        yield
 
 
 def night(person: Person, base: ModelFolder, settings, display, stopping, recipe: learn.Recipe | None = None) -> dict | None:
@@ -184,20 +170,6 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
 # ── the wake gate ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def asker(base: ModelFolder, adapter) -> "callable":
-    """A function from questions to answers, of the base with that adapter."""
-    engine = open_engine(base, seats=32, room=256, adapter=adapter)
-
-    def ask(questions: list[str], most: int = 48) -> list[str]:
-        prompts = [render([{"role": "user", "content": q}], engine.tokenizer, generation=True)[0] for q in questions]
-        rows = [engine.add(p, Sampling(most, 0.0))[0] for p in prompts]
-        while not all(row.finish_reason for row in rows):
-            engine.step()
-        return [row.messages[-1]["content"] for row in rows]
-
-    return ask
-
-
 def refuses(answer: str) -> bool:
     return "haven't told" in answer or "have not told" in answer
 
@@ -210,7 +182,7 @@ def right(answer: str, relation: str, value: str) -> bool:
 
 def wake(base: ModelFolder, adapter, rows: list[dict], recipe) -> dict:
     """Recall in wordings that were kept back, refusals where it knows and where it does not, and how far everyday answers moved."""
-    ask = asker(base, adapter)
+    ask = learn.Answers(base, adapter)
     asked = [(row, q) for row in rows for q in dream.wordings(row["relation"])[1]]
     answers = ask([q for _, q in asked])
     told = {row["relation"].casefold() for row in rows}
@@ -222,15 +194,15 @@ def wake(base: ModelFolder, adapter, rows: list[dict], recipe) -> dict:
         "recall": solved / max(1, len(asked)), "low": low, "high": high, "questions": len(asked),
         "refused": sum(map(refuses, answers)) / max(1, len(answers)),
         "abstains": sum(refused) / max(1, len(refused)),
-        "nats": moved(base, adapter, ask, recipe) if adapter else 0.0,
+        "nats": moved(base, adapter, recipe) if adapter else 0.0,
         "examples": [[q, a] for (_, q), a in list(zip(asked, answers))[:: max(1, len(asked) // 8)]],
     }  # fmt: skip
 
 
 @torch.no_grad()
-def moved(base: ModelFolder, adapter, ask, recipe) -> float:
+def moved(base: ModelFolder, adapter, recipe) -> float:
     """KL(base || with the adapter) on the base model's answers to everyday prompts that were not dreamt of, nats a token."""
-    plain = asker(base, None)
+    plain = learn.Answers(base, None)
     prompts = book()["everyday"]["train"][EVERYDAY:]
     dreams = [dream.Dream("everyday", q, a, own_words=True) for q, a in zip(prompts, plain(prompts))]
     model, tokenizer = load_model(base.path, machine.compute_dtype())
