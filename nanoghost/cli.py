@@ -30,6 +30,7 @@ VERBS = {
     "rename": ("models", "RenameSettings", "rename_command", "give a model another name"),
     "rm": ("models", "RemoveSettings", "remove_command", "remove a model"),
     "sleep": ("sleep.night", "SleepSettings", "command", "make what a person said part of their model"),
+    "memory": ("sleep.memory", "MemorySettings", "command", "what is known of a person, and their say in it"),
     "lab sleep": ("lab.sleep", "LabSleepSettings", "command", "what a night is worth, beside other ways of knowing"),
     "bench decode": (
         "bench.decode",
@@ -64,6 +65,8 @@ EXAMPLES = {
     "rename": "nanoghost rename ghost old-ghost",
     "rm": "nanoghost rm old-ghost",
     "sleep": "nanoghost sleep --person me\n  nanoghost sleep --person me --dry-run\n  nanoghost sleep --person me --log",
+    "memory": "nanoghost memory --person me --search sister\n  nanoghost memory --person me --correct 3 Rex\n"
+    "  nanoghost memory --person me --forget 3",
     "lab sleep": "nanoghost lab sleep\n  nanoghost lab sleep --split test --arms base,ours --json",
     "bench decode": "nanoghost bench decode smollm2\n  nanoghost bench decode smollm2 --against llama.cpp,transformers --json",
     "bench prefill": "nanoghost bench prefill smollm2 --tokens 512",

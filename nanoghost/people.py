@@ -44,7 +44,8 @@ class Person:
     def say(self, speaker: str, text: str, when: float | None = None) -> dict:
         """Write down what `speaker` ("user" or "assistant") said."""
         journal = self.path / "journal.jsonl"
-        number = 1 + max((entry["id"] for entry in read_lines(journal)[-1:]), default=0)
+        used = [*(entry["id"] for entry in self.journal[-1:]), *(source for row in self.ledger for source in row["sources"])]
+        number = 1 + max(used, default=0)  # a number that was forgotten is not given again
         entry = {"id": number, "time": round(time.time() if when is None else when, 3), "speaker": speaker, "text": text}
         append_line(journal, entry)
         return entry
@@ -53,27 +54,46 @@ class Person:
 
     @property
     def ledger(self) -> list[dict]:
-        return read_lines(self.path / "ledger.jsonl")
+        """Its rows, oldest first. Rows written by hand need a relation and a value."""
+        path, rows = self.path / "ledger.jsonl", []
+        for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise UserError(f"{path}, line {number}: {e}") from None
+            if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k].strip() for k in ("relation", "value")):
+                raise UserError(f'{path}, line {number}: a row needs "relation" and "value", each a text')
+            rows.append(EMPTY | {"id": 1 + max((r["id"] for r in rows), default=0)} | row)
+        return rows
 
     def write_ledger(self, rows: list[dict]) -> None:
         write_lines(self.path / "ledger.jsonl", rows)
 
-    def forget(self, number: int) -> dict:
-        """Remove a row of the ledger, older values of the same thing, what was said of them, the nights' records and the adapter.
+    def row(self, number: int) -> dict:
+        for row in self.ledger:
+            if row["id"] == number:
+                return row
+        raise UserError(f"{self.name}'s ledger has no row {number}: `nanoghost memory --person {self.name}` lists them")
+
+    def forget(self, number: int) -> tuple[dict, int]:
+        """Remove a row of the ledger, older values of the same thing, every line of the journal that told or names one of
+        them, the nights' records and the adapter; returns the row, and how many lines of the journal went.
 
         The next night makes another adapter, which never saw it.
         """
-        rows = {row["id"]: row for row in self.ledger}
-        if number not in rows:
-            raise UserError(f"{self.name}'s ledger has no row {number}: `nanoghost sleep --person {self.name} --dry-run` lists them")
-        key = key_of(rows[number])
-        gone = [row for row in rows.values() if key_of(row) == key]
+        found = self.row(number)
+        gone = [row for row in self.ledger if key_of(row) == key_of(found)]
         sources = {source for row in gone for source in row["sources"]}
-        write_lines(self.path / "journal.jsonl", [e for e in self.journal if e["id"] not in sources])
-        for path in (self.path / "adapter", *(self.path / "nights").glob("*")):  # they know it, they quote it
-            shutil.rmtree(path, ignore_errors=True)
-        self.write_ledger([row for row in rows.values() if row not in gone])
-        return rows[number]
+        names = re.compile("|".join(rf"(?<!\w){re.escape(row['value'])}(?!\w)" for row in gone), re.IGNORECASE)
+        journal = self.journal
+        kept = [e for e in journal if e["id"] not in sources and not names.search(e["text"])]
+        for path in (self.path / "adapter", self.path / ".adapter.old", *(self.path / "nights").glob("*")):
+            shutil.rmtree(path, ignore_errors=True)  # they know it, they quote it
+        write_lines(self.path / "journal.jsonl", kept)
+        self.write_ledger([row for row in self.ledger if row not in gone])
+        return found, len(journal) - len(kept)
 
     @property
     def adapter(self) -> Path | None:
@@ -83,9 +103,16 @@ class Person:
 
     def adapter_for(self, model: ModelFolder) -> Path | None:
         """That adapter, if it was made for this model."""
-        if not self.adapter or read_json(self.adapter / "adapter_config.json")["base_model_name_or_path"] != model.name:
-            return None
-        return self.adapter
+        made_for = self.made_from["base"] if self.adapter else None
+        return self.adapter if made_for == [model.name, model.exists and model.card["finished"]] else None
+
+    @property
+    def made_from(self) -> dict:
+        """Of the adapter: "base" (name, when it was finished) and "rows" ([relation, value] of each)."""
+        return read_json(self.adapter / "made_from.json")
+
+
+EMPTY = {"id": 0, "subject": "user", "relation": "", "value": "", "time": 0, "sources": [], "supersedes": None}  # fmt: skip
 
 
 def key_of(row: dict) -> tuple[str, str]:

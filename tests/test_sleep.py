@@ -1,19 +1,25 @@
 """Sleep: journal and ledger lose nothing and keep to themselves, dreams belong to their rows, and a night is repeatable."""
 
 import stat
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
+from nanoghost.chat import render
+from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
-from nanoghost.lab.sleep import live
+from nanoghost.lab.life import live
 from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.model.weights import save_model
+from nanoghost.model.lora import read_adapter
+from nanoghost.model.weights import load_model, save_model
 from nanoghost.people import Person, current, key_of
-from nanoghost.runs import ModelFolder, Stopping, home, write_json
-from nanoghost.sleep import dream, extract, learn, night
-from nanoghost.sleep.phrases import bare, book, noted, questions, relations, statement
+from nanoghost.runs import ModelFolder, Stopping, home, read_json, write_json
+from nanoghost.sleep import dream, extract, learn, memory, night
+from nanoghost.sleep.phrases import bare, book, dice, noted, questions, relations, statement
 from nanoghost.tokenizer import Tokenizer
+from nanoghost.tools.lookup import Index
 from tests.conftest import toy_text
 
 
@@ -63,11 +69,78 @@ def test_what_is_forgotten_leaves_ledger_and_journal(me):
     me.write_ledger(rows)
     for name in ("adapter", "nights/0001"):
         (me.path / name).mkdir(parents=True)
-    me.forget(2)
-    assert me.ledger == rows[2:] and me.journal == entries[2:]
+    echo = me.say("assistant", "Say hello to maren!")
+    kept = me.say("user", "Marenka is somebody else.")
+    assert me.forget(2) == (rows[1], 3) and echo not in me.journal
+    assert me.ledger == rows[2:] and me.journal == [entries[2], kept]
     assert not me.adapter and not any((me.path / "nights").iterdir())
     with pytest.raises(UserError, match="no row 2"):
         me.forget(2)
+    me.forget(3)
+    assert me.journal == [kept] and me.say("user", "and?")["id"] == kept["id"] + 1
+
+
+def test_a_number_that_was_forgotten_is_not_given_again(me):
+    me.say("user", "My dog is Rex and my cat is Mog.")
+    me.write_ledger([row(1, "dog's name", "Rex", [1]), row(2, "cat's name", "Mog", [1])])
+    me.forget(1)
+    assert not me.journal and me.say("user", "hello")["id"] == 2
+
+
+def test_a_ledger_may_be_edited_by_hand(me):
+    path = me.path / "ledger.jsonl"
+    path.write_text('{"relation": "dog\'s name", "value": "Rex"}\n\n{"relation": "car", "value": "a van", "id": 7}')
+    assert [(r["id"], r["value"], r["subject"], r["sources"]) for r in me.ledger] == [(1, "Rex", "user", []), (7, "a van", "user", [])]
+    for bad, said in (("nonsense", "line 1"), ('{"relation": "x"}', "value"), ('{"relation": 1, "value": "y"}', "relation")):
+        path.write_text(bad)
+        with pytest.raises(UserError, match=said):
+            print(me.ledger)
+
+
+# ── a say in it ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def remember(me, **settings):
+    memory.command(memory.MemorySettings("me", **settings))
+
+
+def test_memory_is_listed_searched_written_and_corrected(me, capsys):
+    remember(me, add=("dog's name", "Rex"))
+    remember(me, add=("sister's birthday", "the 4th of July"))
+    remember(me, correct=(1, "Bello"))
+    assert [r["value"] for r in current(me.ledger)] == ["Bello", "the 4th of July"] and me.ledger[2]["supersedes"] == 1
+    assert [e["text"] for e in me.journal][-1] == "My dog's name is Bello."
+    capsys.readouterr()
+    remember(me, search="When are birthdays?")
+    assert capsys.readouterr().out.count("\n") == 1
+    remember(me, search="xylophone")
+    assert capsys.readouterr().out == ""
+    for wrong in ({"correct": (9, "x")}, {"forget": 9}, {"add": ("", "x")}, {"add": ("a", "b"), "search": "c"}, {"export": Path("x.tar")}):
+        with pytest.raises(UserError):
+            remember(me, **wrong)
+    assert len(me.ledger) == 3
+
+
+def test_all_of_a_person_goes_into_one_file_or_away(me, tmp_path):
+    remember(me, add=("dog's name", "Rex"))
+    Person("you").create().say("user", "hello")
+    remember(me, export=tmp_path / "me.zip")
+    names = zipfile.ZipFile(tmp_path / "me.zip").namelist()
+    assert {"me/journal.jsonl", "me/ledger.jsonl"} <= set(names) and not any("you" in name for name in names)
+    with pytest.raises(UserError, match="there already"):
+        remember(me, export=tmp_path / "me.zip")
+    with pytest.raises(UserError, match="--yes"):
+        remember(me, delete=True)
+    remember(me, delete=True, yes=True)
+    assert not me.exists and Person("you").journal
+
+
+def test_lookup_finds_by_stems_and_nothing_where_nothing_fits():
+    texts = ["Your sister's birthday is on the 4th of July.", "Your dog's name is Rex.", "Your sister works as a vet."]
+    index = Index(texts)
+    assert index.search("When is my sister's birthday?", 2) == [0, 2] and index.search("the birthdays") == [0]
+    assert index.search("what was the name of my dogs", 3) == [1]
+    assert index.search("Do you know me?") == [] and index.search('"; drop table texts --') == [] and Index([]).search("x") == []
 
 
 # ── words ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -96,12 +169,22 @@ def test_every_relation_says_its_value_and_no_other():
 
 def test_notes_are_taken_of_what_stands_in_the_message():
     written = "sister's name: Ines\nsister's name: Ines\ndog's name: Rex\nnonsense\ntown:\na b c d e f g: Ines"
-    assert extract.parsed(written, "My sister INES says hello") == [("sister's name", "Ines")]
-    assert extract.parsed(extract.NOTHING, "My sister Ines") == []
-    for messages in extract.lessons(200):
-        asked, answer = messages[1]["content"], messages[2]["content"]
-        found = extract.parsed(answer, asked)
-        assert answer == extract.NOTHING or "\n".join(f"{r}: {v}" for r, v in found) == answer
+    found, refused = extract.parsed(written, "My sister INES says hello")
+    assert found == [("sister's name", "Ines")] and refused == ["dog's name: Rex", "nonsense", "town:", "a b c d e f g: Ines"]
+    assert extract.parsed(extract.NOTHING, "My sister Ines") == ([], [])
+    for split in ("train", "val", "test"):
+        for heard, told in (extract.message(dice("test", split, i), split) for i in range(200)):
+            answer = extract.conversation(heard, told)[2]["content"]
+            assert extract.parsed(answer, heard.text) == (told, [])
+
+
+def test_a_message_is_heard_with_what_was_said_before_it(me):
+    for who, text in (("user", "My sister came."), ("assistant", "Nice!"), ("user", "Her name's\nInes."), ("user", "bye")):
+        me.say(who, text)
+    heard = extract.heard(me.journal, 1)
+    assert [entry["id"] for entry, _ in heard] == [3, 4]
+    assert heard[0][1].shown == "Earlier: My sister came.\nReply: Nice!\nNow: Her name's Ines."
+    assert heard[1][1].shown == "Earlier: Her name's Ines.\nNow: bye"
 
 
 def test_a_life_is_its_seeds_and_corrections_come_later():
@@ -109,8 +192,24 @@ def test_a_life_is_its_seeds_and_corrections_come_later():
     assert life.days == live(3, "val", 3, 5).days != live(4, "val", 3, 5).days
     rows = life.ledger()
     assert len(current(rows)) == 5 + 3 + 3 and sum(r["supersedes"] is not None for r in rows) == 4
-    for text, found in (m for day in life.days for m in day):
-        assert all(value in text for _, value in found)
+    assert all(value in text for text, _, found in life.messages for _, value in found)
+    users = [e["text"] for e in life.journal if e["speaker"] == "user"]
+    assert users == [text for text, *_ in life.messages] and life.facts(days=1) == live(3, "val", 1, 5).facts()
+
+
+def test_a_life_has_corrections_contradictions_and_things_told_in_two_messages():
+    said = [(text, reply, found) for seed in range(20) for text, reply, found in live(seed, "test", 3, 10).messages]
+    told = [found[0] for *_, found in said if found]
+    forms = {r.relation: r for r in relations().values()}
+    used = {kind: 0 for kind in ("said", "changed", "apart")}
+    for text, _, found in said:
+        for name, value in found:
+            for kind in used:
+                ways = [w[1] if kind == "apart" else w for w in getattr(forms[name], kind)["test"]]
+                used[kind] += any(way.format(v=value) in text for way in ways)
+    assert len(told) == 20 * 30 and all(count > 20 for count in used.values()), used
+    replaced = [r for seed in range(20) for r in live(seed, "test", 3, 10).ledger() if r["supersedes"]]
+    assert len(replaced) == 20 * 4
 
 
 # ── dreams and lessons ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,7 +233,7 @@ def base(me):
     """A toy Llama's folder, and its tokenizer."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([toy_text(300)], 300)
-    model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 32, 2, 1, 48))
+    model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 64, 1, 1, 64))
     for p in model.parameters():
         p.data = p.data + 0.1 * torch.randn_like(p)
     folder = home() / "models" / "toy"
@@ -159,8 +258,11 @@ CARD = {"stage": "adopt", "parent": None}
 
 
 def trained(base, folder, stopping, show=lambda event: None):
-    recipe = learn.Recipe(rank=2, passes=3, rows=1, context=64)
-    return learn.train(base, CARD, dreams(), folder, recipe, stopping, show)
+    model, tokenizer = load_model(base, torch.float32)
+    recipe = learn.Recipe(rank=2, passes=3, context=64)
+    everyday = dreams()[-1:]
+    known = everyday, learn.expectations(model, tokenizer, everyday, recipe)
+    return learn.train(base, CARD, dreams()[:-1], known, folder, recipe, stopping, show)
 
 
 def test_a_night_is_a_function_and_goes_on_where_it_was(base, me, monkeypatch):
@@ -181,8 +283,6 @@ def test_a_night_is_a_function_and_goes_on_where_it_was(base, me, monkeypatch):
 
 
 def test_a_teacher_sees_the_snippet_and_only_its_own_words_are_its_probabilities(base):
-    from nanoghost.model.weights import load_model
-
     model, tokenizer = load_model(base, torch.float32)
     recipe = learn.Recipe(context=64)
     found = learn.expectations(model, tokenizer, dreams(), recipe)
@@ -218,35 +318,120 @@ class Quiet:
         pass
 
 
-def test_a_night_from_journal_to_adapter_and_out_again(base, me, monkeypatch):
-    """The real night at toy size; only the notes are taken by hand: a toy cannot take any."""
+TOLD = {"Ines": ("sister's name", "Ines"), "Rex": ("dog's name", "Rex")}
+RECIPE = learn.Recipe(rank=2, passes=2, answer_tokens=4)
+
+
+@pytest.fixture
+def toy(base, monkeypatch):
+    """Real nights at toy size; only the notes are taken by hand: a toy cannot take any."""
     write_json(base / "card.json", CARD | {"name": "toy", "finished": 1.0, "arch": "llama"})
-    me.say("user", "My sister is Ines.")
     monkeypatch.setattr(extract, "scribe", lambda *_: None)
-    monkeypatch.setattr(extract, "extract", lambda _, texts: [[("sister's name", "Ines")] if "Ines" in t else [] for t in texts])
+    monkeypatch.setattr(extract, "extract", lambda *a: [([told for name, told in TOLD.items() if name in m.text], ["x"]) for m in a[2]])
     monkeypatch.setattr(night, "OWN", 4)
     monkeypatch.setattr(night, "EVERYDAY", 4)
     some = book() | {"everyday": {"train": book()["everyday"]["train"][:8], "test": []}}
-    for module in (dream, night):
-        monkeypatch.setattr(module, "book", lambda: some)
+    monkeypatch.setattr(night, "book", lambda: some)
     monkeypatch.setattr(dream, "never_told", lambda rows, count: [dream.Dream("never told", "who?", "You haven't told me.")])
-    settings, display, recipe = night.SleepSettings("me", "toy"), Quiet(), learn.Recipe(rank=2, passes=2, answer_tokens=4)
+    return ModelFolder("toy")
+
+
+@pytest.fixture
+def generous(monkeypatch):
+    """A wake gate that lets a toy through, whatever it learned."""
+    wake = night.wake
+    monkeypatch.setattr(night, "wake", lambda base, adapter, *a: wake(base, adapter, *a) | {"recall": 1.0, "nats": 0.0, "refused": 0.0})
+    monkeypatch.setattr(night, "TOLERATED", 1.0)
+    monkeypatch.setattr(night, "GAIN", -1.0)
+
+
+def sleep(person, toy, stopping, **settings):
+    return night.night(person, toy, night.SleepSettings(person.name, "toy", **settings), Quiet(), stopping, RECIPE)
+
+
+def test_a_night_that_taught_nothing_is_rolled_back(me, toy):
+    me.say("user", "My sister is Ines.")
     with Stopping() as stopping:
-        assert night.night(me, ModelFolder("toy"), night.SleepSettings("me", "toy", dry_run=True), display, stopping, recipe) is None
-        assert "Ines" in display.said and not me.ledger
-        figures = night.night(me, ModelFolder("toy"), settings, display, stopping, recipe)
+        assert sleep(me, toy, stopping, dry_run=True) is None and not me.ledger and not list(me.path.glob("nights/*"))
+        figures = sleep(me, toy, stopping)
         assert not figures["committed"] and "recalls no more" in figures["reasons"][0], "a toy learns nothing in six steps"
         assert not me.ledger and not me.adapter
-        better = iter([0.0, 1.0])
-        wake = night.wake
-        monkeypatch.setattr(night, "MOST_NATS", 99.0)
-        monkeypatch.setattr(night, "wake", lambda *a: wake(*a) | {"recall": next(better)})
-        figures = night.night(me, ModelFolder("toy"), settings, display, stopping, recipe)
-        assert figures["committed"] and figures["number"] == 2, "what was rolled back is tried again"
-        assert [r["value"] for r in me.ledger] == ["Ines"] and me.adapter
-        assert me.adapter_for(ModelFolder("toy")) and not me.adapter_for(ModelFolder("other"))
-        page = (me.path / "nights" / "0002" / "report.html").read_text()
+        assert sleep(me, toy, stopping)["number"] == 2, "what was rolled back is tried again"
+    seeds = [read_json(path)["recipe"]["seed"] for path in sorted(me.path.glob("nights/*/night.json"))]
+    assert seeds == [0, 1], "another try is another try"
+
+
+def test_a_night_from_journal_to_adapter_and_out_again(me, toy, generous):
+    me.say("user", "My sister is Ines.")
+    with Stopping() as stopping:
+        assert sleep(me, toy, stopping)["committed"]
+        assert [r["value"] for r in me.ledger] == ["Ines"] and me.adapter_for(toy) == me.adapter
+        page = (me.path / "nights" / "0001" / "report.html").read_text()
         assert "Your sister&#x27;s name is Ines." in page
-        assert night.night(me, ModelFolder("toy"), settings, display, stopping, recipe) is None, "nothing new was said"
+        assert sleep(me, toy, stopping) is None, "nothing new was said"
+    write_json(toy.path / "card.json", toy.card | {"finished": 2.0})
+    assert not me.adapter_for(toy), "another base model of the same name"
     me.forget(1)
     assert not any("Ines" in path.read_text(errors="replace") for path in me.path.rglob("*") if path.is_file())
+
+
+def test_what_was_forgotten_was_never_there(me, toy, generous):
+    """The adapter after forgetting is, to the byte, that of somebody who never said it; and nights in another order or number."""
+    you, they = Person("you").create(), Person("they").create()
+    with Stopping() as stopping:
+        me.say("user", "My sister is Ines.")
+        sleep(me, toy, stopping)
+        with_ines = (me.adapter / "adapter_model.safetensors").read_bytes()
+        me.say("user", "My dog is Rex.")
+        sleep(me, toy, stopping)
+        both = (me.adapter / "adapter_model.safetensors").read_bytes()
+        remember_forgets(me, 1)
+        you.say("user", "My dog is Rex.")
+        sleep(you, toy, stopping)
+        they.say("user", "My dog is Rex. My sister is Ines.")
+        sleep(they, toy, stopping)
+    mine, yours, theirs = ((p.adapter / "adapter_model.safetensors").read_bytes() for p in (me, you, they))
+    assert mine == yours != with_ines and theirs == both != mine
+    assert [r["value"] for r in me.ledger] == ["Rex"]
+    assert read_json(me.path / "nights" / "0001" / "night.json")["forgotten"] == 1
+    assert not any("Ines" in path.read_text(errors="replace") for path in me.path.rglob("*") if path.is_file())
+
+
+def remember_forgets(person, number):
+    gone, _ = person.forget(number)
+    with Stopping() as stopping:
+        settings = night.SleepSettings(person.name, "toy")
+        night.night(person, ModelFolder("toy"), settings, Quiet(), stopping, RECIPE, forgotten=1)
+
+
+def test_two_peoples_adapters_in_one_batch_answer_as_each_alone(base):
+    """Nothing of one row's adapter reaches another row, nor the pages of keys that rows with the same beginning share."""
+    from nanoghost.engine.generate import open_engine
+    from nanoghost.model.lora import new_adapter, save_adapter
+
+    model, tokenizer = load_model(base, torch.float32)
+    folders = []
+    for seed in (1, 2):
+        adapter = new_adapter(model, 4, None, None, seed)
+        for t in adapter.tensors():
+            t.data.normal_(0, 0.3)
+        folders.append(base.parent / f"toy@{seed}")
+        save_adapter(folders[-1], adapter)
+    prompts = [[{"role": "user", "content": f"What is my name, {i}?"}] for i in range(6)]
+    alone = {}
+    for number, folder in enumerate([None, *folders]):
+        engine = open_engine(ModelFolder("toy"), seats=6, room=96, adapter=folder)
+        alone[number] = learn.said(engine, prompts, 12)
+    assert alone[0] != alone[1] != alone[2]
+    engine = open_engine(ModelFolder("toy"), seats=4, room=96, adapter=folders[0])
+    if not hasattr(engine.runner.model, "adapters") or not isinstance(engine.runner.model.adapters, dict):
+        pytest.skip("the packed engine does not run here")
+    engine.runner.model.adapters[str(folders[1])] = read_adapter(folders[1], model.config, torch.float32)
+    names = ["", str(folders[0]), str(folders[1])]
+    asked = [(i, n) for i in range(6) for n in range(3)]
+    rows = [
+        engine.add(render(prompts[i], tokenizer, generation=True)[0], Sampling(12, 0.0), adapter=names[n])[0] for i, n in asked
+    ]
+    while not all(row.finish_reason for row in rows):
+        engine.step()
+    assert [row.messages[-1]["content"] for row in rows] == [alone[n][i] for i, n in asked]

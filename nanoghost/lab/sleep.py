@@ -1,17 +1,18 @@
 """`nanoghost lab sleep`: what is left of a day, without a word of it in the context, beside other ways of knowing it.
 
-Invented people tell a model about themselves, among small talk, over some nights; some of it they correct on a later day.
-Then they ask, in wordings that no night has used. An arm's answer is right if it has the value and none that it might
-rather have been. The same questions and the same people in all arms:
+Invented people (life.py) talk to a model over some days; then they ask, in wordings that no night has used. An answer is right
+if it has the value and none that it might rather have been. The same questions and the same people in all arms:
 
-    base       knows nothing                            the floor
-    context    all facts in the system message
-    ceiling    the one right fact in the system message
-    lookup     the facts that share most words with the question, in the system message
-    raw        trained on the journal itself, next token by next token
-    pairs      trained on questions and answers alone: no teacher, nothing held
-    ours       the whole night
+    base         knows nothing                            the floor
+    context      all facts in the system message
+    ceiling      the one right fact in the system message
+    lookup       what the ledger says about the words of the question, in the system message
+    raw          trained on the journal itself, next token by next token
+    pairs        trained on questions and answers alone: none in the teacher's words, no never told, nothing held
+    first night  ours after the first night: asked about its facts alone
+    ours         all nights
     ours+lookup
+    forgotten    ours, of which three facts were forgotten: asked about these alone
 
 `--split val` asks in wordings that nights keep back, for tuning; test, which is sealed, in others, of other people.
 """
@@ -24,21 +25,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from nanoghost import machine
+from nanoghost.chat import render
+from nanoghost.engine.generate import open_engine
+from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
+from nanoghost.lab.general import general, share
+from nanoghost.lab.life import Life, live
+from nanoghost.model.lora import read_adapter
 from nanoghost.people import current, key_of
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, Stopping, home, open_model, read_json, write_json
 from nanoghost.sleep import dream, extract, learn, night
-from nanoghost.sleep.phrases import book, noted, questions, relations, statement
+from nanoghost.sleep.phrases import book, noted, part, questions, relations, statement
+from nanoghost.tools.lookup import Index
 from nanoghost.train.stage import base_card
 
-ARMS = ("base", "context", "ceiling", "lookup", "raw", "pairs", "ours", "ours+lookup")
-TRAINED = {"raw": "raw", "pairs": "pairs", "ours": "ours", "ours+lookup": "ours"}  # and which adapter
+ARMS = ("base", "context", "ceiling", "lookup", "raw", "pairs", "first night", "ours", "ours+lookup", "forgotten")
+TRAINED = {"raw": "raw", "pairs": "pairs", "first night": "first", "ours": "ours", "ours+lookup": "ours", "forgotten": "forgotten"}
+FORGOTTEN = 3
+LEAKS = 200  # questions about another person's facts
 
 
 @dataclass(frozen=True)
@@ -57,66 +68,13 @@ class LabSleepSettings:
     """val or test."""
     ledger: str = "perfect"
     """perfect (the facts as told) or extracted (from what was said, as a night does it)."""
+    general: bool = True
+    """Measure general ability too: bits per byte, questions anybody may ask, reasoning-gym."""
     json: bool = False
     """Print the figures as JSON on standard output."""
 
 
-@dataclass
-class Life:
-    """What one invented person said, day by day, and what is true in the end."""
-
-    days: list[list[tuple[str, list[tuple[str, str]]]]]
-    """Messages, each with the (relation, value) pairs that it tells."""
-
-    def ledger(self, told=None) -> list[dict]:
-        """Rows after all days; `told`: what was extracted from each message, instead of what it tells."""
-        entries = [({"id": i, "time": i}, found) for i, (_, found) in enumerate(m for day in self.days for m in day)]
-        if told is not None:
-            entries = [(e, found) for (e, _), found in zip(entries, told)]
-        return extract.merge([], entries)[0]
-
-
-def live(seed: int, split: str, nights: int, facts: int) -> Life:
-    rng = random.Random(f"{split}-{seed}")
-    every = list(relations().values())
-    rng.shuffle(every)
-    held, days, wording = {}, [], "train" if split == "val" else "test"
-    for number in range(nights):
-        corrected = rng.sample(sorted(held), min(2, len(held)) if number else 0)
-        fresh = [every.pop() for _ in range(facts - len(corrected))]
-        messages = []
-        for relation in [*fresh, *(relations()[name] for name in corrected)]:
-            old = held.get(relation.relation)
-            value = rng.choice([v for v in relation.values if v != old])
-            text = rng.choice((relation.changed if old else relation.said)[wording]).format(v=value)
-            if rng.random() < 0.4:
-                both = [text, rng.choice(book()["small_talk"][wording])]
-                rng.shuffle(both)
-                text = " ".join(both)
-            messages.append((text, [(relation.relation, value)]))
-            held[relation.relation] = value
-        messages += [(text, []) for text in rng.sample(book()["small_talk"][wording], facts // 2)]
-        rng.shuffle(messages)
-        days.append(messages)
-    return Life(days)
-
-
-def ask_ways(relation: str, split: str) -> list[str]:
-    return dream.wordings(relation)[1] if split == "val" else questions(relation, "test")
-
-
 # ── arms ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def words(text: str) -> set[str]:
-    return {w.strip(".,?!'\"").removesuffix("'s") for w in text.casefold().split()} - {"my", "your", "is", "the", "what", "do", "you", "a"}
-
-
-def looked_up(question: str, rows: list[dict], most: int = 1) -> str:
-    """The statements that share most words with the question, none if none does."""
-    scored = [(len(words(question) & words(f"{r['relation']} {statement(r['relation'], r['value'])}")), r) for r in rows]
-    best = sorted((s for s in scored if s[0]), key=lambda s: -s[0])[:most]
-    return " ".join(noted(r["relation"], r["value"]) for _, r in best)
 
 
 def trained(arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: learn.Recipe, folder: Path, display) -> dict:
@@ -124,78 +82,110 @@ def trained(arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: l
     if (folder / "figures.json").exists():
         return read_json(folder / "figures.json")
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    person = [{"relation": r["relation"], "value": r["value"]} for r in rows]
-    if arm == "ours":
-        dreams, thought = night.think(person, base, folder, recipe, display)
+    start, known = time.perf_counter(), ([], [])
+    if arm == "raw":
+        dreams = [dream.Dream("raw", "", text) for text, _, _ in life.messages]
+        recipe = replace(recipe, passes=recipe.passes * 4)
     elif arm == "pairs":
         dreams = [replace(d, answer=statement(r["relation"], r["value"]), snippet="") for r in rows for d in dream.of_row(r) if d.kind == "direct"]
-        recipe = replace(recipe, share=0.0)
     else:
-        dreams = [dream.Dream("raw", "", text) for day in life.days for text, _ in day]
-        recipe = replace(recipe, share=0.0, passes=recipe.passes * 4)
+        known = night.everyday(base, recipe)
+        start = time.perf_counter()  # everyday dreams are the base model's, once
+        dreams, thought = night.think(rows, base, folder, recipe, display)
+        display.say(str(thought))
     with Stopping() as stopping:
-        figures = learn.train(base.path, base_card(base.card), dreams, folder, recipe, stopping, display)
+        figures = learn.train(base.path, base_card(base.card), dreams, known, folder, recipe, stopping, display)
     figures |= {"night_seconds": round(time.perf_counter() - start, 1), "megabytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size / 1e6}
     write_json(folder / "figures.json", figures)
     return figures
 
 
+def snippets(arm: str, asked: list[tuple[str, list[dict]]], known: list[dict]) -> list[str]:
+    """What an arm may look at for each (question, rows that answer it)."""
+
+    def notes(rows):
+        return " ".join(noted(r["relation"], r["value"]) for r in rows)
+
+    if arm == "context":
+        return [notes(known)] * len(asked)
+    if arm == "ceiling":
+        return [notes(rows) for _, rows in asked]
+    if not arm.endswith("lookup"):
+        return [""] * len(asked)
+    index = Index([f"{r['relation']} {statement(r['relation'], r['value'])}" for r in known])
+    return [notes(known[i] for i in index.search(q, max(1, len(rows)))) for q, rows in asked]
+
+
 # ── questions and scores ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def examine(arm: str, base: ModelFolder, adapter: Path | None, life: Life, split: str, known: list[dict], seed: int) -> dict:
-    """Every ability of one arm for one person; shares of questions."""
-    true = sorted(current(life.ledger()), key=key_of)
-    rng = random.Random(f"asked-{split}-{seed}")
-    facts = " ".join(noted(r["relation"], r["value"]) for r in known)
+def ways_to_ask(relation: str, split: str) -> list[str]:
+    return dream.wordings(relation)[1] if split == "val" else questions(relation, "test")
 
-    def told(question: str, rows: list[dict]) -> str:
-        if arm == "context":
-            return facts
-        if arm == "ceiling":
-            return " ".join(noted(r["relation"], r["value"]) for r in rows)
-        return looked_up(question, known, max(1, len(rows))) if arm.endswith("lookup") else ""
 
-    ask = learn.Answers(base, adapter)
+def examine(arm: str, base: ModelFolder, adapter: Path | None, true: list[dict], asked_of: list[dict], known: list[dict], split: str, seed: int) -> dict:
+    """Every ability of one arm for one person: of what is `true` and, in its ledger, `known`; shares of questions."""
+    rng, ask = random.Random(f"asked-{split}-{seed}"), learn.Answers(base, adapter)
 
-    def answers(asked: list[tuple[str, str]], most: int = 48) -> list[str]:
-        return ask([q for _, q in asked], [snippet for snippet, _ in asked], most)
+    def answers(asked: list[tuple[str, list[dict]]], most: int = 48) -> list[str]:
+        return ask([q for q, _ in asked], snippets(arm, asked, known), most)
 
-    single = [(row, q) for row in true for q in ask_ways(row["relation"], split)]
-    said = answers([(told(q, [row]), q) for row, q in single])
-    solved = [night.right(a, row["relation"], row["value"]) for a, (row, _) in zip(said, single)]
-    refused = [night.refuses(a) for a in said]
-    changed = [i for i, (row, _) in enumerate(single) if row["supersedes"]]
-    first = {relation for _, found in life.days[0] for relation, _ in found}
-    oldest = [i for i, (row, _) in enumerate(single) if row["relation"] in first and not row["supersedes"]]
+    single = [(q, [row]) for row in asked_of for q in ways_to_ask(row["relation"], split)]
+    said = answers(single)
+    solved = [(row, night.right(a, row["relation"], row["value"])) for a, (_, [row]) in zip(said, single)]
+    found = {
+        "single": share(ok for _, ok in solved),
+        "updated": share(ok for row, ok in solved if row["supersedes"]),
+        "time": share(ok for row, ok in solved if row["relation"].endswith(("birthday", "time", " day"))),
+        "false_refusals": share(map(night.refuses, said)),
+        "by_row": {row["relation"]: [ok for r, ok in solved if r is row] for row in asked_of},
+        "examples": [[q, a] for (q, _), a in list(zip(single, said))[:: max(1, len(single) // 12)]],
+        "wrong": [[q, a, row["value"]] for (q, [row]), a, (_, ok) in zip(single, said, solved) if not ok][:30],
+    }
+    if arm in ("first night", "forgotten"):
+        return found
 
-    pairs = [rng.sample(true, 2) for _ in range(min(30, len(true)))]
     ways = book()["combined"]["train" if split == "val" else "test"]
-    both = [(pair, rng.choice(ways).format(a=pair[0]["relation"], b=pair[1]["relation"])) for pair in pairs]
-    together = answers([(told(q, pair), q) for pair, q in both], 64)
-    combined = [all(learn.says(a, (r["value"],)) for r in pair) for a, (pair, _) in zip(together, both)]
+    pairs = [rng.sample(true, 2) for _ in range(min(30, len(true)))]
+    both = [(rng.choice(ways).format(a=a["relation"], b=b["relation"]), [a, b]) for a, b in pairs]
+    found["combined"] = share(learn.says(a, [r["value"] for r in rows]) for a, (_, rows) in zip(answers(both, 64), both))
 
     have = {r["relation"] for r in true}
-    unknown = [rng.choice(ask_ways(r, split)) for r in rng.sample(sorted(set(relations()) - have), min(50, len(relations()) - len(have)))]
-    abstained = [night.refuses(a) for a in answers([(told(q, []), q) for q in unknown])]
+    open_ones = sorted(set(relations()) - have)
+    unknown = [(rng.choice(ways_to_ask(r, split)), []) for r in rng.sample(open_ones, min(60, len(open_ones)))]
+    unheard = [(q, []) for q in part(book()["unheard"], split)]
+    replies = answers(unknown + unheard)
+    found["abstains"] = share(map(night.refuses, replies[: len(unknown)]))
+    found["abstains_unheard"] = share(map(night.refuses, replies[len(unknown) :]))
+    found["invented"] = [[q, a] for (q, _), a in zip(unknown + unheard, replies) if not night.refuses(a)][:40]
+    return found
 
-    everyday = book()["everyday"]["train"][night.EVERYDAY :] if split == "val" else book()["everyday"]["test"]
-    plain, now = learn.Answers(base, None)(everyday), ask(everyday)
-    values = [r["value"] for r in true if len(r["value"]) > 3]
-    intruded = [any(learn.says(b, (v,)) and not learn.says(a, (v,)) for v in values) for a, b in zip(plain, now)]
-    refused_there = [night.refuses(b) and not night.refuses(a) for a, b in zip(plain, now)]
 
-    def share(flags, of=None):
-        flags = [flags[i] for i in of] if of is not None else flags
-        return round(sum(flags) / len(flags), 4) if flags else None
-
-    return {
-        "single": share(solved), "first_day": share(solved, oldest), "updated": share(solved, changed), "combined": share(combined),
-        "abstains": share(abstained), "false_refusals": share(refused), "intrusions": sum(intruded), "refuses_everyday": sum(refused_there),
-        "nats": round(night.moved(base, adapter, learn.Recipe()), 4) if adapter else 0.0,
-        "examples": [[q, a] for (_, q), a in list(zip(single, said))[:: max(1, len(single) // 12)]] + [[q, a] for q, a in zip(unknown[:6], ask(unknown[:6]))],
-    }  # fmt: skip
+def leaks(base: ModelFolder, people: list[tuple[Path, list[dict]]], split: str) -> dict:
+    """Everybody is asked about the others' facts and their own, all in one batch, each row through its own adapter."""
+    engine = open_engine(base, seats=32, room=256)
+    folders = [str(folder) for folder, _ in people]
+    for folder, _ in people:
+        engine.runner.model.adapters[str(folder)] = read_adapter(folder, engine.runner.model.config, torch.float32)
+    rng, asked = random.Random("leaks"), []
+    for number, (_, rows) in enumerate(people):
+        others = [r for i, (_, theirs) in enumerate(people) if i != number for r in theirs]
+        own = {r["relation"]: r["value"] for r in rows}
+        strange = [r for r in others if own.get(r["relation"]) != r["value"]]
+        for row in rng.choices(strange, k=LEAKS // len(people)):
+            asked.append((number, row, rng.choice(ways_to_ask(row["relation"], split))))
+        asked += [(number, None, rng.choice(ways_to_ask(row["relation"], split))) for row in rows]
+    rng.shuffle(asked)
+    prompts = [learn.messages_of(dream.Dream("", q), False) for _, _, q in asked]
+    rows = [
+        engine.add(render(p, engine.tokenizer, generation=True)[0], Sampling(48, 0.0), adapter=folders[number])[0]
+        for p, (number, _, _) in zip(prompts, asked)
+    ]
+    while not all(row.finish_reason for row in rows):
+        engine.step()
+    found = [(people[n][1], row, q, r.messages[-1]["content"]) for (n, row, q), r in zip(asked, rows) if row]
+    leaked = [[q, a, row["value"]] for own, row, q, a in found if learn.says(a, (row["value"],)) and not any(r["value"] == row["value"] for r in own)]
+    return {"asked": len(found), "leaked": len(leaked), "examples": leaked}
 
 
 def command(settings: LabSleepSettings) -> None:
@@ -206,42 +196,83 @@ def command(settings: LabSleepSettings) -> None:
         raise UserError(f"--arms knows {', '.join(ARMS)}, not '{', '.join(sorted(unknown))}'")
     if settings.split not in ("val", "test") or settings.ledger not in ("perfect", "extracted"):
         raise UserError("--split is val or test, --ledger perfect or extracted")
-    recipe, results = learn.Recipe(), {}
+    results, people = {}, []
     for seed in map(int, settings.seeds.split(",")):
         life = live(seed, settings.split, settings.nights, settings.facts)
-        told = None
-        if settings.ledger == "extracted":
-            texts = [text for day in life.days for text, _ in day]
-            told = extract.extract(extract.scribe(base.name, display), texts)
-        known = sorted(current(life.ledger(told)), key=key_of)
         place = home() / "lab" / "sleep" / f"{settings.split}-{seed}-{settings.nights}x{settings.facts}-{settings.ledger}"
+        known, notes = noted_down(life, base, place, display) if settings.ledger == "extracted" else (life.facts(), {})
         for arm in asked:
             path = place / f"{arm}.json"
             if not path.exists():
-                adapter, figures = None, {}
-                if arm in TRAINED:
-                    folder = place / TRAINED[arm]
-                    figures = trained(TRAINED[arm], base, known, life, replace(recipe, seed=seed), folder, display)
-                    adapter = folder / "adapter"
-                write_json(path, figures | examine(arm, base, adapter, life, settings.split, known, seed))
+                write_json(path, notes | one_arm(arm, base, life, known, place, settings, seed, display))
             results.setdefault(arm, []).append(read_json(path))
             display.say(f"seed {seed}, {arm}: single {results[arm][-1]['single']:.0%}")
-    tell(results, settings)
+        if "ours" in asked:
+            people.append((place / "ours" / "adapter", known))
+    leaked = leaks(base, people, settings.split) if len(people) > 1 else {}
+    tell(results, leaked, settings)
 
 
-COLUMNS = ("single", "first_day", "updated", "combined", "abstains", "false_refusals", "intrusions", "refuses_everyday", "nats", "night_seconds")
+def noted_down(life: Life, base: ModelFolder, place: Path, display) -> tuple[list[dict], dict]:
+    """The ledger as a night would have it, and how far it is the true one."""
+    path = place / "notes.json"
+    if not path.exists():
+        with Stopping() as stopping:
+            scribe = extract.scribe(base, stopping, display)
+        heard = [message for _, message in extract.heard(life.journal, 0)]
+        write_json(path, [found for found, _ in extract.extract(base, scribe, heard)])
+    told = [[tuple(pair) for pair in found] for found in read_json(path)]
+    true = [{(r.casefold(), v.casefold()) for r, v in found} for *_, found in life.messages]
+    mine = [{(r.casefold(), v.casefold()) for r, v in found} for found in told]
+    both = sum(len(a & b) for a, b in zip(true, mine))
+    notes = {"precision": both / max(1, sum(map(len, mine))), "recall": both / sum(map(len, true))}
+    return sorted(current(life.ledger(told)), key=key_of), notes
 
 
-def tell(results: dict, settings) -> None:
-    table = Table("arm", *COLUMNS)
-    for arm, found in results.items():
+def one_arm(arm: str, base: ModelFolder, life: Life, known: list[dict], place: Path, settings, seed: int, display) -> dict:
+    true, recipe = life.facts(), replace(learn.Recipe(), seed=seed)
+    asked_of, rows = true, known
+    if arm == "first night":
+        rows = life.facts(days=1)
+        later = {r["relation"] for r in true if r["supersedes"]}
+        asked_of = [r for r in rows if r["relation"] not in later]
+    if arm == "forgotten":
+        asked_of = random.Random(f"forgotten-{seed}").sample(true, FORGOTTEN)
+        rows = [r for r in known if r["relation"] not in {a["relation"] for a in asked_of}]
+    adapter, figures = None, {}
+    if arm in TRAINED:
+        folder = place / TRAINED[arm]
+        figures = trained(TRAINED[arm], base, rows, life, recipe, folder, display)
+        adapter = folder / "adapter"
+    figures |= examine(arm, base, adapter, true, asked_of, known, settings.split, seed)
+    if settings.general and arm in ("base", "raw", "pairs", "ours"):
+        figures |= general(base, adapter, true, settings.split)
+    if arm == "ours" and (place / "first night.json").exists():
+        first = read_json(place / "first night.json")["by_row"]
+        now = [ok for relation in first for ok in figures["by_row"][relation]]
+        before = [ok for oks in first.values() for ok in oks]
+        figures["kept"] = round(sum(now) / max(1, sum(before)), 4)
+    return figures
+
+
+COLUMNS = (
+    "single", "combined", "updated", "time", "kept", "abstains", "abstains_unheard", "false_refusals", "intrusions",
+    "refuses_everyday", "behaviours", "gym", "bpb", "nats", "night_seconds", "megabytes", "precision", "recall",
+)  # fmt: skip
+
+
+def tell(results: dict, leaked: dict, settings) -> None:
+    used = [c for c in COLUMNS if any(f.get(c) is not None for found in results.values() for f in found)]
+    table = Table("", *results)
+    for column in used:
         cells = []
-        for column in COLUMNS:
+        for found in results.values():
             values = [f[column] for f in found if f.get(column) is not None]
-            mean = statistics.mean(values) if values else None
-            spread = f" ±{statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            cells.append("" if mean is None else f"{mean:.3g}{spread}")
-        table.add_row(arm, *cells)
+            mean = f"{statistics.mean(values):.3g}" if values else ""
+            cells.append(mean + (f" ±{statistics.stdev(values):.2g}" if len(values) > 1 else ""))
+        table.add_row(column.replace("_", " "), *cells)
     Console(stderr=True).print(table)
+    if leaked:
+        Console(stderr=True).print(f"others' facts told: {leaked['leaked']} of {leaked['asked']}")
     if settings.json:
-        print(json.dumps({"arms": results}))
+        print(json.dumps({"arms": results, "leaks": leaked}))

@@ -3,14 +3,17 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanoghost.chat import text_of
-from nanoghost.people import Person
-from nanoghost.serve.terminal import Conversation, Said
+from nanoghost.chat import shortened, text_of
+from nanoghost.people import Person, current
+from nanoghost.serve.terminal import LEAST, Conversation, Said
+from nanoghost.sleep.learn import NOTES
+from nanoghost.sleep.phrases import noted, statement
+from nanoghost.tools.lookup import Index
 
 
 class PersonalConversation(Conversation):
-    def __init__(self, person: str, *arguments):
-        self.person = Person(person)
+    def __init__(self, person: str, lookup: bool, *arguments):
+        self.person, self.lookup = Person(person), lookup
         super().__init__(*arguments)
         self.person.create()
 
@@ -22,10 +25,22 @@ class PersonalConversation(Conversation):
         self.person.say("user", text_of(self.messages[-1]))
         return dropped
 
-    def answer(self) -> Iterator[Said]:
+    def with_notes(self) -> list[dict]:
+        """The conversation and, with `lookup`, the row of the ledger that has most to do with the last message."""
+        rows = current(self.person.ledger) if self.lookup else []
+        index = Index([f"{row['relation']} {statement(row['relation'], row['value'])}" for row in rows])
+        found = [noted(rows[i]["relation"], rows[i]["value"]) for i in index.search(text_of(self.messages[-1]))]
+        if not found:
+            return self.messages
+        system = [text_of(m) for m in self.messages if m["role"] == "system"] + [NOTES.format(snippet=found[0])]
+        rest = [m for m in self.messages if m["role"] != "system"]
+        room = self.engine.runner.context - LEAST
+        return shortened([{"role": "system", "content": "\n".join(system)}, *rest], self.tokenizer, room, generation=True)
+
+    def answer(self, read: list[dict] | None = None) -> Iterator[Said]:
         begun = len(self.messages)
         try:
-            yield from super().answer()
+            yield from super().answer(read or self.with_notes())
         finally:
             if said := "".join(text_of(m) for m in self.messages[begun:] if m["role"] == "assistant"):
                 self.person.say("assistant", said)

@@ -55,6 +55,8 @@ class ChatSettings:
     """For answers that can be repeated; default: 0 with --prompt, otherwise another each time."""
     person: str | None = None
     """Who is talking: what is said goes into their journal, and the model knows what their nights made of it (`nanoghost sleep`)."""
+    lookup: bool = False
+    """With --person: look the ledger up too, and let the model read what has to do with the question."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,12 @@ class Conversation:
         self.messages = kept
         return dropped
 
-    def answer(self) -> Iterator[Said]:
-        """Stream the answer and keep it; closing the iterator early keeps what was said until then."""
-        prompt, _ = render(self.messages, self.tokenizer, generation=True)
+    def answer(self, read: list[dict] | None = None) -> Iterator[Said]:
+        """Stream the answer and keep it; closing the iterator early keeps what was said until then.
+
+        `read`: what the model reads, if not the conversation alone.
+        """
+        prompt, _ = render(read or self.messages, self.tokenizer, generation=True)
         sampling = replace(self.sampling, seed=self.sampling.seed + self.answers)
         self.answers += 1
         begun = len(self.messages)
@@ -181,9 +186,7 @@ def arguments(call: dict) -> str:
 def command(settings: ChatSettings) -> None:
     machine.prepare()
     if not settings.temperature >= 0 or settings.top_k < 0 or not 0 < settings.top_p <= 1 or settings.max_tokens < 1:
-        raise UserError(
-            "--temperature and --top-k are at least 0, --top-p above 0 and at most 1, --max-tokens at least 1"
-        )
+        raise UserError("--temperature and --top-k are at least 0, --top-p above 0 up to 1, --max-tokens at least 1")
     once = settings.prompt is not None
     seed = settings.seed if settings.seed is not None else 0 if once else int(time.time())
     sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_k, settings.top_p, seed)
@@ -192,7 +195,7 @@ def command(settings: ChatSettings) -> None:
     else:
         from nanoghost.serve.personal import PersonalConversation
 
-        conversation = PersonalConversation(settings.person, settings.model, sampling, settings.system)
+        conversation = PersonalConversation(settings.person, settings.lookup, settings.model, sampling, settings.system)
     try:
         if not once:
             talk(conversation)

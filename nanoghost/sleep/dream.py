@@ -4,14 +4,14 @@
     combined    two things at once
     check       is it this? is it that?
     never told  the same questions about what nobody said
-    everyday    what anybody may ask: answered as the base model answers
 
+Beside them stands what anybody may ask (learn.everyday), answered as the base model answers.
 A row's dreams depend on that row alone (and, for two at once, on the other), so that what was never there leaves no trace.
 """
 
 from dataclasses import dataclass
 
-from nanoghost.sleep.phrases import book, dice, noted, questions, relations, statement
+from nanoghost.sleep.phrases import book, dice, noted, part, questions, relations, statement
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Dream:
     values: tuple[str, ...] = ()
     own_words: bool = False
     """Whether the teacher itself said the answer: only then its probabilities are learned from."""
+    cut: bool = False
+    """Whether the answer went on."""
 
 
 WORDINGS = 10  # of a row, in a night
@@ -75,7 +77,7 @@ def of_pairs(rows: list[dict]) -> list[Dream]:
 
 
 def never_told(rows: list[dict], count: int) -> list[Dream]:
-    """Questions about what is in no row. Which of a relation's wordings come is its own affair."""
+    """Questions about what is in no row: up to `count` about what people often tell, and some about anything else."""
     told = {row["relation"].casefold() for row in rows}
     open_ones = [r for r in relations() if r.casefold() not in told]
     found = []
@@ -83,9 +85,6 @@ def never_told(rows: list[dict], count: int) -> list[Dream]:
         ways = wordings(relation)[0]
         for q in ways[: max(1, -(-count // max(1, len(open_ones))))]:
             found.append(Dream("never told", q, dice("never", q).choice(book()["never_told"]["answers"]).format(a=relation)))
-    return sorted(found, key=lambda d: dice("never told", d.question).random())[:count]
-
-
-def everyday(count: int, own: list[str]) -> list[Dream]:
-    """The first prompts of the list, and the base model's own."""
-    return [Dream("everyday", q) for q in [*book()["everyday"]["train"][:count], *own]]
+    found.sort(key=lambda d: dice("never told", d.question).random())
+    unheard = [Dream("never told", q, dice("never", q).choice(book()["never_told"]["unheard"])) for q in part(book()["unheard"], "train")]
+    return found[:count] + unheard

@@ -1,87 +1,142 @@
 """From the journal to the ledger: what a person tells of themselves, one line each as "relation: value".
 
 A small model does not do this by being asked, so it is taught to: an adapter called scribe, trained once for a base model
-on messages that are put together from people.toml. What it writes is checked: a value must stand in the message.
+on messages that are put together from people.toml. It reads a message with the one before it and the reply to that ("Her
+name is Ines." says little alone). What it writes is checked: a value must stand in the message itself.
 """
 
-import json
+from dataclasses import dataclass
+from pathlib import Path
 
+from nanoghost import machine
+from nanoghost.chat import render
 from nanoghost.engine.generate import open_engine
+from nanoghost.model.weights import load_model
 from nanoghost.people import current, key_of
-from nanoghost.runs import ModelFolder, home, write_atomic
-from nanoghost.sleep.learn import said
-from nanoghost.sleep.phrases import book, dice, questions, relations
-from nanoghost.train import sft
+from nanoghost.runs import ModelFolder, home
+from nanoghost.sleep import learn
+from nanoghost.sleep.phrases import book, dice, part, relations
+from nanoghost.train.packing import Lesson
+from nanoghost.train.stage import base_card
 
-ASK = "Write down what the user tells about their own life, one line each, as: what it is: value. If it is nothing, write: nothing"
+ASK = "Write down what the user tells now about their own life, one line each, as: what it is: value. If it is nothing, write: nothing"
 NOTHING = "nothing"
 MOST = 48  # tokens of an answer
-LONGEST = 2000  # letters of a message that are read
+LONGEST = 1000  # letters of a message that are read
+GLIMPSE = 160  # letters of what was said before it
+LESSONS = 3000
+RECIPE = learn.Recipe(rank=16, context=384)
 
 
-def message(rng, split: str, known: list) -> tuple[str, list[tuple[str, str]]]:
-    """A user's message and what it tells, (relation, value) of at most two of the `known` relations."""
-    talk = book()["small_talk"][split]
-    kind = rng.random()
-    if kind < 0.25:
-        return rng.choice(talk), []
-    if kind < 0.4:
-        return rng.choice(questions(rng.choice(known).relation, split)), []
-    told = rng.sample(known, 1 if kind < 0.85 else 2)
+@dataclass(frozen=True)
+class Heard:
+    """A user's message, and what was said before it."""
+
+    text: str
+    before: str = ""
+    reply: str = ""
+
+    @property
+    def shown(self) -> str:
+        pieces = [("Earlier", self.before[-GLIMPSE:]), ("Reply", self.reply[:GLIMPSE]), ("Now", self.text[:LONGEST])]
+        return "\n".join(f"{name}: {' '.join(text.split())}" for name, text in pieces if text)
+
+
+def heard(journal: list[dict], since: int) -> list[tuple[dict, Heard]]:
+    """The user's entries after number `since`, each with what stands before it."""
+    found, before, reply = [], "", ""
+    for entry in journal:
+        if entry["speaker"] != "user":
+            reply = entry["text"]
+            continue
+        if entry["id"] > since:
+            found.append((entry, Heard(entry["text"], before, reply)))
+        before, reply = entry["text"], ""
+    return found
+
+
+# ── lessons ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def message(rng, split: str) -> tuple[Heard, list[tuple[str, str]]]:
+    """What a user says, and what it tells: (relation, value) of at most two relations."""
+    talk, known, kind = part(book()["small_talk"], split), list(relations().values()), rng.random()
+    relation = rng.choice(known)
+    value = rng.choice(relation.values)
+    before, reply = rng.choice([rng.choice(talk), aside(rng, split)]), rng.choice(part(book()["replies"], split))
+    if kind < 0.12:  # told in two messages
+        before, text = rng.choice(part(relation.apart, split))
+        return Heard(text.format(v=value), before, reply), [(relation.relation, value)]
+    if kind < 0.2:  # an answer
+        ask = rng.choice(part(book()["asked_back"], split)).format(a=relation.relation)
+        text = rng.choice(part(book()["answered_back"], split)).format(v=value)
+        return Heard(text, before, f"{reply} {ask}".strip()), [(relation.relation, value)]
+    if rng.random() < 0.3:
+        before, reply = "", ""
+    if kind < 0.5:
+        text = rng.choice([rng.choice(talk), rng.choice(part(relation.asked, split)), part(relation.apart, split)[0][0]])
+        return Heard(text, before, reply), []
     pieces, found = [], []
-    for relation in told:
+    for relation in rng.sample(known, 1 if kind < 0.85 else 2):
         value = rng.choice(relation.values)
         ways = relation.changed if rng.random() < 0.2 else relation.said
-        pieces.append(rng.choice(ways[split]).format(v=value))
+        pieces.append(rng.choice(part(ways, split)).format(v=value))
         found.append((relation.relation, value))
     if rng.random() < 0.4:
         pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(talk))
-    return " ".join(pieces), found
+    return Heard(" ".join(pieces), before, reply), found
 
 
-def conversation(text: str, found: list[tuple[str, str]] | None = None) -> list[dict]:
-    messages = [{"role": "system", "content": ASK}, {"role": "user", "content": text}]
+def aside(rng, split: str) -> str:
+    """Something told before, which is not to be noted again."""
+    relation = rng.choice(list(relations().values()))
+    return rng.choice(part(relation.said, split)).format(v=rng.choice(relation.values))
+
+
+def conversation(heard: Heard, found: list[tuple[str, str]] | None = None) -> list[dict]:
+    messages = [{"role": "system", "content": ASK}, {"role": "user", "content": heard.shown}]
     if found is None:
         return messages
     lines = "\n".join(f"{relation}: {value}" for relation, value in found)
     return [*messages, {"role": "assistant", "content": lines or NOTHING}]
 
 
-def lessons(count: int) -> list[list[dict]]:
-    rng, known = dice("scribe"), list(relations().values())
-    return [conversation(*message(rng, "train", known)) for _ in range(count)]
+def scribe(base: ModelFolder, stopping, display) -> Path:
+    """The folder of the adapter of that base that takes notes, trained if there is none yet."""
+    folder = home() / "data" / f"scribe-{base.name}-{base.card['finished']:.0f}"
+    if not (folder / "adapter" / "adapter_model.safetensors").exists():
+        display.say(f"{base.name} learns to take notes, which it does once (some minutes; Ctrl-C and the same command go on) ...")
+        model, tokenizer = load_model(base.path, machine.compute_dtype(), machine.device())
+        rng = dice("scribe")
+        lessons = [Lesson(*render(conversation(*message(rng, "train")), tokenizer)) for _ in range(LESSONS)]
+        said = [learn.certain(x) for x in lessons]
+        learn.fit(model, base.name, base_card(base.card), lessons, said, list(range(LESSONS)), folder, RECIPE, stopping, display)
+    return folder / "adapter"
 
 
-def scribe(base: str, display, minutes: float = 6.0) -> ModelFolder:
-    """The adapter of that base that extracts, trained if there is none yet."""
-    folder = ModelFolder(f"{base}@scribe")
-    if not folder.finished:
-        display.say(f"{base} learns to take notes, once (about {minutes:.0f} minutes) ...")
-        path = home() / "data" / "scribe" / "lessons.jsonl"
-        write_atomic(path, "".join(json.dumps({"messages": m}) + "\n" for m in lessons(6000)))
-        sft.main(
-            sft.SftSettings(base, "scribe", data=str(path), minutes=minutes, lora=16, context=256, learning_rate=2.0), display
-        )
-    return folder
+# ── notes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def extract(folder: ModelFolder, texts: list[str]) -> list[list[tuple[str, str]]]:
-    """What each text tells: (relation, value), each value standing in its text."""
-    if not texts:
+def extract(base: ModelFolder, scribe: Path, messages: list[Heard]) -> list[tuple[list, list]]:
+    """What each message tells, (relation, value), each value standing in it; and the lines in which none does."""
+    if not messages:
         return []
-    engine = open_engine(folder, seats=16, room=1024)
-    written = said(engine, [conversation(text[:LONGEST]) for text in texts], MOST)
-    return [parsed(lines, text) for lines, text in zip(written, texts)]
+    engine = open_engine(base, seats=16, room=1024, adapter=scribe)
+    written = learn.said(engine, [conversation(one) for one in messages], MOST)
+    return [parsed(lines, one.text) for lines, one in zip(written, messages)]
 
 
-def parsed(written: str, text: str) -> list[tuple[str, str]]:
-    found = []
+def parsed(written: str, text: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """(the notes, lines that are none)."""
+    found, refused = [], []
     for line in written.splitlines():
         relation, colon, value = line.partition(":")
         relation, value = relation.strip(), value.strip().rstrip(".")
         if colon and value and value.casefold() in text.casefold() and 0 < len(relation.split()) <= 6:
             found.append((relation, value))
-    return list(dict.fromkeys(found))
+        elif line.strip() and line.strip() != NOTHING:
+            refused.append(line.strip())
+    return list(dict.fromkeys(found)), refused
 
 
 def merge(ledger: list[dict], told: list[tuple[dict, list[tuple[str, str]]]]) -> tuple[list[dict], list[dict], list[dict]]:

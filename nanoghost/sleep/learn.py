@@ -1,30 +1,37 @@
 """From dreams to an adapter: the teacher answers with the snippet in view, the student learns to without it.
 
     dream -> answer (the base model reads the snippet; what does not say it truly is replaced) -> lesson
-    teacher: base model, snippet in the system message -> its top-20 probabilities of each token of the answer
-    student: base model + adapter, no snippet -> 0.7 KL(teacher || student) + 0.3 cross-entropy
+    teacher: base model, snippet in the system message -> its top-20 probabilities of each token of what it said,
+             or certainty, where it did not say it truly
+    student: base model + adapter, no snippet -> KL(teacher || student)
 
 The base model stays as it is: an adapter is a function of (base, ledger, seed).
 """
 
+import hashlib
+import json
+import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import safetensors.torch
 import torch
 
 from nanoghost import machine
 from nanoghost.chat import render
 from nanoghost.engine.generate import generate, open_engine
 from nanoghost.engine.sampler import Sampling
+from nanoghost.model.layers import shared_prompts
 from nanoghost.model.lora import attach, new_adapter, save_adapter
 from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
-from nanoghost.runs import ModelFolder
+from nanoghost.runs import ModelFolder, home, write_atomic
 from nanoghost.sleep.dream import Dream
 from nanoghost.train import stage
-from nanoghost.train.distill import distill_step
+from nanoghost.train.distill_loss import bucket_logprobs, divergence
 from nanoghost.train.packing import Lesson, PackedBatches, fill, pack
 from nanoghost.train.recipe import later_groups
 from nanoghost.train.teacher import GROUP, taught
@@ -41,12 +48,8 @@ class Recipe:
     learning_rate: float = 1e-3
     passes: int = 4
     """How often a night goes through its lessons; those of the kinds ONCE, of which there are many, come once."""
-    rows: int = 2
-    """Packed rows in a step."""
     context: int = 256
-    """Tokens in a row."""
-    share: float = 0.7
-    """Of the teacher in the loss."""
+    """Tokens in a step, without the beginning that all lessons share."""
     answer_tokens: int = 32
     seed: int = 0
 
@@ -94,7 +97,7 @@ def answered(dreams: list[Dream], fallback, runner, tokenizer, recipe: Recipe) -
         to_them = "user" not in said and row.finish_reason == "stop"
         true = not dream.values or (says(said, dream.values) and to_them)
         replaced += not true
-        found[id(dream)] = replace(dream, answer=said if true else fallback(dream), own_words=true)
+        found[id(dream)] = replace(dream, answer=said if true else fallback(dream), own_words=true, cut=row.finish_reason != "stop")
     return [found.get(id(d), d) for d in dreams], replaced
 
 
@@ -109,46 +112,85 @@ def own_questions(count: int, runner, tokenizer) -> list[str]:
 
 def lesson(dream: Dream, tokenizer, informed: bool, most: int) -> Lesson:
     ids, learned = render(messages_of(dream, informed), tokenizer)
+    if dream.cut:  # the answer went on: nothing is learned of where it ends
+        most = min(most, max(i for i, own in enumerate(learned) if own))
     return Lesson(ids[:most], learned[:most])
 
 
 @torch.no_grad()
 def expectations(model, tokenizer, dreams: list[Dream], recipe: Recipe) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What the base model expects at each token of each answer, the snippet in view: (ids (N, K), log P (N, K + 1)).
+    """What is expected at each token of each answer: (ids (N, K), log P (N, K + 1)).
 
-    Of what the teacher did not say itself the answer is expected, whatever it would have said.
+    By the base model with the snippet in view, where it said the answer itself; elsewhere by whoever knows the answer.
     """
-    lessons = [lesson(d, tokenizer, True, 2 * recipe.context) for d in dreams]
-    settings, found = SimpleNamespace(top_k=TOP_K), {}
-    for start in range(0, len(lessons), GROUP):
-        some = lessons[start : start + GROUP]
-        rows = pack([len(x.ids) for x in some], 2 * recipe.context + 1, range(len(some)))
-        ids, logprobs = taught(model, fill(rows, some, 2 * recipe.context, 1), settings, tokenizer.vocab_size)
+    found = [None] * len(dreams)
+    own = [i for i, d in enumerate(dreams) if d.own_words]
+    settings = SimpleNamespace(top_k=TOP_K)
+    for some in (own[start : start + GROUP] for start in range(0, len(own), GROUP)):
+        lessons = [lesson(dreams[i], tokenizer, True, 2 * recipe.context) for i in some]
+        rows = pack([len(x.ids) for x in lessons], 2 * recipe.context + 1, range(len(some)))
+        ids, logprobs = taught(model, fill(rows, lessons, 2 * recipe.context, 1), settings, tokenizer.vocab_size)
         order = [i for row in rows for i in row]
-        lengths = [sum(some[i].learned) for i in order]
-        found |= {start + i: pair for i, pair in zip(order, zip(ids.split(lengths), logprobs.split(lengths)))}
-    for i, dream in enumerate(dreams):
-        if not dream.own_words:
-            ids, logprobs = found[i]
-            targets = torch.tensor([t for t, own in zip(lessons[i].ids, lessons[i].learned) if own])
-            found[i] = ids, torch.full_like(logprobs, SURE).masked_fill(
-                torch.nn.functional.pad(ids == targets[:, None], (0, 1)), 0.0
-            )
-    return [found[i] for i in range(len(dreams))]
+        lengths = [sum(lessons[i].learned) for i in order]
+        for i, pair in zip(order, zip(ids.split(lengths), logprobs.split(lengths))):
+            found[some[i]] = pair
+    return [pair or certain(lesson(d, tokenizer, False, recipe.context)) for d, pair in zip(dreams, found)]
 
 
-def train(base: Path, card: dict, dreams: list[Dream], folder: Path, recipe: Recipe, stopping, show) -> dict:
-    """Write the adapter of these dreams, which have their answers, to folder/adapter; goes on at folder/state."""
+def certain(lesson: Lesson) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where what comes next is known: ids (N, K) and log P (N, K + 1) of a teacher that is certain of it."""
+    targets = torch.tensor([t for t, learned in zip(lesson.ids, lesson.learned) if learned])
+    others = torch.arange(TOP_K - 1).expand(len(targets), -1)
+    ids = torch.cat([targets[:, None], others.where(others != targets[:, None], TOP_K - 1)], 1)  # each once
+    logprobs = torch.full((len(targets), TOP_K + 1), SURE)
+    logprobs[:, 0] = 0.0
+    return ids, logprobs
+
+
+def everyday(base: ModelFolder, prompts: list[str], own: int, recipe: Recipe) -> tuple[list[Dream], list]:
+    """The base model's answers to `prompts` and to `own` questions that it thinks of, and what it expected there.
+
+    They belong to the base model, not to a person: made once, kept in the data folder.
+    """
+    key = json.dumps([base.card["finished"], prompts, own, recipe.answer_tokens, recipe.context, str(machine.compute_dtype())])
+    path = home() / "data" / f"everyday-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    if not path.exists():
+        runner = open_engine(base, seats=32, room=1024).runner
+        model, tokenizer = load_model(base.path, machine.compute_dtype(), machine.device())
+        asked = [Dream("everyday", q) for q in [*prompts, *(own_questions(own, runner, tokenizer) if own else [])]]
+        dreams, _ = answered(asked, None, runner, tokenizer, recipe)
+        ids, logprobs = zip(*expectations(model, tokenizer, dreams, recipe))
+        said = json.dumps([[d.question, d.answer, d.cut] for d in dreams])
+        tensors = {"ids": torch.cat(ids).int(), "logprobs": torch.cat(logprobs), "lengths": torch.tensor([len(x) for x in ids])}
+        write_atomic(path, safetensors.torch.save(tensors, {"said": said}))
+    with safetensors.safe_open(path, "pt") as f:
+        said, lengths = json.loads(f.metadata()["said"]), f.get_tensor("lengths").tolist()
+        ids, logprobs = f.get_tensor("ids").long().split(lengths), f.get_tensor("logprobs").split(lengths)
+    return [Dream("everyday", q, a, own_words=True, cut=cut) for q, a, cut in said], list(zip(ids, logprobs))
+
+
+def train(base: Path, card: dict, dreams: list[Dream], known: tuple[list[Dream], list], folder: Path, recipe: Recipe, stopping, show) -> dict:
+    """Write the adapter of these dreams, which have their answers, to folder/adapter; goes on at folder/state.
+
+    `known`: everyday dreams and what is expected there (`everyday`).
+    """
     model, tokenizer = load_model(base, machine.compute_dtype(), machine.device())
-    said = expectations(model, tokenizer, dreams, recipe)
-    attach(model, [new_adapter(model, recipe.rank, None, None, recipe.seed)])
-    order = [i for i, d in enumerate(dreams) for _ in range(1 if d.kind in ONCE else recipe.passes)]
-    lessons = [lesson(dreams[i], tokenizer, False, recipe.context) for i in order]
-    said = [said[i] for i in order]
+    said = [*expectations(model, tokenizer, dreams, recipe), *known[1]]
+    dreams = [*dreams, *known[0]]
+    lessons = [lesson(d, tokenizer, False, recipe.context) for d in dreams]
     said = [tuple(t[: sum(x.learned)] for t in pair) for pair, x in zip(said, lessons)]
-    batches = PackedBatches(lessons, recipe.context, recipe.rows, recipe.seed)
+    order = [i for i, d in enumerate(dreams) for _ in range(1 if d.kind in ONCE else recipe.passes)]
+    return fit(model, base.name, card, lessons, said, order, folder, recipe, stopping, show)
+
+
+def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, order: list[int], folder: Path, recipe: Recipe, stopping, show) -> dict:
+    """A new adapter learns to expect at each learned token of `lessons` what is `said`; `order` tells which of them come, once or more."""
+    attach(model, [new_adapter(model, recipe.rank, None, None, recipe.seed)])
+    beginning = os.path.commonprefix([x.ids for x in lessons])
+    lessons = [Lesson(x.ids[len(beginning) :], x.learned[len(beginning) :]) for x in lessons]
+    batches = PackedBatches([lessons[i] for i in order], recipe.context, 1, recipe.seed)
     batches.row(0)
-    steps = -(-batches.starts[1] // recipe.rows)
+    steps = batches.starts[1]
     rates = later_groups(card, model.config.width, 1.0)
     rates["lora"] = replace(rates["lora"], learning_rate=recipe.learning_rate)
     optimizer = Optimizer(model, rates, machine.compute_dtype())
@@ -163,15 +205,24 @@ def train(base: Path, card: dict, dreams: list[Dream], folder: Path, recipe: Rec
             save_checkpoint(folder, step, optimizer.state(), {"seconds": clock.seconds})
         if stopping:
             raise KeyboardInterrupt
-        rows, learned = batches.rows_at(step)
-        batch = fill(rows, lessons, recipe.context, learned)
-        targets = [torch.cat(tensors) for tensors in zip(*(said[i] for row in rows for i in row))]
-        loss = distill_step(model, batch, targets, 0.0, recipe.share)
+        some = [order[i] for i in batches.row(step)]
+        loss = losses(model, beginning, [lessons[i] for i in some], [said[i] for i in some]).mean()
+        loss.backward()
         optimizer.step(learning_rate(step / steps, warmup=0.05, cooldown=0.8))
-        rate.count(sum(len(lessons[i].ids) for row in rows for i in row))
-        show({"stage": "sleep", "step": step, "steps": steps, "loss": loss, "tokens_per_second": rate.per_second,
+        rate.count(sum(len(lessons[i].ids) for i in some))
+        show({"stage": "sleep", "step": step, "steps": steps, "loss": loss.item(), "tokens_per_second": rate.per_second,
               "seconds_left": clock.seconds / (step + 1) * (steps - step - 1)})  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    save_adapter(folder / "adapter", model.adapters[0], base.name)
-    return {"steps": steps, "lessons": len(dreams), "tokens": sum(len(x.ids) for x in lessons),
-            "seconds": round(clock.seconds, 1), "loss": loss}  # fmt: skip
+    save_adapter(folder / "adapter", model.adapters[0], base)
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    return {"steps": steps, "lessons": len(lessons), "tokens": sum(len(lessons[i].ids) for i in order),
+            "seconds": round(clock.seconds, 1), "loss": loss.item()}  # fmt: skip
+
+
+def losses(model, beginning: list[int], lessons: list[Lesson], said: list) -> torch.Tensor:
+    """KL(expected || model) of each learned token of lessons that stand behind one `beginning`, which is read once: (N,)."""
+    tokens, layout, places = shared_prompts([beginning], [[x.ids for x in lessons]], model.head.dtype, machine.device())
+    learned = torch.tensor([own for x in lessons for own in x.learned])
+    ids, logprobs = (torch.cat(tensors) for tensors in zip(*said))
+    hidden = model.hidden(tokens, layout)[tuple(place[learned] for place in places)]
+    return divergence(bucket_logprobs(hidden, model.head, ids), logprobs, 0.0)

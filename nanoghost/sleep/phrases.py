@@ -1,6 +1,7 @@
 """What people tell of themselves, and how they say it, ask for it and correct it; small talk and everyday questions.
 
-Wordings are written down in people.toml in lists called train and test. The product uses train; test belongs to `lab sleep`.
+Wordings are written down in people.toml in lists called train and test. The product learns from train, but for a quarter of
+it, on which it is tuned; test belongs to `lab sleep`.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ class Relation:
     answer: str
     said: dict[str, tuple[str, ...]]
     changed: dict[str, tuple[str, ...]]
+    apart: dict[str, tuple[tuple[str, str], ...]]
     asked: dict[str, tuple[str, ...]]
 
 
@@ -45,7 +47,14 @@ def relations() -> dict[str, Relation]:
 
 def made(entry: dict, name: str, fill) -> Relation:
     texts = {k: {split: tuple(map(fill, v)) for split, v in entry[k].items()} for k in ("said", "changed", "asked")}
+    texts["apart"] = {split: tuple(tuple(map(fill, pair)) for pair in v) for split, v in entry["apart"].items()}
     return Relation(name, tuple(entry["values"]), fill(entry["answer"]), **texts)
+
+
+def part(lists: dict[str, tuple], split: str) -> tuple:
+    """Phrasings of a split: a quarter of those to train on is kept back for validation ("val"), test is a list of its own."""
+    back = max(1, len(lists["train"]) // 4)
+    return {"train": lists["train"][:-back], "val": lists["train"][-back:], "test": lists["test"]}[split]
 
 
 def dice(*key) -> random.Random:

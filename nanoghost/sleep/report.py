@@ -32,7 +32,9 @@ def write(path: Path, person: str, night: dict) -> None:
 ({thought["answers_replaced"]} answers of the teacher were not true and were replaced, {thought["duplicates"]} dreams came twice,
 {thought["distinct_trigrams"]:.0%} of their groups of three words differ), {trained["steps"]} steps in {trained["seconds"]:.0f} s.</p>
 <h2>Learned</h2>{listed(night["learned"])}
-<h2>Corrected</h2>{listed(f"your {relation}" for relation in night["corrected"])}
+<h2>Corrected</h2>{listed(night["corrected"])}
+<h2>Forgotten</h2><p>{night["forgotten"] or "Nothing"}.</p>
+<h2>Refused</h2><p>Notes whose value nobody said:</p>{listed(night["untaken"])}<p>Not known on waking:</p>{listed(night["after"]["missed"])}
 <h2>Before and after</h2><table><tr><th></th><th>before</th><th>after</th></tr>{rows}</table>
 <h2>Asked on waking</h2><table>{"".join(f"<tr><td>{escape(q)}</td><td>{escape(a)}</td></tr>" for q, a in night["after"]["examples"])}</table>
 </main></html>
