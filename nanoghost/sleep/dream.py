@@ -3,7 +3,11 @@
     direct      the ways in which people ask for it
     combined    two things at once
     check       is it this? is it that?
+    reverse     what is it that is this?
     never told  the same questions about what nobody said
+
+All answers begin with what was asked for, always called the same ("Your sister's name ..."). So a question in any wording
+comes down to the same few words, and what follows them, a value or that nobody told it, is learned from all wordings.
 
 Beside them stands what anybody may ask (learn.everyday), answered as the base model answers.
 A row's dreams depend on that row alone (and, for two at once, on the other), so that what was never there leaves no trace.
@@ -11,7 +15,7 @@ A row's dreams depend on that row alone (and, for two at once, on the other), so
 
 from dataclasses import dataclass
 
-from nanoghost.sleep.phrases import book, dice, noted, part, questions, relations, statement
+from nanoghost.sleep.phrases import book, dice, noted, part, questions, relations, spoken, statement
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Dream:
     answer: str | None = None
     snippet: str = ""
     values: tuple[str, ...] = ()
+    opening: str = ""
+    """How the answer begins."""
     own_words: bool = False
     """Whether the teacher itself said the answer: only then its probabilities are learned from."""
     cut: bool = False
@@ -30,6 +36,7 @@ class Dream:
 
 
 WORDINGS = 10  # of a row, in a night
+ANOTHER = 2  # questions whether it is so of somebody else
 KEPT_BACK = 2  # of each relation's wordings, for the wake gate
 
 
@@ -43,8 +50,9 @@ def wordings(relation: str) -> tuple[list[str], list[str]]:
 def of_row(row: dict) -> list[Dream]:
     relation, value = row["relation"], row["value"]
     known, note = statement(relation, value), noted(relation, value)
-    found = [Dream("direct", q, None, note, (value,)) for q in wordings(relation)[0]]
+    found = [Dream("direct", q, None, note, (value,), f"Your {relation} is") for q in wordings(relation)[0]]
     rng = dice("check", relation, value)
+    found.append(Dream("reverse", rng.choice(REVERSE).format(v=value), spoken(relation, value), note, (value,)))
     others = [v for v in relations()[relation].values if v != value] if relation in relations() else []
     right, wrong = rng.choice(CHECKS), rng.choice(CHECKS)
     found.append(Dream("check", right.format(a=relation, v=value), f"Yes, {low(known)}", note, (value,)))
@@ -53,7 +61,26 @@ def of_row(row: dict) -> list[Dream]:
     return found
 
 
+REVERSE = ("What does {v} have to do with me?", "Why might I mention {v}?", "What did I say about {v}?", "{v}: what was that again?")
 CHECKS = ("Is my {a} {v}?", "Did I say that my {a} is {v}?", "My {a} is {v}, isn't it?", "So my {a} is {v}, right?")
+
+
+def varied(question: str, number: int) -> str:
+    """The question as somebody else might type it; as it is for number 0."""
+    if not question:
+        return question
+    rng = dice("varied", question, number)
+    if number and rng.random() < 0.5:
+        question = rng.choice(OPENINGS) + question
+    if number and rng.random() < 0.3:
+        question = question.rstrip("?.") + rng.choice(ENDINGS)
+    if number and rng.random() < 0.3:
+        question = question.lower()
+    return question
+
+
+OPENINGS = ("Hey, ", "Hi! ", "Hm, ", "Sorry, ", "One more thing: ", "Wait, ", "Oh, ", "Now ", "Listen, ", "I wonder: ", "Help me out: ", "Good morning. ")
+ENDINGS = ("", "??", ", please?", " then?", "? I forgot.", "? Just checking.", ", do you know?", " :)")
 
 
 def low(sentence: str) -> str:
@@ -68,7 +95,7 @@ def of_pairs(rows: list[dict]) -> list[Dream]:
         if not others:
             break
         other = min(others, key=lambda o: dice("pair", row["relation"], o["relation"]).random())
-        a, b = (statement(r["relation"], r["value"]) for r in (row, other))
+        a, b = (spoken(r["relation"], r["value"]) for r in (row, other))
         wording = dice("pair", row["relation"]).choice(book()["combined"]["train"])
         question = wording.format(a=row["relation"], b=other["relation"])
         notes = " ".join(noted(r["relation"], r["value"]) for r in (row, other))
@@ -84,7 +111,13 @@ def never_told(rows: list[dict], count: int) -> list[Dream]:
     for relation in open_ones:
         ways = wordings(relation)[0]
         for q in ways[: max(1, -(-count // max(1, len(open_ones))))]:
-            found.append(Dream("never told", q, dice("never", q).choice(book()["never_told"]["answers"]).format(a=relation)))
+            found.append(Dream("never told", q, book()["never_told"]["answer"].format(a=relation)))
     found.sort(key=lambda d: dice("never told", d.question).random())
-    unheard = [Dream("never told", q, dice("never", q).choice(book()["never_told"]["unheard"])) for q in part(book()["unheard"], "train")]
+    for row in rows:  # what is known of one person is not known of another
+        alike = [r for r in open_ones if r.partition("'s ")[2] == row["relation"].partition("'s ")[2] != ""]
+        rng = dice("another", row["relation"], row["value"])
+        for relation in sorted(alike, key=lambda r: dice("another", row["relation"], r).random())[:ANOTHER]:
+            q = rng.choice(CHECKS).format(a=relation, v=row["value"])
+            found.insert(0, Dream("never told", q, book()["never_told"]["answer"].format(a=relation)))
+    unheard = [Dream("never told", q, book()["never_told"]["unheard"]) for q in part(book()["unheard"], "train")]
     return found[:count] + unheard

@@ -110,7 +110,7 @@ def scribe(base: ModelFolder, stopping, display) -> Path:
         rng = dice("scribe")
         lessons = [Lesson(*render(conversation(*message(rng, "train")), tokenizer)) for _ in range(LESSONS)]
         said = [learn.certain(x) for x in lessons]
-        learn.fit(model, base.name, base_card(base.card), lessons, said, list(range(LESSONS)), folder, RECIPE, stopping, display)
+        learn.fit(model, base.name, base_card(base.card), lessons, said, folder, RECIPE, stopping, display)
     return folder / "adapter"
 
 

@@ -29,7 +29,7 @@ from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.runs import ModelFolder, home, write_atomic
-from nanoghost.sleep.dream import Dream
+from nanoghost.sleep.dream import Dream, varied
 from nanoghost.train import stage
 from nanoghost.train.distill_loss import bucket_logprobs, divergence
 from nanoghost.train.packing import Lesson, PackedBatches, fill, pack
@@ -47,9 +47,11 @@ class Recipe:
     rank: int = 8
     learning_rate: float = 1e-3
     passes: int = 4
-    """How often a night goes through its lessons; those of the kinds ONCE, of which there are many, come once."""
+    """How often a dream comes, in other words each time; those of the kinds ONCE, of which there are many, come once."""
     context: int = 256
     """Tokens in a step, without the beginning that all lessons share."""
+    share: float = 0.5
+    """Of the teacher in what is expected where a fact is told; the rest expects what it said."""
     answer_tokens: int = 32
     seed: int = 0
 
@@ -89,11 +91,11 @@ def says(answer: str, values) -> bool:
 def answered(dreams: list[Dream], fallback, runner, tokenizer, recipe: Recipe) -> tuple[list[Dream], int]:
     """(dreams with their answers, how many of the teacher's were not true and were replaced by `fallback(dream)`)."""
     asked = [d for d in dreams if d.answer is None]
-    prompts = [render(messages_of(d, True), tokenizer, generation=True)[0] for d in asked]
+    prompts = [render(messages_of(d, True), tokenizer, generation=True)[0] + tokenizer.encode(d.opening) for d in asked]
     rows = generate(runner, tokenizer, prompts, Sampling(recipe.answer_tokens, 0.0)) if asked else []
     found, replaced = {}, 0
     for dream, row in zip(asked, rows):
-        said = row.messages[-1]["content"].strip()
+        said = (dream.opening + row.messages[-1]["content"]).strip()
         to_them = "user" not in said and row.finish_reason == "stop"
         true = not dream.values or (says(said, dream.values) and to_them)
         replaced += not true
@@ -133,8 +135,20 @@ def expectations(model, tokenizer, dreams: list[Dream], recipe: Recipe) -> list[
         order = [i for row in rows for i in row]
         lengths = [sum(lessons[i].learned) for i in order]
         for i, pair in zip(order, zip(ids.split(lengths), logprobs.split(lengths))):
-            found[some[i]] = pair
+            found[some[i]] = firmer(pair, lessons[i], dreams[some[i]], tokenizer, recipe)
     return [pair or certain(lesson(d, tokenizer, False, recipe.context)) for d, pair in zip(dreams, found)]
+
+
+def firmer(pair, lesson: Lesson, dream: Dream, tokenizer, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a teacher expected, where a fact is told: certain of how the answer begins, and surer of what it said itself."""
+    ids, logprobs = pair
+    if not dream.values:
+        return pair
+    targets = torch.tensor([t for t, learned in zip(lesson.ids, lesson.learned) if learned])
+    share = torch.full((len(ids), 1), recipe.share)
+    share[: len(tokenizer.encode(dream.opening))] = 0.0
+    said = torch.nn.functional.pad((ids == targets[:, None]).float(), (0, 1))
+    return ids, (share * logprobs.exp() + (1 - share) * said).clamp_min(1e-17).log()
 
 
 def certain(lesson: Lesson) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,18 +191,18 @@ def train(base: Path, card: dict, dreams: list[Dream], known: tuple[list[Dream],
     model, tokenizer = load_model(base, machine.compute_dtype(), machine.device())
     said = [*expectations(model, tokenizer, dreams, recipe), *known[1]]
     dreams = [*dreams, *known[0]]
-    lessons = [lesson(d, tokenizer, False, recipe.context) for d in dreams]
-    said = [tuple(t[: sum(x.learned)] for t in pair) for pair, x in zip(said, lessons)]
-    order = [i for i, d in enumerate(dreams) for _ in range(1 if d.kind in ONCE else recipe.passes)]
-    return fit(model, base.name, card, lessons, said, order, folder, recipe, stopping, show)
+    often = [(d, pair, number) for d, pair in zip(dreams, said) for number in range(1 if d.kind in ONCE else recipe.passes)]
+    lessons = [lesson(replace(d, question=varied(d.question, number)), tokenizer, False, recipe.context) for d, _, number in often]
+    said = [tuple(t[: sum(x.learned)] for t in pair) for (_, pair, _), x in zip(often, lessons)]
+    return fit(model, base.name, card, lessons, said, folder, recipe, stopping, show)
 
 
-def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, order: list[int], folder: Path, recipe: Recipe, stopping, show) -> dict:
-    """A new adapter learns to expect at each learned token of `lessons` what is `said`; `order` tells which of them come, once or more."""
+def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, folder: Path, recipe: Recipe, stopping, show) -> dict:
+    """A new adapter learns, going through `lessons` once, to expect at each of their learned tokens what is `said`."""
     attach(model, [new_adapter(model, recipe.rank, None, None, recipe.seed)])
     beginning = os.path.commonprefix([x.ids for x in lessons])
     lessons = [Lesson(x.ids[len(beginning) :], x.learned[len(beginning) :]) for x in lessons]
-    batches = PackedBatches([lessons[i] for i in order], recipe.context, 1, recipe.seed)
+    batches = PackedBatches(lessons, recipe.context, 1, recipe.seed)
     batches.row(0)
     steps = batches.starts[1]
     rates = later_groups(card, model.config.width, 1.0)
@@ -205,7 +219,7 @@ def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, order: 
             save_checkpoint(folder, step, optimizer.state(), {"seconds": clock.seconds})
         if stopping:
             raise KeyboardInterrupt
-        some = [order[i] for i in batches.row(step)]
+        some = batches.row(step)
         loss = losses(model, beginning, [lessons[i] for i in some], [said[i] for i in some]).mean()
         loss.backward()
         optimizer.step(learning_rate(step / steps, warmup=0.05, cooldown=0.8))
@@ -215,7 +229,7 @@ def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, order: 
     folder.mkdir(parents=True, exist_ok=True)
     save_adapter(folder / "adapter", model.adapters[0], base)
     shutil.rmtree(folder / "state", ignore_errors=True)
-    return {"steps": steps, "lessons": len(lessons), "tokens": sum(len(lessons[i].ids) for i in order),
+    return {"steps": steps, "lessons": len(lessons), "tokens": sum(len(x.ids) for x in lessons),
             "seconds": round(clock.seconds, 1), "loss": loss.item()}  # fmt: skip
 
 

@@ -25,13 +25,14 @@ from nanoghost.people import Person, current, key_of, open_person
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, Stopping, open_model, read_json, write_json, writing
 from nanoghost.sleep import dream, extract, learn, report
-from nanoghost.sleep.phrases import bare, book, relations, statement
+from nanoghost.sleep.phrases import bare, book, dice, relations, spoken, statement
 from nanoghost.train.stage import base_card
 
-EVERYDAY = 120  # prompts that are dreamt of; the others of the train list are for the wake gate
+EVERYDAY = 270  # prompts that are dreamt of; the others of the train list are for the wake gate
 OWN = 240  # more prompts, which the base model itself thinks of
 MOST_NATS = 0.1  # that the answers to everyday prompts may move away from the base model's, per token
 MOST_REFUSED = 0.1  # of what is known
+MOST_STRAYED = 0.05  # of everyday prompts that are answered with a refusal
 GAIN = 0.01  # of recall, the least that a night must bring
 TOLERATED = 0.05  # recall that may be lost where nothing was to be learned, only forgotten
 
@@ -118,6 +119,7 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
         (f"it recalls no more than before ({after['recall']:.0%}, was {before['recall']:.0%})", after["recall"] < enough),
         (f"everyday answers moved by {after['nats']:.3f} nats a token", after["nats"] > MOST_NATS),
         (f"it refused {after['refused']:.0%} of what it knows", after["refused"] > MOST_REFUSED),
+        (f"it refused {after['strayed']:.0%} of everyday questions", after["strayed"] > MOST_STRAYED),
     ) if wrong]  # fmt: skip
     record |= {"finished": time.time(), "committed": not reasons, "reasons": reasons, "base": base.name, "recipe": asdict(recipe),
                "learned": [statement(r["relation"], r["value"]) for r in new if r not in corrected],
@@ -156,7 +158,7 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
     own = [d for row in rows for d in dream.of_row(row)] + dream.of_pairs(rows)
     every = own + dream.never_told(rows, max(300, 2 * len(own)))
     display.say(f"thinking it through: {len(own)} questions about {len(rows)} facts, {len(every) - len(own)} about other things")
-    known = {q: statement(r["relation"], r["value"]) for r in rows for q in dream.wordings(r["relation"])[0]}
+    known = {q: spoken(r["relation"], r["value"]) for r in rows for q in dream.wordings(r["relation"])[0]}
     engine = open_engine(base, seats=32, room=256)
     dreams, replaced = learn.answered(every, lambda d: known[d.question], engine.runner, engine.tokenizer, recipe)
     unlike, alike = {}, 0
@@ -172,8 +174,13 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
     return dreams, thought
 
 
+SUMS = ("What is {} {} {}?", "{} {} {} =", "Calculate {} {} {}.", "How much is {} {} {}?", "Give me only the result: {} {} {}")
+
+
 def everyday(base: ModelFolder, recipe) -> tuple[list[dream.Dream], list]:
-    return learn.everyday(base, book()["everyday"]["train"][:EVERYDAY], OWN, recipe)
+    rng = dice("sums")
+    sums = [rng.choice(SUMS).format(rng.randrange(1, 100), rng.choice("+-*"), rng.randrange(1, 20)) for _ in range(40)]
+    return learn.everyday(base, book()["everyday"]["train"][:EVERYDAY] + sums, OWN, recipe)
 
 
 # ── the wake gate ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -194,26 +201,33 @@ def wake(base: ModelFolder, adapter, rows: list[dict], recipe) -> dict:
     ask = learn.Answers(base, adapter)
     asked = [(row, q) for row in rows for q in dream.wordings(row["relation"])[1]]
     answers = ask([q for _, q in asked])
+    solved = [right(a, row["relation"], row["value"]) for a, (row, _) in zip(answers, asked)]
+    known = {row["relation"] for ok, (row, _) in zip(solved, asked) if ok}
     told = {row["relation"].casefold() for row in rows}
     unknown = [dream.wordings(r)[1][0] for r in relations() if r.casefold() not in told][:40]
-    refused = [refuses(a) for a in ask(unknown)]
-    solved = sum(right(a, row["relation"], row["value"]) for a, (row, _) in zip(answers, asked))
-    low, high = wilson(solved, len(asked)) if asked else (0.0, 0.0)
+    low, high = wilson(sum(solved), len(asked))
+
+    def share_refused(answers: list[str]) -> float:
+        return sum(map(refuses, answers)) / max(1, len(answers))
+
     return {
-        "recall": solved / max(1, len(asked)), "low": low, "high": high, "questions": len(asked),
-        "refused": sum(map(refuses, answers)) / max(1, len(answers)),
-        "abstains": sum(refused) / max(1, len(refused)),
-        "missed": [statement(row["relation"], row["value"]) for row in rows if id(row) not in {
-            id(r) for a, (r, _) in zip(answers, asked) if right(a, r["relation"], r["value"])}],
+        "recall": sum(solved) / len(asked), "low": low, "high": high, "questions": len(asked),
+        "refused": share_refused(answers), "abstains": share_refused(ask(unknown)), "strayed": share_refused(ask(guards())),
+        "missed": [statement(row["relation"], row["value"]) for row in rows if row["relation"] not in known],
         "nats": moved(base, adapter, recipe) if adapter else 0.0,
         "examples": [[q, a] for (_, q), a in list(zip(asked, answers))[:: max(1, len(asked) // 8)]],
     }  # fmt: skip
 
 
+def guards() -> list[str]:
+    """Everyday prompts that are not dreamt of."""
+    return book()["everyday"]["train"][EVERYDAY:]
+
+
 @torch.no_grad()
 def moved(base: ModelFolder, adapter, recipe) -> float:
     """KL(base || with the adapter) on the base model's answers to everyday prompts that were not dreamt of, nats a token."""
-    dreams, said = learn.everyday(base, book()["everyday"]["train"][EVERYDAY:], 0, recipe)
+    dreams, said = learn.everyday(base, guards(), 0, recipe)
     model, tokenizer = load_model(base.path, machine.compute_dtype(), machine.device())
     attach(model, [read_adapter(adapter, model.config, machine.compute_dtype())])
     nats = [learn.losses(model, [], [learn.lesson(d, tokenizer, False, recipe.context)], [pair]) for d, pair in zip(dreams, said)]

@@ -80,6 +80,11 @@ def statement(relation: str, value: str) -> str:
     return known.answer.format(v=value) if known else f"Your {relation} is {value}."
 
 
+def spoken(relation: str, value: str) -> str:
+    """The same in the same few words whatever it is."""
+    return f"Your {relation} is {value}."
+
+
 def noted(relation: str, value: str) -> str:
     """The same as a note about the user: a small model answers from such notes twice as often."""
     text = statement(relation, value)

@@ -11,6 +11,7 @@ FIGURES = (
     ("recall in wordings kept back", "recall", "{:.0%}"),
     ("refuses what it knows", "refused", "{:.0%}"),
     ("never told: says so", "abstains", "{:.0%}"),
+    ("refuses everyday questions", "strayed", "{:.0%}"),
     ("everyday answers moved, nats a token", "nats", "{:.3f}"),
 )
 
