@@ -156,6 +156,14 @@ def test_no_wording_is_both_taught_and_asked():
         assert not {bare(q) for q in book()[name]["train"]} & {bare(q) for q in book()[name]["test"]}
 
 
+def test_an_answer_that_says_more_or_less_than_is_known_does_not_follow():
+    d = dream.of_row({"relation": "uncle's job", "value": "an egg farmer"})[0]
+    assert learn.follows("Your uncle's job is an egg farmer.", d) and d.opening == "Your uncle's job is"
+    for wrong in ("Your uncle's job is not an egg farmer.", "Your uncle's job is an egg farmer in Ohio.", "Your uncle's job is an egg.",
+                  "The user's uncle works as an egg farmer."):  # fmt: skip
+        assert not learn.follows(wrong, d)
+
+
 def test_every_relation_says_its_value_and_no_other():
     for name, relation in relations().items():
         for value in relation.values:
@@ -225,7 +233,7 @@ def test_dreams_belong_to_their_rows():
     assert len({d.question for d in unknown}) == len(unknown) > 300
     assert not any("sister's name" in d.answer or "dog's name" in d.answer for d in unknown)
     pairs = dream.of_pairs(rows)
-    assert len(pairs) == 3 and all(learn.says(d.answer, d.values) for d in pairs) and not dream.of_pairs(rows[:1])
+    assert len(pairs) == 12 and all(learn.says(d.answer, d.values) for d in pairs) and not dream.of_pairs(rows[:1])
 
 
 @pytest.fixture
@@ -244,7 +252,7 @@ def base(me):
 
 def dreams() -> list[dream.Dream]:
     known = [
-        dream.Dream("direct", "what is it?", "it is red.", "The user's it is red.", ("red",), own_words=i % 2 == 0)
+        dream.Dream("direct", "what is it?", "it is red.", "The user's it is red.", ("red",), "it" if i % 4 == 2 else "", own_words=i % 2 == 0)
         for i in range(6)
     ]
     return [
@@ -259,7 +267,7 @@ CARD = {"stage": "adopt", "parent": None}
 
 def trained(base, folder, stopping, show=lambda event: None):
     model, tokenizer = load_model(base, torch.float32)
-    recipe = learn.Recipe(rank=2, passes=3, context=64)
+    recipe = learn.Recipe(rank=2, context=64)
     everyday = dreams()[-1:]
     known = everyday, learn.expectations(model, tokenizer, everyday, recipe)
     return learn.train(base, CARD, dreams()[:-1], known, folder, recipe, stopping, show)
@@ -299,7 +307,9 @@ def test_a_teacher_sees_the_snippet_and_only_its_own_words_are_its_probabilities
             with torch.no_grad():
                 logits = model(informed[None])[0, :-1][learned[1:]]
             truth = torch.softmax(logits, 1).gather(1, own[:, None])[:, 0]
-            torch.testing.assert_close(expected, truth, rtol=1e-3, atol=1e-5)
+            share = torch.full_like(truth, recipe.share if d.values else 1.0)  # it is surer of a fact that it said itself ...
+            share[: len(tokenizer.encode(d.opening))] = 0.0  # ... and certain of how the answer begins
+            torch.testing.assert_close(expected, share * truth + 1 - share, rtol=1e-3, atol=1e-5)
         else:
             assert (expected == 1).all()
 
@@ -319,7 +329,7 @@ class Quiet:
 
 
 TOLD = {"Ines": ("sister's name", "Ines"), "Rex": ("dog's name", "Rex")}
-RECIPE = learn.Recipe(rank=2, passes=2, answer_tokens=4)
+RECIPE = learn.Recipe(rank=2, answer_tokens=4)
 
 
 @pytest.fixture

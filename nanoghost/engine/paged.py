@@ -135,7 +135,10 @@ class PagedRunner:
             row, n = reading.row, len(reading.tokens)
             self.remember(row)
             if row.adapter:
-                adapted.append((slice(len(tokens), len(tokens) + n), self.model.adapters[row.adapter]))
+                first, adapter = len(tokens), self.model.adapters[row.adapter]
+                if adapted and adapted[-1][0].stop == first and adapted[-1][1] is adapter:  # one product for neighbours
+                    first = adapted.pop()[0].start
+                adapted.append((slice(first, len(tokens) + n), adapter))
             tokens += reading.tokens
             seats += [self.rows[id(row)].number] * n
             positions += range(row.read, row.read + n)

@@ -9,7 +9,7 @@ if it has the value and none that it might rather have been. The same questions 
     lookup       what the ledger says about the words of the question, in the system message
     raw          trained on the journal itself, next token by next token
     pairs        trained on questions and answers alone: none in the teacher's words, no never told, nothing held
-    first night  ours after the first night: asked about its facts alone
+    first-night  ours after the first night: asked about its facts alone
     ours         all nights
     ours+lookup
     forgotten    ours, of which three facts were forgotten: asked about these alone
@@ -46,9 +46,10 @@ from nanoghost.sleep.phrases import book, noted, part, questions, relations, sta
 from nanoghost.tools.lookup import Index
 from nanoghost.train.stage import base_card
 
-ARMS = ("base", "context", "ceiling", "lookup", "raw", "pairs", "first night", "ours", "ours+lookup", "forgotten")
-TRAINED = {"raw": "raw", "pairs": "pairs", "first night": "first", "ours": "ours", "ours+lookup": "ours", "forgotten": "forgotten"}
+ARMS = ("base", "context", "ceiling", "lookup", "raw", "pairs", "first-night", "ours", "ours+lookup", "forgotten")
+TRAINED = {"raw": "raw", "pairs": "pairs", "first-night": "first", "ours": "ours", "ours+lookup": "ours", "forgotten": "forgotten"}
 FORGOTTEN = 3
+READINGS = 16  # of the journal, in the arm that only reads it
 LEAKS = 200  # questions about another person's facts
 
 
@@ -84,8 +85,7 @@ def trained(arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: l
     folder.mkdir(parents=True, exist_ok=True)
     start, known = time.perf_counter(), ([], [])
     if arm == "raw":
-        dreams = [dream.Dream("raw", "", text) for text, _, _ in life.messages]
-        recipe = replace(recipe, passes=recipe.passes * 4)
+        dreams = [dream.Dream("raw", "", text) for text, _, _ in life.messages] * READINGS
     elif arm == "pairs":
         dreams = [replace(d, answer=statement(r["relation"], r["value"]), snippet="") for r in rows for d in dream.of_row(r) if d.kind == "direct"]
     else:
@@ -142,7 +142,7 @@ def examine(arm: str, base: ModelFolder, adapter: Path | None, true: list[dict],
         "examples": [[q, a] for (q, _), a in list(zip(single, said))[:: max(1, len(single) // 12)]],
         "wrong": [[q, a, row["value"]] for (q, [row]), a, (_, ok) in zip(single, said, solved) if not ok][:30],
     }
-    if arm in ("first night", "forgotten"):
+    if arm in ("first-night", "forgotten"):
         return found
 
     ways = book()["combined"]["train" if split == "val" else "test"]
@@ -232,7 +232,7 @@ def noted_down(life: Life, base: ModelFolder, place: Path, display) -> tuple[lis
 def one_arm(arm: str, base: ModelFolder, life: Life, known: list[dict], place: Path, settings, seed: int, display) -> dict:
     true, recipe = life.facts(), replace(learn.Recipe(), seed=seed)
     asked_of, rows = true, known
-    if arm == "first night":
+    if arm == "first-night":
         rows = life.facts(days=1)
         later = {r["relation"] for r in true if r["supersedes"]}
         asked_of = [r for r in rows if r["relation"] not in later]
@@ -247,8 +247,8 @@ def one_arm(arm: str, base: ModelFolder, life: Life, known: list[dict], place: P
     figures |= examine(arm, base, adapter, true, asked_of, known, settings.split, seed)
     if settings.general and arm in ("base", "raw", "pairs", "ours"):
         figures |= general(base, adapter, true, settings.split)
-    if arm == "ours" and (place / "first night.json").exists():
-        first = read_json(place / "first night.json")["by_row"]
+    if arm == "ours" and (place / "first-night.json").exists():
+        first = read_json(place / "first-night.json")["by_row"]
         now = [ok for relation in first for ok in figures["by_row"][relation]]
         before = [ok for oks in first.values() for ok in oks]
         figures["kept"] = round(sum(now) / max(1, sum(before)), 4)

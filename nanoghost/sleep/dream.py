@@ -3,7 +3,6 @@
     direct      the ways in which people ask for it
     combined    two things at once
     check       is it this? is it that?
-    reverse     what is it that is this?
     never told  the same questions about what nobody said
 
 All answers begin with what was asked for, always called the same ("Your sister's name ..."). So a question in any wording
@@ -35,8 +34,9 @@ class Dream:
     """Whether the answer went on."""
 
 
-WORDINGS = 10  # of a row, in a night
-ANOTHER = 2  # questions whether it is so of somebody else
+WORDINGS = 44  # of a row, in a night
+PARTNERS = 3  # of a row, for questions about two things at once
+NEAR = 2  # times as many questions about what is known of somebody else
 KEPT_BACK = 2  # of each relation's wordings, for the wake gate
 
 
@@ -52,35 +52,15 @@ def of_row(row: dict) -> list[Dream]:
     known, note = statement(relation, value), noted(relation, value)
     found = [Dream("direct", q, None, note, (value,), f"Your {relation} is") for q in wordings(relation)[0]]
     rng = dice("check", relation, value)
-    found.append(Dream("reverse", rng.choice(REVERSE).format(v=value), spoken(relation, value), note, (value,)))
     others = [v for v in relations()[relation].values if v != value] if relation in relations() else []
-    right, wrong = rng.choice(CHECKS), rng.choice(CHECKS)
-    found.append(Dream("check", right.format(a=relation, v=value), f"Yes, {low(known)}", note, (value,)))
-    if others:
-        found.append(Dream("check", wrong.format(a=relation, v=rng.choice(others)), f"No, {low(known)}", note, (value,)))
+    for ask in CHECKS:
+        found.append(Dream("check", ask.format(a=relation, v=value), f"Yes, {low(known)}", note, (value,)))
+        if others:
+            found.append(Dream("check", ask.format(a=relation, v=rng.choice(others)), f"No, {low(known)}", note, (value,)))
     return found
 
 
-REVERSE = ("What does {v} have to do with me?", "Why might I mention {v}?", "What did I say about {v}?", "{v}: what was that again?")
 CHECKS = ("Is my {a} {v}?", "Did I say that my {a} is {v}?", "My {a} is {v}, isn't it?", "So my {a} is {v}, right?")
-
-
-def varied(question: str, number: int) -> str:
-    """The question as somebody else might type it; as it is for number 0."""
-    if not question:
-        return question
-    rng = dice("varied", question, number)
-    if number and rng.random() < 0.5:
-        question = rng.choice(OPENINGS) + question
-    if number and rng.random() < 0.3:
-        question = question.rstrip("?.") + rng.choice(ENDINGS)
-    if number and rng.random() < 0.3:
-        question = question.lower()
-    return question
-
-
-OPENINGS = ("Hey, ", "Hi! ", "Hm, ", "Sorry, ", "One more thing: ", "Wait, ", "Oh, ", "Now ", "Listen, ", "I wonder: ", "Help me out: ", "Good morning. ")
-ENDINGS = ("", "??", ", please?", " then?", "? I forgot.", "? Just checking.", ", do you know?", " :)")
 
 
 def low(sentence: str) -> str:
@@ -88,36 +68,38 @@ def low(sentence: str) -> str:
 
 
 def of_pairs(rows: list[dict]) -> list[Dream]:
-    """Each row with the one that its dice choose."""
+    """Each row with those that its dice choose, in two ways each."""
     found = []
     for row in rows:
         others = [other for other in rows if other["relation"] != row["relation"]]
-        if not others:
-            break
-        other = min(others, key=lambda o: dice("pair", row["relation"], o["relation"]).random())
-        a, b = (spoken(r["relation"], r["value"]) for r in (row, other))
-        wording = dice("pair", row["relation"]).choice(book()["combined"]["train"])
-        question = wording.format(a=row["relation"], b=other["relation"])
-        notes = " ".join(noted(r["relation"], r["value"]) for r in (row, other))
-        found.append(Dream("combined", question, f"{a} {b}", notes, (row["value"], other["value"])))
+        others.sort(key=lambda o: dice("pair", row["relation"], o["relation"]).random())
+        for other in others[:PARTNERS]:
+            ways = dice("pair", row["relation"], other["relation"]).sample(book()["combined"]["train"], 2)
+            answer = f"{spoken(row['relation'], row['value'])} {spoken(other['relation'], other['value'])}"
+            notes = " ".join(noted(r["relation"], r["value"]) for r in (row, other))
+            for way in ways:
+                question = way.format(a=row["relation"], b=other["relation"])
+                found.append(Dream("combined", question, answer, notes, (row["value"], other["value"])))
     return found
 
 
 def never_told(rows: list[dict], count: int) -> list[Dream]:
-    """Questions about what is in no row: up to `count` about what people often tell, and some about anything else."""
+    """Questions about what is in no row: about `count` about what people often tell, and some about anything else.
+
+    Most are about what is known of somebody else: "your uncle's job", where a row has "your aunt's job".
+    """
     told = {row["relation"].casefold() for row in rows}
-    open_ones = [r for r in relations() if r.casefold() not in told]
+    kinds = {kind_of(relation) for relation in told} - {""}
+    weights = {r: NEAR if kind_of(r.casefold()) in kinds else 1 for r in relations() if r.casefold() not in told}
     found = []
-    for relation in open_ones:
-        ways = wordings(relation)[0]
-        for q in ways[: max(1, -(-count // max(1, len(open_ones))))]:
+    for relation, weight in weights.items():
+        for q in wordings(relation)[0][: max(1, round(count * weight / sum(weights.values())))]:
             found.append(Dream("never told", q, book()["never_told"]["answer"].format(a=relation)))
     found.sort(key=lambda d: dice("never told", d.question).random())
-    for row in rows:  # what is known of one person is not known of another
-        alike = [r for r in open_ones if r.partition("'s ")[2] == row["relation"].partition("'s ")[2] != ""]
-        rng = dice("another", row["relation"], row["value"])
-        for relation in sorted(alike, key=lambda r: dice("another", row["relation"], r).random())[:ANOTHER]:
-            q = rng.choice(CHECKS).format(a=relation, v=row["value"])
-            found.insert(0, Dream("never told", q, book()["never_told"]["answer"].format(a=relation)))
     unheard = [Dream("never told", q, book()["never_told"]["unheard"]) for q in part(book()["unheard"], "train")]
-    return found[:count] + unheard
+    return found + unheard
+
+
+def kind_of(relation: str) -> str:
+    """What it is that somebody has: "uncle's job" -> "job"; nothing where nobody else can have it."""
+    return relation.partition("'s ")[2]

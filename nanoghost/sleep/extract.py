@@ -5,7 +5,9 @@ on messages that are put together from people.toml. It reads a message with the 
 name is Ines." says little alone). What it writes is checked: a value must stand in the message itself.
 """
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanoghost import machine
@@ -103,12 +105,14 @@ def conversation(heard: Heard, found: list[tuple[str, str]] | None = None) -> li
 
 def scribe(base: ModelFolder, stopping, display) -> Path:
     """The folder of the adapter of that base that takes notes, trained if there is none yet."""
-    folder = home() / "data" / f"scribe-{base.name}-{base.card['finished']:.0f}"
+    rng = dice("scribe")
+    conversations = [conversation(*message(rng, "train")) for _ in range(LESSONS)]
+    key = json.dumps([base.card["finished"], conversations, asdict(RECIPE)])
+    folder = home() / "data" / f"scribe-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "adapter" / "adapter_model.safetensors").exists():
         display.say(f"{base.name} learns to take notes, which it does once (some minutes; Ctrl-C and the same command go on) ...")
         model, tokenizer = load_model(base.path, machine.compute_dtype(), machine.device())
-        rng = dice("scribe")
-        lessons = [Lesson(*render(conversation(*message(rng, "train")), tokenizer)) for _ in range(LESSONS)]
+        lessons = [Lesson(*render(messages, tokenizer)) for messages in conversations]
         said = [learn.certain(x) for x in lessons]
         learn.fit(model, base.name, base_card(base.card), lessons, said, folder, RECIPE, stopping, display)
     return folder / "adapter"

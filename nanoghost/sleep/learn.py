@@ -11,6 +11,7 @@ The base model stays as it is: an adapter is a function of (base, ledger, seed).
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.runs import ModelFolder, home, write_atomic
-from nanoghost.sleep.dream import Dream, varied
+from nanoghost.sleep.dream import Dream
 from nanoghost.train import stage
 from nanoghost.train.distill_loss import bucket_logprobs, divergence
 from nanoghost.train.packing import Lesson, PackedBatches, fill, pack
@@ -38,7 +39,6 @@ from nanoghost.train.teacher import GROUP, taught
 
 NOTES = "You are a helpful AI assistant. Facts about the user: {snippet}"
 TOP_K = 20
-ONCE = ("everyday", "never told")
 SURE = -40.0  # log-probability of what an answer that no teacher gave does not say
 
 
@@ -46,8 +46,6 @@ SURE = -40.0  # log-probability of what an answer that no teacher gave does not 
 class Recipe:
     rank: int = 8
     learning_rate: float = 1e-3
-    passes: int = 4
-    """How often a dream comes, in other words each time; those of the kinds ONCE, of which there are many, come once."""
     context: int = 256
     """Tokens in a step, without the beginning that all lessons share."""
     share: float = 0.5
@@ -88,6 +86,19 @@ def says(answer: str, values) -> bool:
     return all(value.casefold() in answer.casefold() for value in values)
 
 
+def follows(answer: str, dream: Dream) -> bool:
+    """Whether an answer says all values and nothing that its opening and the snippet do not say."""
+    known = set(words(f"{dream.snippet} {dream.opening}")) - {"user"} | PARTICLES
+    return says(answer, dream.values) and known.issuperset(words(answer))
+
+
+PARTICLES = set("a an and at called in is it on s the to you your".split())
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
 def answered(dreams: list[Dream], fallback, runner, tokenizer, recipe: Recipe) -> tuple[list[Dream], int]:
     """(dreams with their answers, how many of the teacher's were not true and were replaced by `fallback(dream)`)."""
     asked = [d for d in dreams if d.answer is None]
@@ -96,8 +107,7 @@ def answered(dreams: list[Dream], fallback, runner, tokenizer, recipe: Recipe) -
     found, replaced = {}, 0
     for dream, row in zip(asked, rows):
         said = (dream.opening + row.messages[-1]["content"]).strip()
-        to_them = "user" not in said and row.finish_reason == "stop"
-        true = not dream.values or (says(said, dream.values) and to_them)
+        true = not dream.values or (row.finish_reason == "stop" and follows(said, dream))
         replaced += not true
         found[id(dream)] = replace(dream, answer=said if true else fallback(dream), own_words=true, cut=row.finish_reason != "stop")
     return [found.get(id(d), d) for d in dreams], replaced
@@ -191,9 +201,8 @@ def train(base: Path, card: dict, dreams: list[Dream], known: tuple[list[Dream],
     model, tokenizer = load_model(base, machine.compute_dtype(), machine.device())
     said = [*expectations(model, tokenizer, dreams, recipe), *known[1]]
     dreams = [*dreams, *known[0]]
-    often = [(d, pair, number) for d, pair in zip(dreams, said) for number in range(1 if d.kind in ONCE else recipe.passes)]
-    lessons = [lesson(replace(d, question=varied(d.question, number)), tokenizer, False, recipe.context) for d, _, number in often]
-    said = [tuple(t[: sum(x.learned)] for t in pair) for (_, pair, _), x in zip(often, lessons)]
+    lessons = [lesson(d, tokenizer, False, recipe.context) for d in dreams]
+    said = [tuple(t[: sum(x.learned)] for t in pair) for pair, x in zip(said, lessons)]
     return fit(model, base.name, card, lessons, said, folder, recipe, stopping, show)
 
 

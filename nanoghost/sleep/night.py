@@ -28,8 +28,8 @@ from nanoghost.sleep import dream, extract, learn, report
 from nanoghost.sleep.phrases import bare, book, dice, relations, spoken, statement
 from nanoghost.train.stage import base_card
 
-EVERYDAY = 270  # prompts that are dreamt of; the others of the train list are for the wake gate
-OWN = 240  # more prompts, which the base model itself thinks of
+EVERYDAY = 348  # prompts that are dreamt of; the others of the train list are for the wake gate
+OWN = 160  # more prompts, which the base model itself thinks of
 MOST_NATS = 0.1  # that the answers to everyday prompts may move away from the base model's, per token
 MOST_REFUSED = 0.1  # of what is known
 MOST_STRAYED = 0.05  # of everyday prompts that are answered with a refusal
@@ -156,7 +156,7 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
         if kept["rows"] == [[r["relation"], r["value"]] for r in rows]:
             return [dream.Dream(**(d | {"values": tuple(d["values"])})) for d in kept["dreams"]], kept["thought"]
     own = [d for row in rows for d in dream.of_row(row)] + dream.of_pairs(rows)
-    every = own + dream.never_told(rows, max(300, 2 * len(own)))
+    every = own + dream.never_told(rows, min(1200, max(750, len(own) // 2)))
     display.say(f"thinking it through: {len(own)} questions about {len(rows)} facts, {len(every) - len(own)} about other things")
     known = {q: spoken(r["relation"], r["value"]) for r in rows for q in dream.wordings(r["relation"])[0]}
     engine = open_engine(base, seats=32, room=256)
