@@ -92,7 +92,7 @@ def trained(arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: l
         known = night.everyday(base, recipe)
         start = time.perf_counter()  # everyday dreams are the base model's, once
         dreams, thought = night.think(rows, base, folder, recipe, display)
-        display.say(str(thought))
+        display.say(f"{thought['dreams']} dreams, {thought['answers_replaced']} of the teacher's answers put right")
     with Stopping() as stopping:
         figures = learn.train(base.path, base_card(base.card), dreams, known, folder, recipe, stopping, display)
     figures |= {"night_seconds": round(time.perf_counter() - start, 1), "megabytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size / 1e6}

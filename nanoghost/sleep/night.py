@@ -169,7 +169,8 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
     dreams = list(unlike.values())
     words = [w for d in dreams for w in zip(*(d.question.split()[i:] for i in range(3)))]
     thought = {"dreams": len(dreams), "answers_replaced": replaced, "duplicates": alike,
-               "distinct_trigrams": round(len(set(words)) / max(1, len(words)), 3)}  # fmt: skip
+               "distinct_trigrams": round(len(set(words)) / max(1, len(words)), 3),
+               "examples": [[d.question, d.answer] for d in dreams[:: max(1, len(dreams) // 12)]]}  # fmt: skip
     write_json(path, {"rows": [[r["relation"], r["value"]] for r in rows], "thought": thought, "dreams": [asdict(d) for d in dreams]})
     return dreams, thought
 

@@ -37,10 +37,15 @@ def write(path: Path, person: str, night: dict) -> None:
 <h2>Forgotten</h2><p>{night["forgotten"] or "Nothing"}.</p>
 <h2>Refused</h2><p>Notes whose value nobody said:</p>{listed(night["untaken"])}<p>Not known on waking:</p>{listed(night["after"]["missed"])}
 <h2>Before and after</h2><table><tr><th></th><th>before</th><th>after</th></tr>{rows}</table>
-<h2>Asked on waking</h2><table>{"".join(f"<tr><td>{escape(q)}</td><td>{escape(a)}</td></tr>" for q, a in night["after"]["examples"])}</table>
+<h2>Asked on waking</h2>{pairs(night["after"]["examples"])}
+<h2>Some of the dreams</h2>{pairs(thought["examples"])}
 </main></html>
 """
     write_atomic(path, page)
+
+
+def pairs(asked) -> str:
+    return "<table>" + "".join(f"<tr><td>{escape(q)}</td><td>{escape(a)}</td></tr>" for q, a in asked) + "</table>"
 
 
 def listed(texts) -> str:
