@@ -156,6 +156,10 @@ def test_no_wording_is_both_taught_and_asked():
         assert not {bare(q) for q in book()[name]["train"]} & {bare(q) for q in book()[name]["test"]}
 
 
+def test_a_value_is_said_as_a_word():
+    assert learn.says("Take the 42, Mr Ines!", ("42", "ines")) and not learn.says("Take the 42.", ("4",))
+
+
 def test_an_answer_that_says_more_or_less_than_is_known_does_not_follow():
     d = dream.of_row({"relation": "uncle's job", "value": "an egg farmer"})[0]
     assert learn.follows("Your uncle's job is an egg farmer.", d) and d.opening == "Your uncle's job is"

@@ -82,8 +82,8 @@ def said(engine, conversations: list[list[dict]], most: int) -> list[str]:
 
 
 def says(answer: str, values) -> bool:
-    """Whether an answer contains all values."""
-    return all(value.casefold() in answer.casefold() for value in values)
+    """Whether an answer contains all values, each as a word of its own (4 is not in 42)."""
+    return all(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", answer, re.IGNORECASE) for value in values)
 
 
 def follows(answer: str, dream: Dream) -> bool:
