@@ -111,16 +111,20 @@ def move(old: ModelFolder, new: ModelFolder) -> None:
         old.path.rename(new.path)
 
 
+def confirmed(what: str) -> bool:
+    """Ask whether it is to be removed. Raises UserError where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise UserError(f"removing {what} needs --yes when nobody can be asked")
+    print(f"remove {what} for good? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def remove_command(settings: RemoveSettings) -> None:
     folder = existing(settings.model)
     if adapters := adapters_of(folder.name):
         raise UserError(f"model '{folder.name}' is the base of {', '.join(adapters)}: remove these first")
-    if not settings.yes:
-        if not sys.stdin.isatty():
-            raise UserError(f"removing model '{folder.name}' needs --yes when nobody can be asked")
-        print(f"remove model '{folder.name}' for good? [y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            return
+    if not settings.yes and not confirmed(f"model '{folder.name}'"):
+        return
     with writing(folder):
         (folder.path / "card.json").unlink()  # from here on it is no model, even if the rest is cut short
         shutil.rmtree(folder.path)

@@ -5,6 +5,7 @@
     ledger.jsonl     what is known: id, subject, relation, value, time, sources (ids of the journal), supersedes (id)
     adapter/         the correction of the base model that knows it (PEFT's form)
     nights/          a folder for each night: what was learned, and its report
+    read.json        up to which entry of the journal notes were taken
 
 People share nothing: no file, no adapter, no cache.
 """
@@ -70,6 +71,12 @@ class Person:
 
     def write_ledger(self, rows: list[dict]) -> None:
         write_lines(self.path / "ledger.jsonl", rows)
+
+    @property
+    def read_until(self) -> int:
+        """Number of the last entry of the journal that a night took notes of."""
+        path = self.path / "read.json"
+        return read_json(path) if path.exists() else 0
 
     def row(self, number: int) -> dict:
         for row in self.ledger:

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanoghost.chat import render
-from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.lab.life import live
 from nanoghost.model.llama import Llama, LlamaConfig
@@ -443,9 +441,16 @@ def test_two_peoples_adapters_in_one_batch_answer_as_each_alone(base):
     engine.runner.model.adapters[str(folders[1])] = read_adapter(folders[1], model.config, torch.float32)
     names = ["", str(folders[0]), str(folders[1])]
     asked = [(i, n) for i in range(6) for n in range(3)]
-    rows = [
-        engine.add(render(prompts[i], tokenizer, generation=True)[0], Sampling(12, 0.0), adapter=names[n])[0] for i, n in asked
-    ]
-    while not all(row.finish_reason for row in rows):
-        engine.step()
-    assert [row.messages[-1]["content"] for row in rows] == [alone[n][i] for i, n in asked]
+    answers = learn.said(engine, [prompts[i] for i, _ in asked], 12, [names[n] for _, n in asked])
+    assert answers == [alone[n][i] for i, n in asked]
+
+
+def test_what_is_written_by_hand_hides_nothing_that_was_said_before(me, toy, generous):
+    me.say("user", "My sister is Ines.")
+    remember(me, add=("dog's name", "Rex"))
+    with Stopping() as stopping:
+        sleep(me, toy, stopping)
+        assert sorted((r["value"], r["sources"]) for r in me.ledger) == [("Ines", [1]), ("Rex", [2])]
+        me.forget(2)
+        sleep(me, toy, stopping)
+    assert [r["value"] for r in me.ledger] == ["Rex"] and me.read_until == 1, "what was read is not read again"

@@ -31,9 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost import machine
-from nanoghost.chat import render
 from nanoghost.engine.generate import open_engine
-from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.lab.general import general, share
 from nanoghost.lab.life import Life, live
@@ -42,8 +40,7 @@ from nanoghost.people import current, key_of
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, Stopping, home, open_model, read_json, write_json
 from nanoghost.sleep import dream, extract, learn, night
-from nanoghost.sleep.phrases import book, noted, part, questions, relations, statement
-from nanoghost.tools.lookup import Index
+from nanoghost.sleep.phrases import about, book, noted, part, questions, relations, statement
 from nanoghost.train.stage import base_card
 
 ARMS = ("base", "context", "ceiling", "lookup", "raw", "pairs", "first-night", "ours", "ours+lookup", "forgotten")
@@ -112,8 +109,7 @@ def snippets(arm: str, asked: list[tuple[str, list[dict]]], known: list[dict]) -
         return [notes(rows) for _, rows in asked]
     if not arm.endswith("lookup"):
         return [""] * len(asked)
-    index = Index([f"{r['relation']} {statement(r['relation'], r['value'])}" for r in known])
-    return [notes(known[i] for i in index.search(q, max(1, len(rows)))) for q, rows in asked]
+    return [notes(about(known, q, max(1, len(rows)))) for q, rows in asked]
 
 
 # ── questions and scores ────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,14 +172,9 @@ def leaks(base: ModelFolder, people: list[tuple[Path, list[dict]]], split: str) 
             asked.append((number, row, rng.choice(ways_to_ask(row["relation"], split))))
         asked += [(number, None, rng.choice(ways_to_ask(row["relation"], split))) for row in rows]
     rng.shuffle(asked)
-    prompts = [learn.messages_of(dream.Dream("", q), False) for _, _, q in asked]
-    rows = [
-        engine.add(render(p, engine.tokenizer, generation=True)[0], Sampling(48, 0.0), adapter=folders[number])[0]
-        for p, (number, _, _) in zip(prompts, asked)
-    ]
-    while not all(row.finish_reason for row in rows):
-        engine.step()
-    found = [(people[n][1], row, q, r.messages[-1]["content"]) for (n, row, q), r in zip(asked, rows) if row]
+    asked_of = [learn.messages_of(dream.Dream("", q), False) for _, _, q in asked]
+    answers = learn.said(engine, asked_of, 48, [folders[number] for number, _, _ in asked])
+    found = [(people[n][1], row, q, a) for (n, row, q), a in zip(asked, answers) if row]
     leaked = [[q, a, row["value"]] for own, row, q, a in found if learn.says(a, (row["value"],)) and not any(r["value"] == row["value"] for r in own)]
     return {"asked": len(found), "leaked": len(leaked), "examples": leaked}
 

@@ -7,8 +7,7 @@ from nanoghost.chat import shortened, text_of
 from nanoghost.people import Person, current
 from nanoghost.serve.terminal import LEAST, Conversation, Said
 from nanoghost.sleep.learn import NOTES
-from nanoghost.sleep.phrases import noted, statement
-from nanoghost.tools.lookup import Index
+from nanoghost.sleep.phrases import about, noted
 
 
 class PersonalConversation(Conversation):
@@ -28,8 +27,7 @@ class PersonalConversation(Conversation):
     def with_notes(self) -> list[dict]:
         """The conversation and, with `lookup`, the row of the ledger that has most to do with the last message."""
         rows = current(self.person.ledger) if self.lookup else []
-        index = Index([f"{row['relation']} {statement(row['relation'], row['value'])}" for row in rows])
-        found = [noted(rows[i]["relation"], rows[i]["value"]) for i in index.search(text_of(self.messages[-1]))]
+        found = [noted(row["relation"], row["value"]) for row in about(rows, text_of(self.messages[-1]), 1)]
         if not found:
             return self.messages
         system = [text_of(m) for m in self.messages if m["role"] == "system"] + [NOTES.format(snippet=found[0])]

@@ -5,11 +5,11 @@
     check       is it this? is it that?
     never told  the same questions about what nobody said
 
-All answers begin with what was asked for, always called the same ("Your sister's name ..."). So a question in any wording
+Answers to a question begin with what it asks for, always called the same ("Your sister's name ..."). So a question in any wording
 comes down to the same few words, and what follows them, a value or that nobody told it, is learned from all wordings.
 
 Beside them stands what anybody may ask (learn.everyday), answered as the base model answers.
-A row's dreams depend on that row alone (and, for two at once, on the other), so that what was never there leaves no trace.
+Dreams depend on the rows that are there and on nothing else, so that what was never there leaves no trace.
 """
 
 from dataclasses import dataclass

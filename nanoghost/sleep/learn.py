@@ -72,10 +72,11 @@ class Answers:
         return said(self.engine, [messages_of(dream, True) for dream in asked], most)
 
 
-def said(engine, conversations: list[list[dict]], most: int) -> list[str]:
-    """The greedy answer to each conversation, all written at once."""
+def said(engine, conversations: list[list[dict]], most: int, adapters: list[str] | None = None) -> list[str]:
+    """The greedy answer to each conversation, all written at once; `adapters`: through which each goes, if not the engine's."""
     prompts = [render(messages, engine.tokenizer, generation=True)[0] for messages in conversations]
-    rows = [engine.add(prompt, Sampling(most, 0.0))[0] for prompt in prompts]
+    through = adapters or [None] * len(prompts)
+    rows = [engine.add(prompt, Sampling(most, 0.0), adapter=name)[0] for prompt, name in zip(prompts, through)]
     while not all(row.finish_reason for row in rows):
         engine.step()
     return [row.messages[-1]["content"] for row in rows]

@@ -13,19 +13,18 @@ what stands there then.
 
 import json
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanoghost import machine
 from nanoghost.errors import UserError
+from nanoghost.models import confirmed
 from nanoghost.people import Person, current, key_of, open_person
 from nanoghost.progress import Display
 from nanoghost.runs import Stopping, writing
 from nanoghost.sleep import extract, night
-from nanoghost.sleep.phrases import statement
-from nanoghost.tools.lookup import Index
+from nanoghost.sleep.phrases import about, statement
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,7 @@ def forget(person: Person, settings: MemorySettings) -> None:
 def show(person: Person, settings: MemorySettings) -> None:
     rows = sorted(current(person.ledger), key=key_of)
     if settings.search:
-        texts = [f"{row['relation']} {statement(row['relation'], row['value'])}" for row in rows]
-        rows = [rows[i] for i in Index(texts).search(settings.search, len(rows))]
+        rows = about(rows, settings.search, len(rows))
     if settings.json:
         print(json.dumps({"rows": rows}, ensure_ascii=False))
         return
@@ -121,12 +119,8 @@ def export(person: Person, path: Path) -> None:
 
 
 def delete(person: Person, yes: bool) -> None:
-    if not yes:
-        if not sys.stdin.isatty():
-            raise UserError(f"removing all of {person.name} needs --yes when nobody can be asked")
-        print(f"remove all that is kept of '{person.name}' for good? [y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            return
+    if not yes and not confirmed(f"all that is kept of '{person.name}'"):
+        return
     with writing(person):
         shutil.rmtree(person.path)
     Display().say(f"nothing of {person.name} is kept any more")

@@ -80,9 +80,8 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
     recipe = recipe or learn.Recipe()
     recipe = replace(recipe, seed=recipe.seed + failed)  # another try is another try
     folder = person.path / "nights" / f"{number:04}"
-    known_from = [source for row in person.ledger for source in row["sources"]]
-    since = max([*known_from, *(n["read"] for n in awake if n["committed"])], default=0)
-    today = extract.heard(person.journal, since)
+    since, known_from = person.read_until, {source for row in person.ledger for source in row["sources"]}
+    today = [(entry, message) for entry, message in extract.heard(person.journal, since) if entry["id"] not in known_from]
     last = max((entry["id"] for entry, _ in today), default=since)
     record = read_json(folder / "night.json") if (folder / "night.json").exists() else {"number": number, "forgotten": forgotten}
 
@@ -125,9 +124,10 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
                "learned": [statement(r["relation"], r["value"]) for r in new if r not in corrected],
                "corrected": [statement(r["relation"], r["value"]) for r in corrected],
                "rows": len(rows), "thought": thought, "trained": trained, "before": before, "after": after}  # fmt: skip
-    if not reasons:  # a crash between the two leaves a ledger that is behind, and the next night does this one again
+    if not reasons:  # a crash in between leaves a ledger that is behind, and the next night does this one again
         replace_adapter(person, folder / "adapter")
         person.write_ledger(ledger)
+        write_json(person.path / "read.json", last)
     write_json(folder / "night.json", record)
     report.write(folder / "report.html", person.name, record)
     shutil.rmtree(folder / "state", ignore_errors=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from nanoghost.tools.lookup import Index
+
 
 @dataclass(frozen=True)
 class Relation:
@@ -78,6 +80,12 @@ def statement(relation: str, value: str) -> str:
     """What a good assistant says of it."""
     known = relations().get(relation)
     return known.answer.format(v=value) if known else f"Your {relation} is {value}."
+
+
+def about(rows: list[dict], question: str, most: int) -> list[dict]:
+    """The rows of a ledger that have to do with a question, best first."""
+    index = Index([f"{row['relation']} {statement(row['relation'], row['value'])}" for row in rows])
+    return [rows[i] for i in index.search(question, most)]
 
 
 def spoken(relation: str, value: str) -> str:
