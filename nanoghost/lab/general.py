@@ -69,10 +69,10 @@ def general(base: ModelFolder, adapter: Path | None, true: list[dict], split: st
 
 
 def gym() -> list[tuple[str, str]]:
-    """200 problems of reasoning-gym, of which the small base model solves some: (question, answer)."""
+    """400 problems of reasoning-gym, of which the small base model solves some: (question, answer)."""
     problems = []
     for name, settings in PROBLEMS:
-        made = reasoning_gym.create_dataset(name, seed=7, size=100, **settings)
+        made = reasoning_gym.create_dataset(name, seed=7, size=200, **settings)
         problems += [(entry["question"], entry["answer"]) for entry in made]
     return problems
 
