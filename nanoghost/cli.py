@@ -42,6 +42,7 @@ VERBS = {
     "bench train": ("bench.train", "TrainSettings", "train", "how fast it is finetuned"),
     "bench rl": ("bench.rl", "RlBenchSettings", "command", "how fast it practises"),
     "bench packing": ("bench.decode", "PackingSettings", "packing", "what it costs to speak in fewer bits"),
+    "plan": ("plan", "PlanSettings", "command", "what a pretraining run takes: time, memory, money"),
     "doctor": ("doctor", "DoctorSettings", "command", "what this computer does well"),
 }
 
@@ -73,6 +74,7 @@ EXAMPLES = {
     "bench train": "nanoghost bench train smollm2 --lora 8\n  nanoghost bench train smollm2 --against transformers --json",
     "bench rl": "nanoghost bench rl smollm2\n  nanoghost bench rl smollm2 --against trl --json",
     "bench packing": "nanoghost bench packing smollm2",
+    "plan": "nanoghost plan --depth 24 --hardware 8xH100\n  nanoghost plan --minutes 10 --json",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }
 

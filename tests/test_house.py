@@ -18,7 +18,7 @@ from tests.lines import ROOT, code_lines, imports_of, table
 ROWS = (
     ("foundations", "errors runs people licences machine tokenizer bpe chat template progress model"),
     ("machinery", "optim data tasks tools engine"),
-    ("stages", "train evals models doctor adopt export bench"),
+    ("stages", "train evals models doctor plan adopt export bench"),
     ("rooms", "serve sleep"),
     ("experiments", "lab"),
     ("speedrun", "speedrun"),

@@ -1,0 +1,277 @@
+"""`nanoghost plan`: what a pretraining run takes, before anybody waits or pays for it.
+
+Nothing here is a formula about a model. Parameters, optimizer and operations are counted on the real classes, on PyTorch's
+meta device, where tensors have shapes and no memory; what autograd keeps for the backward pass is counted on a few toy
+models and carried on to the size that is asked for. Only two things are assumed: how much of a device's peak training
+reaches (SHARES), and what an hour costs.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nanoghost import doctor, machine
+from nanoghost.errors import UserError
+from nanoghost.model.weights import architecture
+from nanoghost.optim.optimizer import Optimizer
+from nanoghost.train.recipe import depth_for, groups, model_config
+
+
+@dataclass(frozen=True)
+class Hardware:
+    tflops: float
+    """Peak of dense bf16 products per device, TFLOP/s, of its data sheet (of `this`: measured)."""
+    memory_gb: float
+    """Of a device, 10^9 bytes."""
+    dollars: float | None = None
+    """For a device and an hour, where GPUs are rented (May 2026); None: not known."""
+
+
+HARDWARE = {
+    "b200": Hardware(2250, 192),
+    "h200": Hardware(989, 141, 3.75),
+    "h100": Hardware(989, 80, 2.95),
+    "a100": Hardware(312, 80, 1.30),
+    "l40s": Hardware(362, 48),
+    "5090": Hardware(209, 32),
+    "4090": Hardware(165, 24),
+    "3090": Hardware(71, 24),
+}
+SHARES = {"gpu": 0.41, "cpu": 0.35}  # of the peak, over a whole step: docs/performance.md says from which runs
+FULL = 0.9  # of a device's memory that a plan may use
+DEPTHS = range(2, 41, 2)
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    depth: int | None = None
+    """The dial: layers. Default: what the minutes are best spent on, or depth 4."""
+    minutes: float | None = None
+    """How long training may take; default: until it has read `tokens_per_parameter`."""
+    hardware: str = "this"
+    """this (measured), or devices such as 8xH100, A100, 2x4090."""
+    arch: str = "ghost"
+    """ghost or llama."""
+    vocab_size: int | None = None
+    """Tokens of the vocabulary; default: 4096 on this computer, 32768 on GPUs."""
+    context: int | None = None
+    """Tokens in a row; default: 256 on this computer, 2048 on GPUs."""
+    batch_tokens: int | None = None
+    """Tokens in a step, over all devices; default: 4096 on this computer, 524288 on GPUs."""
+    tokens_per_parameter: float = 10.5
+    """Tokens to read for each weight in matrix products, without --minutes."""
+    share: float | None = None
+    """Of the peak that training reaches; default: 0.41 on GPUs, 0.35 on CPUs."""
+    dollars: float | None = None
+    """For a device and an hour; default: from a small table, where it has a price."""
+    json: bool = False
+    """Print the plan as JSON on standard output."""
+
+
+def command(settings: PlanSettings) -> None:
+    machine.prepare()
+    figures = plan(settings)
+    tell(figures)
+    if settings.json:
+        print(json.dumps(figures))
+
+
+def plan(settings: PlanSettings) -> dict:
+    """The plan, in the units that its keys carry."""
+    if settings.arch not in ("ghost", "llama"):
+        raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
+    for name in ("depth", "minutes", "vocab_size", "context", "batch_tokens", "tokens_per_parameter", "share", "dollars"):
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
+    devices, hardware, local = hardware_of(settings.hardware)
+    gpu = not local or machine.device().type == "cuda"
+    vocab_size = settings.vocab_size or (32768 if gpu else 4096)
+    context = settings.context or (2048 if gpu else 256)
+    batch = max(1, (settings.batch_tokens or (524288 if gpu else 4096)) // context // devices) * devices  # rows
+    share = settings.share or SHARES["gpu" if gpu else "cpu"]
+    rate = devices * hardware.tflops * 1e12 * share  # useful operations a second
+
+    def made(depth: int):
+        config = model_config(settings.arch, depth, vocab_size, context)
+        with torch.device("meta"):
+            model = architecture(config.model_type)[1](config)
+        counts, flops = model.parameter_counts(), model.flops_per_token(context)
+        tokens = settings.tokens_per_parameter * (counts["matrices"] + counts["head"])
+        return config, model, counts, flops, tokens
+
+    depth, reason = settings.depth, "as asked"
+    if depth is None and gpu and settings.minutes:
+        fitting = [d for d in DEPTHS if (m := made(d))[3] * m[4] / rate <= settings.minutes * 60]
+        depth, reason = max(fitting, default=2), f"the deepest that reads its {settings.tokens_per_parameter:g} tokens a weight in time"
+    elif depth is None:
+        depth, reason = depth_for(settings.minutes)
+    config, model, counts, flops, tokens = made(depth)
+    if settings.minutes:
+        tokens = rate * settings.minutes * 60 / flops
+    steps = max(1, round(tokens / (batch * context)))
+    tokens = steps * batch * context
+    seconds = tokens * flops / rate
+    dtype = torch.bfloat16 if gpu else machine.compute_dtype()
+    parts = memory(model.cast(dtype), dtype, devices)
+    row = activation_bytes(config, dtype)
+    update = parts.pop("largest update")  # when activations are gone
+    room = FULL * hardware.memory_gb * 1e9 - sum(parts.values())
+    per_device = batch // devices
+    micro = max((n for n in range(1, per_device + 1) if per_device % n == 0 and n * row <= room), default=1)
+    parts |= {"activations": micro * row, "largest update": update}
+    most = sum(parts.values()) - min(micro * row, update)
+    dollars = settings.dollars or hardware.dollars
+    hours = seconds / 3600
+    return {
+        "hardware": f"{devices}x{settings.hardware.rpartition('x')[2]}" if not local else "this", "arch": settings.arch,
+        "depth": depth, "depth_reason": reason, "width": config.width, "vocab_size": vocab_size, "context": context,
+        "parameters": sum(counts.values()), "parameter_counts": counts, "tokens": tokens, "steps": steps, "batch": batch,
+        "micro_batch": micro, "flops_per_token": flops, "flops": tokens * flops, "peak_tflops_per_second": devices * hardware.tflops,
+        "share_of_peak": share, "tokens_per_second": rate / flops, "seconds": seconds,
+        "memory_bytes_per_device": {k: round(v) for k, v in parts.items()}, "memory_bytes": round(most),
+        "device_memory_gb": hardware.memory_gb, "fits": most <= FULL * hardware.memory_gb * 1e9,
+        "dollars": round(hours * devices * dollars, 2) if dollars and not local else None,
+        "command": pretrain_command(settings.arch, depth, steps, batch, context, micro, vocab_size, devices),
+    }  # fmt: skip
+
+
+def hardware_of(name: str) -> tuple[int, Hardware, bool]:
+    """(devices, one of them, whether it is this computer) of "8xH100" or "this"."""
+    if name == "this":
+        dtype = machine.compute_dtype()
+        return 1, Hardware(doctor.matmul_gflops_per_second(dtype) / 1e3, memory_gb()), True
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+)", name, re.IGNORECASE)
+    if not found or found[2].lower() not in HARDWARE:
+        raise UserError(f"--hardware knows this, and {', '.join(HARDWARE)}, with a count such as 8xH100; not '{name}'")
+    return int(found[1] or 1), HARDWARE[found[2].lower()], False
+
+
+def memory_gb() -> float:
+    """Of the device that this process computes on."""
+    on = machine.device()
+    return torch.cuda.get_device_properties(on).total_memory / 1e9 if on.type == "cuda" else machine.memory_gb()
+
+
+def size(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def memory(model, dtype: torch.dtype, devices: int) -> dict[str, int]:
+    """Bytes on each of `devices`, but for the activations; `model` is in the compute dtype, on the meta device."""
+    optimizer = Optimizer(model, groups(model.config.width), dtype, 0, devices)
+    buckets = optimizer.buckets.values()
+    weights = sum(size([b.work]) for b in buckets) + size(model.buffers())
+    # while a bucket is updated: Muon works on four copies of its shard, AdamW on two; what goes to other devices is whole, in fp32
+    largest = max(4 * b.master.numel() * (4 if b.group.kind == "muon" else 2) + 4 * b.work.numel() * (devices > 1) for b in buckets)
+    return {
+        "weights": weights, "gradients": sum(size([b.work]) for b in buckets),
+        "optimizer": sum(size(b.state().values()) for b in buckets), "largest update": largest,
+    }  # fmt: skip
+
+
+TOYS = ((2, 2, 64, 512), (4, 2, 64, 512), (2, 4, 64, 512), (4, 4, 128, 512), (2, 2, 128, 512), (2, 2, 64, 1024), (6, 6, 96, 768))
+
+
+def activation_bytes(config, dtype: torch.dtype) -> float:
+    """What autograd keeps of one row of `config.context` tokens, bytes.
+
+    For a token: a share for each layer and unit of width, one for each unit of width, of context, of the vocabulary, and a
+    constant. The five are solved for from toy models.
+    """
+    asked, found = [], []
+    for depth, wide, context, vocab_size in TOYS:
+        toy = type(config)(**(asdict(config) | resized(config, depth, wide, context, vocab_size)))
+        asked.append([depth * toy.width, toy.width, context, vocab_size, 1.0])
+        found.append(kept(toy, dtype) / context)
+    shares = torch.linalg.lstsq(torch.tensor(asked, dtype=torch.float64), torch.tensor(found, dtype=torch.float64)[:, None])[0][:, 0]
+    c = config
+    this = torch.tensor([c.depth * c.width, c.width, c.context, c.vocab_size, 1.0], dtype=torch.float64)
+    return (this @ shares).item() * c.context
+
+
+def resized(config, depth: int, wide: int, context: int, vocab_size: int) -> dict:
+    """The same architecture, `wide` heads of its own width, other sizes."""
+    sizes = {"depth": depth, "width": wide * config.head_width, "context": context, "vocab_size": vocab_size}
+    if hasattr(config, "mlp_width"):
+        ratio = config.mlp_width / config.width
+        sizes |= {"mlp_width": round(ratio * sizes["width"]), "heads": wide, "key_value_heads": wide}
+    return sizes
+
+
+def kept(config, dtype: torch.dtype, rows: int = 2) -> float:
+    """Bytes that autograd keeps of a row of a real forward pass, without the parameters themselves; counted once each."""
+    torch.manual_seed(0)
+    model = architecture(config.model_type)[1](config).cast(dtype)
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    seen = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    tokens = torch.randint(config.vocab_size, (rows, config.context + 1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model.logprobs(tokens[:, :-1], tokens[:, 1:]).sum()
+    assert loss.requires_grad
+    return sum(seen.values()) / rows
+
+
+def pretrain_command(arch, depth, steps, batch, context, micro, vocab_size, devices) -> str:
+    nodes = -(-devices // 8)
+    start = "nanoghost"
+    if devices > 1:
+        several = f"--nnodes={nodes} --rdzv-endpoint=HOST:29500 " if nodes > 1 else "--standalone "
+        start = f"torchrun {several}--nproc-per-node={min(devices, 8)} -m nanoghost"
+    return (
+        f"{start} pretrain --arch {arch} --depth {depth} --steps {steps} --batch {batch} --micro-batch {micro}"
+        f" --context {context} --vocab-size {vocab_size}"
+    )
+
+
+# ── for eyes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tell(p: dict) -> None:
+    table = Table(title=f"{p['arch']}, depth {p['depth']}, on {p['hardware']}", title_justify="left", show_header=False)
+    inner = p["parameter_counts"]["matrices"] + p["parameter_counts"]["head"]
+    table.add_row("depth", f"{p['depth']}, width {p['width']}", p["depth_reason"])
+    table.add_row("parameters", count(p["parameters"]), f"{count(inner)} of them in matrix products; the others are looked up")
+    table.add_row("tokens", count(p["tokens"]), f"{p['steps']:,} steps of {p['batch']:,} x {p['context']:,}, {p['tokens'] / inner:.3g} for each weight in products")
+    table.add_row("operations", f"{p['flops']:.3g}", f"{count(p['flops_per_token'])} for a token: products and causal attention, forward and backward")
+    peak = f"{p['peak_tflops_per_second']:,.0f} TFLOP/s" if p["hardware"] != "this" else f"{p['peak_tflops_per_second'] * 1e3:,.0f} GFLOP/s, measured"
+    table.add_row("time", duration(p["seconds"]), f"{count(p['tokens_per_second'])} tokens/s, if {p['share_of_peak']:.0%} of the peak ({peak}) are reached")
+    for part, n in p["memory_bytes_per_device"].items():
+        why = {"activations": f"of {p['micro_batch']:,} rows at once (--micro-batch)", "largest update": "when activations are gone"}.get(part, "")
+        table.add_row(part, amount(n), why)
+    fits = f"of {p['device_memory_gb']:g} GB on each device" + ("" if p["fits"] else ": DOES NOT FIT, not even a row at a time")
+    table.add_row("memory", amount(p["memory_bytes"]), fits)
+    if p["dollars"] is not None:
+        table.add_row("cost", f"${p['dollars']:,.2f}", "rented by the hour (--dollars for your price)")
+    Console(stderr=True, width=max(100, Console(stderr=True).width)).print(table)
+    Console(stderr=True, soft_wrap=True).print(p["command"], highlight=False)
+
+
+def count(n: float) -> str:
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= unit:
+            return f"{n / unit:.3g}{letter}"
+    return f"{n:.3g}"
+
+
+def amount(n: float) -> str:
+    return f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 172800 else f"{seconds / 86400:.1f} days"
