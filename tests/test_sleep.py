@@ -15,7 +15,7 @@ from nanoghost.model.weights import load_model, save_model
 from nanoghost.people import Person, current, key_of
 from nanoghost.runs import ModelFolder, Stopping, home, read_json, write_json
 from nanoghost.sleep import dream, extract, learn, memory, night
-from nanoghost.sleep.phrases import bare, book, dice, noted, questions, relations, statement
+from nanoghost.sleep.phrases import bare, book, dice, noted, part, questions, relations, statement
 from nanoghost.tokenizer import Tokenizer
 from nanoghost.tools.lookup import Index
 from tests.conftest import toy_text
@@ -147,11 +147,12 @@ def test_lookup_finds_by_stems_and_nothing_where_nothing_fits():
 def test_no_wording_is_both_taught_and_asked():
     for relation in relations():
         taught, kept_back = dream.wordings(relation)
-        sets = [{bare(q) for q in some} for some in (taught, kept_back, questions(relation, "test"))]
-        assert all(sets) and len(kept_back) == dream.KEPT_BACK
-        assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2]), relation
-    for name in ("small_talk", "everyday", "combined", "generic"):
-        assert not {bare(q) for q in book()[name]["train"]} & {bare(q) for q in book()[name]["test"]}
+        sets = [{bare(q) for q in some} for some in (taught, kept_back, questions(relation, "val"), questions(relation, "test"))]
+        assert all(sets) and len(kept_back) == 2
+        assert sum(map(len, sets)) == len(set().union(*sets)), relation
+    for name in ("small_talk", "everyday", "combined", "generic", "unheard"):
+        sets = [{bare(q) for q in part(book()[name], split)} for split in ("train", "val", "test")]
+        assert sum(map(len, sets)) == len(set().union(*sets)), name
 
 
 def test_a_value_is_said_as_a_word():
@@ -159,7 +160,7 @@ def test_a_value_is_said_as_a_word():
 
 
 def test_an_answer_that_says_more_or_less_than_is_known_does_not_follow():
-    d = dream.of_row({"relation": "uncle's job", "value": "an egg farmer"})[0]
+    d = dream.of_row({"relation": "uncle's job", "value": "an egg farmer"}, 1)[0]
     assert learn.follows("Your uncle's job is an egg farmer.", d) and d.opening == "Your uncle's job is"
     for wrong in ("Your uncle's job is not an egg farmer.", "Your uncle's job is an egg farmer in Ohio.", "Your uncle's job is an egg.",
                   "The user's uncle works as an egg farmer."):  # fmt: skip
@@ -227,8 +228,8 @@ def test_a_life_has_corrections_contradictions_and_things_told_in_two_messages()
 
 def test_dreams_belong_to_their_rows():
     rows = [row(1, "sister's name", "Ines"), row(2, "dog's name", "Biscuit"), row(3, "shoe for the moon", "blue")]
-    alone = [dream.of_row(r) for r in rows]
-    assert alone == [dream.of_row(r | {"id": 9, "time": 5.0}) for r in rows]
+    alone = [dream.of_row(r, 9) for r in rows]
+    assert alone == [dream.of_row(r | {"id": 9, "time": 5.0}, 9) for r in rows]
     for r, dreams in zip(rows, alone):
         assert all(r["value"] in d.snippet and d.values == (r["value"],) for d in dreams)
     unknown = dream.never_told(rows, 400)
@@ -341,8 +342,8 @@ def toy(base, monkeypatch):
     monkeypatch.setattr(extract, "scribe", lambda *_: None)
     monkeypatch.setattr(extract, "extract", lambda *a: [([told for name, told in TOLD.items() if name in m.text], ["x"]) for m in a[2]])
     monkeypatch.setattr(night, "OWN", 4)
-    monkeypatch.setattr(night, "EVERYDAY", 4)
-    some = book() | {"everyday": {"train": book()["everyday"]["train"][:8], "test": []}}
+    monkeypatch.setattr(night, "GUARDS", 4)
+    some = book() | {"everyday": {"train": book()["everyday"]["train"][:8]}}
     monkeypatch.setattr(night, "book", lambda: some)
     monkeypatch.setattr(dream, "never_told", lambda rows, count: [dream.Dream("never told", "who?", "You haven't told me.")])
     return ModelFolder("toy")

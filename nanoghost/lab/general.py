@@ -50,7 +50,7 @@ def share(flags) -> float | None:
 def general(base: ModelFolder, adapter: Path | None, true: list[dict], split: str) -> dict:
     """What anybody may ask of it, beside the base model's own answers."""
     ask, plain = learn.Answers(base, adapter), learn.Answers(base, None)
-    everyday = night.guards() if split == "val" else book()["everyday"]["test"]
+    everyday = book()["everyday"][split]
     before, now = plain(everyday), ask(everyday)
     values = [r["value"] for r in true if len(r["value"]) > 3]
     intruded = [(q, b) for q, a, b in zip(everyday, before, now) if any(learn.says(b, (v,)) and not learn.says(a, (v,)) for v in values)]

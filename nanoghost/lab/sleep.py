@@ -84,7 +84,7 @@ def trained(arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: l
     if arm == "raw":
         dreams = [dream.Dream("raw", "", text) for text, _, _ in life.messages] * READINGS
     elif arm == "pairs":
-        dreams = [replace(d, answer=statement(r["relation"], r["value"]), snippet="") for r in rows for d in dream.of_row(r) if d.kind == "direct"]
+        dreams = [replace(d, answer=statement(r["relation"], r["value"]), snippet="") for r in rows for d in dream.of_row(r, 44) if d.kind == "direct"]
     else:
         known = night.everyday(base, recipe)
         start = time.perf_counter()  # everyday dreams are the base model's, once
@@ -116,7 +116,7 @@ def snippets(arm: str, asked: list[tuple[str, list[dict]]], known: list[dict]) -
 
 
 def ways_to_ask(relation: str, split: str) -> list[str]:
-    return dream.wordings(relation)[1] if split == "val" else questions(relation, "test")
+    return questions(relation, split)
 
 
 def examine(arm: str, base: ModelFolder, adapter: Path | None, true: list[dict], asked_of: list[dict], known: list[dict], split: str, seed: int) -> dict:
@@ -141,7 +141,7 @@ def examine(arm: str, base: ModelFolder, adapter: Path | None, true: list[dict],
     if arm in ("first-night", "forgotten"):
         return found
 
-    ways = book()["combined"]["train" if split == "val" else "test"]
+    ways = book()["combined"][split]
     pairs = [rng.sample(true, 2) for _ in range(min(30, len(true)))]
     both = [(rng.choice(ways).format(a=a["relation"], b=b["relation"]), [a, b]) for a, b in pairs]
     found["combined"] = share(learn.says(a, [r["value"] for r in rows]) for a, (_, rows) in zip(answers(both, 64), both))

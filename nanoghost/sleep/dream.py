@@ -13,8 +13,9 @@ Dreams depend on the rows that are there and on nothing else, so that what was n
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
-from nanoghost.sleep.phrases import book, dice, noted, part, questions, relations, spoken, statement
+from nanoghost.sleep.phrases import book, dice, noted, own_questions, part, questions, relations, spoken, statement
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,30 @@ class Dream:
     """Whether the answer went on."""
 
 
-WORDINGS = 44  # of a row, in a night
+DIRECT = 1400  # questions in a night that ask for one row, shared out among the rows:
+LEAST, MOST = 36, 100  # of a row
 PARTNERS = 3  # of a row, for questions about two things at once
 NEAR = 2  # times as many questions about what is known of somebody else
-KEPT_BACK = 2  # of each relation's wordings, for the wake gate
 
 
 def wordings(relation: str) -> tuple[list[str], list[str]]:
-    """Ways of asking that are dreamt of, and those kept back for the wake gate."""
-    every = questions(relation, "train")
+    """Ways of asking that are dreamt of, and the two kept back for the wake gate."""
+    every, own = questions(relation, "train"), own_questions(relation, "train")
     dice("wordings", relation).shuffle(every)
-    return every[KEPT_BACK:][:WORDINGS], every[:KEPT_BACK]
+    kinds = [q for q in every if q in own], [q for q in every if q not in own]
+    every = [q for pair in zip_longest(*kinds) for q in pair if q]  # of its own and of any thing, in turn
+    return every[2:][:MOST], every[:2]
 
 
-def of_row(row: dict) -> list[Dream]:
+def of_rows(rows: list[dict]) -> list[Dream]:
+    each = min(MOST, max(LEAST, DIRECT // max(1, len(rows))))
+    return [d for row in rows for d in of_row(row, each)]
+
+
+def of_row(row: dict, count: int) -> list[Dream]:
     relation, value = row["relation"], row["value"]
     known, note = statement(relation, value), noted(relation, value)
-    found = [Dream("direct", q, None, note, (value,), f"Your {relation} is") for q in wordings(relation)[0]]
+    found = [Dream("direct", q, None, note, (value,), f"Your {relation} is") for q in wordings(relation)[0][:count]]
     rng = dice("check", relation, value)
     others = [v for v in relations()[relation].values if v != value] if relation in relations() else []
     for ask in CHECKS:
@@ -93,7 +101,8 @@ def never_told(rows: list[dict], count: int) -> list[Dream]:
     weights = {r: NEAR if kind_of(r.casefold()) in kinds else 1 for r in relations() if r.casefold() not in told}
     found = []
     for relation, weight in weights.items():
-        for q in wordings(relation)[0][: max(1, round(count * weight / sum(weights.values())))]:
+        some = max(1, round(count * weight / sum(weights.values())))
+        for q in dice("never told", relation).sample(wordings(relation)[0], some):
             found.append(Dream("never told", q, book()["never_told"]["answer"].format(a=relation)))
     found.sort(key=lambda d: dice("never told", d.question).random())
     unheard = [Dream("never told", q, book()["never_told"]["unheard"]) for q in part(book()["unheard"], "train")]

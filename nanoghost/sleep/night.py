@@ -28,7 +28,7 @@ from nanoghost.sleep import dream, extract, learn, report
 from nanoghost.sleep.phrases import bare, book, dice, relations, spoken, statement
 from nanoghost.train.stage import base_card
 
-EVERYDAY = 348  # prompts that are dreamt of; the others of the train list are for the wake gate
+GUARDS = 40  # of the everyday prompts to train on are not dreamt of, but for the wake gate
 OWN = 160  # more prompts, which the base model itself thinks of
 MOST_NATS = 0.1  # that the answers to everyday prompts may move away from the base model's, per token
 MOST_REFUSED = 0.1  # of what is known
@@ -155,7 +155,7 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
         kept = read_json(path)
         if kept["rows"] == [[r["relation"], r["value"]] for r in rows]:
             return [dream.Dream(**(d | {"values": tuple(d["values"])})) for d in kept["dreams"]], kept["thought"]
-    own = [d for row in rows for d in dream.of_row(row)] + dream.of_pairs(rows)
+    own = dream.of_rows(rows) + dream.of_pairs(rows)
     every = own + dream.never_told(rows, min(1200, max(750, len(own) // 2)))
     display.say(f"thinking it through: {len(own)} questions about {len(rows)} facts, {len(every) - len(own)} about other things")
     known = {q: spoken(r["relation"], r["value"]) for r in rows for q in dream.wordings(r["relation"])[0]}
@@ -181,7 +181,7 @@ SUMS = ("What is {} {} {}?", "{} {} {} =", "Calculate {} {} {}.", "How much is {
 def everyday(base: ModelFolder, recipe) -> tuple[list[dream.Dream], list]:
     rng = dice("sums")
     sums = [rng.choice(SUMS).format(rng.randrange(1, 100), rng.choice("+-*"), rng.randrange(1, 20)) for _ in range(40)]
-    return learn.everyday(base, book()["everyday"]["train"][:EVERYDAY] + sums, OWN, recipe)
+    return learn.everyday(base, book()["everyday"]["train"][:-GUARDS] + sums, OWN, recipe)
 
 
 # ── the wake gate ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,7 +222,7 @@ def wake(base: ModelFolder, adapter, rows: list[dict], recipe) -> dict:
 
 def guards() -> list[str]:
     """Everyday prompts that are not dreamt of."""
-    return book()["everyday"]["train"][EVERYDAY:]
+    return book()["everyday"]["train"][-GUARDS:]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What people tell of themselves, and how they say it, ask for it and correct it; small talk and everyday questions.
 
-Wordings are written down in people.toml in lists called train and test. The product learns from train, but for a quarter of
-it, on which it is tuned; test belongs to `lab sleep`.
+Wordings are written down in people.toml in lists called train, val and test. The product learns from train, is tuned on val
+(where there is none, on a quarter of train, which is then kept back), and test belongs to `lab sleep`.
 """
 
 import hashlib
@@ -54,7 +54,9 @@ def made(entry: dict, name: str, fill) -> Relation:
 
 
 def part(lists: dict[str, tuple], split: str) -> tuple:
-    """Phrasings of a split: a quarter of those to train on is kept back for validation ("val"), test is a list of its own."""
+    """Phrasings of a split: train, val or test."""
+    if "val" in lists:
+        return lists[split]
     back = max(1, len(lists["train"]) // 4)
     return {"train": lists["train"][:-back], "val": lists["train"][-back:], "test": lists["test"]}[split]
 
@@ -66,9 +68,13 @@ def dice(*key) -> random.Random:
 
 def questions(relation: str, split: str) -> list[str]:
     """Ways of asking for it, those of its own first."""
-    own = relations()[relation].asked[split] if relation in relations() else ()
-    every = [*own, *(wording.format(a=relation) for wording in book()["generic"][split])]
+    every = [*own_questions(relation, split), *(wording.format(a=relation) for wording in book()["generic"][split])]
     return list({bare(q): q for q in reversed(every)}.values())[::-1]
+
+
+def own_questions(relation: str, split: str) -> tuple[str, ...]:
+    """Ways of asking for it and for nothing else."""
+    return relations()[relation].asked[split] if relation in relations() else ()
 
 
 def bare(text: str) -> str:
