@@ -343,6 +343,8 @@ def toy(base, monkeypatch):
     monkeypatch.setattr(extract, "extract", lambda *a: [([told for name, told in TOLD.items() if name in m.text], ["x"]) for m in a[2]])
     monkeypatch.setattr(night, "OWN", 4)
     monkeypatch.setattr(night, "GUARDS", 4)
+    monkeypatch.setattr(dream, "MOST", 10)
+    monkeypatch.setattr(dream, "LEAST", 4)
     some = book() | {"everyday": {"train": book()["everyday"]["train"][:8]}}
     monkeypatch.setattr(night, "book", lambda: some)
     monkeypatch.setattr(dream, "never_told", lambda rows, count: [dream.Dream("never told", "who?", "You haven't told me.")])

@@ -114,7 +114,7 @@ def scribe(base: ModelFolder, stopping, display) -> Path:
         model, tokenizer = load_model(base.path, machine.compute_dtype(), machine.device())
         lessons = [Lesson(*render(messages, tokenizer)) for messages in conversations]
         said = [learn.certain(x) for x in lessons]
-        learn.fit(model, base.name, base_card(base.card), lessons, said, folder, RECIPE, stopping, display)
+        learn.fit(model, base.name, base_card(base.card), lessons, said, [1.0] * len(lessons), folder, RECIPE, stopping, display)
     return folder / "adapter"
 
 

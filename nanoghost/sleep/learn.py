@@ -51,6 +51,10 @@ class Recipe:
     share: float = 0.5
     """Of the teacher in what is expected where a fact is told; the rest expects what it said."""
     answer_tokens: int = 32
+    everyday_tokens: int = 24
+    """Of the answers to everyday prompts that are held to the base model's."""
+    everyday_weight: float = 2.0
+    """Of each of them; a token of an answer about the person weighs 1."""
     seed: int = 0
 
 
@@ -177,13 +181,13 @@ def everyday(base: ModelFolder, prompts: list[str], own: int, recipe: Recipe) ->
 
     They belong to the base model, not to a person: made once, kept in the data folder.
     """
-    key = json.dumps([base.card["finished"], prompts, own, recipe.answer_tokens, recipe.context, str(machine.compute_dtype())])
+    key = json.dumps([base.card["finished"], prompts, own, recipe.everyday_tokens, recipe.context, str(machine.compute_dtype())])
     path = home() / "data" / f"everyday-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not path.exists():
         runner = open_engine(base, seats=32, room=1024).runner
         model, tokenizer = load_model(base.path, machine.compute_dtype(), machine.device())
         asked = [Dream("everyday", q) for q in [*prompts, *(own_questions(own, runner, tokenizer) if own else [])]]
-        dreams, _ = answered(asked, None, runner, tokenizer, recipe)
+        dreams, _ = answered(asked, None, runner, tokenizer, replace(recipe, answer_tokens=recipe.everyday_tokens))
         ids, logprobs = zip(*expectations(model, tokenizer, dreams, recipe))
         said = json.dumps([[d.question, d.answer, d.cut] for d in dreams])
         tensors = {"ids": torch.cat(ids).int(), "logprobs": torch.cat(logprobs), "lengths": torch.tensor([len(x) for x in ids])}
@@ -201,14 +205,18 @@ def train(base: Path, card: dict, dreams: list[Dream], known: tuple[list[Dream],
     """
     model, tokenizer = load_model(base, machine.compute_dtype(), machine.device())
     said = [*expectations(model, tokenizer, dreams, recipe), *known[1]]
+    weights = [1.0] * len(dreams) + [recipe.everyday_weight] * len(known[0])
     dreams = [*dreams, *known[0]]
     lessons = [lesson(d, tokenizer, False, recipe.context) for d in dreams]
     said = [tuple(t[: sum(x.learned)] for t in pair) for pair, x in zip(said, lessons)]
-    return fit(model, base.name, card, lessons, said, folder, recipe, stopping, show)
+    return fit(model, base.name, card, lessons, said, weights, folder, recipe, stopping, show)
 
 
-def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, folder: Path, recipe: Recipe, stopping, show) -> dict:
-    """A new adapter learns, going through `lessons` once, to expect at each of their learned tokens what is `said`."""
+def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, weights: list[float], folder: Path, recipe: Recipe, stopping, show) -> dict:
+    """A new adapter learns, going through `lessons` once, to expect at each of their learned tokens what is `said`.
+
+    `weights`: what a learned token counts, for each lesson.
+    """
     attach(model, [new_adapter(model, recipe.rank, None, None, recipe.seed)])
     beginning = os.path.commonprefix([x.ids for x in lessons])
     lessons = [Lesson(x.ids[len(beginning) :], x.learned[len(beginning) :]) for x in lessons]
@@ -230,7 +238,8 @@ def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, folder:
         if stopping:
             raise KeyboardInterrupt
         some = batches.row(step)
-        loss = losses(model, beginning, [lessons[i] for i in some], [said[i] for i in some]).mean()
+        counts = torch.tensor([weights[i] for i in some for own in lessons[i].learned if own])
+        loss = (counts * losses(model, beginning, [lessons[i] for i in some], [said[i] for i in some])).mean()
         loss.backward()
         optimizer.step(learning_rate(step / steps, warmup=0.05, cooldown=0.8))
         rate.count(sum(len(lessons[i].ids) for i in some))

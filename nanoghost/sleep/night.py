@@ -29,7 +29,7 @@ from nanoghost.sleep.phrases import bare, book, dice, relations, spoken, stateme
 from nanoghost.train.stage import base_card
 
 GUARDS = 40  # of the everyday prompts to train on are not dreamt of, but for the wake gate
-OWN = 160  # more prompts, which the base model itself thinks of
+OWN = 250  # more prompts, which the base model itself thinks of
 MOST_NATS = 0.1  # that the answers to everyday prompts may move away from the base model's, per token
 MOST_REFUSED = 0.1  # of what is known
 MOST_STRAYED = 0.05  # of everyday prompts that are answered with a refusal
