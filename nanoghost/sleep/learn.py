@@ -53,7 +53,7 @@ class Recipe:
     answer_tokens: int = 32
     everyday_tokens: int = 24
     """Of the answers to everyday prompts that are held to the base model's."""
-    everyday_weight: float = 2.0
+    everyday_weight: float = 1.5
     """Of each of them; a token of an answer about the person weighs 1."""
     seed: int = 0
 
