@@ -58,3 +58,21 @@ def toy_base(nanoghost, toy_file):
     code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 12, *TOY)
     assert code == 0, err
     return "toy"
+
+
+@pytest.fixture
+def me(home):
+    from nanoghost.people import Person
+
+    return Person("me").create()
+
+
+def row(number, relation, value, sources=(), supersedes=None):
+    return {"id": number, "subject": "user", "relation": relation, "value": value, "time": number, "sources": list(sources),
+            "supersedes": supersedes}  # fmt: skip
+
+
+def remember(person, **settings):
+    from nanoghost.sleep import memory
+
+    memory.command(memory.MemorySettings(person.name, **settings))

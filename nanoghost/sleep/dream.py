@@ -15,7 +15,7 @@ Dreams depend on the rows that are there and on nothing else, so that what was n
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from nanoghost.sleep.phrases import book, dice, noted, own_questions, part, questions, relations, spoken, statement
+from nanoghost.sleep.phrases import book, dice, noted, own_wordings, part, questions, relations, spoken, statement
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ NEAR = 2  # times as many questions about what is known of somebody else
 
 def wordings(relation: str) -> tuple[list[str], list[str]]:
     """Ways of asking that are dreamt of, and the two kept back for the wake gate."""
-    every, own = questions(relation, "train"), own_questions(relation, "train")
+    every, own = questions(relation, "train"), own_wordings(relation, "train")
     dice("wordings", relation).shuffle(every)
     kinds = [q for q in every if q in own], [q for q in every if q not in own]
     every = [q for pair in zip_longest(*kinds) for q in pair if q]  # of its own and of any thing, in turn

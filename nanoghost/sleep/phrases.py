@@ -68,11 +68,11 @@ def dice(*key) -> random.Random:
 
 def questions(relation: str, split: str) -> list[str]:
     """Ways of asking for it, those of its own first."""
-    every = [*own_questions(relation, split), *(wording.format(a=relation) for wording in book()["generic"][split])]
+    every = [*own_wordings(relation, split), *(wording.format(a=relation) for wording in book()["generic"][split])]
     return list({bare(q): q for q in reversed(every)}.values())[::-1]
 
 
-def own_questions(relation: str, split: str) -> tuple[str, ...]:
+def own_wordings(relation: str, split: str) -> tuple[str, ...]:
     """Ways of asking for it and for nothing else."""
     return relations()[relation].asked[split] if relation in relations() else ()
 
