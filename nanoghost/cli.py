@@ -32,6 +32,7 @@ VERBS = {
     "sleep": ("sleep.night", "SleepSettings", "command", "make what a person said part of their model"),
     "memory": ("sleep.memory", "MemorySettings", "command", "what is known of a person, and their say in it"),
     "lab sleep": ("lab.sleep", "LabSleepSettings", "command", "what a night is worth, beside other ways of knowing"),
+    "lab ledger": ("lab.ledger", "LedgerSettings", "command", "what each part of the recipe is worth, in seconds"),
     "lab lecun1989": ("lab.lecun1989", "Lecun1989Settings", "command", "a network of 1989, brought to the present step by step"),
     "bench decode": (
         "bench.decode",
@@ -70,6 +71,7 @@ EXAMPLES = {
     "memory": "nanoghost memory --person me --search sister\n  nanoghost memory --person me --correct 3 Rex\n"
     "  nanoghost memory --person me --forget 3",
     "lab sleep": "nanoghost lab sleep\n  nanoghost lab sleep --split test --arms base,ours --json",
+    "lab ledger": "nanoghost lab ledger\n  nanoghost lab ledger --rungs muon,pairs --seeds 1",
     "lab lecun1989": "nanoghost lab lecun1989\n  nanoghost lab lecun1989 --rungs 1989,dropout --seeds 1",
     "bench decode": "nanoghost bench decode smollm2\n  nanoghost bench decode smollm2 --against llama.cpp,transformers --json",
     "bench prefill": "nanoghost bench prefill smollm2 --tokens 512",

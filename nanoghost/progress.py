@@ -6,7 +6,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-NAMES = {"pretrain": "pretraining", "sft": "finetuning", "rl": "reinforcement", "distill": "distillation", "sleep": "sleep", "lecun1989": "digits"}
+NAMES = {"pretrain": "pretraining", "sft": "finetuning", "rl": "reinforcement", "distill": "distillation", "sleep": "sleep", "lecun1989": "digits", "ledger": "ledger"}
 
 
 class Display:
@@ -37,11 +37,7 @@ class Display:
         elif last or time.time() - self.printed > 10:
             self.printed = time.time()
             left = f"{event['seconds_left']:.0f} s left" if "seconds_left" in event else ""
-            print(
-                f"{NAMES[event['stage']]} {event['step'] + 1}/{event['steps']}  {text}  {left}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"{NAMES[event['stage']]} {event['step'] + 1}/{event['steps']}  {text}  {left}", file=sys.stderr, flush=True)
         if last:
             self.close()
 

@@ -6,7 +6,6 @@ import torch
 
 from nanoghost.lab.life import live
 from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.model.lora import read_adapter
 from nanoghost.model.weights import load_model, save_model
 from nanoghost.people import Person, current, key_of
 from nanoghost.runs import ModelFolder, Stopping, home, read_json, write_json
@@ -293,12 +292,19 @@ def remember_forgets(person, number):
         night.night(person, ModelFolder("toy"), settings, Quiet(), stopping, RECIPE, forgotten=1)
 
 
-def test_two_peoples_adapters_in_one_batch_answer_as_each_alone(base):
+@pytest.mark.parametrize("packed", [True, False])
+def test_two_peoples_adapters_in_one_batch_answer_as_each_alone(base, packed, monkeypatch):
     """Nothing of one row's adapter reaches another row, nor the pages of keys that rows with the same beginning share."""
+    from nanoghost import machine
+    from nanoghost.engine import paged
     from nanoghost.engine.generate import open_engine
     from nanoghost.model.lora import new_adapter, save_adapter
 
     model, tokenizer = load_model(base, torch.float32)
+    if packed and not paged.packable(model.config):
+        pytest.skip("the packed engine does not run here")
+    monkeypatch.setattr(paged, "packable", lambda config: packed)
+    monkeypatch.setattr(machine, "compute_dtype", lambda: torch.float32)
     folders = []
     for seed in (1, 2):
         adapter = new_adapter(model, 4, None, None, seed)
@@ -313,9 +319,7 @@ def test_two_peoples_adapters_in_one_batch_answer_as_each_alone(base):
         alone[number] = learn.said(engine, prompts, 12)
     assert alone[0] != alone[1] != alone[2]
     engine = open_engine(ModelFolder("toy"), seats=4, room=96, adapter=folders[0])
-    if not hasattr(engine.runner.model, "adapters") or not isinstance(engine.runner.model.adapters, dict):
-        pytest.skip("the packed engine does not run here")
-    engine.runner.model.adapters[str(folders[1])] = read_adapter(folders[1], model.config, torch.float32)
+    engine.runner.add_adapter(folders[1])
     names = ["", str(folders[0]), str(folders[1])]
     asked = [(i, n) for i in range(6) for n in range(3)]
     answers = learn.said(engine, [prompts[i] for i, _ in asked], 12, [names[n] for _, n in asked])

@@ -251,22 +251,18 @@ def open_engine(folder: ModelFolder, seats: int = 1, room: int | None = None, ad
     adapter = adapter or (folder.path if "@" in folder.name else None)
     config = load_config(base)
     room = min(room or config.context, config.context)
+    runner = None
     if config.model_type != "nanoghost":
         from nanoghost.engine.paged import open_paged
 
-        if runner := open_paged(base, config, seats, room, adapter):
-            return Engine(runner, load_tokenizer(base), str(adapter or ""))
-    model, tokenizer = load_model(base, machine.compute_dtype(), machine.device())
+        runner = open_paged(base, config, seats, room)
+    runner = runner or PlainRunner(load_model(base, machine.compute_dtype(), machine.device())[0], seats, room)
     if adapter:
-        from nanoghost.model.lora import attach, read_adapter
-
-        attach(model, [read_adapter(adapter, config, machine.compute_dtype())])
-    return Engine(PlainRunner(model, seats, room), tokenizer)
+        runner.add_adapter(adapter)
+    return Engine(runner, load_tokenizer(base), str(adapter or ""))
 
 
-def steps(
-    model, tokenizer, prompts: list[list[int]], s: Sampling, samples: int = 1, run_tool=None
-) -> Iterator[list[Row]]:
+def steps(model, tokenizer, prompts: list[list[int]], s: Sampling, samples: int = 1, run_tool=None) -> Iterator[list[Row]]:
     """Continue every prompt `samples` times; yields all rows after each step. Row p * samples + i belongs to prompt p.
 
     `model` may be a model or a runner. Raises UserError if a prompt leaves no room in the context.

@@ -110,6 +110,10 @@ class PagedRunner:
         if not self.users[page]:
             self.resting[page] = None
 
+    def add_adapter(self, folder: Path) -> None:
+        """From here on rows may go through the adapter of this folder, by its path."""
+        self.model.adapters[str(folder)] = read_adapter(folder, self.model.config, torch.float32)
+
     def close(self, row) -> None:
         self.remember(row)
         seat = self.rows.pop(id(row))
@@ -155,14 +159,11 @@ class Seat:
         self.number, self.pages, self.known = number, pages, known
 
 
-def open_paged(base: Path, config, seats: int, room: int, adapter: Path | None = None) -> PagedRunner | None:
-    """A model folder with `seats` of `room` tokens, an adapter beside it under its path's name; None where it cannot be packed."""
+def open_paged(base: Path, config, seats: int, room: int) -> PagedRunner | None:
+    """A model folder with `seats` of `room` tokens; None where it cannot be packed."""
     if not packable(config):
         return None
-    model = load_packed(base)
-    if adapter:
-        model.adapters[str(adapter)] = read_adapter(adapter, config, torch.float32)
-    return PagedRunner(model, seats * -(-room // PAGE) * PAGE, seats)
+    return PagedRunner(load_packed(base), seats * -(-room // PAGE) * PAGE, seats)
 
 
 def paged(model: Llama, seats: int, capacity: int) -> PagedRunner | None:

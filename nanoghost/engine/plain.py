@@ -16,6 +16,15 @@ class PlainRunner:
         self.cache = model.new_cache(seats, capacity)
         self.seats: list = [None] * seats
         """Who sits where."""
+        self.names: list[str] = []
+        """Of the model's adapters, that rows ask for."""
+
+    def add_adapter(self, folder) -> None:
+        """From here on rows may go through the adapter of this folder, by its path."""
+        from nanoghost.model.lora import read_adapter
+
+        self.names.append(str(folder))
+        self.model.adapters.append(read_adapter(folder, self.model.config, self.model.head.dtype))
 
     def open(self, row) -> bool:
         """Give a row a seat, if there is one."""
@@ -48,21 +57,25 @@ class PlainRunner:
             for seat, r in zip(seats, one):
                 tokens[seat] = r.tokens
             starts = [row.read if row else 0 for row in self.seats[: len(tokens)]]  # who reads nothing now writes ahead
-            out_BV = self.forward(tokens, starts, None, [0] * len(tokens))
+            out_BV = self.forward(tokens, starts, None, [0] * len(tokens), self.seats[: len(tokens)])
             logits.append(out_BV if seats == list(range(len(out_BV))) else out_BV[seats])
         if many:
             longest = max(len(r.tokens) for r in many)
             tokens = [r.tokens + [0] * (longest - len(r.tokens)) for r in many]
             seats = [seat_of[id(r.row)] for r in many]
-            out_BV = self.forward(tokens, [r.row.read for r in many], seats, [len(r.tokens) - 1 for r in many])
+            rows = [r.row for r in many]
+            out_BV = self.forward(tokens, [row.read for row in rows], seats, [len(r.tokens) - 1 for r in many], rows)
             logits.append(out_BV[[i for i, r in enumerate(many) if r.wanted]])
         return torch.cat(logits)
 
-    def forward(self, tokens, starts, seats, last) -> torch.Tensor:
+    def forward(self, tokens, starts, seats, last, rows) -> torch.Tensor:
         device = self.model.head.device
         tokens, starts, last = (torch.tensor(x, device=device) for x in (tokens, starts, last))
         self.cache.take(seats, starts)
-        return self.model(tokens, cache=self.cache, last_B=last)[:, 0]
+        if not self.names:
+            return self.model(tokens, cache=self.cache, last_B=last)[:, 0]
+        through = [self.names.index(row.adapter) if row and row.adapter else -1 for row in rows]
+        return self.model(tokens, cache=self.cache, last_B=last, adapters_B=torch.tensor(through, device=device))[:, 0]
 
     def move_up(self) -> None:
         """If many seats are idle, let those at the end move to the front: computing idle ones costs more."""

@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +34,6 @@ from nanoghost.engine.generate import open_engine
 from nanoghost.errors import UserError
 from nanoghost.lab.general import general, share
 from nanoghost.lab.life import Life, live
-from nanoghost.model.lora import read_adapter
 from nanoghost.people import current, key_of
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, Stopping, home, open_model, read_json, write_json
@@ -162,7 +160,7 @@ def leaks(base: ModelFolder, people: list[tuple[Path, list[dict]]], split: str) 
     engine = open_engine(base, seats=32, room=256)
     folders = [str(folder) for folder, _ in people]
     for folder, _ in people:
-        engine.runner.model.adapters[str(folder)] = read_adapter(folder, engine.runner.model.config, torch.float32)
+        engine.runner.add_adapter(folder)
     rng, asked = random.Random("leaks"), []
     for number, (_, rows) in enumerate(people):
         others = [r for i, (_, theirs) in enumerate(people) if i != number for r in theirs]

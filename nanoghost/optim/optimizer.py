@@ -132,6 +132,8 @@ class Bucket:
 class Optimizer:
     """All buckets of a model. `groups` maps the names of `model.parameter_groups()` to their Group."""
 
+    bucket = Bucket  # how the parameters of a bucket are updated
+
     def __init__(self, model, groups: dict[str, Group], compute_dtype, rank: int = 0, world: int = 1):
         self.buckets: dict[str, Bucket] = {}
         self.time = 0
@@ -141,7 +143,7 @@ class Optimizer:
                 shape = "x".join(map(str, p.shape[1:])) if groups[name].kind == "muon" else str(p.dtype)
                 kinds.setdefault(f"{name}.{shape}", []).append(p)
             for key, same in kinds.items():
-                self.buckets[key] = Bucket(same, groups[name], rank, world, compute_dtype)
+                self.buckets[key] = self.bucket(same, groups[name], rank, world, compute_dtype)
 
     def step(self, scale: float = 1.0, momentum: float = 0.95):
         """Update every parameter from its .grad and clear it. `scale` multiplies all learning rates (the schedule)."""

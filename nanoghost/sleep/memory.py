@@ -98,8 +98,8 @@ def show(person: Person, settings: MemorySettings) -> None:
         print(json.dumps({"rows": rows}, ensure_ascii=False))
         return
     for row in rows:
-        day = time.strftime("%Y-%m-%d", time.localtime(row["time"]))
-        print(f"{row['id']:>4}  {day}  {statement(row['relation'], row['value'])}")
+        day = time.strftime("%Y-%m-%d", time.localtime(row["time"])) if row["time"] else ""  # a row of one's own may have none
+        print(f"{row['id']:>4}  {day:10}  {statement(row['relation'], row['value'])}")
     if not rows:
         Display().say("nothing is known" + (" about that" if settings.search else " yet"))
 

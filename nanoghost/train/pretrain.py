@@ -80,9 +80,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         def build():
             torch.manual_seed(settings.seed)
             model = make_model(config, tokenizer)
-            return model, Optimizer(
-                model, groups(config.width, settings.learning_rate), machine.compute_dtype(), rank, world
-            )
+            return model, Optimizer(model, groups(config.width, settings.learning_rate), machine.compute_dtype(), rank, world)
 
         model, optimizer = build()
         if "steps" not in run.card:
@@ -119,9 +117,8 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
                 )  # fmt: skip
             if rank == 0 and (step + 1) % max(1, steps // 10) == 0 and step + 1 < steps:
                 sample = shards.tokens("val")[: 32 * settings.context]
-                bpb = bits_per_byte(
-                    model, sample, settings.context, shards.bytes("val") * len(sample) / len(shards.tokens("val"))
-                )
+                share = len(sample) / len(shards.tokens("val"))
+                bpb = bits_per_byte(model, sample, settings.context, shards.bytes("val") * share)
                 run.event(step + 0.5, validation_bpb=bpb)
 
         seconds = clock.seconds  # what follows is evaluation

@@ -1,0 +1,228 @@
+"""`nanoghost lab ledger`: what each part of the recipe is worth, in seconds on this computer.
+
+Every rung (rungs.py) learns from the start, in runs of a minute or less; its learning rate is chosen on the validation text with
+one seed, what is told is of the test text. Three groups:
+
+    the ladder   from a GPT-2 of 2019 to today's recipe, a part at a time: how long until the bits per byte that the first
+                 rung has after a minute
+    left out     today's recipe without one part each, and how much sooner the whole recipe is where that ends
+    tried        today's recipe with something else: the same
+
+Time is tokens (by interpolation over the logarithm of the lengths of two runs) times the seconds that the rung takes for one. A
+run is a file in $NANOGHOST_HOME/lab/ledger: Ctrl-C loses one run, and the same command goes on.
+"""
+
+import json
+import math
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from nanoghost import machine
+from nanoghost.data.batches import Batches
+from nanoghost.data.shards import tokenise, tokenizer_for
+from nanoghost.data.sources import open_source
+from nanoghost.errors import UserError
+from nanoghost.evals.bits import bits_per_byte
+from nanoghost.lab import rungs
+from nanoghost.lab.ledger_page import tell, write
+from nanoghost.lab.rungs import STEP, SYSTEM, Rung, RungModel, RungOptimizer, ladder, left_out, tried
+from nanoghost.optim.schedule import momentum
+from nanoghost.progress import Display
+from nanoghost.runs import home, read_json, write_json
+from nanoghost.tasks.mix import example_texts
+
+TODAY, FIRST = "today", "+ loss in chunks"  # FIRST: what a step teaches is as in 2019, and it is as fast as today
+LONGEST = 60.0  # seconds of a run
+LENGTHS = tuple(STEP * n for n in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256))  # in tokens
+LENGTH = STEP * 64  # of what is left out or tried
+TUNING = STEP * 32  # of a run that only chooses a learning rate
+RATIO = 1.6  # between learning rates that are tried
+
+
+@dataclass(frozen=True)
+class LedgerSettings:
+    seeds: int = 3
+    """Runs of each rung and length."""
+    rungs: str = ""
+    """Only those whose name has one of these words in it, with commas between; default: all."""
+    data: str = "plays"
+    """Text to learn, as in `pretrain`."""
+    out: Path | None = None
+    """Write the tables into this file too, and the picture beside it."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+def train(rung: Rung, tokenizer, shards, tokens: int, scale: float, seed: int, split: str, show) -> dict:
+    """One run from the start: bits per byte of the held-out text, and the seconds that it takes where nothing disturbs it."""
+    torch.manual_seed(seed)
+    model = RungModel(rung)
+    model.learn_letters(tokenizer)
+    model = model.cast(getattr(torch, rung.dtype))
+    optimizer = RungOptimizer(model, scale)
+    text, steps = shards.tokens("train"), rungs.steps_of(rung, tokens)
+    batches, read, times, average = {}, 0, {}, None
+    for step in range(steps):
+        start, progress = time.perf_counter(), step / steps
+        rows, context = rungs.rows_at(rung, progress)
+        if (rows, context) not in batches:
+            batches[rows, context] = Batches(text, context, rows, seed)
+        x_BT, y_BT = batches[rows, context].at(round(read / (rows * context)))
+        loss = -model.logprobs(x_BT, y_BT).mean()
+        loss.backward()
+        optimizer.step(rungs.rate(rung, progress), momentum(progress) if rung.momentum else 0.95)
+        if rung.averaged:
+            masters = {key: bucket.master for key, bucket in optimizer.buckets.items()}
+            average = average or {key: master.clone() for key, master in masters.items()}
+            for key, master in masters.items():
+                average[key].lerp_(master, 1 - rung.averaged)
+        read += rows * context
+        times.setdefault((rows, context), []).append(time.perf_counter() - start)
+        show(step, steps, loss.item())
+    for key in average or ():
+        optimizer.buckets[key].work.copy_(average[key])
+    bpb = bits_per_byte(model, shards.tokens(split), rung.context, shards.bytes(split))
+    seconds = sum(len(each) * statistics.median(each) for each in times.values())
+    return {"bpb": bpb, "tokens": read, "seconds": seconds}
+
+
+class Runs:
+    """Runs by rung, length, seed, and what follows from them; each is made once and kept in a file."""
+
+    def __init__(self, data: str, display: Display):
+        self.source, self.display = open_source(data), display
+        self.folder = home() / "lab" / "ledger"
+        self.seen: dict[Rung, dict[Path, float]] = {}  # seconds a token of each run
+        self.text = cache(self._text)
+        self.scale = cache(self._scale)
+
+    def _text(self, vocab_size: int):
+        tokenizer = tokenizer_for(self.source, vocab_size, self.display.say, example_texts())
+        return tokenizer, tokenise(self.source, tokenizer)
+
+    def run(self, name: str, rung: Rung, tokens: int, scale: float, seed: int, split: str = "test") -> dict:
+        tokenizer, shards = self.text(rung.vocab_size)
+        what = {"rung": asdict(rung), "tokens": tokens, "scale": scale, "seed": seed, "split": split, "data": shards.manifest["source"]}
+        path = self.folder / f"{sha256(json.dumps(what).encode()).hexdigest()[:20]}.json"
+        if not path.exists():
+
+            def show(step, steps, loss):
+                self.display({"stage": "ledger", "task": f"{name}, seed {seed}", "step": step, "steps": steps, "loss": loss})
+
+            write_json(path, {"name": name, **what} | train(rung, tokenizer, shards, tokens, scale, seed, split, show))
+        found = read_json(path)
+        self.seen.setdefault(rung, {})[path] = found["seconds"] / found["tokens"]
+        return found
+
+    def _scale(self, name: str, rung: Rung) -> float:
+        """The factor on all learning rates that is best on the validation text, seed 0; neighbours of the best were tried."""
+        if name in SYSTEM:
+            return self.scale(FIRST, ladder()[FIRST])
+
+        def bpb(power: int) -> float:
+            return self.run(name, rung, TUNING, RATIO**power, 0, "val")["bpb"]
+
+        best = 0
+        for direction in (1, -1):
+            while bpb(best + direction) < bpb(best):
+                best += direction
+        return RATIO**best
+
+    def at(self, name: str, rung: Rung, tokens: int, seed: int) -> dict:
+        return self.run(name, rung, tokens, self.scale(name, rung), seed)
+
+    def rate(self, name: str, rung: Rung) -> float:
+        """Seconds a token, the median of the runs so far."""
+        self.run(name, rung, TUNING, self.scale(name, rung), 0, "val")
+        return statistics.median(self.seen[rung].values())
+
+    def longest(self, name: str, rung: Rung, most: int = LENGTHS[-1]) -> int:
+        """The largest length of at most `most` tokens that takes a minute or less."""
+        return max(n for n in LENGTHS if n <= most and (n == LENGTHS[0] or n * self.rate(name, rung) <= LONGEST))
+
+    def tokens_to(self, bpb: float, name: str, rung: Rung, seed: int) -> float | None:
+        """Tokens until this many bits per byte, between two lengths; None if a minute is too short for them."""
+        fits = [n for n in LENGTHS if n <= self.longest(name, rung)]
+        i = min(LENGTHS.index(LENGTH), len(fits) - 1)
+        while i > 0 and self.at(name, rung, fits[i], seed)["bpb"] <= bpb:
+            i -= 1
+        while i < len(fits) - 1 and self.at(name, rung, fits[i + 1], seed)["bpb"] > bpb:
+            i += 1
+        if i == len(fits) - 1:
+            return None
+        low, high = (self.at(name, rung, n, seed)["bpb"] for n in fits[i : i + 2])
+        return math.exp(math.log(fits[i]) + (low - bpb) / (low - high) * math.log(fits[i + 1] / fits[i]))
+
+
+# ── what follows ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mean_and_spread(values: list[float]) -> dict:
+    return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[float, dict[str, dict]]:
+    """(bits per byte that all are to reach, figures of each rung of the ladder)."""
+    first = ladder()[FIRST]
+    longest = runs.longest(FIRST, first)
+    target = statistics.mean(runs.at(FIRST, first, longest, seed)["bpb"] for seed in seeds)
+    found = {}
+    for name, rung in asked.items():
+        length = runs.longest(name, rung, LENGTH)
+        some = seeds[:1] if name in SYSTEM else seeds
+        bpb = mean_and_spread([runs.at(name, rung, length, seed)["bpb"] for seed in some])
+        of = (FIRST, first) if name in SYSTEM else (name, rung)  # what a step teaches is the same: only its time is measured
+        tokens = [longest if of[0] == FIRST else runs.tokens_to(target, *of, seed) for seed in seeds]
+        rate = runs.rate(name, rung)
+        seconds = mean_and_spread([n * rate for n in tokens]) if None not in tokens else None
+        found[name] = {"seconds": seconds, "bpb": bpb, "length": length, "rate": rate, "scale": runs.scale(name, rung)}
+    return target, found
+
+
+def compared(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> dict[str, dict]:
+    """How many times as long each takes as today's recipe, to where it ends."""
+    today, found = list(ladder().values())[-1], {}
+    for name, rung in asked.items():
+        length = runs.longest(name, rung, LENGTH)
+        ends = [runs.at(name, rung, length, seed) for seed in seeds]
+        same = [runs.at(TODAY, today, length, seed)["bpb"] for seed in seeds]
+        tokens = [runs.tokens_to(end["bpb"], TODAY, today, seed) for end, seed in zip(ends, seeds)]
+        ours, its = runs.rate(TODAY, today), runs.rate(name, rung)
+        found[name] = {
+            "bpb": mean_and_spread([end["bpb"] for end in ends]), "more_bpb": mean_and_spread([e["bpb"] - b for e, b in zip(ends, same)]),
+            "times": mean_and_spread([end["tokens"] * its / (n * ours) for end, n in zip(ends, tokens)]) if None not in tokens else None,
+            "length": length, "rate": its, "scale": runs.scale(name, rung),
+        }  # fmt: skip
+    return found
+
+
+def command(settings: LedgerSettings) -> None:
+    machine.prepare()
+    if settings.seeds < 1:
+        raise UserError("--seeds must be at least 1")
+    words = [w.strip().casefold() for w in settings.rungs.split(",") if w.strip()]
+
+    def asked(group: dict[str, Rung]) -> dict[str, Rung]:
+        return {name: rung for name, rung in group.items() if not words or any(w in name.casefold() for w in words)}
+
+    if not any(map(asked, (ladder(), left_out(), tried()))):
+        raise UserError(f"--rungs '{settings.rungs}' names none of: {'; '.join([*ladder(), *left_out(), *tried()])}")
+    runs, seeds = Runs(settings.data, Display()), list(range(1, settings.seeds + 1))  # seed 0 chose the learning rates
+    target, climb = climbed(runs, asked(ladder()), seeds) if asked(ladder()) else (None, {})
+    figures = {
+        "target": target, "ladder": climb, "left_out": compared(runs, asked(left_out()), seeds),
+        "tried": compared(runs, asked(tried()), seeds),
+    }  # fmt: skip
+    tell(figures)
+    if settings.out:
+        write(settings.out, figures, shlex.join(["nanoghost", *sys.argv[1:]]))
+    if settings.json:
+        print(json.dumps(figures))

@@ -1,0 +1,123 @@
+"""The ledger for eyes: tables, and a picture of two charts of bars (for ledger.py)."""
+
+import math
+from html import escape
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nanoghost.runs import write_atomic
+
+ROW, LEFT, WIDE, GAP = 20, 190, 300, 60
+STYLE = """text { font: 12px system-ui, sans-serif; fill: #333 } .title { font-weight: 600; font-size: 14px }
+.bar { fill: #3b6ea8 } .noise { stroke: #333; stroke-width: 1.2 } .one { stroke: #999; stroke-dasharray: 3 3 } .paper { fill: #fff }
+@media (prefers-color-scheme: dark) { text { fill: #ddd } .paper { fill: #161a1f } .bar { fill: #6ea3dd } .noise { stroke: #eee } }"""
+
+
+def tables_of(figures: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(what it shows, heads, rows) of each group that was run."""
+    found, climb = [], figures["ladder"]
+    if climb:
+        shares = shares_of(climb)
+        rows = [
+            [name, number(r["seconds"], ".1f"), f"{shares[name]:.0%}" if name in shares else "", number(r["bpb"], ".3f"), f"{r['rate'] * 1e6:.0f}", f"{r['scale']:.2f}"]
+            for name, r in climb.items()
+        ]
+        length = max(r["length"] for r in climb.values())
+        heads = ["on top of the one before", f"seconds to {figures['target']:.3f} bpb", "share", f"bpb after {length:,} tokens", "microseconds a token", "learning rate"]
+        found.append(("The ladder", heads, rows))
+    for group, title in (("left_out", "Today's recipe without"), ("tried", "Today's recipe with")):
+        rows = [
+            [name, number(r["times"], ".2f"), number(r["more_bpb"], "+.3f"), number(r["bpb"], ".3f"), f"{r['rate'] * 1e6:.0f}", f"{r['scale']:.2f}"]
+            for name, r in figures[group].items()
+        ]
+        if rows:
+            heads = ["", "times as long", "more bpb", "bpb", "microseconds a token", "learning rate"]
+            found.append((title, heads, rows))
+    return found
+
+
+def shares_of(climb: dict) -> dict[str, float]:
+    """What part of the whole factor, by its logarithm, each rung brings over the one before."""
+    known = [(name, r["seconds"]["mean"]) for name, r in climb.items() if r["seconds"]]
+    if len(known) < 2 or known[0][1] == known[-1][1]:
+        return {}
+    whole = math.log(known[0][1] / known[-1][1])
+    return {name: math.log(before / after) / whole for (_, before), (name, after) in zip(known, known[1:])}
+
+
+def number(value: dict | None, form: str) -> str:
+    return f"{value['mean']:{form}} ±{value['spread']:{form.removeprefix('+')}}" if value else "over a minute"
+
+
+def summary(figures: dict) -> list[str]:
+    """What follows from the tables, in sentences."""
+    climb, left, said = figures["ladder"], figures["left_out"], []
+    known = [r["seconds"]["mean"] for r in climb.values() if r["seconds"]]
+    if len(known) > 1:
+        said.append(f"From the first rung to the last: {known[0] / known[-1]:.1f} times as fast to {figures['target']:.3f} bits per byte.")
+    times = [r["times"]["mean"] for r in left.values() if r["times"]]
+    if times and len(times) == len(left):
+        said.append(f"The product of what is lost by leaving out one part each: {math.prod(times):.1f}.")
+    return said
+
+
+def tell(figures: dict) -> None:
+    for title, heads, rows in tables_of(figures):
+        table = Table(*heads, title=title)
+        for row in rows:
+            table.add_row(*row)
+        Console(stderr=True).print(table)
+    for sentence in summary(figures):
+        Console(stderr=True).print(sentence, highlight=False)
+
+
+def write(path: Path, figures: dict, command: str) -> None:
+    """The tables as Markdown, and the picture as an SVG of the same name beside it."""
+    parts = ["# Ledger: what each part of the recipe is worth", f"Made by `{command}`.", *summary(figures)]
+    parts.append(f"![Bars of the same figures]({path.stem}.svg)")
+    for title, heads, rows in tables_of(figures):
+        lines = [heads, ["---"] * len(heads), *rows]
+        parts.append(f"## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+    write_atomic(path, "\n\n".join(parts) + "\n")
+    write_atomic(path.with_suffix(".svg"), picture(figures))
+
+
+def picture(figures: dict) -> str:
+    charts = []
+    seconds = {name: r["seconds"] for name, r in figures["ladder"].items() if r["seconds"]}
+    if seconds:
+        charts.append((f"Seconds to {figures['target']:.2f} bits per byte", seconds, 1.0, "{:.1f}"))
+    for group, title in (("left_out", "Times as long"), ("tried", "Times as long")):
+        times = {name: r["times"] for name, r in figures[group].items() if r["times"]}
+        if times:
+            charts.append((title, times, 0.8, "{:.2f}"))
+    columns = [bars(LEFT + i * (LEFT + WIDE + GAP), *chart) for i, chart in enumerate(charts)]
+    width = len(charts) * (LEFT + WIDE + GAP)
+    height = 60 + ROW * max((len(chart[1]) for chart in charts), default=0)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
+        f'<style>{STYLE}</style><rect class="paper" width="100%" height="100%"/>{"".join(columns)}</svg>\n'
+    )
+
+
+def bars(left: float, title: str, values: dict[str, dict], low: float, form: str) -> str:
+    """Horizontal bars on a logarithmic scale from `low` on, with their spread."""
+    low = min(low, *(v["mean"] for v in values.values())) * 0.98
+    high = max(v["mean"] + v["spread"] for v in values.values())
+
+    def across(value: float) -> float:
+        return left + WIDE * max(0.0, math.log(value / low) / math.log(high / low))
+
+    parts = [f'<text class="title" x="{left}" y="24">{escape(title)}</text>']
+    for i, (name, v) in enumerate(values.items()):
+        y = 40 + i * ROW
+        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<rect class="bar" x="{left}" y="{y + 2}" width="{across(v["mean"]) - left:.1f}" height="{ROW - 5}"/>')
+        ends = across(max(low, v["mean"] - v["spread"])), across(v["mean"] + v["spread"])
+        parts.append(f'<line class="noise" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y + ROW / 2}" y2="{y + ROW / 2}"/>')
+        parts.append(f'<text x="{ends[1] + 6:.1f}" y="{y + 13}">{form.format(v["mean"])}</text>')
+    if low < 1:
+        parts.append(f'<line class="one" x1="{across(1):.1f}" x2="{across(1):.1f}" y1="34" y2="{44 + ROW * len(values)}"/>')
+    return "".join(parts)
