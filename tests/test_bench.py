@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nanoghost.bench import decode, rl, table, train
+from nanoghost.bench import decode, pretrain, rl, table, train
 from nanoghost.data.local import open_local
 from nanoghost.engine import kernels, packed
 from nanoghost.engine.generate import open_engine
@@ -33,7 +33,7 @@ def llama(nanoghost, toy_base):
 def quick(monkeypatch, toy_file):
     monkeypatch.setattr(table, "open_source", lambda _: open_local(toy_file))
     limits = {"dtype": "bfloat16", "matrix_gflops_per_second": 100.0, "bandwidth_gb_per_second": 10.0}
-    for module in (decode, train, rl):
+    for module in (decode, train, rl, pretrain):
         monkeypatch.setattr(module, "limits", lambda: limits)
 
 
@@ -47,6 +47,18 @@ def test_figures_stand_beside_limits(nanoghost, toy_base, llama):
         assert code == 0, err
         rows = json.loads(out)["rows"]
         assert [row["streams"] for row in rows[:2]] == [1, 3]
+
+
+def test_a_step_of_pretraining_stands_beside_its_limit(nanoghost, toy_file):
+    words = ("bench", "pretrain", "--data", toy_file, "--vocab-size", 320, "--context", 32, "--steps", 1, "--rounds", 1, "--json")
+    for arch in ("ghost", "llama"):
+        code, out, err = nanoghost(*words, "--arch", arch, "--depths", "1,2", "--batches", "2,4")
+        assert code == 0, err
+        rows = json.loads(out)["rows"]
+        assert [(row["work"][:7], row["streams"]) for row in rows] == [("depth 1", 2), ("depth 1", 4), ("depth 2", 2), ("depth 2", 4)]
+        assert rows[0]["limit"] > rows[2]["limit"] > 0 and all(row["share"] > 0 for row in rows)
+    code, _, err = nanoghost(*words, "--depths", "2,x")
+    assert code == 2 and "--depths" in err
 
 
 def test_training_stands_beside_its_limit(nanoghost, toy_base, llama):

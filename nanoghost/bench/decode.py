@@ -193,7 +193,7 @@ def decode(settings: DecodeSettings) -> None:
                 )
                 works.append(("nanoghost", work, 1, run))
     measured = limits()
-    tell(settings, measured, works, lambda n: most(ours.model, measured, n, 32 + settings.tokens // 2))
+    tell(settings, measured, works, lambda _, n: most(ours.model, measured, n, 32 + settings.tokens // 2))
 
 
 def prefill(settings: PrefillSettings) -> None:
@@ -204,7 +204,7 @@ def prefill(settings: PrefillSettings) -> None:
     works = [(name, "prefill", 1, lambda rival=rival: rival.read(next(pieces))) for name, rival in rivals.items()]
     measured = limits()
     ours = rivals["nanoghost"].model
-    tell(settings, measured, works, lambda n: most(ours, measured, n, settings.tokens, settings.tokens))
+    tell(settings, measured, works, lambda _, n: most(ours, measured, n, settings.tokens, settings.tokens))
 
 
 def packing(settings: PackingSettings) -> None:

@@ -51,8 +51,8 @@ def peers(against: str, folder: ModelFolder, known, beside=()) -> list[str]:
     return asked
 
 
-def tell(settings, measured: dict, works: list, limit: Callable[[int], float] | None, unit: str = "tokens/s") -> None:
-    """Run everything in turn, once to warm up, and print medians, beside the limits where these are known."""
+def tell(settings, measured: dict, works: list, limit: Callable[[str, int], float] | None, unit: str = "tokens/s") -> None:
+    """Run everything in turn, once to warm up, and print medians, beside the limits of (work, streams) where these are known."""
     rates = [[] for _ in works]
     for i in range(settings.rounds + 1):
         for found, (_, _, _, run) in zip(rates, works):
@@ -67,7 +67,8 @@ def tell(settings, measured: dict, works: list, limit: Callable[[int], float] | 
         row = {"engine": engine, "work": work, "streams": streams, key: round(rate, 1)}
         row |= {"lowest": round(min(found), 1), "highest": round(max(found), 1)}
         if limit:
-            row |= {"limit": round(limit(streams), 1), "share": round(rate / limit(streams), 3)}
+            most = limit(work, streams)
+            row |= {"limit": round(most, 1), "share": round(rate / most, 3)}
         rows.append(row)
     table = Table("engine", "work")
     for column in columns:

@@ -125,4 +125,4 @@ def train(settings: TrainSettings) -> None:
     ]
     measured = limits()
     operations = ours.flops_per_token(context)
-    tell(settings, measured, works, lambda _: measured["matrix_gflops_per_second"] * 1e9 / operations)
+    tell(settings, measured, works, lambda *_: measured["matrix_gflops_per_second"] * 1e9 / operations)

@@ -1,0 +1,82 @@
+"""`nanoghost bench pretrain`: how near a whole step of pretraining comes to the matrix peak of this machine, by size and batch.
+
+A step is what the stage does: a batch, forward, backward, the optimizer with its Newton-Schulz iterations. Operations count as in
+`flops_per_token`: matrix products and causal attention, nothing else, so the optimizer's time counts and its operations do not.
+"""
+
+import time
+from dataclasses import dataclass
+
+from nanoghost import machine
+from nanoghost.bench.table import limits, tell
+from nanoghost.data.batches import Batches
+from nanoghost.data.shards import tokenise, tokenizer_for
+from nanoghost.data.sources import open_source
+from nanoghost.errors import UserError
+from nanoghost.optim.optimizer import Optimizer
+from nanoghost.progress import Display
+from nanoghost.tasks.mix import example_texts
+from nanoghost.train.pretrain import make_model, train_step
+from nanoghost.train.recipe import groups, model_config
+
+
+@dataclass(frozen=True)
+class PretrainBenchSettings:
+    depths: str = "2,4,6,8"
+    """Layers of the models; the dial sets the rest."""
+    batches: str = "16"
+    """Rows in a step."""
+    arch: str = "ghost"
+    """ghost or llama."""
+    data: str = "plays"
+    """Text, as in `pretrain`."""
+    vocab_size: int = 4096
+    context: int = 256
+    steps: int = 4
+    """Steps in a measurement."""
+    rounds: int = 3
+    """Times that everything is measured."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+def command(settings: PretrainBenchSettings) -> None:
+    machine.prepare()
+    if settings.arch not in ("ghost", "llama"):
+        raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
+    depths, rows = (numbers(name, getattr(settings, name)) for name in ("depths", "batches"))
+    if min(settings.steps, settings.rounds) < 1:
+        raise UserError("--steps and --rounds are at least 1")
+    source = open_source(settings.data)
+    tokenizer = tokenizer_for(source, settings.vocab_size, Display().say, example_texts())
+    text = tokenise(source, tokenizer).tokens("train")
+    works, operations = [], {}
+    for depth in depths:
+        model = make_model(model_config(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
+        optimizer = Optimizer(model, groups(model.config.width), machine.compute_dtype())
+        counts = model.parameter_counts()
+        name = f"depth {depth}: {(counts['matrices'] + counts['head']) / 1e6:.1f}M of {sum(counts.values()) / 1e6:.1f}M in products"
+        operations[name] = model.flops_per_token(settings.context)
+        works += [(settings.arch, name, n, step_of(model, optimizer, Batches(text, settings.context, n, 0), settings.steps)) for n in rows]
+    measured = limits()
+    tell(settings, measured, works, lambda work, _: measured["matrix_gflops_per_second"] * 1e9 / operations[work])
+
+
+def numbers(name: str, text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdigit() and int(word) for word in words):
+        raise UserError(f"--{name} takes numbers from 1 on with commas between, not '{text}'")
+    return list(map(int, words))
+
+
+def step_of(model, optimizer: Optimizer, batches: Batches, steps: int):
+    """Tokens a second of so many steps; nothing is learned, so that sizes stay what they are at the start."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        for step in range(steps):
+            train_step(model, *batches.at(step), batches.rows)
+            optimizer.step(1e-6)
+        return steps * batches.rows * batches.context / (time.perf_counter() - start)
+
+    return run
