@@ -33,6 +33,8 @@ VERBS = {
     "memory": ("sleep.memory", "MemorySettings", "command", "what is known of a person, and their say in it"),
     "lab sleep": ("lab.sleep", "LabSleepSettings", "command", "what a night is worth, beside other ways of knowing"),
     "lab ledger": ("lab.ledger", "LedgerSettings", "command", "what each part of the recipe is worth, in seconds"),
+    "lab dial": ("lab.dial", "DialSettings", "command", "whether the dial chooses well"),
+    "lab race": ("lab.race", "RaceSettings", "command", "other people's small trainers beside ours"),
     "lab lecun1989": ("lab.lecun1989", "Lecun1989Settings", "command", "a network of 1989, brought to the present step by step"),
     "bench decode": (
         "bench.decode",
@@ -73,6 +75,8 @@ EXAMPLES = {
     "  nanoghost memory --person me --forget 3",
     "lab sleep": "nanoghost lab sleep\n  nanoghost lab sleep --split test --arms base,ours --json",
     "lab ledger": "nanoghost lab ledger\n  nanoghost lab ledger --rungs muon,pairs --seeds 1",
+    "lab dial": "nanoghost lab dial --minutes 1,4\n  nanoghost lab dial --minutes 10 --choices 4x4096,6x4096",
+    "lab race": "nanoghost lab race --nanochat ../nanochat --nanogpt ../nanoGPT --out race.svg",
     "lab lecun1989": "nanoghost lab lecun1989\n  nanoghost lab lecun1989 --rungs 1989,dropout --seeds 1",
     "bench decode": "nanoghost bench decode smollm2\n  nanoghost bench decode smollm2 --against llama.cpp,transformers --json",
     "bench prefill": "nanoghost bench prefill smollm2 --tokens 512",

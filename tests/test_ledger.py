@@ -179,3 +179,16 @@ def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypa
     assert made == {path: path.stat().st_mtime_ns for path in (home / "lab" / "ledger").iterdir()}
     code, _, err = nanoghost(*words, "--rungs", "nonsense")
     assert code == 2 and "nonsense" in err
+
+
+def test_the_dial_is_measured_among_its_neighbours(nanoghost, toy_file, home):
+    words = ("lab", "dial", "--data", toy_file, "--minutes", "0.03", "--choices", "1x320", "--json")
+    code, out, err = nanoghost(*words)
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [(r["depth"], r["vocabulary"], r["dial"]) for r in rows] == [(1, 320, False), (2, 4096, True)]
+    assert min(r["from_best"] for r in rows) == 0 and all(r["seconds"] < 30 for r in rows)
+    assert not list((home / "models").glob("dial-*")), "only figures are kept"
+    assert nanoghost(*words)[1] == out, "what was run is not run again"
+    code, _, err = nanoghost("lab", "dial", "--choices", "4")
+    assert code == 2 and "--choices" in err

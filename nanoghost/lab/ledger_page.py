@@ -1,18 +1,13 @@
 """The ledger for eyes: tables, and a picture of two charts of bars (for ledger.py)."""
 
 import math
-from html import escape
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from nanoghost.lab.pictures import GAP, LEFT, ROW, WIDE, bars, standalone
 from nanoghost.runs import write_atomic
-
-ROW, LEFT, WIDE, GAP = 20, 190, 300, 60
-STYLE = """text { font: 12px system-ui, sans-serif; fill: #333 } .title { font-weight: 600; font-size: 14px }
-.bar { fill: #3b6ea8 } .noise { stroke: #333; stroke-width: 1.2 } .one { stroke: #999; stroke-dasharray: 3 3 } .paper { fill: #fff }
-@media (prefers-color-scheme: dark) { text { fill: #ddd } .paper { fill: #161a1f } .bar { fill: #6ea3dd } .noise { stroke: #eee } }"""
 
 
 def tables_of(figures: dict) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -96,28 +91,4 @@ def picture(figures: dict) -> str:
     columns = [bars(LEFT + i * (LEFT + WIDE + GAP), *chart) for i, chart in enumerate(charts)]
     width = len(charts) * (LEFT + WIDE + GAP)
     height = 60 + ROW * max((len(chart[1]) for chart in charts), default=0)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
-        f'<style>{STYLE}</style><rect class="paper" width="100%" height="100%"/>{"".join(columns)}</svg>\n'
-    )
-
-
-def bars(left: float, title: str, values: dict[str, dict], low: float, form: str) -> str:
-    """Horizontal bars on a logarithmic scale from `low` on, with their spread."""
-    low = min(low, *(v["mean"] for v in values.values())) * 0.98
-    high = max(v["mean"] + v["spread"] for v in values.values())
-
-    def across(value: float) -> float:
-        return left + WIDE * max(0.0, math.log(value / low) / math.log(high / low))
-
-    parts = [f'<text class="title" x="{left}" y="24">{escape(title)}</text>']
-    for i, (name, v) in enumerate(values.items()):
-        y = 40 + i * ROW
-        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<rect class="bar" x="{left}" y="{y + 2}" width="{across(v["mean"]) - left:.1f}" height="{ROW - 5}"/>')
-        ends = across(max(low, v["mean"] - v["spread"])), across(v["mean"] + v["spread"])
-        parts.append(f'<line class="noise" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y + ROW / 2}" y2="{y + ROW / 2}"/>')
-        parts.append(f'<text x="{ends[1] + 6:.1f}" y="{y + 13}">{form.format(v["mean"])}</text>')
-    if low < 1:
-        parts.append(f'<line class="one" x1="{across(1):.1f}" x2="{across(1):.1f}" y1="34" y2="{44 + ROW * len(values)}"/>')
-    return "".join(parts)
+    return standalone(width, height, columns)
