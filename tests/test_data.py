@@ -1,19 +1,16 @@
-"""Sources, shards and batches: what is held out stays out, nothing is half-written, and order is a pure function."""
+"""Sources and shards: what is held out stays out, and nothing is half-written."""
 
 import hashlib
 import io
 import json
 import sys
 import tarfile
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from nanoghost.data import hub, sources
-from nanoghost.data.batches import Batches, windows
 from nanoghost.data.local import load_conversations, open_local
 from nanoghost.data.shards import pieces_of, tokenise
 from nanoghost.data.sources import Document, Source, open_plays, open_source
@@ -319,84 +316,3 @@ def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(monkeypatch):
     assert ids == tokenizer.encode(text)
     shards = tokenise(source_of([Document("a", text, "train")]), tokenizer)
     assert shards.tokens("train").tolist() == [tokenizer.special("<|endoftext|>"), *ids]
-
-
-# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-TOKENS = np.arange(1003, dtype=np.uint16)
-
-
-def test_targets_are_one_ahead():
-    inputs, targets = Batches(TOKENS, context=16, rows=4, seed=0).at(0)
-    assert inputs.shape == targets.shape == (4, 16) and inputs.dtype == targets.dtype == torch.int64
-    assert torch.equal(inputs + 1, targets)
-    assert torch.equal(inputs[:, 0], torch.from_numpy(Batches(TOKENS, 16, 4, 0).positions(0)))
-
-
-def test_batches_are_a_pure_function_of_seed_and_step():
-    forward, backward = Batches(TOKENS, 16, 4, seed=3), Batches(TOKENS, 16, 4, seed=3)
-    ahead = [forward.at(step)[0] for step in range(50)]
-    back = [backward.at(step)[0] for step in reversed(range(50))][::-1]
-    assert all(torch.equal(a, b) for a, b in zip(ahead, back))
-    assert not torch.equal(Batches(TOKENS, 16, 4, seed=4).at(0)[0], ahead[0])
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_number_of_ranks_does_not_change_the_batch(world):
-    whole = Batches(TOKENS, 16, 8, seed=1)
-    ranks = [Batches(TOKENS, 16, 8, seed=1, rank=rank, world=world) for rank in range(world)]
-    for step in range(20):  # epochs end in the middle of a batch
-        parts = torch.empty(8, 16, dtype=torch.int64)
-        for rank, batches in enumerate(ranks):
-            parts[rank::world] = batches.at(step)[0]
-        assert torch.equal(parts, whole.at(step)[0])
-
-
-def test_an_epoch_visits_each_window_once():
-    batches = Batches(TOKENS, context=16, rows=1, seed=0)
-    n = batches.rows_per_epoch
-    epochs = [np.array([batches.positions(step)[0] for step in range(e * n, (e + 1) * n)]) for e in range(40)]
-    for starts in epochs:
-        assert np.array_equal(np.sort(starts), starts.min() + 16 * np.arange(n))
-        assert starts.max() + 16 < len(TOKENS)
-    assert len({starts.min() for starts in epochs}) > 10  # each epoch from another offset
-    assert not np.array_equal(epochs[0] - epochs[0].min(), epochs[1] - epochs[1].min())
-
-
-@pytest.mark.parametrize("length", range(17, 70))
-def test_every_token_can_be_reached(length):
-    """No corpus is too short for a batch, and neither its first token nor its last is left out for good."""
-    batches = Batches(TOKENS[:length], context=16, rows=64, seed=0)
-    inputs, targets = (torch.cat(x) for x in zip(*(batches.at(step) for step in range(12))))
-    assert set(inputs.unique().tolist()) == set(range(length - 1))
-    assert set(targets.unique().tolist()) == set(range(1, length))
-
-
-def test_too_short_a_text_says_what_to_do():
-    with pytest.raises(UserError, match="has 16 tokens, too few for one row of 16 .* smaller --context"):
-        Batches(TOKENS[:16], context=16, rows=1, seed=0)
-
-
-def test_a_batch_takes_less_than_a_millisecond():
-    batches = Batches(np.zeros(2_000_000, np.uint16), context=256, rows=16, seed=0)
-    batches.at(0)
-    seconds = []
-    for step in range(1, 50):
-        begin = time.perf_counter()
-        batches.at(step)
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 1e-3  # the least of many: others may be using the machine
-
-
-@pytest.mark.parametrize("length", [2, 16, 17, 18, 33, 500, 1003])
-def test_windows_predict_each_token_once(length):
-    batches = list(windows(TOKENS[:length], context=16, rows=4))
-    assert torch.equal(torch.cat([targets.flatten() for _, targets in batches]), torch.arange(1, length))
-    for inputs, targets in batches:
-        assert inputs.shape == targets.shape and inputs.shape[0] <= 4 and inputs.shape[1] <= 16
-        assert torch.equal(inputs + 1, targets)
-
-
-def test_windows_need_two_tokens():
-    with pytest.raises(UserError, match="too few to score"):
-        next(windows(TOKENS[:1], context=16))

@@ -1,10 +1,8 @@
-"""Lessons, scores and splits of the tasks; the calculator against Python's own arithmetic."""
+"""Lessons, scores and splits of the tasks."""
 
 import json
 import random
 import re
-import time
-from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +26,7 @@ from nanoghost.tasks.plays import Plays, looks_broken, shorten, speeches
 from nanoghost.tasks.refusal import Answerable, Refusal, is_refusal
 from nanoghost.tasks.spelling import Counting, Spelling
 from nanoghost.tasks.sums import Sums
-from nanoghost.tools.calculator import TOOL, calculate, run_tool
+from nanoghost.tools.calculator import calculate, run_tool
 
 WORDS = """the and that with this have thou thee shall good lord come king love more when then what would hath upon like
 will know say make man time night day great death speak heart life father hand eyes poor blood honour heaven nothing
@@ -373,62 +371,3 @@ def test_long_speeches_end_with_a_sentence():
 @pytest.mark.parametrize("text", ["", "...", "Ay <|im_end|>", "to be or not " * 5, "\ufffd what"])
 def test_broken_replies(text):
     assert looks_broken(text)
-
-
-# ── calculator ──────────────────────────────────────────────────────────────────────────────────────────────
-
-NUMBERS = st.integers(0, 9999)
-
-
-@given(NUMBERS, NUMBERS, NUMBERS, st.sampled_from("+-*"), st.sampled_from("+-*"))
-@settings(max_examples=100, deadline=None)
-def test_whole_numbers_as_in_python(a, b, c, first, second):
-    for expression in (f"{a}{first}{b}{second}{c}", f"({a} {first} {b}) {second} -{c}"):
-        assert calculate(expression) == str(eval(expression))
-    assert calculate(f"{a} × {b} − {c}") == str(a * b - c)
-
-
-@given(NUMBERS, st.integers(1, 9999))
-@settings(max_examples=100, deadline=None)
-def test_fractions_to_ten_digits(a, b):
-    quotient = Fraction(a, b)
-    assert abs(Fraction(calculate(f"{a}/{b}")) - quotient) <= quotient / 10**9
-    assert calculate(f"{a}/{b}*{b}") == str(a)  # exact inside
-
-
-@pytest.mark.parametrize(
-    "expression, value",
-    [("0.1+0.2", "0.3"), ("007+1", "8"), ("1,000+2", "1002"), ("10÷4", "2.5"), ("--2", "2"), (" 2 * (3 + 4) ", "14"),
-     ("100.05+0.05", "100.1")],
-)  # fmt: skip
-def test_ways_to_write_numbers(expression, value):
-    assert calculate(expression) == value
-
-
-@pytest.mark.parametrize(
-    "expression",
-    ["9**9**9", "9" * 200, "(" * 99, "-" * 99 + "1", "__import__('os')", "1/0", "", "1+", "7//2", "1e999", "()", "1 2",
-     "2(3)", "a+1", "[1]*9", "٣+1", "\n", "1.2.3", "(" * 49 + "1" + ")" * 49 + "!"],
-)  # fmt: skip
-def test_hostile_expressions_come_back_at_once(expression):
-    begun = time.perf_counter()
-    answer = calculate(expression)
-    assert time.perf_counter() - begun < 0.1
-    assert answer.startswith("error: ") or expression.startswith("-")
-
-
-@given(st.text(max_size=40) | st.text("0123456789+-*/(). ", max_size=120))
-@settings(max_examples=200, deadline=None)
-def test_any_text_gets_an_answer(text):
-    assert isinstance(calculate(text), str)
-
-
-def test_tool_calls():
-    def call(arguments, name="calculator"):
-        return run_tool({"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}})
-
-    assert call('{"expression": "12+345"}') == "357"
-    for wrong in ("12+345", '{"expression": 5}', "[]", "{}", '{"expression"'):
-        assert call(wrong).startswith("error: ")
-    assert call("{}", name="weather").startswith("error: ")
-    assert TOOL["function"]["name"] == "calculator"
