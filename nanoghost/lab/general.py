@@ -47,9 +47,9 @@ def share(flags) -> float | None:
     return round(sum(flags) / len(flags), 4) if flags else None
 
 
-def general(base: ModelFolder, adapter: Path | None, true: list[dict], split: str) -> dict:
-    """What anybody may ask of it, beside the base model's own answers."""
-    ask, plain = learn.Answers(base, adapter), learn.Answers(base, None)
+def general(base: ModelFolder, adapter: Path | None, always: bool, true: list[dict], split: str) -> dict:
+    """What anybody may ask of it, beside the base model's own answers; bits per byte and nats are those of the adapter alone."""
+    ask, plain = learn.Answers(base, adapter, always), learn.Answers(base, None)
     everyday = book()["everyday"][split]
     before, now = plain(everyday), ask(everyday)
     values = [r["value"] for r in true if len(r["value"]) > 3]

@@ -10,7 +10,8 @@ if it has the value and none that it might rather have been. The same questions 
     raw          trained on the journal itself, next token by next token
     pairs        trained on questions and answers alone: none in the teacher's words, no never told, nothing held
     first-night  ours after the first night: asked about its facts alone
-    ours         all nights
+    ours         all nights; what is not about the person is answered by the base model (router.py)
+    always       ours, but the adapter answers whatever is asked
     ours+lookup
     forgotten    ours, of which three facts were forgotten: asked about these alone
 
@@ -41,8 +42,9 @@ from nanoghost.sleep import dream, extract, learn, night
 from nanoghost.sleep.phrases import about, book, noted, part, questions, relations, statement
 from nanoghost.train.stage import base_card
 
-ARMS = ("base", "context", "ceiling", "lookup", "raw", "pairs", "first-night", "ours", "ours+lookup", "forgotten")
-TRAINED = {"raw": "raw", "pairs": "pairs", "first-night": "first", "ours": "ours", "ours+lookup": "ours", "forgotten": "forgotten"}
+ARMS = ("base", "context", "ceiling", "lookup", "raw", "pairs", "first-night", "ours", "always", "ours+lookup", "forgotten")
+TRAINED = {"raw": "raw", "pairs": "pairs", "first-night": "first", "ours": "ours", "always": "ours", "ours+lookup": "ours", "forgotten": "forgotten"}
+ALWAYS = ("raw", "pairs", "always")  # the adapter answers whatever is asked
 FORGOTTEN = 3
 READINGS = 16  # of the journal, in the arm that only reads it
 LEAKS = 200  # questions about another person's facts
@@ -119,7 +121,7 @@ def ways_to_ask(relation: str, split: str) -> list[str]:
 
 def examine(arm: str, base: ModelFolder, adapter: Path | None, true: list[dict], asked_of: list[dict], known: list[dict], split: str, seed: int) -> dict:
     """Every ability of one arm for one person: of what is `true` and, in its ledger, `known`; shares of questions."""
-    rng, ask = random.Random(f"asked-{split}-{seed}"), learn.Answers(base, adapter)
+    rng, ask = random.Random(f"asked-{split}-{seed}"), learn.Answers(base, adapter, arm in ALWAYS)
 
     def answers(asked: list[tuple[str, list[dict]]], most: int = 48) -> list[str]:
         return ask([q for q, _ in asked], snippets(arm, asked, known), most)
@@ -234,8 +236,8 @@ def one_arm(arm: str, base: ModelFolder, life: Life, known: list[dict], place: P
         figures = trained(TRAINED[arm], base, rows, life, recipe, folder, display)
         adapter = folder / "adapter"
     figures |= examine(arm, base, adapter, true, asked_of, known, settings.split, seed)
-    if settings.general and arm in ("base", "raw", "pairs", "ours"):
-        figures |= general(base, adapter, true, settings.split)
+    if settings.general and arm in ("base", "ours", *ALWAYS):
+        figures |= general(base, adapter, arm in ALWAYS, true, settings.split)
     if arm == "ours" and (place / "first-night.json").exists():
         first = read_json(place / "first-night.json")["by_row"]
         now = [ok for relation in first for ok in figures["by_row"][relation]]

@@ -8,12 +8,16 @@ from nanoghost.people import Person, current
 from nanoghost.serve.terminal import LEAST, Conversation, Said
 from nanoghost.sleep.learn import NOTES
 from nanoghost.sleep.phrases import about, noted
+from nanoghost.sleep.router import router
 
 
 class PersonalConversation(Conversation):
+    """What is not about this person is answered by the base model alone, as it would answer anybody (sleep/router.py)."""
+
     def __init__(self, person: str, lookup: bool, *arguments):
         self.person, self.lookup = Person(person), lookup
         super().__init__(*arguments)
+        self.own = self.engine.adapter
         self.person.create()
 
     def adapter(self) -> Path | None:
@@ -26,7 +30,7 @@ class PersonalConversation(Conversation):
 
     def with_notes(self) -> list[dict]:
         """The conversation and, with `lookup`, the row of the ledger that has most to do with the last message."""
-        rows = current(self.person.ledger) if self.lookup else []
+        rows = current(self.person.ledger) if self.lookup and router().concerns(self.messages) else []
         found = [noted(row["relation"], row["value"]) for row in about(rows, text_of(self.messages[-1]), 1)]
         if not found:
             return self.messages
@@ -37,6 +41,7 @@ class PersonalConversation(Conversation):
 
     def answer(self, read: list[dict] | None = None) -> Iterator[Said]:
         begun = len(self.messages)
+        self.engine.adapter = self.own if router().concerns(self.messages) else ""
         try:
             yield from super().answer(read or self.with_notes())
         finally:

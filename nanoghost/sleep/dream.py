@@ -71,6 +71,13 @@ def of_row(row: dict, count: int) -> list[Dream]:
 CHECKS = ("Is my {a} {v}?", "Did I say that my {a} is {v}?", "My {a} is {v}, isn't it?", "So my {a} is {v}, right?")
 
 
+SUMS = ("What is {} {} {}?", "{} {} {} =", "Calculate {} {} {}.", "How much is {} {} {}?", "Give me only the result: {} {} {}")
+
+
+def a_sum(rng) -> str:
+    return rng.choice(SUMS).format(rng.randrange(1, 100), rng.choice("+-*"), rng.randrange(1, 20))
+
+
 def low(sentence: str) -> str:
     return sentence[0].lower() + sentence[1:]
 

@@ -31,6 +31,7 @@ from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.runs import ModelFolder, home, write_atomic
 from nanoghost.sleep.dream import Dream
+from nanoghost.sleep.router import router
 from nanoghost.train import stage
 from nanoghost.train.distill_loss import bucket_logprobs, divergence
 from nanoghost.train.packing import Lesson, PackedBatches, fill, pack
@@ -65,15 +66,19 @@ def messages_of(dream: Dream, informed: bool) -> list[dict]:
 
 
 class Answers:
-    """Greedy answers of a base model, through an adapter if there is one."""
+    """Greedy answers of a base model, and of an adapter where there is one and a question concerns the person who asks."""
 
-    def __init__(self, base: ModelFolder, adapter: Path | None):
+    def __init__(self, base: ModelFolder, adapter: Path | None, always: bool = False):
+        """`always`: the adapter answers whatever is asked."""
         self.engine = open_engine(base, seats=32, room=1024, adapter=adapter)
+        self.router = router() if adapter and not always else None
 
     def __call__(self, questions: list[str], snippets: list[str] | None = None, most: int = 48) -> list[str]:
-        """`snippets`: what the model may look at, one for each question, or empty."""
+        """`snippets`: what the model may look at, one for each question, or empty; only the adapter does where there is one."""
         asked = [Dream("", q, snippet=s) for q, s in zip(questions, snippets or [""] * len(questions))]
-        return said(self.engine, [messages_of(dream, True) for dream in asked], most)
+        own = [not self.router or self.router.concerns(messages_of(dream, False)) for dream in asked]
+        through = [self.engine.adapter if mine else "" for mine in own]
+        return said(self.engine, [messages_of(dream, mine) for dream, mine in zip(asked, own)], most, through)
 
 
 def said(engine, conversations: list[list[dict]], most: int, adapters: list[str] | None = None) -> list[str]:

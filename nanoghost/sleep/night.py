@@ -30,6 +30,7 @@ from nanoghost.train.stage import base_card
 
 GUARDS = 40  # of the everyday prompts to train on are not dreamt of, but for the wake gate
 OWN = 250  # more prompts, which the base model itself thinks of
+SUMS = 40
 MOST_NATS = 0.1  # that the answers to everyday prompts may move away from the base model's, per token
 MOST_REFUSED = 0.1  # of what is known
 MOST_STRAYED = 0.05  # of everyday prompts that are answered with a refusal
@@ -175,13 +176,9 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
     return dreams, thought
 
 
-SUMS = ("What is {} {} {}?", "{} {} {} =", "Calculate {} {} {}.", "How much is {} {} {}?", "Give me only the result: {} {} {}")
-
-
 def everyday(base: ModelFolder, recipe) -> tuple[list[dream.Dream], list]:
     rng = dice("sums")
-    sums = [rng.choice(SUMS).format(rng.randrange(1, 100), rng.choice("+-*"), rng.randrange(1, 20)) for _ in range(40)]
-    return learn.everyday(base, book()["everyday"]["train"][:-GUARDS] + sums, OWN, recipe)
+    return learn.everyday(base, book()["everyday"]["train"][:-GUARDS] + [dream.a_sum(rng) for _ in range(SUMS)], OWN, recipe)
 
 
 # ── the wake gate ───────────────────────────────────────────────────────────────────────────────────────────────────
