@@ -15,6 +15,7 @@ from nanoghost.model import letters
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.tokenizer import Tokenizer
+from nanoghost.train import pretrain
 from tests.conftest import toy_text
 
 TOY = {"vocab_size": 320, "width": 64, "depth": 2, "context": 32, "rows": 4}
@@ -163,6 +164,7 @@ def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypa
     monkeypatch.setattr(ledger, "left_out", lambda: {"without values": replace(small["today"], values=False)})
     monkeypatch.setattr(ledger, "tried", lambda: {"more and more rows": replace(small["today"], row_ramp=True, rows=8)})
     step = TOY["rows"] * TOY["context"]
+    monkeypatch.setattr(ledger, "example_texts", list)
     for name, value in {"LENGTHS": tuple(step * n for n in (2, 4, 8, 16)), "LENGTH": step * 8, "TUNING": step * 4}.items():
         monkeypatch.setattr(ledger, name, value)
     words = ("lab", "ledger", "--data", toy_file, "--seeds", 2, "--json")
@@ -181,7 +183,8 @@ def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypa
     assert code == 2 and "nonsense" in err
 
 
-def test_the_dial_is_measured_among_its_neighbours(nanoghost, toy_file, home):
+def test_the_dial_is_measured_among_its_neighbours(nanoghost, toy_file, home, monkeypatch):
+    monkeypatch.setattr(pretrain, "example_texts", list)
     words = ("lab", "dial", "--data", toy_file, "--minutes", "0.03", "--choices", "1x320", "--json")
     code, out, err = nanoghost(*words)
     assert code == 0, err

@@ -6,6 +6,7 @@ from collections import Counter
 
 from nanoghost.data.sources import open_source
 from nanoghost.lab import race
+from nanoghost.train import pretrain
 
 COUNTS = '''
 import math, sys
@@ -48,7 +49,8 @@ def bits(train: str, test: str) -> float:
     return -sum(math.log2(seen[c] / len(train)) for c in test) / len(test)
 
 
-def test_peers_get_the_same_text_and_their_words_are_read(nanoghost, toy_file, tmp_path):
+def test_peers_get_the_same_text_and_their_words_are_read(nanoghost, toy_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "example_texts", list)
     for name, text in {"gpt/train.py": NANOGPT, "chat/scripts/tok_train.py": TOKENIZER, "chat/scripts/base_train.py": NANOCHAT}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
