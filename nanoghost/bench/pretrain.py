@@ -31,7 +31,9 @@ class PretrainBenchSettings:
     data: str = "plays"
     """Text, as in `pretrain`."""
     vocab_size: int = 4096
+    """Tokens of the tokenizer."""
     context: int = 256
+    """Tokens in a row."""
     steps: int = 4
     """Steps in a measurement."""
     rounds: int = 3

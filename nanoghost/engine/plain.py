@@ -23,8 +23,8 @@ class PlainRunner:
         """From here on rows may go through the adapter of this folder, by its path."""
         from nanoghost.model.lora import read_adapter
 
+        self.model.adapters = [*self.model.adapters, read_adapter(folder, self.model.config, self.model.head.dtype)]
         self.names.append(str(folder))
-        self.model.adapters.append(read_adapter(folder, self.model.config, self.model.head.dtype))
 
     def open(self, row) -> bool:
         """Give a row a seat, if there is one."""

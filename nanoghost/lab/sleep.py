@@ -47,7 +47,7 @@ TRAINED = {"raw": "raw", "pairs": "pairs", "first-night": "first", "ours": "ours
 ALWAYS = ("raw", "pairs", "always")  # the adapter answers whatever is asked
 FORGOTTEN = 3
 READINGS = 16  # of the journal, in the arm that only reads it
-LEAKS = 200  # questions about another person's facts
+LEAKS = 200  # questions about another person's facts, at least
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def leaks(base: ModelFolder, people: list[tuple[Path, list[dict]]], split: str) 
         others = [r for i, (_, theirs) in enumerate(people) if i != number for r in theirs]
         own = {r["relation"]: r["value"] for r in rows}
         strange = [r for r in others if own.get(r["relation"]) != r["value"]]
-        for row in rng.choices(strange, k=LEAKS // len(people)):
+        for row in rng.choices(strange, k=-(-LEAKS // len(people))):
             asked.append((number, row, rng.choice(ways_to_ask(row["relation"], split))))
         asked += [(number, None, rng.choice(ways_to_ask(row["relation"], split))) for row in rows]
     rng.shuffle(asked)
