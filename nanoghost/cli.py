@@ -126,7 +126,8 @@ def complaint(box: str) -> str:
     lines = [re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", line).strip() for line in box.splitlines()]
     body = [line for line in lines[1:] if line]  # the first is the title
     end = next((i for i, line in enumerate(body) if line.startswith(("Argument helptext", "For full helptext"))), None)
-    return " ".join(body[:end])[:300]
+    text = re.sub(r"no type matching .* could be instantiated from \['?(.*?)'?\]\..*", r"'\1' does not fit", " ".join(body[:end]))
+    return text[:300]
 
 
 def main(words: list[str] | None = None) -> None:

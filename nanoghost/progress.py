@@ -6,7 +6,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-NAMES = {"pretrain": "pretraining", "sft": "finetuning", "rl": "reinforcement", "distill": "distillation", "sleep": "sleep", "lecun1989": "digits", "ledger": "ledger"}
+NAMES = {"pretrain": "pretraining", "sft": "finetuning", "rl": "reinforcement", "distill": "distillation", "think": "thinking", "sleep": "sleep", "lecun1989": "digits", "ledger": "ledger"}
 
 
 class Display:

@@ -100,6 +100,7 @@ def test_all_of_a_person_goes_into_one_file_or_away(me, tmp_path):
     Person("you").create().say("user", "hello")
     remember(me, export=tmp_path / "me.zip")
     names = zipfile.ZipFile(tmp_path / "me.zip").namelist()
+    assert not any(name.rpartition("/")[2].startswith(".") for name in names)
     assert {"me/journal.jsonl", "me/ledger.jsonl"} <= set(names) and not any("you" in name for name in names)
     with pytest.raises(UserError, match="there already"):
         remember(me, export=tmp_path / "me.zip")

@@ -22,7 +22,7 @@ import torch
 
 from nanoghost import machine
 from nanoghost.chat import render
-from nanoghost.engine.generate import generate, open_engine
+from nanoghost.engine.generate import generate, open_engine, steps
 from nanoghost.engine.sampler import Sampling
 from nanoghost.model.layers import shared_prompts
 from nanoghost.model.lora import attach, new_adapter, save_adapter
@@ -109,11 +109,13 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-def answered(dreams: list[Dream], fallback, runner, tokenizer, recipe: Recipe) -> tuple[list[Dream], int]:
+def answered(dreams: list[Dream], fallback, runner, tokenizer, recipe: Recipe, show=lambda event: None) -> tuple[list[Dream], int]:
     """(dreams with their answers, how many of the teacher's were not true and were replaced by `fallback(dream)`)."""
     asked = [d for d in dreams if d.answer is None]
     prompts = [render(messages_of(d, True), tokenizer, generation=True)[0] + tokenizer.encode(d.opening) for d in asked]
-    rows = generate(runner, tokenizer, prompts, Sampling(recipe.answer_tokens, 0.0)) if asked else []
+    rows = []
+    for rows in steps(runner, tokenizer, prompts, Sampling(recipe.answer_tokens, 0.0)) if asked else ():
+        show({"stage": "think", "step": sum(bool(row.finish_reason) for row in rows) - 1, "steps": len(rows)})
     found, replaced = {}, 0
     for dream, row in zip(asked, rows):
         said = (dream.opening + row.messages[-1]["content"]).strip()

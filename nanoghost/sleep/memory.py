@@ -14,6 +14,7 @@ what stands there then.
 import json
 import shutil
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +113,10 @@ def export(person: Person, path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise UserError(f"there is no folder {path.absolute().parent}")
     with writing(person):
-        made = Path(shutil.make_archive(str(person.path / ".export"), "zip", person.path.parent, person.name))
+        made = person.path / ".export.zip"
+        with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted(p for p in person.path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+                archive.write(file, file.relative_to(person.path.parent))
         shutil.move(made, path)
     path.chmod(0o600)
     Display().say(f"everything of {person.name} is in {path}")

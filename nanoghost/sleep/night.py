@@ -45,7 +45,7 @@ class SleepSettings:
     model: str | None = None
     """The base model that this person talks to; default: the one of the last night, or smollm2."""
     dry_run: bool = False
-    """Show what would be learned, and the ledger, and do nothing."""
+    """Show what would be noted and learned, and keep nothing of it. (The first time a note-taker is taught: about ten minutes.)"""
     log: bool = False
     """List the nights."""
     json: bool = False
@@ -106,6 +106,9 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
         return None
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "night.json", record)
+    if new:
+        display.say("noted (what is wrong, `nanoghost memory --correct` and `--forget` put right after the night):")
+        show_ledger(rows, new, corrected, display)
 
     dreams, thought = think(rows, base, folder, recipe, display)
     trained = learn.train(base.path, base_card(base.card), dreams, everyday(base, recipe), folder, recipe, stopping, display)
@@ -161,7 +164,7 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
     display.say(f"thinking it through: {len(own)} questions about {len(rows)} facts, {len(every) - len(own)} about other things")
     known = {q: spoken(r["relation"], r["value"]) for r in rows for q in dream.wordings(r["relation"])[0]}
     engine = open_engine(base, seats=32, room=256)
-    dreams, replaced = learn.answered(every, lambda d: known[d.question], engine.runner, engine.tokenizer, recipe)
+    dreams, replaced = learn.answered(every, lambda d: known[d.question], engine.runner, engine.tokenizer, recipe, display)
     unlike, alike = {}, 0
     for d in dreams:  # the same question with the same answer, but for capitals and marks, is dreamt of once
         key = bare(d.question + d.answer)
