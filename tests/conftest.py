@@ -67,6 +67,27 @@ def me(home):
     return Person("me").create()
 
 
+@pytest.fixture
+def base(me):
+    """A toy Llama's folder, with its tokenizer."""
+    import torch
+
+    from nanoghost.model.llama import Llama, LlamaConfig
+    from nanoghost.model.weights import save_model
+    from nanoghost.runs import home
+    from nanoghost.tokenizer import Tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train([toy_text(300)], 300)
+    model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 64, 1, 1, 64))
+    for p in model.parameters():
+        p.data = p.data + 0.1 * torch.randn_like(p)
+    folder = home() / "models" / "toy"
+    folder.mkdir(parents=True)
+    save_model(folder, model, tokenizer)
+    return folder
+
+
 def row(number, relation, value, sources=(), supersedes=None):
     return {"id": number, "subject": "user", "relation": relation, "value": value, "time": number, "sources": list(sources),
             "supersedes": supersedes}  # fmt: skip

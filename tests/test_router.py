@@ -5,15 +5,12 @@ import random
 import pytest
 import torch
 
-from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.lora import new_adapter, save_adapter
-from nanoghost.model.weights import save_model
-from nanoghost.runs import ModelFolder, home, write_json
+from nanoghost.model.weights import load_model
+from nanoghost.runs import ModelFolder, write_json
 from nanoghost.sleep import dream, learn, router
 from nanoghost.sleep.phrases import book, part, relations
 from nanoghost.sleep.router import Router
-from nanoghost.tokenizer import Tokenizer
-from tests.conftest import toy_text
 
 
 @pytest.fixture(scope="module")
@@ -59,35 +56,29 @@ def test_teaching_is_repeatable_and_numbers_are_all_alike():
 
 
 @pytest.fixture
-def base(me, monkeypatch):
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.train([toy_text(300)], 300)
-    model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 64, 1, 1, 64))
-    for p in model.parameters():
-        p.data = p.data + 0.1 * torch.randn_like(p)
-    folder = home() / "models" / "toy"
-    folder.mkdir(parents=True)
-    save_model(folder, model, tokenizer)
+def slept(base, me, monkeypatch):
+    """The toy Llama, and a person with an adapter for it."""
+    model, _ = load_model(base, torch.float32)
     adapter = new_adapter(model, 4, None, None, 1)
     for t in adapter.tensors():
         t.data.normal_(0, 0.3)
     save_adapter(me.path / "adapter", adapter)
     card = {"stage": "adopt", "arch": "llama", "parent": None, "data": [{"name": "toy"}], "parameters": 1, "name": "toy", "finished": 1.0}
-    write_json(folder / "card.json", card)
+    write_json(base / "card.json", card)
     write_json(me.path / "adapter" / "made_from.json", {"base": ["toy", 1.0], "rows": []})
     simple = Router({"my": 9.0}, -5.0)
     monkeypatch.setattr(learn, "router", lambda: simple)
     return ModelFolder("toy")
 
 
-def test_answers_about_others_are_the_base_models_and_see_no_notes(base, me):
+def test_answers_about_others_are_the_base_models_and_see_no_notes(slept, me):
     questions, notes = ["What is my name?", "Who is king?"], ["The user is Ines.", "The user is Ines."]
-    plain, adapted, routed = (learn.Answers(base, *with_it) for with_it in ((None,), (me.adapter, True), (me.adapter,)))
+    plain, adapted, routed = (learn.Answers(slept, *with_it) for with_it in ((None,), (me.adapter, True), (me.adapter,)))
     assert routed(questions) == [adapted(questions)[0], plain(questions)[1]] != adapted(questions)
     assert routed(questions, notes) == [adapted(questions, notes)[0], plain(questions)[1]]
 
 
-def test_a_conversation_changes_who_answers_from_turn_to_turn(base, me, monkeypatch):
+def test_a_conversation_changes_who_answers_from_turn_to_turn(slept, me, monkeypatch):
     from nanoghost.engine.sampler import Sampling
     from nanoghost.serve import personal
     from nanoghost.serve.terminal import Conversation

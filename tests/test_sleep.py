@@ -5,14 +5,12 @@ import pytest
 import torch
 
 from nanoghost.lab.life import live
-from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.model.weights import load_model, save_model
+from nanoghost.model.weights import load_model
 from nanoghost.people import Person, current, key_of
-from nanoghost.runs import ModelFolder, Stopping, home, read_json, write_json
+from nanoghost.runs import ModelFolder, Stopping, read_json, write_json
 from nanoghost.sleep import dream, extract, learn, night
 from nanoghost.sleep.phrases import bare, book, dice, noted, part, questions, relations, statement
-from nanoghost.tokenizer import Tokenizer
-from tests.conftest import remember, row, toy_text
+from tests.conftest import remember, row
 
 # ── words ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -110,20 +108,6 @@ def test_dreams_belong_to_their_rows():
     assert not any("sister's name" in d.answer or "dog's name" in d.answer for d in unknown)
     pairs = dream.of_pairs(rows)
     assert len(pairs) == 12 and all(learn.says(d.answer, d.values) for d in pairs) and not dream.of_pairs(rows[:1])
-
-
-@pytest.fixture
-def base(me):
-    """A toy Llama's folder, and its tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.train([toy_text(300)], 300)
-    model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 64, 1, 1, 64))
-    for p in model.parameters():
-        p.data = p.data + 0.1 * torch.randn_like(p)
-    folder = home() / "models" / "toy"
-    folder.mkdir(parents=True)
-    save_model(folder, model, tokenizer)
-    return folder
 
 
 def dreams() -> list[dream.Dream]:

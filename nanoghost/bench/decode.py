@@ -5,7 +5,6 @@ What is read is natural text, another one for each row; what is written is sampl
 
 import importlib
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from nanoghost.engine.packed import PackedLlama, pack_module, packable
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
+from nanoghost.lists import numbers
 from nanoghost.model.weights import load_model
 from nanoghost.runs import ModelFolder, open_model
 
@@ -168,10 +168,8 @@ def contenders(settings, seats: int, room: int) -> dict:
 
 def decode(settings: DecodeSettings) -> None:
     """Writing: one conversation and many, then one that guesses ahead, by kind of text."""
-    if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", settings.streams):
-        raise UserError(f"--streams is a whole number from 1 up, or several with commas, not '{settings.streams}'")
+    streams = numbers("--streams", settings.streams)
     check(settings)
-    streams = [int(n) for n in settings.streams.split(",")]
     rivals = contenders(settings, max(streams), LONGEST + settings.tokens)
     ours, tokenizer = rivals["nanoghost"], rivals["nanoghost"].engine.tokenizer
     works: list[tuple[str, str, int, Callable]] = []

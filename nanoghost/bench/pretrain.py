@@ -13,6 +13,7 @@ from nanoghost.data.batches import Batches
 from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
+from nanoghost.lists import numbers
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
 from nanoghost.tasks.mix import example_texts
@@ -46,7 +47,7 @@ def command(settings: PretrainBenchSettings) -> None:
     machine.prepare()
     if settings.arch not in ("ghost", "llama"):
         raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
-    depths, rows = (numbers(name, getattr(settings, name)) for name in ("depths", "batches"))
+    depths, rows = numbers("--depths", settings.depths), numbers("--batches", settings.batches)
     if min(settings.steps, settings.rounds) < 1:
         raise UserError("--steps and --rounds are at least 1")
     source = open_source(settings.data)
@@ -62,13 +63,6 @@ def command(settings: PretrainBenchSettings) -> None:
         works += [(settings.arch, name, n, step_of(model, optimizer, Batches(text, settings.context, n, 0), settings.steps)) for n in rows]
     measured = limits()
     tell(settings, measured, works, lambda work, _: measured["matrix_gflops_per_second"] * 1e9 / operations[work])
-
-
-def numbers(name: str, text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.strip().isdigit() and int(word) for word in words):
-        raise UserError(f"--{name} takes numbers from 1 on with commas between, not '{text}'")
-    return list(map(int, words))
 
 
 def step_of(model, optimizer: Optimizer, batches: Batches, steps: int):

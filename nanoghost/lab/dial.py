@@ -5,6 +5,7 @@ dial's own choice stands among them; how far it is from the best is told in perc
 """
 
 import json
+import re
 import shutil
 import statistics
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from rich.table import Table
 from nanoghost import machine
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
+from nanoghost.lists import numbers
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, home, read_json, write_json
 from nanoghost.train import pretrain
@@ -37,12 +39,10 @@ class DialSettings:
 
 def command(settings: DialSettings) -> None:
     machine.prepare()
-    try:
-        minutes = [float(word) for word in settings.minutes.split(",")]
-        choices = [tuple(map(int, word.split("x"))) for word in settings.choices.split(",")]
-        assert all(len(choice) == 2 for choice in choices)
-    except (ValueError, AssertionError):
-        raise UserError("--minutes are numbers, --choices are like 4x4096,6x4096 (layers x vocabulary)") from None
+    minutes = numbers("--minutes", settings.minutes, 0.01, float)
+    choices = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)x(\d+)", settings.choices)]
+    if ",".join(f"{depth}x{vocabulary}" for depth, vocabulary in choices) != settings.choices:
+        raise UserError(f"--choices are like 4x4096,6x4096 (layers x vocabulary), not '{settings.choices}'")
     source, display, rows = open_source(settings.data), Display(), []
     for m in minutes:
         usual = (depth_for(m)[0], pretrain.PretrainSettings.vocab_size)

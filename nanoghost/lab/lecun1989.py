@@ -29,6 +29,7 @@ from rich.table import Table
 
 from nanoghost import machine
 from nanoghost.errors import UserError
+from nanoghost.lists import matching
 from nanoghost.progress import Display
 from nanoghost.runs import home, read_json, write_json
 
@@ -265,10 +266,7 @@ def command(settings: Lecun1989Settings) -> None:
         digits, labels, first_test = mnist(settings.mnist)
     else:
         digits, labels = bundled()
-    words = [w.strip().casefold() for w in settings.rungs.split(",") if w.strip()]
-    asked = {name: rung for name, rung in rungs().items() if not words or any(w in name.casefold() for w in words)}
-    if not asked:
-        raise UserError(f"--rungs '{settings.rungs}' names none of: {'; '.join(rungs())}")
+    asked = {name: rungs()[name] for name in matching(settings.rungs, rungs())}
     folder = home() / "lab" / "lecun1989"
     results = {}
     for name, rung in asked.items():

@@ -34,6 +34,7 @@ from nanoghost.evals.bits import bits_per_byte
 from nanoghost.lab import rungs
 from nanoghost.lab.ledger_page import tell, write
 from nanoghost.lab.rungs import STEP, SYSTEM, Rung, RungModel, RungOptimizer, ladder, left_out, tried
+from nanoghost.lists import matching
 from nanoghost.optim.schedule import momentum
 from nanoghost.progress import Display
 from nanoghost.runs import home, read_json, write_json
@@ -208,13 +209,11 @@ def command(settings: LedgerSettings) -> None:
     machine.prepare()
     if settings.seeds < 1:
         raise UserError("--seeds must be at least 1")
-    words = [w.strip().casefold() for w in settings.rungs.split(",") if w.strip()]
+    chosen = matching(settings.rungs, [*ladder(), *left_out(), *tried()])
 
     def asked(group: dict[str, Rung]) -> dict[str, Rung]:
-        return {name: rung for name, rung in group.items() if not words or any(w in name.casefold() for w in words)}
+        return {name: rung for name, rung in group.items() if name in chosen}
 
-    if not any(map(asked, (ladder(), left_out(), tried()))):
-        raise UserError(f"--rungs '{settings.rungs}' names none of: {'; '.join([*ladder(), *left_out(), *tried()])}")
     runs, seeds = Runs(settings.data, Display()), list(range(1, settings.seeds + 1))  # seed 0 chose the learning rates
     target, climb = climbed(runs, asked(ladder()), seeds) if asked(ladder()) else (None, {})
     figures = {

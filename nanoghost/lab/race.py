@@ -29,6 +29,7 @@ from nanoghost import machine
 from nanoghost.data.sources import Source, open_source
 from nanoghost.errors import UserError
 from nanoghost.lab.pictures import curves
+from nanoghost.lists import numbers
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, home, read_json, write_atomic, write_json
 from nanoghost.train import pretrain
@@ -70,11 +71,11 @@ def command(settings: RaceSettings) -> None:
     machine.prepare()
     source, display = open_source(settings.data), Display()
     folder = home() / "lab" / "race" / f"{source.name}-{source.fingerprint[:8]}"
-    runs = [("nanoghost", f"{m}-{seed}", lambda m=m, seed=seed: ours(settings.data, m, seed)) for m in listed(settings.minutes, float) for seed in range(settings.seeds)]
+    runs = [("nanoghost", f"{m}-{seed}", lambda m=m, seed=seed: ours(settings.data, m, seed)) for m in numbers("--minutes", settings.minutes, 0.01, float) for seed in range(settings.seeds)]
     for name, clone, lengths, run in (("nanochat", settings.nanochat, settings.nanochat_steps, nanochat), ("nanogpt", settings.nanogpt, settings.nanogpt_steps, nanogpt)):
         if clone and not (clone / ("scripts/base_train.py" if name == "nanochat" else "train.py")).exists():
             raise UserError(f"{clone} is no clone of {name}")
-        runs += [(name, str(n), lambda clone=clone, n=n, run=run: run(clone.resolve(), source, folder, n)) for n in listed(lengths, int) if clone]
+        runs += [(name, str(n), lambda clone=clone, n=n, run=run: run(clone.resolve(), source, folder, n)) for n in numbers(f"--{name}-steps", lengths) if clone]
     points: dict[str, list] = {}
     for name, length, run in runs:
         path = folder / f"{name}-{length}.json"
@@ -93,13 +94,6 @@ def command(settings: RaceSettings) -> None:
     Console(stderr=True).print(table)
     if settings.json:
         print(json.dumps({"points": points}))
-
-
-def listed(text: str, kind) -> list:
-    try:
-        return [kind(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"'{text}' should be numbers with commas between") from None
 
 
 def ours(data: str, minutes: float, seed: int) -> tuple[float, float]:

@@ -35,6 +35,7 @@ from nanoghost.engine.generate import open_engine
 from nanoghost.errors import UserError
 from nanoghost.lab.general import general, share
 from nanoghost.lab.life import Life, live
+from nanoghost.lists import numbers
 from nanoghost.people import current, key_of
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, Stopping, home, open_model, read_json, write_json
@@ -188,7 +189,7 @@ def command(settings: LabSleepSettings) -> None:
     if settings.split not in ("val", "test") or settings.ledger not in ("perfect", "extracted"):
         raise UserError("--split is val or test, --ledger perfect or extracted")
     results, people = {}, []
-    for seed in map(int, settings.seeds.split(",")):
+    for seed in numbers("--seeds", settings.seeds, 0):
         life = live(seed, settings.split, settings.nights, settings.facts)
         place = home() / "lab" / "sleep" / f"{settings.split}-{seed}-{settings.nights}x{settings.facts}-{settings.ledger}"
         known, notes = noted_down(life, base, place, display) if settings.ledger == "extracted" else (life.facts(), {})
