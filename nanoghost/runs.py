@@ -156,6 +156,11 @@ class Stopping:
     def __bool__(self):
         return self.requested
 
+    def check(self) -> None:
+        """For what has no steps of its own: stop here, if that was asked for."""
+        if self.requested:
+            raise KeyboardInterrupt
+
     def __enter__(self):
         def request(signum, frame):
             if self.requested:  # the second Ctrl-C does not wait

@@ -87,8 +87,10 @@ def test_memory_is_listed_searched_written_and_corrected(me, capsys):
     capsys.readouterr()
     remember(me, search="When are birthdays?")
     assert capsys.readouterr().out.count("\n") == 1
+    me.say("user", "And a cat.")
     remember(me, search="xylophone")
-    assert capsys.readouterr().out == ""
+    shown = capsys.readouterr()
+    assert shown.out == "" and "no night has read yet: 1" in shown.err
     for wrong in ({"correct": (9, "x")}, {"forget": 9}, {"add": ("", "x")}, {"add": ("a", "b"), "search": "c"}, {"export": Path("x.tar")}):
         with pytest.raises(UserError):
             remember(me, **wrong)

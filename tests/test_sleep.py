@@ -233,6 +233,28 @@ def test_a_night_that_taught_nothing_is_rolled_back(me, toy):
     assert seeds == [0, 1], "another try is another try"
 
 
+def test_a_night_stopped_while_waking_goes_on_there(me, toy, generous, monkeypatch):
+    me.say("user", "My sister is Ines.")
+    wake, fit = night.wake, learn.fit
+    with Stopping() as stopping:
+
+        def stop(*arguments):
+            stopping.requested = True
+            return wake(*arguments)
+
+        monkeypatch.setattr(night, "wake", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sleep(me, toy, stopping)
+        assert not me.adapter and not me.ledger
+        stopping.requested = False
+        monkeypatch.setattr(night, "wake", wake)
+        monkeypatch.setattr(learn, "fit", None)
+        assert sleep(me, toy, stopping)["committed"] and me.adapter, "it was trained already"
+        monkeypatch.setattr(learn, "fit", fit)
+        me.say("user", "My dog is Rex.")
+        assert sleep(me, toy, stopping)["number"] == 2
+
+
 def test_a_night_from_journal_to_adapter_and_out_again(me, toy, generous):
     me.say("user", "My sister is Ines.")
     with Stopping() as stopping:

@@ -221,8 +221,9 @@ def harmless(text: str) -> str:
 def talk(conversation: Conversation) -> None:
     """Read, answer, until the end of input."""
     card = conversation.folder.card
-    or_speak = ", or speak like a play" if card["data"][0]["name"] == "plays" else ""
-    print(dim(f"{card['name']}, {card['parameters'] / 1e6:.1f}M parameters. Ask who it is, for a sum{or_speak}. /help"))
+    taught = "Ask who it is, for a sum, or speak like a play." if card["data"][0]["name"] == "plays" else "Ask who it is, or for a sum."
+    about = f"{taught} " if card["arch"] == "ghost" else ""
+    print(dim(f"{card['name']}, {card['parameters'] / 1e6:.1f}M parameters. {about}/help"))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     save_history = edit_lines() if interactive else lambda: None
     while True:
@@ -231,6 +232,8 @@ def talk(conversation: Conversation) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             break
+        if not interactive:
+            print(f"> {line}")  # nobody typed it here
         if line.startswith("/"):
             print(dim(slash(conversation, line)))
         elif line:

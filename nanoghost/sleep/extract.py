@@ -14,7 +14,7 @@ from nanoghost import machine
 from nanoghost.chat import render
 from nanoghost.engine.generate import open_engine
 from nanoghost.model.weights import load_model
-from nanoghost.people import current, key_of
+from nanoghost.people import Person, current, key_of
 from nanoghost.runs import ModelFolder, home
 from nanoghost.sleep import learn
 from nanoghost.sleep.phrases import book, dice, part, relations
@@ -55,6 +55,12 @@ def heard(journal: list[dict], since: int) -> list[tuple[dict, Heard]]:
             found.append((entry, Heard(entry["text"], before, reply)))
         before, reply = entry["text"], ""
     return found
+
+
+def unread(person: Person) -> list[tuple[dict, Heard]]:
+    """What a person said since the last night, but for what they wrote into the ledger themselves."""
+    noted = {source for row in person.ledger for source in row["sources"]}
+    return [(entry, message) for entry, message in heard(person.journal, person.read_until) if entry["id"] not in noted]
 
 
 # ── lessons ─────────────────────────────────────────────────────────────────────────────────────────────────────────

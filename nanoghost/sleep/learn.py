@@ -242,8 +242,7 @@ def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, weights
     for step in range(start, steps):
         if step > start and (clock.due() or stopping):
             save_checkpoint(folder, step, optimizer.state(), {"seconds": clock.seconds})
-        if stopping:
-            raise KeyboardInterrupt
+        stopping.check()
         some = batches.row(step)
         counts = torch.tensor([weights[i] for i in some for own in lessons[i].learned if own])
         loss = (counts * losses(model, beginning, [lessons[i] for i in some], [said[i] for i in some])).mean()

@@ -103,6 +103,8 @@ def show(person: Person, settings: MemorySettings) -> None:
         print(f"{row['id']:>4}  {day:10}  {statement(row['relation'], row['value'])}")
     if not rows:
         Display().say("nothing is known" + (" about that" if settings.search else " yet"))
+    if waiting := len(extract.unread(person)):
+        Display().say(f"messages that no night has read yet: {waiting} (`nanoghost sleep --person {person.name}` reads them)")
 
 
 def export(person: Person, path: Path) -> None:

@@ -81,9 +81,8 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
     recipe = recipe or learn.Recipe()
     recipe = replace(recipe, seed=recipe.seed + failed)  # another try is another try
     folder = person.path / "nights" / f"{number:04}"
-    since, known_from = person.read_until, {source for row in person.ledger for source in row["sources"]}
-    today = [(entry, message) for entry, message in extract.heard(person.journal, since) if entry["id"] not in known_from]
-    last = max((entry["id"] for entry, _ in today), default=since)
+    today = extract.unread(person)
+    last = max((entry["id"] for entry, _ in today), default=person.read_until)
     record = read_json(folder / "night.json") if (folder / "night.json").exists() else {"number": number, "forgotten": forgotten}
 
     if record.get("read") != last:
@@ -108,14 +107,20 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
     write_json(folder / "night.json", record)
     if new:
         display.say("noted (what is wrong, `nanoghost memory --correct` and `--forget` put right after the night):")
-        show_ledger(rows, new, corrected, display)
+        show_ledger(ledger, new, corrected, display)
 
     dreams, thought = think(rows, base, folder, recipe, display)
-    trained = learn.train(base.path, base_card(base.card), dreams, everyday(base, recipe), folder, recipe, stopping, display)
-    write_json(folder / "adapter" / "made_from.json", made_from)
+    stopping.check()
+    made = folder / "adapter" / "made_from.json"
+    if not made.exists() or read_json(made) != made_from:
+        record["trained"] = learn.train(base.path, base_card(base.card), dreams, everyday(base, recipe), folder, recipe, stopping, display)
+        write_json(folder / "night.json", record)
+        write_json(made, made_from)
     display.say("waking up: does it know what it learned, and is the rest as it was?")
     before = wake(base, person.adapter_for(base), rows, recipe)
+    stopping.check()
     after = wake(base, folder / "adapter", rows, recipe)
+    stopping.check()
     known = person.made_from["rows"] if person.adapter_for(base) else []
     enough = before["recall"] - TOLERATED if all(row in known for row in holds) else before["recall"] + GAIN
     reasons = [text for text, wrong in (
@@ -127,7 +132,7 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
     record |= {"finished": time.time(), "committed": not reasons, "reasons": reasons, "base": base.name, "recipe": asdict(recipe),
                "learned": [statement(r["relation"], r["value"]) for r in new if r not in corrected],
                "corrected": [statement(r["relation"], r["value"]) for r in corrected],
-               "rows": len(rows), "thought": thought, "trained": trained, "before": before, "after": after}  # fmt: skip
+               "rows": len(rows), "thought": thought, "before": before, "after": after}  # fmt: skip
     if not reasons:  # a crash in between leaves a ledger that is behind, and the next night does this one again
         replace_adapter(person, folder / "adapter")
         person.write_ledger(ledger)
@@ -239,9 +244,10 @@ def moved(base: ModelFolder, adapter, recipe) -> float:
 
 
 def show_ledger(ledger, new, corrected, display) -> None:
-    fresh, other = {r["id"] for r in new}, {r["id"] for r in corrected}
-    for row in sorted(current(ledger), key=key_of):
-        mark = "corrected" if row["id"] in other else "new" if row["id"] in fresh else ""
+    """What holds, and what of it is new; `ledger` with the rows that were replaced."""
+    values, fresh = {r["id"]: r["value"] for r in ledger}, {r["id"] for r in new}
+    for row in sorted(current(ledger), key=lambda r: (r["id"] not in fresh, key_of(r))):
+        mark = f"(it was {values[row['supersedes']]})" if row in corrected else "(new)" if row["id"] in fresh else ""
         display.say(f"{row['id']:>4}  {statement(row['relation'], row['value'])}  {mark}")
     if not ledger:
         display.say("nothing is known yet")
