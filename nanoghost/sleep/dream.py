@@ -15,7 +15,7 @@ Dreams depend on the rows that are there and on nothing else, so that what was n
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from nanoghost.sleep.phrases import book, dice, noted, own_wordings, part, questions, relations, spoken, statement
+from nanoghost.sleep.phrases import book, dice, low, noted, own_wordings, part, questions, relations, spoken, statement, things
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ DIRECT = 1400  # questions in a night that ask for one row, shared out among the
 LEAST, MOST = 36, 100  # of a row
 PARTNERS = 3  # of a row, for questions about two things at once
 NEAR = 2  # times as many questions about what is known of somebody else
+FAR = 0.25  # of as many more about things that are told seldom
 
 
 def wordings(relation: str) -> tuple[list[str], list[str]]:
@@ -78,10 +79,6 @@ def a_sum(rng) -> str:
     return rng.choice(SUMS).format(rng.randrange(1, 100), rng.choice("+-*"), rng.randrange(1, 20))
 
 
-def low(sentence: str) -> str:
-    return sentence[0].lower() + sentence[1:]
-
-
 def of_pairs(rows: list[dict]) -> list[Dream]:
     """Each row with those that its dice choose, in two ways each."""
     found = []
@@ -106,9 +103,11 @@ def never_told(rows: list[dict], count: int) -> list[Dream]:
     told = {row["relation"].casefold() for row in rows}
     kinds = {kind_of(relation) for relation in told} - {""}
     weights = {r: NEAR if kind_of(r.casefold()) in kinds else 1 for r in relations() if r.casefold() not in told}
+    shares = {r: max(1, round(count * weight / sum(weights.values()))) for r, weight in weights.items()}
+    others = [t.relation for t in things("train") if t.relation.casefold() not in told | {r.casefold() for r in shares}]
+    shares |= {r: max(1, round(count * FAR / len(others))) for r in others}
     found = []
-    for relation, weight in weights.items():
-        some = max(1, round(count * weight / sum(weights.values())))
+    for relation, some in shares.items():
         for q in dice("never told", relation).sample(wordings(relation)[0], some):
             found.append(Dream("never told", q, book()["never_told"]["answer"].format(a=relation)))
     found.sort(key=lambda d: dice("never told", d.question).random())
