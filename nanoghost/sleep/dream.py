@@ -15,7 +15,19 @@ Dreams depend on the rows that are there and on nothing else, so that what was n
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from nanoghost.sleep.phrases import book, dice, low, noted, own_wordings, part, questions, relations, spoken, statement, things
+from nanoghost.sleep.phrases import (
+    book,
+    dice,
+    low,
+    noted,
+    own_wordings,
+    part,
+    questions,
+    relations,
+    spoken,
+    statement,
+    things,
+)
 
 
 @dataclass(frozen=True)
