@@ -71,7 +71,7 @@ def run_python(code: str, seconds: float = SECONDS) -> str:
     if exit_code and not ended:
         reason = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
         ended = f"error: the sandbox ended ({reason})"
-    return "\n".join(text for text in (printable(said).rstrip("\n"), ended) if text)
+    return "\n".join(text for text in (printable(said).strip("\n"), ended) if text)
 
 
 def printable(said: bytes) -> str:

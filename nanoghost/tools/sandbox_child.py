@@ -19,15 +19,16 @@ CANNOT_LOAD = 3
 """Exit code: the compiled module is damaged, or of another processor."""
 
 # What runs inside, a cell of a notebook: the value of a last expression is shown. sys.argv[1] is the program, as a literal.
+# _ast is what `ast` is made of; importing all of it would take longer than most programs.
 NOTEBOOK = """
-import ast, sys
+import _ast, sys
 sys.stdout.reconfigure(errors="replace")
 names = {"__name__": "__main__"}
 try:
-    tree = ast.parse(ast.literal_eval(sys.argv[1]), "program")
-    last = tree.body.pop().value if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    tree = compile(eval(sys.argv[1]), "program", "exec", _ast.PyCF_ONLY_AST)
+    last = tree.body.pop().value if tree.body and isinstance(tree.body[-1], _ast.Expr) else None
     exec(compile(tree, "program", "exec"), names)
-    value = eval(compile(ast.Expression(last), "program", "eval"), names) if last else None
+    value = eval(compile(_ast.Expression(last), "program", "eval"), names) if last else None
     if value is not None:
         print(repr(value))
 except SystemExit:
