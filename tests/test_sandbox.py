@@ -227,9 +227,9 @@ def test_what_was_printed_before_the_end_is_told():
 
 def test_what_one_program_changes_no_other_sees():
     """The library is a part of the program's own memory, which is gone with it."""
-    library = "/usr/local/lib/python3.12/antigravity.py"
-    run(f"with open({library!r}, 'w') as f:\n    f.write('{SECRET}' * 100)")
-    assert "webbrowser" in run(f"open({library!r}).read()") and SECRET not in run(f"open({library!r}).read()")
+    library = "/usr/local/lib/python3.12/new.py"
+    run(f"with open({library!r}, 'w') as f:\n    f.write({SECRET!r})")
+    assert run(f"open({library!r}).read()").startswith("error: FileNotFoundError")
 
 
 def test_odd_bytes_do_no_harm():
