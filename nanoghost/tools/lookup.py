@@ -82,7 +82,8 @@ class Documents:
         self.path = home() / "data" / f"documents-{key}" / "passages-1.sqlite"
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with closing(self._open()) as database:
-            [(self.count,)] = database.execute("select count(*) from files where passages > 0")
+            if not database.execute("select 1 from passages limit 1").fetchone():
+                raise UserError(f"{folder}: there is no text to look anything up in; documents are {' and '.join(SUFFIXES)} files")
 
     def search(self, question: str, most: int = 3) -> list[Passage]:
         """The passages that share words with the question, best first; none if none does."""

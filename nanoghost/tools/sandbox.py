@@ -129,6 +129,7 @@ def compiled_module() -> Path:
     if not ours_alone(folder):
         raise UserError(f"others may write {folder}, where programs are kept that run here: chmod 700 {folder}")
     if not (os.path.lexists(path) and ours_alone(path)):
+        print("preparing Python's sandbox, once: some seconds ...", file=sys.stderr)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
         with replacing(temporary, path):
             subprocess.run(_command("compile", _wasm(), temporary), env={}, cwd="/", check=True)
