@@ -56,8 +56,8 @@ class Dialect:
 
     @property
     def knows_tools(self) -> bool:
-        """Whether its makers taught the model to call functions: then the template tells which there are."""
-        return re.search(r"\btools\b", self.source) is not None
+        """Whether its makers taught the model to call functions, in the form that `parse` reads: then the template says so."""
+        return re.search(r"\btools\b", self.source) is not None and "<tool_call>" in self.source
 
     def render(self, messages: list[dict], tokenizer, generation: bool = False) -> tuple[list[int], list[bool]]:
         """As chat.render: token ids, and which of them the model learns to write.
