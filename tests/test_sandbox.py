@@ -256,6 +256,7 @@ def test_machine_code_is_run_only_if_nobody_else_could_write_it(home, monkeypatc
     def remember(command, **options):
         compiled.append(command[-1])
         Path(command[-1]).write_bytes(b"new")
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", remember)
     assert sandbox.compiled_module() == path and not compiled
@@ -280,9 +281,24 @@ def test_a_damaged_module_is_compiled_again(home, monkeypatch):
     def again(command, **options):
         compiled.append(command)
         os.link(whole, command[-1])
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", again)
     assert run("6 * 7") == "42" and len(compiled) == 1
+
+
+def test_the_home_may_be_named_from_here(home, monkeypatch):
+    monkeypatch.setenv("NANOGHOST_HOME", os.path.relpath(home))
+    assert run("6 * 7") == "42"
+
+
+def test_a_failed_compilation_leaves_nothing(home, monkeypatch, capfd):
+    path = sandbox.compiled_module()
+    path.unlink()
+    monkeypatch.setattr(sandbox, "_wasm", lambda: home / "nothing.wasm")
+    with pytest.raises(UserError, match="stands above"):
+        run("1")
+    assert not list(path.parent.iterdir()) and "nothing.wasm" in capfd.readouterr().err
 
 
 def test_only_the_interpreter_we_know_is_compiled(monkeypatch):

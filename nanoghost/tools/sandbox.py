@@ -38,8 +38,8 @@ WASM_SHA256 = "e5dc5a398b07b54ea8fdb503bf68fb583d533f10ec3f930963e02b9505f7a763"
 SECONDS = 5.0
 MOST_CODE = 10_000
 """Characters of a program: as UTF-8 they fit into a pipe, so handing them over never waits."""
-MOST_OUTPUT = 4_000
-"""Bytes of an answer. No model of this size reads more, and the program ends when it has printed more."""
+MOST_OUTPUT = 2_000
+"""Bytes of an answer: some hundred tokens. The program ends when it has printed more."""
 MISSING = "Python needs its sandbox: pip install 'nanoghost[sandbox]'"
 CHILD = Path(__file__).with_name("sandbox_child.py")
 
@@ -64,10 +64,10 @@ def run_python(code: str, seconds: float = SECONDS) -> str:
     if len(code) > MOST_CODE:
         return f"error: a program of more than {MOST_CODE} characters"
     compiled = compiled_module()
-    exit_code, said, ended = _in_child("run", compiled, seconds, program=code, seconds=seconds)
+    exit_code, said, ended = _in_child(compiled, code, seconds)
     if exit_code == CANNOT_LOAD:  # a home folder that two kinds of processors share
         compiled.unlink(missing_ok=True)
-        exit_code, said, ended = _in_child("run", compiled_module(), seconds, program=code, seconds=seconds)
+        exit_code, said, ended = _in_child(compiled_module(), code, seconds)
     if exit_code and not ended:
         reason = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
         ended = f"error: the sandbox ended ({reason})"
@@ -79,20 +79,21 @@ def printable(said: bytes) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", said.decode(errors="replace").replace("\r\n", "\n"))
 
 
-def _in_child(*words, program: str, seconds: float) -> tuple[int, bytes, str]:
-    """(exit code, what was printed, why it was ended if it was) of the child with these words on its command line."""
+def _in_child(compiled: Path, code: str, seconds: float) -> tuple[int, bytes, str]:
+    """(exit code of the child, what was printed, why it was ended if it was)."""
     child = subprocess.Popen(
-        _command(*words), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={}, cwd="/",
+        _command("run", compiled, seconds), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={}, cwd="/",
         close_fds=True, start_new_session=True, bufsize=0,
     )  # fmt: skip
     deadline = time.monotonic() + seconds
     with child.stdout, child:
         try:
             with contextlib.suppress(BrokenPipeError), child.stdin:
-                child.stdin.write(program.encode("utf-8", "surrogatepass"))
+                child.stdin.write(code.encode("utf-8", "surrogatepass"))
             said, ended = _read(child.stdout, deadline, f"(stopped after {seconds:g} s)")
             if not ended:
-                child.wait(timeout=1)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=1)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # it is gone; macOS says the second then
                 os.killpg(child.pid, signal.SIGKILL)
@@ -116,14 +117,14 @@ def _read(pipe, deadline: float, late: str) -> tuple[bytes, str]:
 
 
 def _command(*words) -> list[str]:
-    """-I and -S: neither the environment nor any installed package has a say in what the child imports."""
+    """-I and -S: neither the environment nor what installed packages run at start has a say in the child."""
     folder = Path(find_spec("wasmtime").origin).parents[1]
     return [sys.executable, "-I", "-S", *map(str, (CHILD, folder, *words))]
 
 
 def compiled_module() -> Path:
     """The interpreter as machine code; compiled now if it is not there, or not ours alone."""
-    folder = home() / "sandbox"
+    folder = home().absolute() / "sandbox"
     path = folder / f"python-{WASM_SHA256[:12]}-wasmtime-{version('wasmtime')}-{platform.machine()}.bin"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not ours_alone(folder):
@@ -132,7 +133,8 @@ def compiled_module() -> Path:
         print("preparing Python's sandbox, once: some seconds ...", file=sys.stderr)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
         with replacing(temporary, path):
-            subprocess.run(_command("compile", _wasm(), temporary), env={}, cwd="/", check=True)
+            if subprocess.run(_command("compile", _wasm(), temporary), env={}, cwd="/", check=False).returncode:
+                raise UserError(f"Python's sandbox could not be prepared in {folder}; what went wrong stands above")
             temporary.chmod(0o600)
     return path
 

@@ -3,8 +3,8 @@
     python -I -S sandbox_child.py FOLDER compile PYTHON.wasm COMPILED     translate the module to machine code
     python -I -S sandbox_child.py FOLDER run COMPILED SECONDS             run the program that stands on standard input
 
-FOLDER is where wasmtime is installed: apart from it and Python's own library, nothing can be imported here. What the program
-and its errors print goes to standard output. This file imports nothing of nanoghost.
+FOLDER is where wasmtime is installed. What the program prints goes to standard output, its errors too. This file imports
+nothing of nanoghost.
 """
 
 import ctypes
