@@ -288,8 +288,9 @@ def test_a_damaged_module_is_compiled_again(home, monkeypatch):
 
 
 def test_the_home_may_be_named_from_here(home, monkeypatch):
-    monkeypatch.setenv("NANOGHOST_HOME", os.path.relpath(home))
-    assert run("6 * 7") == "42"
+    with monkeypatch.context() as patch:
+        patch.setenv("NANOGHOST_HOME", os.path.relpath(home))
+        assert run("6 * 7") == "42"
 
 
 def test_a_failed_compilation_leaves_nothing(home, monkeypatch, capfd):
