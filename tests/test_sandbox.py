@@ -1,6 +1,7 @@
 """The sandbox: what a program may do there, and that what it may not do fails without harm to anybody."""
 
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -105,11 +106,16 @@ def unharmed(python_sandbox, home, tmp_path, monkeypatch):
         return os.getcwd(), environment, open_files(), sorted(os.listdir(tmp_path)), sorted(os.listdir("."))
 
     with open(tmp_path / "secret.txt") as kept:
-        before = state()
+        before, memory = state(), most_memory()
         yield
-        assert state() == before
+        assert state() == before and most_memory() - memory < 64 * 2**20
         assert kept.read() == SECRET and (tmp_path / "secret.txt").read_text() == SECRET
     assert not still_running(str(home))
+
+
+def most_memory() -> int:
+    """Bytes that this process held at its largest."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if LINUX else 1)
 
 
 def open_files() -> int:
