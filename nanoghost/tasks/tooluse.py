@@ -31,8 +31,12 @@ def called(name: str, argument: str, value: str, content: str) -> tuple[dict, di
 
 def told_by(reply: Sequence[dict], tool: str) -> list[str]:
     """What a tool answered in a reply."""
-    calls = {c["id"]: c["function"]["name"] for m in reply for c in m.get("tool_calls") or ()}
-    return [text_of(m) for m in reply if m["role"] == "tool" and calls[m["tool_call_id"]] == tool]
+    names, told = {}, []
+    for message in reply:  # in order: each message of a model's counts its calls anew
+        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
+        if message["role"] == "tool" and names[message["tool_call_id"]] == tool:
+            told.append(text_of(message))
+    return told
 
 
 class Programs(_Words):
