@@ -39,7 +39,6 @@ def test_passages_are_found_by_what_they_say_and_where_they_stand(notes):
     assert documents.search("harvests")[0].heading == "Honey", "words are compared by their stems"
     assert sources(documents, "garden") == ["garden/bees.md"] * 2, "folders' and files' names count"
     assert documents.search("what is it?") == documents.search("") == documents.search("zebra") == []
-    assert documents.count == 2
 
 
 @given(TEXT, st.booleans())
