@@ -5,6 +5,7 @@ import re
 import stat
 import string
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoghost.errors import UserError
-from nanoghost.tools.lookup import COMMON, LEAST_WORDS, MOST_BYTES, MOST_WORDS, Documents, Index, passages_of
+from nanoghost.tools.lookup import COMMON, LEAST_WORDS, MOST_BYTES, MOST_WORDS, SHOWN, Documents, Index, passages_of
 
 WORD = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=8)
 LINE = st.one_of(st.just(""), st.just("```"), st.text(max_size=60), st.lists(WORD, max_size=80).map(" ".join), WORD.map("# {}".format))
@@ -161,6 +162,17 @@ def test_searches_from_many_threads(notes):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert found == [["late.txt"]] * 4
+
+
+@pytest.mark.parametrize("text", ["word " * (MOST_BYTES // 5), "a" * MOST_BYTES, "#" + " " * (MOST_BYTES - 1), "# " + "b" * (MOST_BYTES - 2),
+                                  "\n" * MOST_BYTES, "\n" + " " * (MOST_BYTES - 1)], ids=range(6))  # fmt: skip
+def test_large_files_of_an_odd_form_are_read_in_a_moment(tmp_path, text):
+    (tmp_path / "odd.md").write_text(text)
+    (tmp_path / "other.md").write_text("queen")
+    start = time.monotonic()
+    documents = Documents(tmp_path)
+    found = [*documents.search("word"), *documents.search(text[-40:])]
+    assert time.monotonic() - start < 10 and all(len(passage.shown) <= SHOWN for passage in found)
 
 
 def test_no_folder(tmp_path):

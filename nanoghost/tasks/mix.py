@@ -35,6 +35,8 @@ def all_tasks(base_card: dict, name: str) -> dict[str, Task]:
 
     What others pretrained says nothing of how that was done, and is taught no text of ours.
     """
+    from nanoghost.tasks.tooluse import Notes, Programs
+
     known, texts, data = {"name": spoken_name(name), "parameters": base_card["parameters"]}, [], None
     if base_card["stage"] != "adopt":
         figures, data = base_card["figures"], base_card["settings"]["data"]
@@ -47,8 +49,6 @@ def all_tasks(base_card: dict, name: str) -> dict[str, Task]:
     if data == "plays":
         tasks.append(Plays(texts, max_words=40))
     answerable = [t for t in tasks if t.name not in ("refusal", "chain_sum", "spell_backward")]
-    from nanoghost.tasks.tooluse import Notes, Programs
-
     return {task.name: task for task in [*tasks, Answerable(answerable), Programs(words), Notes()]}
 
 

@@ -31,8 +31,8 @@ MOST_BYTES = 4 * 2**20
 """Of a file; a longer one is hardly anybody's notes."""
 LEAST_WORDS, MOST_WORDS = 60, 200
 """Of a passage, where its section has as many."""
-SHOWN_WORDS = 40
-"""Of a passage, around the words that were found: what a model reads of it."""
+SHOWN_WORDS, SHOWN = 40, 400
+"""Words of a passage, around those that were found, and characters of them: what a model reads of it."""
 
 
 def match(question: str) -> str:
@@ -95,12 +95,12 @@ class Documents:
                 " where passages match ? order by rank, rowid limit ?",
                 (SHOWN_WORDS, query, most),
             ).fetchall()
-        return [Passage(source, heading, text, " ".join(shown.split())) for source, heading, text, shown in rows]
+        return [Passage(source, heading, text, " ".join(shown.split())[:SHOWN]) for source, heading, text, shown in rows]
 
     def _open(self) -> sqlite3.Connection:
         """The index, up to date. A connection serves one search: searches may come from several threads and processes."""
         database = sqlite3.connect(self.path, isolation_level=None)
-        database.execute("create table if not exists files(source primary key, time, size, passages)")
+        database.execute("create table if not exists files(source primary key, time, size)")
         database.execute(f"create virtual table if not exists passages using fts5(source, heading, text, {STEMS})")
         database.execute("begin immediate")  # who comes second finds what the first one read
         known = {source: (time, size) for source, time, size in database.execute("select source, time, size from files")}
@@ -113,7 +113,7 @@ class Documents:
                 pieces = passages_of(text_of(self.folder / source), source.lower().endswith(".md"))
                 rows = [(source, heading, text) for heading, text in pieces]
                 database.executemany("insert into passages(source, heading, text) values (?, ?, ?)", rows)
-                database.execute("insert into files values (?, ?, ?, ?)", (source, *found[source], len(rows)))
+                database.execute("insert into files values (?, ?, ?)", (source, *found[source]))
         database.execute("commit")
         return database
 
@@ -167,9 +167,10 @@ def sections(text: str) -> Iterator[tuple[str, str]]:
     heading, lines, in_code = "", [], False
     for line in text.splitlines():
         in_code ^= line.lstrip().startswith("```")
-        if not in_code and (found := re.match(r"#{1,6}\s+(.*\w.*)", line)):
+        title = line.lstrip("#").strip()
+        if title and not in_code and re.match(r"#{1,6}\s", line):
             yield heading, "\n".join(lines)
-            heading, lines = found[1].rstrip("# \t"), []
+            heading, lines = title, []
         else:
             lines.append(line)
     yield heading, "\n".join(lines)
@@ -178,9 +179,11 @@ def sections(text: str) -> Iterator[tuple[str, str]]:
 def paragraphs(text: str) -> Iterator[str]:
     """What stands between empty lines, cut after the last sentence within MOST_WORDS, or after as many words."""
     for paragraph in re.split(r"\n\s*\n", text):
-        while len(words := list(re.finditer(r"\S+", paragraph))) > MOST_WORDS:
-            ends = [w for w in words[LEAST_WORDS:MOST_WORDS] if w[0][-1] in ".!?"] or [words[MOST_WORDS - 1]]
-            yield paragraph[: ends[-1].end()].strip()
-            paragraph = paragraph[ends[-1].end() :]
-        if paragraph.strip():
-            yield paragraph.strip()
+        words, first = list(re.finditer(r"\S+", paragraph)), 0
+        while first < len(words):
+            end = min(first + MOST_WORDS, len(words))
+            if end < len(words):
+                sentences = [i + 1 for i in range(first + LEAST_WORDS, end) if words[i][0][-1] in ".!?"]
+                end = sentences[-1] if sentences else end
+            yield paragraph[words[first].start() : words[end - 1].end()]
+            first = end

@@ -49,7 +49,7 @@ def found(passages: list[Passage]) -> Result:
     """Passages under numbers, so that an answer can cite them: [1]."""
     if not passages:
         return Result("nothing was found")
-    names = [f"{p.source}, {p.heading}" if p.heading else p.source for p in passages]
+    names = [f"{p.source}, {p.heading[:60]}" if p.heading else p.source for p in passages]
     lines = [f"[{n}] {name}: {p.shown}" for n, (name, p) in enumerate(zip(names, passages), 1)]
     return Result("\n".join(lines), [{"n": n, "source": p.source, "text": p.text} for n, p in enumerate(passages, 1)])
 
