@@ -54,13 +54,14 @@ VERBS = {
 
 EXAMPLES = {
     "speedrun": "nanoghost speedrun\n  nanoghost speedrun --minutes 2",
-    "chat": "nanoghost chat\n  nanoghost chat ghost --prompt 'What is 12 + 345?'",
+    "chat": "nanoghost chat\n  nanoghost chat ghost --prompt 'What is 12 + 345?'\n  nanoghost chat ghost --documents ./notes",
     "report": "nanoghost report\n  nanoghost report ghost-base --json",
     "data": "nanoghost data plays\n  nanoghost data ./my_notes",
     "tokenizer train": "nanoghost tokenizer train --data plays --vocab-size 4096",
     "tokenizer eval": "nanoghost tokenizer eval",
     "pretrain": "nanoghost pretrain --data ./my_notes --name mine --minutes 5\n  nanoghost pretrain --depth 2 --steps 100",
-    "sft": "nanoghost sft mine --name mine-sft\n  nanoghost sft mine --name mine-sft --data chats.jsonl --minutes 2",
+    "sft": "nanoghost sft mine --name mine-sft\n  nanoghost sft mine --name mine-sft --data chats.jsonl --minutes 2\n"
+    "  nanoghost sft mine --name mine-tools --data tools",
     "rl": "nanoghost rl ghost-sft --name ghost\n  nanoghost rl ghost-sft --name other --variant dr_grpo --tasks chain_sum",
     "distill": "nanoghost distill ghost-base --teacher ghost --name pupil\n"
     "  nanoghost distill nano --teacher smollm2 --name pupil --kind token --data plays --context 256",
