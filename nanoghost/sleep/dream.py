@@ -50,8 +50,8 @@ class Dream:
 DIRECT = 1400  # questions in a night that ask for one row, shared out among the rows:
 LEAST, MOST = 36, 100  # of a row
 PARTNERS = 3  # of a row, for questions about two things at once
-SELDOM = 12, 20  # questions about things that people tell seldom, for each row after the first twenty
 NEAR = 2  # times as many questions about what is known of somebody else
+FAR = 0.25  # of as many more about things that are told seldom
 
 
 def wordings(relation: str) -> tuple[list[str], list[str]]:
@@ -110,15 +110,14 @@ def of_pairs(rows: list[dict]) -> list[Dream]:
 def never_told(rows: list[dict], count: int) -> list[Dream]:
     """Questions about what is in no row: about `count` about what people often tell, and some about anything else.
 
-    Most are about what is known of somebody else: "your uncle's job", where a row has "your aunt's job". The more is known, the
-    more is asked about what is told seldom: else somebody of whom much is known seems to be somebody of whom all is known.
+    Most are about what is known of somebody else: "your uncle's job", where a row has "your aunt's job".
     """
     told = {row["relation"].casefold() for row in rows}
     kinds = {kind_of(relation) for relation in told} - {""}
     weights = {r: NEAR if kind_of(r.casefold()) in kinds else 1 for r in relations() if r.casefold() not in told}
     shares = {r: max(1, round(count * weight / sum(weights.values()))) for r, weight in weights.items()}
     others = [t.relation for t in things("train") if t.relation.casefold() not in told | {r.casefold() for r in shares}]
-    shares |= {r: round(SELDOM[0] * max(0, len(rows) - SELDOM[1]) / len(others)) for r in others}
+    shares |= {r: max(1, round(count * FAR / len(others))) for r in others}
     found = []
     for relation, some in shares.items():
         for q in dice("never told", relation).sample(wordings(relation)[0], some):
