@@ -15,19 +15,7 @@ Dreams depend on the rows that are there and on nothing else, so that what was n
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from nanoghost.sleep.phrases import (
-    book,
-    dice,
-    low,
-    noted,
-    own_wordings,
-    part,
-    questions,
-    relations,
-    spoken,
-    statement,
-    things,
-)
+from nanoghost.sleep.phrases import book, dice, low, noted, own_wordings, part, questions, relations, spoken, statement
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,6 @@ DIRECT = 1400  # questions in a night that ask for one row, shared out among the
 LEAST, MOST = 36, 100  # of a row
 PARTNERS = 3  # of a row, for questions about two things at once
 NEAR = 2  # times as many questions about what is known of somebody else
-FAR = 0.25  # of as many more about things that are told seldom
 
 
 def wordings(relation: str) -> tuple[list[str], list[str]]:
@@ -115,11 +102,9 @@ def never_told(rows: list[dict], count: int) -> list[Dream]:
     told = {row["relation"].casefold() for row in rows}
     kinds = {kind_of(relation) for relation in told} - {""}
     weights = {r: NEAR if kind_of(r.casefold()) in kinds else 1 for r in relations() if r.casefold() not in told}
-    shares = {r: max(1, round(count * weight / sum(weights.values()))) for r, weight in weights.items()}
-    others = [t.relation for t in things("train") if t.relation.casefold() not in told | {r.casefold() for r in shares}]
-    shares |= {r: max(1, round(count * FAR / len(others))) for r in others}
     found = []
-    for relation, some in shares.items():
+    for relation, weight in weights.items():
+        some = max(1, round(count * weight / sum(weights.values())))
         for q in dice("never told", relation).sample(wordings(relation)[0], some):
             found.append(Dream("never told", q, book()["never_told"]["answer"].format(a=relation)))
     found.sort(key=lambda d: dice("never told", d.question).random())
