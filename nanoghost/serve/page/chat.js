@@ -1,0 +1,261 @@
+// The conversation on the page: sending, answers as they come, branches.
+
+import { announce, Announcer } from "./announce.js";
+import { chat, chatBody } from "./api.js";
+import { byId, copyText, el } from "./dom.js";
+import { Answer, userMessage } from "./message.js";
+import { load, newConversation, save } from "./store.js";
+import { add, ancestry, change, messages, newId, path, ROOT, textOf, titleFrom, turn, without } from "./tree.js";
+
+const SAVE_EVERY = 1000;  // milliseconds, while an answer is being written
+const NEAR_END = 60;  // pixels from the end within which a reader counts as following
+
+export class Chat {
+  // `page`: what this needs to know of the rest: {knowsTools(model), changed(conversation), defaults()}.
+  constructor(page) {
+    this.page = page;
+    this.running = new Map();  // id of a conversation -> what is being answered in it, also while another is shown
+    this.answers = new Map();  // id of a node -> its Answer on the page
+    this.scroller = byId("scroller");
+    this.thread = byId("thread");
+    this.conversation = newConversation();
+    this.following = true;
+    this.scroller.addEventListener("scroll", () => this.scrolled());
+    this.thread.addEventListener("click", (event) => this.clicked(event));
+    byId("to-end").addEventListener("click", () => this.toEnd());
+    addEventListener("pagehide", () => this.running.forEach(({ conversation }) => save(conversation)));
+    this.act = {
+      copy: (node, button) => copyText(textOf(node), button),
+      edit: (node, text, bar) => this.edit(node, text, bar),
+      again: (node) => this.again(node),
+      turn: (node, by) => this.turn(node, by),
+    };
+  }
+
+  get busy() {
+    return this.running.has(this.conversation.id);
+  }
+
+  async open(id) {
+    const found = this.running.get(id)?.conversation ?? (id && (await load(id)));
+    this.show(found || newConversation(this.page.defaults()));
+    return Boolean(found);
+  }
+
+  show(conversation) {
+    this.conversation = conversation;
+    this.draw();
+    this.toEnd();
+    this.page.changed(conversation);
+  }
+
+  // Draw all messages; those up to where two branches part stay as they are.
+  draw() {
+    const line = path(this.conversation.tree);
+    byId("empty").hidden = line.length > 0;
+    this.answers.clear();
+    this.thread.replaceChildren(...line.map((node) => this.element(node)));
+  }
+
+  element(node) {
+    const { tree } = this.conversation;
+    if (node.role === "user") return userMessage(node, tree, this.act);
+    // A page that was closed in mid-answer has saved an answer without an end.
+    const current = node.finish === undefined && !this.busy ? { ...node, finish: "stopped" } : node;
+    const answer = new Answer(current, tree, this.act);
+    this.answers.set(node.id, answer);
+    return answer.element;
+  }
+
+  // ── what the reader does ──
+
+  send(text) {
+    const { tree } = this.conversation;
+    this.ask(path(tree).at(-1)?.id ?? ROOT, text);
+  }
+
+  ask(parent, text) {
+    const { conversation } = this;
+    const node = { id: newId(), parent, role: "user", text };
+    conversation.tree = add(conversation.tree, node);
+    conversation.title ||= titleFrom(text);
+    this.answer(node.id);
+  }
+
+  again(node) {
+    if (this.busy) return;
+    // An attempt that brought nothing but an error is no version worth keeping.
+    if (node.error && !node.parts.length) this.conversation.tree = without(this.conversation.tree, node.id);
+    this.answer(node.parent);
+  }
+
+  async turn(node, by) {
+    if (this.busy) return;
+    const { conversation } = this;
+    conversation.tree = turn(conversation.tree, node.id, by);
+    const scrolled = this.scroller.scrollTop;
+    this.draw();
+    this.scroller.scrollTop = scrolled;
+    const now = this.thread.querySelector(`[data-id="${conversation.tree.chosen[node.parent]}"]`);
+    const same = now.querySelector(`[data-turn="${by}"]:not(:disabled)`) ?? now.querySelector("[data-turn]:not(:disabled)");
+    same?.focus();
+    announce(`Version ${now.querySelector(".count").textContent}`);
+    await save(conversation);
+  }
+
+  edit(node, text, bar) {
+    if (this.busy) return;
+    const box = el("textarea", { "aria-label": "Edit your message", rows: Math.min(12, node.text.split("\n").length + 1), dir: "auto" });
+    box.value = node.text;
+    const close = () => {
+      form.replaceWith(text);
+      bar.hidden = false;
+      bar.querySelector("button:not(:disabled)").focus();
+    };
+    const submit = (event) => {
+      event?.preventDefault();
+      if (box.value.trim()) this.ask(node.parent, box.value.trim());
+    };
+    const form = el("form", { class: "edit", on: { submit } }, box, el("div", {},
+      el("button", { type: "button", class: "plain", on: { click: close } }, "Cancel"), el("button", { class: "main" }, "Ask again")));
+    box.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") (event.stopPropagation(), close());
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+    });
+    text.replaceWith(form);
+    bar.hidden = true;
+    box.focus();
+  }
+
+  editLast() {
+    const last = [...this.thread.querySelectorAll(".user")].at(-1);
+    last?.querySelector('[aria-label^="Edit"]').click();
+  }
+
+  stop() {
+    this.running.get(this.conversation.id)?.controller.abort();
+  }
+
+  // ── answers ──
+
+  async answer(parent) {
+    const { conversation } = this;
+    const { settings } = conversation;
+    const node = { id: newId(), parent, role: "assistant", model: settings.model, parts: [] };
+    const line = ancestry(conversation.tree, parent);
+    conversation.tree = add(conversation.tree, node);
+    conversation.updated = Date.now();
+    const controller = new AbortController();
+    this.running.set(conversation.id, { conversation, controller });
+    this.draw();
+    this.toEnd();
+    this.page.changed(conversation);
+    announce(`${settings.model} is answering.`);
+    const writer = new Writer(this, conversation, node);
+    const knows = this.page.knowsTools(settings.model);
+    try {
+      const body = chatBody(settings, messages(line, settings.system, knows), knows);
+      for await (const chunk of chat(body, controller.signal)) writer.take(chunk);
+      node.finish ??= "stop";
+    } catch (error) {
+      node.finish = error.name === "AbortError" ? "stopped" : "error";
+      if (node.finish === "error") node.error = error.message;
+    }
+    this.running.delete(conversation.id);
+    writer.close();
+    this.page.changed(conversation);
+  }
+
+  // ── where the reader is ──
+
+  scrolled() {
+    const { scrollHeight, scrollTop, clientHeight } = this.scroller;
+    this.following = scrollHeight - scrollTop - clientHeight < NEAR_END;
+    byId("to-end").hidden = this.following;
+  }
+
+  toEnd() {
+    this.following = true;
+    this.scroller.scrollTop = this.scroller.scrollHeight;
+  }
+
+  clicked({ target }) {
+    const code = target.closest(".copy-code");
+    if (code) copyText(code.closest(".code").querySelector("code").textContent, code);
+    const cite = target.closest(".cite");
+    if (cite) {
+      const note = cite.closest(".message").querySelector(`.notes [data-note="${cite.dataset.note}"]`);
+      note.open = true;
+      note.querySelector("summary").focus();
+    }
+  }
+}
+
+// Takes chunks into a node, and shows and saves it no more often than eyes and disks need.
+class Writer {
+  constructor(chat, conversation, node) {
+    Object.assign(this, { chat, conversation, node });
+    this.announcer = new Announcer();
+    this.saved = 0;
+    this.frame = null;
+    this.cost = 0;  // milliseconds that drawing took last
+  }
+
+  take(chunk) {
+    const { parts } = this.node;
+    const choice = chunk.choices[0];
+    if (choice?.delta.content) {
+      if (parts.at(-1)?.text === undefined) parts.push({ text: "" });
+      parts.at(-1).text += choice.delta.content;
+      if (this.visible) this.announcer.feed(choice.delta.content);
+    }
+    for (const call of choice?.delta.tool_calls ?? []) {
+      if (call.id) parts.push({ call: { id: call.id, name: call.function.name, arguments: call.function.arguments ?? "" } });
+      else parts.at(-1).call.arguments += call.function.arguments ?? "";
+    }
+    if (chunk.tool_result) {
+      const { tool_call_id: id, content, passages = [] } = chunk.tool_result;
+      const part = parts.findLast((one) => one.call?.id === id);
+      if (part) part.call = { ...part.call, content, passages };
+    }
+    if (choice?.finish_reason) this.node.finish_reason = choice.finish_reason;
+    if (chunk.timings) this.node.timings = chunk.timings;
+    // A block that takes long to draw is drawn more rarely, so that the page always answers its reader.
+    this.frame ??= setTimeout(() => this.draw(), Math.max(16, this.cost * 4));
+    if (Date.now() - this.saved > SAVE_EVERY) this.save();
+  }
+
+  get visible() {
+    return this.chat.conversation === this.conversation;
+  }
+
+  draw() {
+    this.frame = null;
+    const answer = this.chat.answers.get(this.node.id);
+    if (!answer || !this.visible) return;
+    const start = performance.now();
+    answer.update(this.node, this.conversation.tree, this.node.finish === undefined);
+    if (this.chat.following) this.chat.toEnd();
+    this.cost = performance.now() - start;
+  }
+
+  save() {
+    this.saved = Date.now();
+    this.conversation.tree = change(this.conversation.tree, this.node.id, this.node);
+    save(this.conversation);
+  }
+
+  close() {
+    clearTimeout(this.frame);
+    const { node } = this;
+    if (node.finish === "stop" && node.finish_reason === "length") node.finish = "length";
+    delete node.finish_reason;
+    this.conversation.updated = Date.now();
+    this.save();
+    this.draw();
+    if (!this.visible) return;
+    this.announcer.finish();
+    if (node.error) announce(node.error);
+    if (node.finish === "stopped") announce("Stopped.");
+  }
+}

@@ -1,0 +1,117 @@
+// The view of models: what there is, how each was made, and curves of one that is still learning.
+
+import { getJson, getText } from "./api.js";
+import { byStage, chart, charts, STAGES } from "./curves.js";
+import { byId, el, icon } from "./dom.js";
+
+const AGAIN = 2000;  // milliseconds between questions about a run that goes on
+
+export class Runs {
+  constructor() {
+    this.view = byId("runs");
+    this.timer = null;
+    this.shown = 0;  // counts views, so that what comes late for an old one is dropped
+  }
+
+  leave() {
+    clearTimeout(this.timer);
+    this.shown += 1;
+  }
+
+  async open(name) {
+    this.leave();
+    const turn = this.shown;
+    this.view.replaceChildren(el("p", { class: "soft" }, "…"));
+    try {
+      const { data } = await getJson("/runs");
+      if (turn !== this.shown) return;
+      if (!name) return this.list(data);
+      const run = data.find((one) => one.name === name);
+      if (!run) throw new Error(`There is no model called ${name}.`);
+      await this.one(run, turn);
+    } catch (error) {
+      if (turn === this.shown) this.view.replaceChildren(this.problem(error, () => this.open(name)));
+    }
+  }
+
+  problem(error, again) {
+    return el("p", { class: "problem" }, error.message, " ", el("button", { type: "button", class: "plain", on: { click: again } }, "Try again"));
+  }
+
+  list(runs) {
+    const rows = runs.map(({ name, stage, finished, report }) =>
+      el("li", {}, el("a", { href: `#/runs/${encodeURIComponent(name)}` }, el("span", { class: "title" }, name),
+        el("span", { class: finished ? "soft" : "live" }, finished ? (report ? `${STAGES[stage] ?? stage}, report` : STAGES[stage] ?? stage) : `${STAGES[stage] ?? stage}, learning now`),
+        icon("right"))));
+    this.view.replaceChildren(el("h2", { class: "view-title" }, "Models"),
+      el("p", { class: "soft" }, runs.length ? "How each was made and what it can do." : "No model has been made here yet."),
+      el("ul", { class: "runs" }, rows));
+  }
+
+  async one(run, turn) {
+    this.state = el("p", { class: "soft", role: "status" });
+    this.curves = el("div");
+    this.view.replaceChildren(el("a", { class: "back", href: "#/runs" }, icon("left"), "Models"), el("h2", { class: "view-title" }, run.name), this.state, this.curves);
+    this.events = [];
+    if (run.finished && run.report) {
+      await this.report(run, turn);
+      return;
+    }
+    await this.follow(run, 0, turn);
+  }
+
+  // Asks for what is new until the run is finished.
+  async follow(run, from, turn) {
+    let next = from;
+    let finished = run.finished;
+    try {
+      const { data, next: place } = await getJson(`/runs/${encodeURIComponent(run.name)}/events?after=${from}`);
+      if (turn !== this.shown) return;
+      next = place;
+      this.events.push(...data);
+      if (data.length || !from) this.draw(run);
+      if (!data.length && !finished) finished = (await getJson("/runs")).data.find(({ name }) => name === run.name)?.finished ?? true;
+    } catch (error) {
+      this.state.textContent = `${error.message} Trying again …`;
+    }
+    if (turn !== this.shown) return;
+    if (!finished) this.timer = setTimeout(() => this.follow(run, next, turn), AGAIN);
+    else if (!run.finished) this.open(run.name);  // now it has a report
+  }
+
+  draw(run) {
+    const stages = byStage(this.events).map(([stage, events]) => [stage, events, charts(events)]).filter(([, , drawn]) => drawn.length);
+    const last = this.events.at(-1);
+    this.state.textContent = run.finished ? (stages.length ? "" : "Nothing was learned here: it came as it is.") : last ? progress(last) : "It has not begun yet.";
+    // The stage that goes on stands first.
+    this.curves.replaceChildren(...stages.reverse().map(([stage, , drawn]) =>
+      el("section", {}, el("h3", {}, STAGES[stage] ?? stage), el("div", { class: "charts" }, drawn.map(chart)))));
+  }
+
+  // The report is a page of its own. It is put into a frame without scripts; its style goes in as a sheet, because the frame
+  // inherits this page's Content-Security-Policy (an address of its own could not be asked for with a key).
+  async report(run, turn) {
+    const text = await getText(`/runs/${encodeURIComponent(run.name)}/report`);
+    if (turn !== this.shown) return;
+    const frame = el("iframe", { sandbox: "allow-same-origin", title: `Report of ${run.name}`, class: "report" });
+    this.curves.replaceChildren(frame);
+    const { contentDocument: inside, contentWindow: world } = frame;
+    const parsed = new DOMParser().parseFromString(text, "text/html");
+    for (const made of parsed.querySelectorAll("script, meta[http-equiv], link, base")) made.remove();
+    const sheets = [...parsed.querySelectorAll("style")].map((style) => {
+      style.remove();
+      const sheet = new world.CSSStyleSheet();
+      sheet.replaceSync(style.textContent);
+      return sheet;
+    });
+    inside.replaceChild(inside.adoptNode(parsed.documentElement), inside.documentElement);
+    inside.adoptedStyleSheets = sheets;
+    for (const node of inside.querySelectorAll("[style]")) node.style.cssText = node.getAttribute("style");
+  }
+}
+
+function progress({ stage, step, steps, seconds_left: left }) {
+  const where = steps ? `step ${Math.floor(step) + 1} of ${steps}` : `step ${Math.floor(step) + 1}`;
+  const rest = left > 90 ? `, about ${Math.round(left / 60)} minutes left` : left > 0 ? `, ${Math.round(left)} s left` : "";
+  return `${STAGES[stage] ?? stage}, ${where}${rest}`;
+}
