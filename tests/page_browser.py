@@ -7,6 +7,7 @@ DRIVER = shutil.which("chromedriver") or shutil.which("chromium.chromedriver")
 FLAGS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
     " disable-sync disable-dev-shm-usage window-size=1280,900"
+    " blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4"  # it has a mouse
 )
 
 

@@ -16,7 +16,7 @@ const DRAWN = [
   ["Tokens per second", ["tokens_per_second"]],
 ];
 
-export const STAGES = { pretrain: "Pretraining", sft: "Finetuning", rl: "Reinforcement", distill: "Distillation", sleep: "Sleep" };
+export const STAGES = { pretrain: "Pretraining", sft: "Finetuning", rl: "Reinforcement", distill: "Distillation", sleep: "Sleep", adopt: "Adopted" };
 
 // Events by stage, in the order in which the stages came. After a resume, the last event for a step counts.
 export function byStage(events) {

@@ -53,7 +53,7 @@ export class Answer {
     const bar = el("div", { class: "actions" }, branches(node, tree, this.act),
       textOf(node) ? iconButton("copy", "Copy answer", (event) => this.act.copy(node, event.currentTarget)) : null,
       iconButton("again", "Answer again", () => this.act.again(node)),
-      el("span", { class: "figures" }, figures(node)));
+      el("span", { class: "figures" }, el("span", { class: "by" }, `${node.model} · `), figures(node)));
     this.foot.replaceChildren(...[passages(node), problem, bar].filter(Boolean));
   }
 }
@@ -136,9 +136,8 @@ export function figures(node) {
   const ends = { stopped: "stopped", length: "cut at the longest answer" };
   return [
     ends[node.finish],
-    node.model,
     speed && `${speed < 10 ? speed.toFixed(1) : whole(speed)} tokens/s`,
     first !== undefined && `first after ${first.toFixed(first < 1 ? 2 : 1)} s`,
-    used && context && `${whole(used)} of ${whole(context)} context`,
+    used && context && `context ${whole(used)} of ${whole(context)}`,
   ].filter(Boolean).join(" · ");
 }

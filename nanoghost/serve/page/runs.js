@@ -51,7 +51,9 @@ export class Runs {
   async one(run, turn) {
     this.state = el("p", { class: "soft", role: "status" });
     this.curves = el("div");
-    this.view.replaceChildren(el("a", { class: "back", href: "#/runs" }, icon("left"), "Models"), el("h2", { class: "view-title" }, run.name), this.state, this.curves);
+    // A report has a title of its own.
+    const title = el("h2", { class: run.finished && run.report ? "unseen" : "view-title" }, run.name);
+    this.view.replaceChildren(el("a", { class: "back", href: "#/runs" }, icon("left"), "Models"), title, this.state, this.curves);
     this.events = [];
     if (run.finished && run.report) {
       await this.report(run, turn);
