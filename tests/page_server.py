@@ -24,7 +24,7 @@ REPORT = (
     "<style>:root{color-scheme:light dark}body{margin:0;font:17px/1.6 Palatino,P052,serif;background:light-dark(#fdfdfb,#15171b);"
     "color:light-dark(#22252b,#e6e8ee)}main{max-width:780px;margin:auto;padding:40px 22px}h1{color:rgb(74, 91, 212)}</style>"
     "<main><h1>ghost</h1><p style='letter-spacing:3px'>3.9 million parameters.</p>"
-    "<script>parent.ranScript = true</script><img src=x onerror='parent.ranScript = true'></main></html>"
+    "<script>parent.ranScript = true</script></main></html>"
 )
 
 
@@ -109,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if path.endswith("/report"):
             own = "default-src 'none'; style-src 'unsafe-inline'"
-            return self.answer(200, REPORT.encode(), KINDS[".html"], {"Content-Security-Policy": own})
+            return self.answer(200, self.server.report.encode(), KINDS[".html"], {"Content-Security-Policy": own})
         if path.endswith("/events"):
             after = int(query.removeprefix("after="))
             events = self.server.events.get(path.split("/")[2], [])
@@ -187,6 +187,7 @@ class Server(ThreadingHTTPServer):
         self.reset()
 
     def reset(self):
+        self.report = REPORT
         self.key, self.healed, self.stopped = None, False, 0
         self.seen, self.bodies, self.answers = [], [], dict(ANSWERS)
         model = {"object": "model", "owned_by": "nanoghost", "created": 0, "context": 2048, "parameters": 134515008}

@@ -7,7 +7,7 @@ import { Answer, userMessage } from "./message.js";
 import { load, newConversation, save } from "./store.js";
 import { add, ancestry, change, messages, newId, path, ROOT, textOf, titleFrom, turn, without } from "./tree.js";
 
-const SAVE_EVERY = 1000;  // milliseconds, while an answer is being written
+const SAVE_EVERY = 400;  // milliseconds: what is lost of an answer when the page is closed while it comes
 const NEAR_END = 60;  // pixels from the end within which a reader counts as following
 
 export class Chat {
@@ -23,7 +23,6 @@ export class Chat {
     this.scroller.addEventListener("scroll", () => this.scrolled());
     this.thread.addEventListener("click", (event) => this.clicked(event));
     byId("to-end").addEventListener("click", () => this.toEnd());
-    addEventListener("pagehide", () => this.running.forEach(({ conversation }) => save(conversation)));
     this.act = {
       copy: (node, button) => copyText(textOf(node), button),
       edit: (node, text, bar) => this.edit(node, text, bar),
@@ -146,12 +145,12 @@ export class Chat {
     conversation.tree = add(conversation.tree, node);
     conversation.updated = Date.now();
     const controller = new AbortController();
+    const writer = new Writer(this, conversation, node);
     this.running.set(conversation.id, { conversation, controller });
     this.draw();
     this.toEnd();
     this.page.changed(conversation);
     announce(`${settings.model} is answering.`);
-    const writer = new Writer(this, conversation, node);
     const knows = this.page.knowsTools(settings.model);
     try {
       const body = chatBody(settings, messages(line, settings.system, knows), knows);

@@ -34,16 +34,18 @@ export function safeUrl(address) {
 // Append `text` to `target`. `writing`: more will come, so marks still open count as closed at the end.
 // `notes`: numbers of passages that [1] may stand for.
 export function inline(target, text, { writing = false, notes = null } = {}) {
-  build(target, pair(tokens(writing ? tidy(text) : text, notes), writing ? RECENT : 0));
+  const recent = writing ? RECENT : 0;
+  build(target, pair(tokens(writing ? tidy(text) : text, notes, recent), recent));
 }
 
 // Half a mark at the end of what has come so far is not shown yet; neither is half an address.
 function tidy(text) {
-  const end = text.slice(-RECENT).replace(/!?\[([^\]\n]*)\]\([^)\s]*$/, "$1").replace(/(?:[*_~`[]|!\[)+$/, "");
+  const label = (whole, words, rest) => (rest === "]" && /^\d*$/.test(words) ? whole : words);  // [1] may be a note
+  const end = text.slice(-RECENT).replace(/!?\[([^\]\n]*)(\]\([^)\s]*|\])?$/, label).replace(/[*_~`]+$/, "");
   return text.slice(0, -RECENT) + end;
 }
 
-function tokens(text, notes) {
+function tokens(text, notes, recent) {
   const found = [];
   const brackets = [];
   const missing = new Set();  // closing marks that do not come again: looked for once only
@@ -73,6 +75,7 @@ function tokens(text, notes) {
         while (text[past] === "`") past += 1;
         close = closing(mark, past);
       }
+      if (close < 0 && recent && text.length - start < recent && mark.length < 3) close = text.length;
       token = close < 0 ? { text: mark } : { code: unpadded(text.slice(end, close)) };
       if (close >= 0) end = close + mark.length;
     } else if (first === "$") token = formula(text, mark, start, (past) => (end = past));
@@ -129,8 +132,8 @@ function trimAddress(url) {
 function formula(text, mark, start, endsAt) {
   const from = start + mark.length;
   const line = text.slice(from, from + 400);
-  const close = mark === "$$" ? line.indexOf("$$") : line.search(/[^\s$\\]\$(?!\d)/) + 1;
-  if (close < 1 || /\s/.test(line[0]) || (mark === "$" && line.slice(0, close).includes("\n"))) return { text: mark };
+  const close = line.indexOf(mark);
+  if (close < 1 || (mark === "$" && !/^\S([^\n]*[^\s\\])?\$(?!\d)/.test(line.slice(0, close + 2)))) return { text: mark };
   endsAt(from + close + mark.length);
   return { formula: line.slice(0, close) };
 }

@@ -98,17 +98,15 @@ export class Runs {
     const frame = el("iframe", { sandbox: "allow-same-origin", title: `Report of ${run.name}`, class: "report" });
     this.curves.replaceChildren(frame);
     const { contentDocument: inside, contentWindow: world } = frame;
-    const parsed = new DOMParser().parseFromString(text, "text/html");
+    const sheet = new world.CSSStyleSheet();
+    const styles = [];
+    const markup = text.replace(/<style[^>]*>(.*?)<\/style>/gs, (_, rules) => (styles.push(rules), "")).replace(/(<[^<>]*\s)style=/g, "$1data-style=");
+    const parsed = new DOMParser().parseFromString(markup, "text/html");
     for (const made of parsed.querySelectorAll("script, meta[http-equiv], link, base")) made.remove();
-    const sheets = [...parsed.querySelectorAll("style")].map((style) => {
-      style.remove();
-      const sheet = new world.CSSStyleSheet();
-      sheet.replaceSync(style.textContent);
-      return sheet;
-    });
+    sheet.replaceSync(styles.join(""));
     inside.replaceChild(inside.adoptNode(parsed.documentElement), inside.documentElement);
-    inside.adoptedStyleSheets = sheets;
-    for (const node of inside.querySelectorAll("[style]")) node.style.cssText = node.getAttribute("style");
+    inside.adoptedStyleSheets = [sheet];
+    for (const node of inside.querySelectorAll("[data-style]")) node.style.cssText = node.dataset.style;
   }
 }
 
