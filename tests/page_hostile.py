@@ -46,7 +46,7 @@ HOSTILE = [
     many("[", 50_000, "](ADDRESS/beacon)"),
     many("> ", 50_000, "deep"),
     lambda address: ["".join(" " * (2 * n) + "- item\n" for n in range(400))],
-    lambda address: ["| a " * 40 + "|\n" + "|---" * 40 + "|\n"] + ["| x *y* " * 40 + "|\n"] * 400,
+    lambda address: ["| a " * 40 + "|\n" + "|---" * 40 + "|\n"] + ["| x *y* " * 40 + "|\n"] * 250,
     many("`` ` ``` ", 10_000),
     many("![](ADDRESS/beacon) <b> \\( $x ~~ __ ", 3_000),
     lambda address: ["```\n"] + ["code without an end " * 50 + "\n"] * 200 + ["# " + "#" * 20_000 + "x\n" + " " * 50_000 + "\n" + "-" * 50_000 + "x"],

@@ -109,6 +109,14 @@ class Page:
 
 
 @pytest.fixture
+def empty(browser, server):
+    """A page of the same origin, for the modules by themselves."""
+    page = Page(browser, server)
+    page.open("/empty", "return true")
+    return page
+
+
+@pytest.fixture
 def page(browser, server):
     server.reset()
     page_browser.theme(browser, "light")
@@ -375,10 +383,10 @@ def test_what_is_exported_can_be_imported_and_is_the_same(page):
     assert len(json.loads(downloaded(page, "Salt and the sea.json").read_text())["conversations"]) == 1
 
 
-def test_files_of_others_are_taken_field_by_field(page):
+def test_files_of_others_are_taken_field_by_field(empty):
     read = "const store = await import('/static/store.js'); try { return store.fromJson(given[0]); } catch (e) { return e.message; }"
-    assert "not JSON" in page.later(read, "{")
-    assert "no conversations" in page.later(read, "[]")
+    assert "not JSON" in empty.later(read, "{")
+    assert "no conversations" in empty.later(read, "[]")
     nodes = {
         "a": {"id": "a", "parent": "root", "role": "user", "text": "hi", "extra": 1},
         "b": {"id": "b", "parent": "a", "role": "assistant", "model": 5, "parts": [{"text": "yes"}, 3, {"call": {"name": "x"}}], "timings": {"a": "b"}},
@@ -387,7 +395,7 @@ def test_files_of_others_are_taken_field_by_field(page):
         "e": {"id": "__proto__", "parent": "root", "role": "user", "text": {}},
     }
     file = {"format": "nanoghost-conversations", "version": 1, "conversations": [{"id": 7, "tree": {"nodes": nodes}, "settings": {"temperature": "hot"}}, None]}
-    first, second = page.later(read, json.dumps(file))
+    first, second = empty.later(read, json.dumps(file))
     assert {"a", "b"} <= set(first["tree"]["nodes"]) <= {"a", "b", "__proto__"} and "extra" not in first["tree"]["nodes"]["a"]
     assert first["settings"]["temperature"] == 0.7 and isinstance(first["id"], str)
     assert second["title"] == "Without a title" and second["tree"] == {"nodes": {}, "chosen": {}}
@@ -607,7 +615,8 @@ def test_hostile_answers_send_nothing_run_nothing_and_do_not_stop_the_page(page)
         attributes = page.js("return [...document.querySelectorAll('.said *')].flatMap((e) => e.getAttributeNames()).filter((n) => n.startsWith('on') || n === 'style' || n === 'src')")
         assert not strange and not attributes, number
     assert page.js("return window.ran") is None
-    assert all(seconds < 10 and gap < 1500 for seconds, gap in slowest.values()), slowest
+    slow = {number: times for number, times in slowest.items() if times[0] > 10 or times[1] > 2500}
+    assert not slow, f"(seconds until it stood, longest time without an answer to the reader): {slow}"
     asked = {url.removeprefix(page.server.address) for url in requests_of(page.browser)}
     assert asked and all(ALLOWED.fullmatch(url) for url in asked), asked
     assert all(ALLOWED.fullmatch(path) for _, path in page.server.seen), page.server.seen
@@ -650,8 +659,8 @@ const draw = (text, sizes) => {
 """
 
 
-def test_markdown_in_pieces_is_the_same_as_at_once(page):
-    wrong = page.later(PIECES + """
+def test_markdown_in_pieces_is_the_same_as_at_once(empty):
+    wrong = empty.later(PIECES + """
         for (let n = 0; n < 400; n++) {
           const text = write();
           const whole = draw(text, 0).outerHTML;
@@ -661,8 +670,8 @@ def test_markdown_in_pieces_is_the_same_as_at_once(page):
     assert wrong is None, "\n".join(wrong)
 
 
-def test_markdown_loses_no_word_and_no_order(page):
-    wrong = page.later(PIECES + """
+def test_markdown_loses_no_word_and_no_order(empty):
+    wrong = empty.later(PIECES + """
         for (let n = 0; n < 1500; n++) {
           const text = write();
           const shown = draw(text, 0);
@@ -692,15 +701,17 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("source", "expected"), CASES)
-def test_markdown(page, source, expected):
-    made = page.later("const { Markdown } = await import('/static/markdown.js'); const box = document.createElement('div'); new Markdown(box, new Set([1])).update(given[0], true); return box.innerHTML;", source)
-    made = re.sub(r'<a href="([^"]*)" title="\1" target="_blank" rel="noopener noreferrer">', r'<L="\1">', made)
-    assert made == expected
+def test_markdown(empty):
+    made = empty.later("""
+        const { Markdown } = await import('/static/markdown.js');
+        return given[0].map((source) => { const box = document.createElement('div'); new Markdown(box, new Set([1])).update(source, true); return box.innerHTML; });""",
+        [source for source, _ in CASES])  # fmt: skip
+    short = [re.sub(r'<a href="([^"]*)" title="\1" target="_blank" rel="noopener noreferrer">', r'<L="\1">', html) for html in made]
+    assert short == [expected for _, expected in CASES]
 
 
-def test_marks_that_are_not_yet_closed_do_not_flicker(page):
-    shown = page.later("""
+def test_marks_that_are_not_yet_closed_do_not_flicker(empty):
+    shown = empty.later("""
         const { Markdown } = await import('/static/markdown.js');
         const seen = [];
         const text = 'It is **very bold** and `code` [link](https://a.b/c)';
@@ -709,8 +720,8 @@ def test_marks_that_are_not_yet_closed_do_not_flicker(page):
     assert not [words for words in shown if re.search(r"[*`(]|\]", words)], shown
 
 
-def test_trees(page):
-    results = page.later("""
+def test_trees(empty):
+    results = empty.later("""
         const tree = await import('/static/tree.js');
         const user = (id, parent) => ({id, parent, role: 'user', text: id});
         const answer = (id, parent) => ({id, parent, role: 'assistant', model: 'm', parts: [{text: id}]});

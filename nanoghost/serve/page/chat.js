@@ -173,9 +173,15 @@ export class Chat {
     byId("to-end").hidden = this.following;
   }
 
+  // Asked before something is drawn: a reader may have turned back without the browser having said so yet.
+  follows() {
+    return this.following && this.scroller.scrollTop > this.top - 4;
+  }
+
   toEnd() {
     this.following = true;
     this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.top = this.scroller.scrollTop;
   }
 
   clicked({ target }) {
@@ -233,8 +239,9 @@ class Writer {
     const answer = this.chat.answers.get(this.node.id);
     if (!answer || !this.visible) return;
     const start = performance.now();
+    const follows = this.chat.follows();
     answer.update(this.node, this.conversation.tree, this.node.finish === undefined);
-    if (this.chat.following) this.chat.toEnd();
+    if (follows) this.chat.toEnd();
     this.cost = performance.now() - start;
   }
 
