@@ -17,8 +17,7 @@ FOUND = [
     {"n": 1, "source": "notes/garden.md", "text": "Pear tree (Conference) planted in the spring of 1974, south wall. First fruit three years later."},
     {"n": 2, "source": "notes/house.md", "text": "Built 1911. New roof after the storm of 1953, windows in 1988."},
 ]
-ANSWER = """You planted the pear tree in the **spring of 1974**, at the south wall [1]. The house was built in 1911 [2], so it was
-63 years old by then.
+ANSWER = """You planted the pear tree in the **spring of 1974**, at the south wall [1]. The house was built in 1911 [2], so it was 63 years old by then.
 
 | | year | age of the house |
 |---|--:|--:|
@@ -108,11 +107,6 @@ def take_all(browser, server, folder):
         page_browser.theme(browser, theme)
         page_browser.resize(browser, 1240, 1040)
         picture(f"page-{theme}")
-        page_browser.resize(browser, 375, 780, phone=True, scale=2)
-        picture(f"phone-{theme}")
-        browser.execute_script("document.getElementById('menu').click()")
-        picture(f"phone-drawer-{theme}")
-        browser.execute_script("document.getElementById('veil').click()")
         page_browser.resize(browser, 1240, 860)
         for name in ("settings", "help"):
             browser.execute_script("document.getElementById(arguments[0]).click()", name)
@@ -123,6 +117,13 @@ def take_all(browser, server, folder):
             go(address)
             picture(f"{name}-{theme}")
         go(here)
+    for theme in ("light", "dark"):  # last: a browser that was a phone has forgotten its mouse
+        page_browser.theme(browser, theme)
+        page_browser.resize(browser, 375, 780, phone=True, scale=2)
+        picture(f"phone-{theme}")
+        browser.execute_script("document.getElementById('menu').click()")
+        picture(f"phone-drawer-{theme}")
+        browser.execute_script("document.getElementById('veil').click()")
 
 
 if __name__ == "__main__":

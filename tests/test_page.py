@@ -253,7 +253,7 @@ def test_tools_fold_out_and_passages_are_notes(page):
     assert [m["role"] for m in roles] == ["user", "assistant", "tool", "assistant", "user"]
     assert roles[1]["tool_calls"][0]["id"] == roles[2]["tool_call_id"] and roles[2]["content"] == "391"
     page.send("lookup")
-    assert [e.text for e in page.browser.find_elements(By.CSS_SELECTOR, ".notes summary")] == ["1notes/garden.md", "2notes/house.md"]
+    assert [e.text for e in page.browser.find_elements(By.CSS_SELECTOR, ".notes summary")] == ["1notes/garden.mdThe pear tree was planted in 1974.", "2notes/house.mdThe roof is from 1911."]
     cites = page.browser.find_elements(By.CSS_SELECTOR, ".cite")
     assert [e.text for e in cites] == ["1", "2"] and "[7]" in page.texts()[-1]
     cites[0].click()
@@ -343,6 +343,39 @@ def test_search_rename_delete_and_undo(page):
     page.click(".toast button")
     page.wait("return document.querySelectorAll('#conversations a').length === 3 && document.querySelectorAll('.message').length === 2")
     assert "The old roof" in page.titles()
+
+
+def test_deleting_or_renaming_in_mid_answer(page):
+    page.send("forever", wait=False)
+    page.wait("return document.querySelectorAll('#conversations a').length === 1")
+    page.click("#more summary")
+    page.click("[data-do=rename]")
+    page.wait("return document.activeElement.className === 'rename'")
+    page.press("Endless", Keys.ENTER)
+    page.wait("return document.getElementById('title').textContent === 'Endless' && document.querySelector('.writing')")
+    page.wait("return document.querySelector('.writing').textContent.includes('Word 20')")
+    assert page.stored()[0]["title"] == "Endless"
+    page.click("#more summary")
+    page.click("[data-do=delete]")
+    page.wait("return !document.querySelector('.message')")
+    time.sleep(0.6)
+    assert page.stored() == [], "what still comes does not bring it back"
+    page.click(".toast button")
+    page.wait("return document.querySelectorAll('.message').length === 2 && !document.querySelector('.writing')")
+
+
+def test_two_tabs_show_the_same(page):
+    page.send("here")
+    first = page.browser.current_window_handle
+    address = page.browser.current_url
+    page.browser.switch_to.new_window("tab")
+    page.browser.get(address)
+    page.wait("return document.querySelectorAll('.message').length === 2")
+    page.send("there")
+    page.browser.close()
+    page.browser.switch_to.window(first)
+    page.wait("return document.querySelectorAll('.message').length === 4")
+    assert page.texts()[2:] == ["there", "You said: there"]
 
 
 def downloaded(page, name):

@@ -11,7 +11,7 @@ const SAVE_EVERY = 400;  // milliseconds: what is lost of an answer when the pag
 const NEAR_END = 60;  // pixels from the end within which a reader counts as following
 
 export class Chat {
-  // `page`: what this needs to know of the rest: {knowsTools(model), changed(conversation), defaults()}.
+  // `page`: what this needs to know of the rest: {knowsTools(model), defaults(), shown(), changed(conversation)}.
   constructor(page) {
     this.page = page;
     this.running = new Map();  // id of a conversation -> what is being answered in it, also while another is shown
@@ -20,6 +20,7 @@ export class Chat {
     this.thread = byId("thread");
     this.conversation = newConversation();
     this.following = true;
+    this.opening = 0;  // counts what was opened, so that what loads late does not cover what came after
     this.scroller.addEventListener("scroll", () => this.scrolled());
     this.thread.addEventListener("click", (event) => this.clicked(event));
     byId("to-end").addEventListener("click", () => this.toEnd());
@@ -36,19 +37,24 @@ export class Chat {
   }
 
   async open(id) {
+    const turn = ++this.opening;
     const found = this.running.get(id)?.conversation ?? (id && (await load(id)));
-    this.show(found || newConversation(this.page.defaults()));
+    if (turn === this.opening) this.show(found || newConversation(this.page.defaults()));
     return Boolean(found);
+  }
+
+  // The object that holds a conversation while it is shown or answered; what is stored may be older.
+  live(id) {
+    return this.running.get(id)?.conversation ?? (id === this.conversation.id ? this.conversation : null);
   }
 
   show(conversation) {
     this.conversation = conversation;
     this.draw();
     this.toEnd();
-    this.page.changed(conversation);
+    this.page.shown();
   }
 
-  // Draw all messages; those up to where two branches part stay as they are.
   draw() {
     const line = path(this.conversation.tree);
     byId("empty").hidden = line.length > 0;
@@ -100,6 +106,7 @@ export class Chat {
     same?.focus();
     announce(`Version ${now.querySelector(".count").textContent}`);
     await save(conversation);
+    this.page.shown();
   }
 
   edit(node, text, bar) {
@@ -133,6 +140,11 @@ export class Chat {
 
   stop() {
     this.running.get(this.conversation.id)?.controller.abort();
+  }
+
+  forget(id) {
+    this.running.get(id)?.controller.abort();
+    this.running.delete(id);
   }
 
   // ── answers ──

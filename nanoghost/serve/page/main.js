@@ -22,19 +22,20 @@ const settings = new Settings(server, (fields) => {
 const chat = new Chat({
   knowsTools: (model) => settings.knowsTools(model),
   defaults: () => settings.defaults(),
+  shown: () => shown(),
   async changed(conversation) {
     if (conversation === chat.conversation) shown();
     if (!Object.keys(conversation.tree.nodes).length) return;
     await save(conversation);
-    await sidebar.changed();
+    await sidebar.changed(conversation.id);
   },
 });
 
 const sidebar = new Sidebar({
   opened: () => (byId("chat").hidden ? null : chat.conversation.id),
-  replaced(id) {
-    if (id === chat.conversation.id && !chat.busy) route();
-  },
+  live: (id) => chat.live(id),
+  deleted: (id) => chat.forget(id),
+  replaced: (id) => id === chat.conversation.id && !byId("chat").hidden && (chat.busy ? shown() : reopen(id)),
 });
 
 const runs = new Runs();
@@ -68,15 +69,15 @@ async function route() {
   if (models) await runs.open(name && decodeURIComponent(name));
   else {
     runs.leave();
-    const id = view === "c" ? name : null;
-    // A new chat gets its address with its first message, and is then on the page already.
-    if (!id || id !== chat.conversation.id || !chat.thread.children.length || !chat.busy) {
-      if (!(await chat.open(id)) && id) history.replaceState(null, "", "#/");
-    }
+    await reopen(view === "c" ? name : null);
     if (!narrow.matches) box.focus();
   }
   shown();
   sidebar.draw();
+}
+
+async function reopen(id) {
+  if (!(await chat.open(id)) && id) history.replaceState(null, "", "#/");  // it is gone
 }
 
 async function begin() {

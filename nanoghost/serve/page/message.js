@@ -125,7 +125,8 @@ function passages(node) {
   const found = node.parts.flatMap((part) => part.call?.passages ?? []);
   if (!found.length) return null;
   return el("section", { class: "notes", "aria-label": "Passages" }, found.map((passage) =>
-    el("details", { "data-note": passage.n }, el("summary", {}, el("span", { class: "number" }, String(passage.n)), passage.source),
+    el("details", { "data-note": passage.n }, el("summary", {}, el("span", { class: "number" }, String(passage.n)), passage.source,
+      el("span", { class: "glimpse" }, passage.text.slice(0, 160))),
       el("blockquote", {}, passage.text))));
 }
 

@@ -4,6 +4,7 @@ import { getJson, getText } from "./api.js";
 import { byStage, chart, charts, STAGES } from "./curves.js";
 import { byId, el, icon } from "./dom.js";
 
+const named = (stage) => STAGES[stage] ?? stage ?? "";
 const AGAIN = 2000;  // milliseconds between questions about a run that goes on
 
 export class Runs {
@@ -41,7 +42,7 @@ export class Runs {
   list(runs) {
     const rows = runs.map(({ name, stage, finished, report }) =>
       el("li", {}, el("a", { href: `#/runs/${encodeURIComponent(name)}` }, el("span", { class: "title" }, name),
-        el("span", { class: finished ? "soft" : "live" }, finished ? (report ? `${STAGES[stage] ?? stage}, report` : STAGES[stage] ?? stage) : `${STAGES[stage] ?? stage}, learning now`),
+        el("span", { class: finished ? "soft" : "live" }, `${named(stage)}${finished ? (report ? ", report" : "") : ", learning now"}`),
         icon("right"))));
     this.view.replaceChildren(el("h2", { class: "view-title" }, "Models"),
       el("p", { class: "soft" }, runs.length ? "How each was made and what it can do." : "No model has been made here yet."),
@@ -87,7 +88,7 @@ export class Runs {
     this.state.textContent = run.finished ? (stages.length ? "" : "Nothing was learned here: it came as it is.") : last ? progress(last) : "It has not begun yet.";
     // The stage that goes on stands first.
     this.curves.replaceChildren(...stages.reverse().map(([stage, , drawn]) =>
-      el("section", {}, el("h3", {}, STAGES[stage] ?? stage), el("div", { class: "charts" }, drawn.map(chart)))));
+      el("section", {}, el("h3", {}, named(stage)), el("div", { class: "charts" }, drawn.map(chart)))));
   }
 
   // The report is a page of its own. It is put into a frame without scripts; its style goes in as a sheet, because the frame
@@ -95,8 +96,9 @@ export class Runs {
   async report(run, turn) {
     const text = await getText(`/runs/${encodeURIComponent(run.name)}/report`);
     if (turn !== this.shown) return;
-    const frame = el("iframe", { sandbox: "allow-same-origin", title: `Report of ${run.name}`, class: "report" });
+    const frame = el("iframe", { sandbox: "allow-same-origin", title: `Report of ${run.name}`, class: "report", srcdoc: "<!doctype html>" });
     this.curves.replaceChildren(frame);
+    await new Promise((loaded) => (frame.onload = loaded));
     const { contentDocument: inside, contentWindow: world } = frame;
     const sheet = new world.CSSStyleSheet();
     const styles = [];
@@ -113,5 +115,5 @@ export class Runs {
 function progress({ stage, step, steps, seconds_left: left }) {
   const where = steps ? `step ${Math.floor(step) + 1} of ${steps}` : `step ${Math.floor(step) + 1}`;
   const rest = left > 90 ? `, about ${Math.round(left / 60)} minutes left` : left > 0 ? `, ${Math.round(left)} s left` : "";
-  return `${STAGES[stage] ?? stage}, ${where}${rest}`;
+  return `${named(stage)}, ${where}${rest}`;
 }

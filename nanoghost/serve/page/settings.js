@@ -48,7 +48,8 @@ export class Settings {
   }
 
   knowsTools(name) {
-    return Boolean(this.server.models.find((model) => model.id === name)?.tools);
+    const model = (id) => this.server.models.find((one) => one.id === id);
+    return Boolean(model(name)?.tools ?? model(name.split("@")[0])?.tools);
   }
 
   // The lists of what there is, once the server has said.

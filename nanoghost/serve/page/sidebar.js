@@ -1,11 +1,12 @@
 // The list of conversations: search, rename, delete with undo, files.
 
 import { byId, download, el, iconButton, toast } from "./dom.js";
-import { fromJson, load, loadAll, remove, save, toJson, toMarkdown } from "./store.js";
+import { fromJson, load, loadAll, remove, restore, save, toJson, toMarkdown } from "./store.js";
 import { find } from "./tree.js";
 
 export class Sidebar {
-  // `page`: {opened(): id of the conversation that is shown, replaced(id): it was changed or removed}
+  // `page`: {opened(): id of the conversation that is shown; replaced(id): it is another now, or gone; live(id): the one in memory;
+  // deleted(id)}
   constructor(page) {
     this.page = page;
     this.list = byId("conversations");
@@ -17,17 +18,20 @@ export class Sidebar {
     byId("file").addEventListener("change", ({ target }) => this.import(target));
     // Another tab may have changed the list.
     this.others = new BroadcastChannel("nanoghost");
-    this.others.addEventListener("message", () => this.draw());
+    this.others.addEventListener("message", ({ data }) => (this.draw(), this.page.replaced(data)));
+    this.drawing = 0;
   }
 
-  async changed() {
-    this.others.postMessage("changed");
+  async changed(id) {
+    this.others.postMessage(id);
     await this.draw();
   }
 
   async draw() {
     const query = this.search.value.trim();
+    const turn = ++this.drawing;
     const all = await loadAll();
+    if (turn !== this.drawing) return;  // asked again meanwhile
     const found = all.map((one) => [one, query ? find(one, query) : ""]).filter(([, excerpt]) => excerpt !== null);
     this.list.replaceChildren(...found.map(([one, excerpt]) => this.row(one, excerpt, query)));
     byId("nothing-found").textContent = query && !found.length ? "Nothing found." : !all.length ? "Nothing said yet." : "";
@@ -65,9 +69,13 @@ export class Sidebar {
     const finish = async (keep) => {
       box.onblur = null;
       const title = box.value.trim();
-      // Loaded anew: an answer may have come meanwhile.
-      if (keep && title) (await save({ ...(await load(id)), title }), this.page.replaced(id));
-      await this.changed();
+      if (keep && title) {
+        const now = this.page.live(id) ?? (await load(id));
+        now.title = title;
+        await save(now);
+        this.page.replaced(id);
+      }
+      await this.changed(id);
       this.list.querySelector(`[data-id="${CSS.escape(id)}"] a`)?.focus();
     };
     box.onblur = () => finish(true);
@@ -84,12 +92,13 @@ export class Sidebar {
     const conversation = await load(id);
     if (!conversation) return;
     await remove(id);
+    this.page.deleted(id);
     this.page.replaced(id);
-    await this.changed();
+    await this.changed(id);
     byId("new-chat").focus();
     toast(`Deleted “${conversation.title}”.`, "Undo", async () => {
-      await save(conversation);
-      await this.changed();
+      await restore(conversation);
+      await this.changed(id);
       location.hash = `#/c/${id}`;
     });
   }
@@ -124,13 +133,14 @@ export class Sidebar {
     for (const conversation of read) {
       const known = await load(conversation.id);
       if (known && known.updated >= conversation.updated) continue;
-      await save(conversation);
+      await restore(conversation);
       this.page.replaced(conversation.id);
+      this.others.postMessage(conversation.id);
       taken += 1;
     }
     const kept = read.length - taken;
     toast(`${taken} ${taken === 1 ? "conversation" : "conversations"} imported${kept ? `; ${kept} were here already` : ""}.`);
-    await this.changed();
+    await this.draw();
   }
 }
 

@@ -31,9 +31,23 @@ async function table(mode) {
   return (await database()).transaction("conversations", mode).objectStore("conversations");
 }
 
+const removed = new Set();  // an answer that still comes does not bring its conversation back
+
 export const load = async (id) => wait((await table("readonly")).get(id));
-export const save = async (conversation) => wait((await table("readwrite")).put(conversation));
-export const remove = async (id) => wait((await table("readwrite")).delete(id));
+
+export async function save(conversation) {
+  if (!removed.has(conversation.id)) await wait((await table("readwrite")).put(conversation));
+}
+
+export async function remove(id) {
+  removed.add(id);
+  await wait((await table("readwrite")).delete(id));
+}
+
+export async function restore(conversation) {
+  removed.delete(conversation.id);
+  await save(conversation);
+}
 
 // All of them, the one used last first.
 export async function loadAll() {
