@@ -31,7 +31,8 @@ def start(folder, *flags):
 def resize(browser, width, height, phone=False, scale=1):
     size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": phone}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": phone})
+    if phone:  # switching it off would take the mouse away, too
+        browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
 
 
 def theme(browser, name):

@@ -102,10 +102,9 @@ def take_all(browser, server, folder):
     say(browser, QUESTION)
     picture("first")
     say(browser, "Write that as a small function.")
-    page_browser.resize(browser, 1240, 1000)
     for theme in ("light", "dark"):
         page_browser.theme(browser, theme)
-        page_browser.resize(browser, 1240, 1040)
+        page_browser.resize(browser, 1200, 1090)
         picture(f"page-{theme}")
         page_browser.resize(browser, 1240, 860)
         for name in ("settings", "help"):
