@@ -64,9 +64,9 @@ def forever():
         yield from text(f"Word {n}. ", pause=0.05)
 
 
-def broken():
+def broken(message, code):
     yield from text("Half an ans")
-    yield {"error": {"message": "the engine stopped", "type": "server_error", "param": None, "code": None}}
+    yield {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
 
 
 def cut():
@@ -83,7 +83,8 @@ ANSWERS = {
     "tool": counted,
     "lookup": looked_up,
     "forever": forever,
-    "broken": broken,
+    "broken": lambda: broken("something is wrong", None),
+    "died": lambda: broken("the engine stopped", "engine_stopped"),
     "cut": cut,
     "long": long,
     "markdown": lambda: text("# Title\n\nSome **bold** text.\n\n```python\nprint(1)\n", "```\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n\n> quoted\n"),

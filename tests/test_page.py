@@ -267,8 +267,10 @@ def test_tools_fold_out_and_passages_are_notes(page):
     [
         ("restart", "engine is restarting", ""),
         ("busy", "too much to do just now; it asks to wait 2 s", ""),
-        ("wrong", "temperature must be at most 2", ""),
-        ("broken", "the engine stopped", "Half an ans"),
+        ("wrong", "Temperature must be at most 2.", ""),
+        ("crash", "It broke.", ""),
+        ("died", "engine is restarting", "Half an ans"),
+        ("broken", "Something is wrong.", "Half an ans"),
         ("cut", "broke off", "Until here"),
     ],
 )

@@ -35,12 +35,18 @@ async function request(path, options = {}) {
 }
 
 async function refusal(response) {
-  const body = await response.json().catch(() => ({}));
-  const said = body.error?.message ?? response.statusText;
+  const { error = {} } = await response.json().catch(() => ({}));
   const wait = response.headers.get("Retry-After");
-  if (response.status === 503) return new ServerError(503, "The engine is restarting. Your conversation is safe here; try again in a moment.");
   if (response.status === 429) return new ServerError(429, `The server has too much to do just now${wait ? `; it asks to wait ${wait} s` : ""}.`);
-  return new ServerError(response.status, said || `The server answered ${response.status}.`);
+  return explained(response.status, error);
+}
+
+const RESTARTING = "The engine is restarting. Your conversation is safe here; try again in a moment.";
+
+function explained(status, { code, message }) {
+  if (code === "engine_stopped" || (status === 503 && code !== "stopping")) return new ServerError(503, RESTARTING);
+  const said = message || `the server answered ${status}`;
+  return new ServerError(status, `${said[0].toUpperCase()}${said.slice(1)}${/[.!?]$/.test(said) ? "" : "."}`);
 }
 
 export const getJson = async (path) => (await request(path)).json();
@@ -75,7 +81,7 @@ export async function* chat(body, signal) {
     for await (const data of sentEvents(response.body)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ServerError(Number(chunk.error.code) || 500, chunk.error.message);
+      if (chunk.error) throw explained(500, chunk.error);
       yield chunk;
     }
   } catch (error) {

@@ -98,7 +98,7 @@ export class Markdown {
 }
 
 function codeElement({ language, text }) {
-  const head = el("div", { class: "code-head" }, el("span", {}, language || "text"), el("button", { type: "button", class: "copy-code" }, "Copy"));
+  const head = el("div", { class: "code-head" }, el("span", {}, language), el("button", { type: "button", class: "copy-code" }, "Copy"));
   return el("div", { class: "code", "data-language": language }, head, el("pre", { tabindex: "0" }, el("code", {}, document.createTextNode(text))));
 }
 

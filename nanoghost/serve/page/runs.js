@@ -72,8 +72,9 @@ export class Runs {
       if (turn !== this.shown) return;
       next = place;
       this.events.push(...data);
-      if (data.length || !from) this.draw(run);
-      if (!data.length && !finished) finished = (await getJson("/runs")).data.find(({ name }) => name === run.name)?.finished ?? true;
+      if (data.length) return await this.follow(run, next, turn);  // there may be more: long logs come in pieces
+      this.draw(run);
+      if (!finished) finished = (await getJson("/runs")).data.find(({ name }) => name === run.name)?.finished ?? true;
     } catch (error) {
       this.state.textContent = `${error.message} Trying again …`;
     }
