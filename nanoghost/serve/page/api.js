@@ -36,9 +36,9 @@ async function request(path, options = {}) {
 
 async function refusal(response) {
   const { error = {} } = await response.json().catch(() => ({}));
+  if (response.status !== 429) return explained(response.status, error);
   const wait = response.headers.get("Retry-After");
-  if (response.status === 429) return new ServerError(429, `The server has too much to do just now${wait ? `; it asks to wait ${wait} s` : ""}.`);
-  return explained(response.status, error);
+  return new ServerError(429, `The server has too much to do just now${wait ? `; it asks to wait ${wait} s` : ""}.`);
 }
 
 const RESTARTING = "The engine is restarting. Your conversation is safe here; try again in a moment.";

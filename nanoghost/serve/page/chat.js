@@ -111,7 +111,8 @@ export class Chat {
 
   edit(node, text, bar) {
     if (this.busy) return;
-    const box = el("textarea", { "aria-label": "Edit your message", rows: Math.min(12, node.text.split("\n").length + 1), dir: "auto" });
+    const rows = Math.min(12, node.text.split("\n").length + 1);
+    const box = el("textarea", { "aria-label": "Edit your message", rows, dir: "auto" });
     box.value = node.text;
     const close = () => {
       form.replaceWith(text);
@@ -123,7 +124,8 @@ export class Chat {
       if (box.value.trim()) this.ask(node.parent, box.value.trim());
     };
     const form = el("form", { class: "edit", on: { submit } }, box, el("div", {},
-      el("button", { type: "button", class: "plain", on: { click: close } }, "Cancel"), el("button", { class: "main" }, "Ask again")));
+      el("button", { type: "button", class: "plain", on: { click: close } }, "Cancel"),
+      el("button", { class: "main" }, "Ask again")));
     box.addEventListener("keydown", (event) => {
       if (event.key === "Escape") (event.stopPropagation(), close());
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);

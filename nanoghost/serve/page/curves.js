@@ -16,7 +16,9 @@ const DRAWN = [
   ["Tokens per second", ["tokens_per_second"]],
 ];
 
-export const STAGES = { pretrain: "Pretraining", sft: "Finetuning", rl: "Reinforcement", distill: "Distillation", sleep: "Sleep", adopt: "Adopted" };
+export const STAGES = {
+  pretrain: "Pretraining", sft: "Finetuning", rl: "Reinforcement", distill: "Distillation", sleep: "Sleep", adopt: "Adopted",
+};
 
 // Events by stage, in the order in which the stages came. After a resume, the last event for a step counts.
 export function byStage(events) {
@@ -33,7 +35,8 @@ export function charts(events) {
   const keys = [...new Set(events.flatMap(Object.keys))];
   return DRAWN.map(([title, wanted]) => {
     const lines = new Map();
-    for (const key of keys.filter((one) => wanted.some((name) => one === name || (name.endsWith("_") && one.startsWith(name))))) {
+    const fits = (key) => wanted.some((name) => key === name || (name.endsWith("_") && key.startsWith(name)));
+    for (const key of keys.filter(fits)) {
       const points = events.filter((event) => Number.isFinite(event[key])).map((event) => [event.step, event[key]]);
       if (points.length > 1) lines.set(key.replace("pass_rate_", "").replaceAll("_", " "), thinned(points));
     }
@@ -92,5 +95,7 @@ export function ticks(low, high, count) {
   return found;
 }
 
-const short = (n) =>
-  Math.abs(n) >= 10000 ? `${Number((n / 1000).toPrecision(3))}k` : Math.abs(n) >= 100 ? Math.round(n).toLocaleString("en") : String(Number(n.toPrecision(3)));
+function short(n) {
+  if (Math.abs(n) >= 10000) return `${Number((n / 1000).toPrecision(3))}k`;
+  return Math.abs(n) >= 100 ? Math.round(n).toLocaleString("en") : String(Number(n.toPrecision(3)));
+}

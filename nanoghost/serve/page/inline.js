@@ -124,7 +124,9 @@ const address = (url, text) => (safeUrl(url) ? { link: safeUrl(url), text: url }
 function trimAddress(url) {
   const end = url.slice(-80);
   let kept = end.replace(/[.,;:!?'"*_~\]]+$/, "");
-  while (kept.endsWith(")") && kept.split(")").length > kept.split("(").length) kept = kept.slice(0, -1).replace(/[.,;:!?'"*_~]+$/, "");
+  while (kept.endsWith(")") && kept.split(")").length > kept.split("(").length) {
+    kept = kept.slice(0, -1).replace(/[.,;:!?'"*_~]+$/, "");
+  }
   return url.slice(0, -80) + kept;
 }
 
@@ -152,7 +154,8 @@ function delimiter(text, mark, start) {
   return { mark: mark[0], count: mark.length, whole: mark.length, opens, closes, begin: [], end: [] };
 }
 
-// Pair the marks (CommonMark's "process emphasis"), links being walls. `recent`: marks still open, this near the end, are closed there.
+// Pair the marks (CommonMark's "process emphasis"), links being walls. `recent`: marks that are still open this near the end
+// are closed there.
 function pair(list, recent) {
   const stack = [];
   const bottoms = new Map();  // below this height there is no partner for such a mark: do not look again
@@ -222,7 +225,7 @@ function build(target, list) {
       token.end.forEach(leave);
       pending += token.mark.repeat(token.count);
       for (const name of token.begin) enter(el(name));
-    } else if (token.note) enter(el("button", { type: "button", class: "cite", "data-note": token.note, "aria-label": `Note ${token.note}` }));
+    } else if (token.note) enter(cite(token.note));
     else if (token.url) {
       enter(link(token.url));
       linked = true;
@@ -241,6 +244,9 @@ function build(target, list) {
   }
   put();
 }
+
+const cite = (number) =>
+  el("button", { type: "button", class: "cite", "data-note": number, "aria-label": `Note ${number}` });
 
 // The address is told by the pointer that rests on a link: what it says and where it leads may differ.
 const link = (url, ...text) => el("a", { href: url, title: url, target: "_blank", rel: "noopener noreferrer" }, ...text);

@@ -187,7 +187,12 @@ for (const dialog of document.querySelectorAll("dialog")) {
 }
 byId("more").addEventListener("click", ({ target }) => {
   const { id } = chat.conversation;
-  const does = { rename: () => (openDrawer(), sidebar.rename(id)), markdown: () => sidebar.exportOne(id, true), json: () => sidebar.exportOne(id, false), delete: () => sidebar.delete(id) };
+  const does = {
+    rename: () => (openDrawer(), sidebar.rename(id)),
+    markdown: () => sidebar.exportOne(id, true),
+    json: () => sidebar.exportOne(id, false),
+    delete: () => sidebar.delete(id),
+  };
   const act = target.closest("[data-do]")?.dataset.do;
   if (act) (byId("more").open = false), does[act]();
 });

@@ -55,7 +55,8 @@ export class Markdown {
   growCode(found) {
     const [block] = found;
     const [node] = this.live;
-    if (found.length !== 1 || this.live.length !== 1 || block.type !== "code" || node.dataset?.language !== block.language) return false;
+    if (found.length !== 1 || this.live.length !== 1) return false;
+    if (block.type !== "code" || node.dataset.language !== block.language) return false;
     node.querySelector("code").firstChild.data = block.text;
     return true;
   }
@@ -88,7 +89,8 @@ export class Markdown {
       }
       case "table": {
         const row = (cells, name) => el("tr", {}, cells.map((cell, i) => fill(el(name, { class: block.align[i] }), cell)));
-        const table = el("table", {}, el("thead", {}, row(block.head, "th")), el("tbody", {}, block.rows.map((cells) => row(cells, "td"))));
+        const body = block.rows.map((cells) => row(cells, "td"));
+        const table = el("table", {}, el("thead", {}, row(block.head, "th")), el("tbody", {}, body));
         return el("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" }, table);
       }
       default:
@@ -98,16 +100,19 @@ export class Markdown {
 }
 
 function codeElement({ language, text }) {
-  const head = el("div", { class: "code-head" }, el("span", {}, language), el("button", { type: "button", class: "copy-code" }, "Copy"));
-  return el("div", { class: "code", "data-language": language }, head, el("pre", { tabindex: "0" }, el("code", {}, document.createTextNode(text))));
+  const copy = el("button", { type: "button", class: "copy-code" }, "Copy");
+  const code = el("code", {}, document.createTextNode(text));
+  return el("div", { class: "code", "data-language": language },
+    el("div", { class: "code-head" }, el("span", {}, language), copy), el("pre", { tabindex: "0" }, code));
 }
 
 // ── blocks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const blank = (line) => !line.trim();
 const indent = (line) => line.length - line.trimStart().length;
-const isTable = (lines, i) => i + 1 < lines.length && lines[i].includes("|") && lines[i + 1].includes("-") && DASHES.test(lines[i + 1])
-  && cells(lines[i]).length === cells(lines[i + 1]).length && !blank(lines[i]);
+const isTable = (lines, i) =>
+  i + 1 < lines.length && lines[i].includes("|") && DASHES.test(lines[i + 1])
+  && cells(lines[i]).length === cells(lines[i + 1]).length;
 
 // Whether this line ends a paragraph by beginning something else. A number in mid-sentence begins no list.
 function begins(lines, i) {
@@ -131,12 +136,13 @@ export function blocks(lines, depth = 0) {
     if (blank(line)) i += 1;
     else if ((match = FENCE.exec(line))) add(...fence(lines, i, match));
     else if ((match = FORMULA.exec(line))) add(...formula(lines, i, match));
-    else if ((match = HEADING.exec(line))) add({ type: "heading", level: match[1].length, text: (match[2] ?? "").trim().replace(/(^|\s)#+$/, "") }, i + 1);
+    else if ((match = HEADING.exec(line))) add(heading(match), i + 1);
     else if (RULE.test(line)) add({ type: "rule" }, i + 1);
     else if (depth < DEEPEST && QUOTE.test(line)) {
       let end = i;
       while (end < lines.length && QUOTE.test(lines[end])) end += 1;
-      add({ type: "quote", children: blocks(lines.slice(i, end).map((inner) => inner.replace(QUOTE, "")), depth + 1) }, end);
+      const inner = lines.slice(i, end).map((quoted) => quoted.replace(QUOTE, ""));
+      add({ type: "quote", children: blocks(inner, depth + 1) }, end);
     } else if (depth < DEEPEST && (match = ITEM.exec(line))) add(...list(lines, i, match, depth));
     else if (isTable(lines, i)) add(...table(lines, i));
     else {
@@ -147,6 +153,12 @@ export function blocks(lines, depth = 0) {
   }
   return found;
 }
+
+const heading = ([, marks, text = ""]) => ({
+  type: "heading",
+  level: marks.length,
+  text: text.trim().replace(/(^|\s)#+$/, ""),
+});
 
 function fence(lines, i, [, margin, marks, language]) {
   let end = i + 1;
@@ -193,9 +205,10 @@ function list(lines, begin, first, depth) {
     if (blank(line)) {
       let next = i + 1;
       while (next < lines.length && blank(lines[next])) next += 1;
-      const following = next < lines.length ? ITEM.exec(lines[next]) : null;
-      const goesOn = next < lines.length && (indent(lines[next]) > base + 1 || (following && /\d/.test(following[2]) === ordered && !RULE.test(lines[next])));
-      if (!goesOn) break;
+      if (next === lines.length) break;
+      const following = RULE.test(lines[next]) ? null : ITEM.exec(lines[next]);
+      const alike = following && /\d/.test(following[2]) === ordered;
+      if (!alike && indent(lines[next]) <= base + 1) break;
       items.at(-1).push("");
       i = next - 1;
     } else if (item && item[1].length <= base + 1) {
@@ -216,7 +229,8 @@ function cells(line) {
 }
 
 function table(lines, i) {
-  const align = cells(lines[i + 1]).map((dashes) => (dashes.endsWith(":") ? (dashes.startsWith(":") ? "centre" : "right") : null));
+  const side = (dashes) => (!dashes.endsWith(":") ? null : dashes.startsWith(":") ? "centre" : "right");
+  const align = cells(lines[i + 1]).map(side);
   let end = i + 2;
   while (end < lines.length && lines[end].includes("|") && !FENCE.test(lines[end])) end += 1;
   return [{ type: "table", align, head: cells(lines[i]), rows: lines.slice(i + 2, end).map(cells) }, end];

@@ -31,7 +31,8 @@ export class Answer {
     this.notes = new Set();
     this.body = el("div", { class: "said prose", dir: "auto" });
     this.foot = el("div", { class: "foot" });
-    this.element = el("article", { class: "message assistant", "data-id": node.id }, el("h2", { class: "unseen" }, node.model), this.body, this.foot);
+    this.element = el("article", { class: "message assistant", "data-id": node.id },
+      el("h2", { class: "unseen" }, node.model), this.body, this.foot);
     this.update(node, tree, node.finish === undefined);
   }
 
@@ -125,8 +126,9 @@ function passages(node) {
   const found = node.parts.flatMap((part) => part.call?.passages ?? []);
   if (!found.length) return null;
   return el("section", { class: "notes", "aria-label": "Passages" }, found.map((passage) =>
-    el("details", { "data-note": passage.n }, el("summary", {}, el("span", { class: "number" }, String(passage.n)), passage.source,
-      el("span", { class: "glimpse" }, passage.text.slice(0, 160))),
+    el("details", { "data-note": passage.n },
+      el("summary", {}, el("span", { class: "number" }, String(passage.n)), passage.source,
+        el("span", { class: "glimpse" }, passage.text.slice(0, 160))),
       el("blockquote", {}, passage.text))));
 }
 

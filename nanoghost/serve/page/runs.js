@@ -36,14 +36,16 @@ export class Runs {
   }
 
   problem(error, again) {
-    return el("p", { class: "problem" }, error.message, " ", el("button", { type: "button", class: "plain", on: { click: again } }, "Try again"));
+    const button = el("button", { type: "button", class: "plain", on: { click: again } }, "Try again");
+    return el("p", { class: "problem" }, error.message, " ", button);
   }
 
   list(runs) {
-    const rows = runs.map(({ name, stage, finished, report }) =>
-      el("li", {}, el("a", { href: `#/runs/${encodeURIComponent(name)}` }, el("span", { class: "title" }, name),
-        el("span", { class: finished ? "soft" : "live" }, `${named(stage)}${finished ? (report ? ", report" : "") : ", learning now"}`),
-        icon("right"))));
+    const rows = runs.map(({ name, stage, finished, report }) => {
+      const state = !finished ? ", learning now" : report ? ", report" : "";
+      return el("li", {}, el("a", { href: `#/runs/${encodeURIComponent(name)}` }, el("span", { class: "title" }, name),
+        el("span", { class: finished ? "soft" : "live" }, named(stage) + state), icon("right")));
+    });
     this.view.replaceChildren(el("h2", { class: "view-title" }, "Models"),
       el("p", { class: "soft" }, runs.length ? "How each was made and what it can do." : "No model has been made here yet."),
       el("ul", { class: "runs" }, rows));
@@ -54,7 +56,8 @@ export class Runs {
     this.curves = el("div");
     // A report has a title of its own.
     const title = el("h2", { class: run.finished && run.report ? "unseen" : "view-title" }, run.name);
-    this.view.replaceChildren(el("a", { class: "back", href: "#/runs" }, icon("left"), "Models"), title, this.state, this.curves);
+    const back = el("a", { class: "back", href: "#/runs" }, icon("left"), "Models");
+    this.view.replaceChildren(back, title, this.state, this.curves);
     this.events = [];
     if (run.finished && run.report) {
       await this.report(run, turn);
@@ -84,11 +87,12 @@ export class Runs {
   }
 
   draw(run) {
-    const stages = byStage(this.events).map(([stage, events]) => [stage, events, charts(events)]).filter(([, , drawn]) => drawn.length);
+    const stages = byStage(this.events).map(([stage, events]) => [stage, charts(events)]).filter(([, drawn]) => drawn.length);
     const last = this.events.at(-1);
-    this.state.textContent = run.finished ? (stages.length ? "" : "Nothing was learned here: it came as it is.") : last ? progress(last) : "It has not begun yet.";
+    if (!run.finished) this.state.textContent = last ? progress(last) : "It has not begun yet.";
+    else this.state.textContent = stages.length ? "" : "Nothing was learned here: it came as it is.";
     // The stage that goes on stands first.
-    this.curves.replaceChildren(...stages.reverse().map(([stage, , drawn]) =>
+    this.curves.replaceChildren(...stages.reverse().map(([stage, drawn]) =>
       el("section", {}, el("h3", {}, named(stage)), el("div", { class: "charts" }, drawn.map(chart)))));
   }
 
@@ -97,13 +101,16 @@ export class Runs {
   async report(run, turn) {
     const text = await getText(`/runs/${encodeURIComponent(run.name)}/report`);
     if (turn !== this.shown) return;
-    const frame = el("iframe", { sandbox: "allow-same-origin", title: `Report of ${run.name}`, class: "report", srcdoc: "<!doctype html>" });
+    const title = `Report of ${run.name}`;
+    const frame = el("iframe", { sandbox: "allow-same-origin", title, class: "report", srcdoc: "<!doctype html>" });
     this.curves.replaceChildren(frame);
     await new Promise((loaded) => (frame.onload = loaded));
     const { contentDocument: inside, contentWindow: world } = frame;
     const sheet = new world.CSSStyleSheet();
     const styles = [];
-    const markup = text.replace(/<style[^>]*>(.*?)<\/style>/gs, (_, rules) => (styles.push(rules), "")).replace(/(<[^<>]*\s)style=/g, "$1data-style=");
+    const markup = text
+      .replace(/<style[^>]*>(.*?)<\/style>/gs, (_, rules) => (styles.push(rules), ""))
+      .replace(/(<[^<>]*\s)style=/g, "$1data-style=");
     const parsed = new DOMParser().parseFromString(markup, "text/html");
     for (const made of parsed.querySelectorAll("script, meta[http-equiv], link, base")) made.remove();
     sheet.replaceSync(styles.join(""));

@@ -90,7 +90,8 @@ export class Settings {
   about(name) {
     const model = this.server.models.find(({ id }) => id === name);
     if (!model) return "";
-    const size = model.parameters && `${(model.parameters / 1e6).toLocaleString("en", { maximumFractionDigits: 1 })} million parameters`;
+    const millions = (model.parameters / 1e6).toLocaleString("en", { maximumFractionDigits: 1 });
+    const size = model.parameters && `${millions} million parameters`;
     const context = model.context && `a context of ${model.context.toLocaleString("en")} tokens`;
     return [size, context].filter(Boolean).join(", ");
   }

@@ -99,7 +99,8 @@ function checked(given) {
   for (const node of Object.values(given?.tree?.nodes ?? {})) {
     const parent = words(node?.parent);
     // Parents come before their children, so there is no circle.
-    if (words(node?.id) && node.id !== ROOT && !nodes[node.id] && (parent === ROOT || nodes[parent])) nodes[node.id] = checkedNode(node, parent);
+    const isNew = words(node?.id) && node.id !== ROOT && !nodes[node.id];
+    if (isNew && (parent === ROOT || nodes[parent])) nodes[node.id] = checkedNode(node, parent);
   }
   const chosen = {};
   for (const node of Object.values(nodes)) {
@@ -121,12 +122,15 @@ function checkedNode(node, parent) {
   if (node.role === "user") return { id, parent, role: "user", text: words(node.text) };
   const parts = (Array.isArray(node.parts) ? node.parts : []).map((part) => {
     if (!part?.call) return { text: words(part?.text) };
-    const call = { id: words(part.call.id), name: words(part.call.name), arguments: words(part.call.arguments), content: words(part.call.content) };
-    const passages = Array.isArray(part.call.passages) ? part.call.passages : [];
-    return { call: { ...call, passages: passages.map((p) => ({ n: figure(p?.n, 0), source: words(p?.source), text: words(p?.text) })) } };
+    const call = { passages: (Array.isArray(part.call.passages) ? part.call.passages : []).map(checkedPassage) };
+    for (const name of ["id", "name", "arguments", "content"]) call[name] = words(part.call[name]);
+    return { call };
   });
   const answer = { id, parent, role: "assistant", model: words(node.model), parts, finish: words(node.finish) };
   if (words(node.error)) answer.error = node.error;
-  if (node.timings) answer.timings = Object.fromEntries(Object.entries(node.timings).filter(([, value]) => Number.isFinite(value)));
+  const timings = Object.entries(node.timings ?? {}).filter(([, value]) => Number.isFinite(value));
+  if (timings.length) answer.timings = Object.fromEntries(timings);
   return answer;
 }
+
+const checkedPassage = (passage) => ({ n: figure(passage?.n, 0), source: words(passage?.source), text: words(passage?.text) });

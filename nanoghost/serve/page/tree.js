@@ -75,7 +75,8 @@ function withCalls(node) {
     if (part.text !== undefined) text += part.text;
     else if (part.call.content !== undefined) {  // a call that was stopped before its result never happened
       const { id, name, arguments: given, content } = part.call;
-      said.push({ role: "assistant", content: text, tool_calls: [{ id, type: "function", function: { name, arguments: given } }] });
+      const call = { id, type: "function", function: { name, arguments: given } };
+      said.push({ role: "assistant", content: text, tool_calls: [call] });
       said.push({ role: "tool", tool_call_id: id, content });
       text = "";
     }
