@@ -52,7 +52,8 @@ class Page:
         self.browser, self.server = browser, server
 
     def open(self, path="/", ready="return document.querySelectorAll('#model option').length"):
-        self.browser.get("about:blank")
+        if self.browser.current_url.startswith(f"{self.server.address}/#"):
+            self.browser.get("about:blank")  # another address with # alone would load nothing
         self.browser.get(self.server.address + path)
         self.wait(ready)
 

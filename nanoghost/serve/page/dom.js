@@ -26,7 +26,7 @@ const ICONS = {
   menu: "M4 7h16M4 12h16M4 17h10",
   plus: "M12 5v14M5 12h14",
   send: "M12 19V5M6 11l6-6 6 6",
-  stop: "M8 8h8v8H8z",
+  stop: "M7.5 7.5h9v9h-9z",
   copy: "M9 9h10v11H9zM5 15V4h10",
   done: "M5 12l5 5 9-10",
   edit: "M4 20l1-4L16 5l3 3L8 19zM13 8l3 3",

@@ -54,7 +54,7 @@ export class Answer {
     const bar = el("div", { class: "actions" }, branches(node, tree, this.act),
       textOf(node) ? iconButton("copy", "Copy answer", (event) => this.act.copy(node, event.currentTarget)) : null,
       iconButton("again", "Answer again", () => this.act.again(node)),
-      el("span", { class: "figures" }, el("span", { class: "by" }, `${node.model} · `), figures(node)));
+      figures(node));
     this.foot.replaceChildren(...[passages(node), problem, bar].filter(Boolean));
   }
 }
@@ -134,13 +134,14 @@ function passages(node) {
 
 const whole = (n) => Math.round(n).toLocaleString("en");
 
-export function figures(node) {
+function figures(node) {
   const { tokens_per_second: speed, first_token_seconds: first, context_used: used, context } = node.timings ?? {};
   const ends = { stopped: "stopped", length: "cut at the longest answer" };
-  return [
+  const said = [
     ends[node.finish],
     speed && `${speed < 10 ? speed.toFixed(1) : whole(speed)} tokens/s`,
     first !== undefined && `first after ${first.toFixed(first < 1 ? 2 : 1)} s`,
     used && context && `context ${whole(used)} of ${whole(context)}`,
   ].filter(Boolean).join(" · ");
+  return el("span", { class: "figures" }, el("span", { class: "by" }, node.model, said && " · "), said);
 }
