@@ -104,7 +104,7 @@ def take_all(browser, server, folder):
     say(browser, "Write that as a small function.")
     for theme in ("light", "dark"):
         page_browser.theme(browser, theme)
-        page_browser.resize(browser, 1200, 1090)
+        page_browser.resize(browser, 1200, 1120)
         picture(f"page-{theme}")
         page_browser.resize(browser, 1240, 860)
         for name in ("settings", "help"):

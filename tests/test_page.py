@@ -430,6 +430,7 @@ def test_files_of_others_are_taken_field_by_field(empty):
         "d": {"id": "d", "parent": "c", "role": "user", "text": "in a circle"},
         "e": {"id": "__proto__", "parent": "root", "role": "user", "text": {}},
     }
+    nodes["f"] = {"id": '"] quoted', "parent": "root", "role": "user", "text": "not a name"}
     file = {"format": "nanoghost-conversations", "version": 1, "conversations": [{"id": 7, "tree": {"nodes": nodes}, "settings": {"temperature": "hot"}}, None]}
     first, second = empty.later(read, json.dumps(file))
     assert {"a", "b"} <= set(first["tree"]["nodes"]) <= {"a", "b", "__proto__"} and "extra" not in first["tree"]["nodes"]["a"]
@@ -540,6 +541,11 @@ def test_a_long_answer_is_drawn_block_by_block(page):
     page.idle(seconds=20)
     assert page.js("return document.querySelectorAll('.assistant h4').length") == 400
     assert page.js("return window.built") < 12 * 400, "each block is built about once, not at every piece"
+    page.js("document.querySelector('.assistant').marked = true; document.querySelector('.user').marked = true")
+    page.send("short")
+    page.js("document.querySelector('.message:last-child [aria-label=\"Answer again\"]').click()")
+    page.wait("return document.querySelector('.message:last-child .count')?.textContent === '2 / 2'")
+    assert page.js("return document.querySelector('.user').marked"), "what did not change keeps its elements"
 
 
 def test_copying(page):

@@ -5,7 +5,7 @@ import { chat, chatBody } from "./api.js";
 import { byId, copyText, el } from "./dom.js";
 import { Answer, userMessage } from "./message.js";
 import { load, newConversation, save } from "./store.js";
-import { add, ancestry, change, messages, newId, path, ROOT, textOf, titleFrom, turn, without } from "./tree.js";
+import { add, ancestry, change, messages, newId, path, ROOT, siblings, textOf, titleFrom, turn, without } from "./tree.js";
 
 const SAVE_EVERY = 400;  // milliseconds: what is lost of an answer when the page is closed while it comes
 const NEAR_END = 60;  // pixels from the end within which a reader counts as following
@@ -15,7 +15,7 @@ export class Chat {
   constructor(page) {
     this.page = page;
     this.running = new Map();  // id of a conversation -> what is being answered in it, also while another is shown
-    this.answers = new Map();  // id of a node -> its Answer on the page
+    this.drawn = new Map();  // id of a node -> how it stands on the page: {node, versions, element, answer}
     this.scroller = byId("scroller");
     this.thread = byId("thread");
     this.conversation = newConversation();
@@ -55,21 +55,28 @@ export class Chat {
     this.page.shown();
   }
 
+  // Messages that are as they were keep their elements: a long conversation is not built again for every word in it.
   draw() {
-    const line = path(this.conversation.tree);
-    byId("empty").hidden = line.length > 0;
-    this.answers.clear();
-    this.thread.replaceChildren(...line.map((node) => this.element(node)));
+    const { tree } = this.conversation;
+    const before = this.drawn;
+    this.drawn = new Map();
+    for (const node of path(tree)) {
+      const versions = siblings(tree, node.id).join();
+      const known = before.get(node.id);
+      const same = known?.node === node && known.versions === versions;
+      this.drawn.set(node.id, same ? known : { node, versions, ...this.made(node) });
+    }
+    byId("empty").hidden = this.drawn.size > 0;
+    this.thread.replaceChildren(...[...this.drawn.values()].map(({ element }) => element));
   }
 
-  element(node) {
+  made(node) {
     const { tree } = this.conversation;
-    if (node.role === "user") return userMessage(node, tree, this.act);
+    if (node.role === "user") return { element: userMessage(node, tree, this.act) };
     // A page that was closed in mid-answer has saved an answer without an end.
     const current = node.finish === undefined && !this.busy ? { ...node, finish: "stopped" } : node;
     const answer = new Answer(current, tree, this.act);
-    this.answers.set(node.id, answer);
-    return answer.element;
+    return { element: answer.element, answer };
   }
 
   // ── what the reader does ──
@@ -250,7 +257,7 @@ class Writer {
 
   draw() {
     this.frame = null;
-    const answer = this.chat.answers.get(this.node.id);
+    const answer = this.chat.drawn.get(this.node.id)?.answer;
     if (!answer || !this.visible) return;
     const start = performance.now();
     const follows = this.chat.follows();

@@ -65,7 +65,8 @@ async function route() {
   closeDrawer();
   byId("chat").hidden = models;
   byId("runs-view").hidden = !models;
-  byId("models").toggleAttribute("aria-current", models);
+  if (models) byId("models").setAttribute("aria-current", "page");
+  else byId("models").removeAttribute("aria-current");
   if (models) await runs.open(name && decodeURIComponent(name));
   else {
     runs.leave();

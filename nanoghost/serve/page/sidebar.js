@@ -5,8 +5,8 @@ import { fromJson, load, loadAll, remove, restore, save, toJson, toMarkdown } fr
 import { find } from "./tree.js";
 
 export class Sidebar {
-  // `page`: {opened(): id of the conversation that is shown; replaced(id): it is another now, or gone; live(id): the one in memory;
-  // deleted(id)}
+  // `page`: {opened(): id of the conversation that is shown; live(id): the one in memory, if it is; replaced(id): what is
+  // stored is another now, or gone; deleted(id)}
   constructor(page) {
     this.page = page;
     this.list = byId("conversations");
@@ -31,7 +31,7 @@ export class Sidebar {
     const query = this.search.value.trim();
     const turn = ++this.drawing;
     const all = await loadAll();
-    if (turn !== this.drawing) return;  // asked again meanwhile
+    if (turn !== this.drawing || this.list.querySelector(".rename")) return;  // asked again meanwhile; somebody writes there
     const found = all.map((one) => [one, query ? find(one, query) : ""]).filter(([, excerpt]) => excerpt !== null);
     this.list.replaceChildren(...found.map(([one, excerpt]) => this.row(one, excerpt, query)));
     byId("nothing-found").textContent = query && !found.length ? "Nothing found." : !all.length ? "Nothing said yet." : "";
@@ -68,6 +68,7 @@ export class Sidebar {
     box.value = conversation.title;
     const finish = async (keep) => {
       box.onblur = null;
+      box.remove();
       const title = box.value.trim();
       if (keep && title) {
         const now = this.page.live(id) ?? (await load(id));

@@ -85,6 +85,7 @@ export function fromJson(text) {
 }
 
 const words = (value) => (typeof value === "string" ? value : "");
+const idOf = (value) => (/^[\w-]{1,64}$/.test(words(value)) ? value : "");
 const figure = (value, otherwise) => (Number.isFinite(value) ? value : otherwise);
 
 function checked(given) {
@@ -99,7 +100,7 @@ function checked(given) {
   for (const node of Object.values(given?.tree?.nodes ?? {})) {
     const parent = words(node?.parent);
     // Parents come before their children, so there is no circle.
-    const isNew = words(node?.id) && node.id !== ROOT && !nodes[node.id];
+    const isNew = idOf(node?.id) && node.id !== ROOT && !nodes[node.id];
     if (isNew && (parent === ROOT || nodes[parent])) nodes[node.id] = checkedNode(node, parent);
   }
   const chosen = {};
@@ -108,7 +109,7 @@ function checked(given) {
     if (!(node.parent in chosen) || node.id === wanted) chosen[node.parent] = node.id;
   }
   return {
-    id: words(given?.id) || conversation.id,
+    id: idOf(given?.id) || conversation.id,
     title: words(given?.title) || "Without a title",
     created: figure(given?.created, conversation.created),
     updated: figure(given?.updated, conversation.updated),
