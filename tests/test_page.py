@@ -15,11 +15,11 @@ from tests.page_hostile import HOSTILE
 from tests.page_server import PAGE, Server, events, text
 
 pytest.importorskip("selenium", reason="selenium is not installed: make page")
-if not page_browser.CHROMIUM or not page_browser.DRIVER:
-    pytest.skip("Chromium and its driver are not installed", allow_module_level=True)
-
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+missing = not page_browser.CHROMIUM or not page_browser.DRIVER
+pytestmark = pytest.mark.skipif(missing, reason="Chromium and its driver are not installed")
 
 WATCH = """
 window.violations = [];
