@@ -38,10 +38,11 @@ class Reply:
     """One message being written.
 
     With `calls` false nothing is a call. `forced`: the whole reply is the JSON of one call, whose mark the model was given.
+    `keep_end`: the token that ends it counts among its tokens, though it has no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), calls: bool = True, forced: bool = False):
-        self.tokenizer, self.stops, self.forced = tokenizer, stops, forced
+    def __init__(self, tokenizer: Tokenizer, stops=(), calls: bool = True, forced: bool = False, keep_end: bool = False):
+        self.tokenizer, self.stops, self.forced, self.keep_end = tokenizer, stops, forced, keep_end
         self.decoder = StreamDecoder(tokenizer)
         marked = calls and not tokenizer.dialect  # ours are tokens, the marks of others may be text
         self.opening, self.closing = (tokenizer.special(mark) if marked else -1 for mark in (OPENING, CLOSING))
@@ -59,10 +60,13 @@ class Reply:
         """Take in what the model wrote; after a stop text nothing counts."""
         piece = Piece()
         for i, token in enumerate(ids):
-            if self.stopped or token in self.tokenizer.ends:
+            ended = token in self.tokenizer.ends
+            if self.stopped or (ended and not self.keep_end):
                 break
             if likely:
                 self.tokens.append((self.seen, (token, likely[i])))
+            if ended:
+                break
             if token == self.opening and self.call is None:
                 self._text(self.decoder.flush(), piece)
                 self._show(len(self.held), piece)

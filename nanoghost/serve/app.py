@@ -48,7 +48,9 @@ class Service:
     page: Path = PAGE
     draining: bool = False
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "tools"))
-    """Threads for tools and journals, what may take a while."""
+    """Threads for tools, which may take a while."""
+    journals: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "journals"))
+    """One, so that what is said is written in its order."""
 
     def __post_init__(self):
         self.metrics = Metrics(self.engine)
@@ -177,7 +179,7 @@ def make_app(service: Service) -> FastAPI:
         running = engine.submit(question.job())
         try:
             if person and body.messages[-1].role == "user":
-                await asyncio.get_running_loop().run_in_executor(service.pool, person.say, "user", body.messages[-1].plain()["content"])
+                await asyncio.get_running_loop().run_in_executor(service.journals, person.say, "user", body.messages[-1].plain()["content"])
         except BaseException:
             running.end()
             raise

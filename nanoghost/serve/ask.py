@@ -85,7 +85,7 @@ def completion_questions(request: CompletionRequest, registry: Registry) -> list
             raise Refused(400, f"token {max(prompt)} is not in a vocabulary of {tokenizer.vocab_size}", "prompt")
         score = bool(request.echo) and request.logprobs is not None
         s = sampling(request, known, prompt, longest, room=1 if longest else 0)
-        questions.append(Question(known, known.voice(known.adapter), prompt, s, request.n or 1, top=request.logprobs, score=score))
+        questions.append(Question(known, known.voice(known.adapter), prompt, s, request.n or 1, top=request.logprobs, score=score, plain=True))
     return questions
 
 

@@ -6,6 +6,7 @@ Two threads stand at the pipe, so that neither a long message nor a full pipe ev
 import asyncio
 import multiprocessing
 import queue
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -62,6 +63,10 @@ class EngineClient:
     def __init__(self, capacity: Capacity, default: Callable[[], Voice | None], most: int):
         """`default`: the model to load at each start; `most`: rows served and waiting at once."""
         self.capacity, self.default, self.most = capacity, default, most
+        # Not a fork of this process, whose threads may hold locks. On Linux a process that has done nothing but import the
+        # engine waits to be forked: so another engine is there in a second, where importing alone would take two or three.
+        self.context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        self.context.set_forkserver_preload(["nanoghost.serve.worker", "nanoghost.engine.paged", "nanoghost.engine.watch"])
         self.jobs: dict[int, Running] = {}
         self.numbers = count(1)
         self.starts, self.ready, self.loading, self.stopping = 0, False, False, False
@@ -73,9 +78,8 @@ class EngineClient:
     def start(self) -> None:
         """Start the process, in a running event loop."""
         self.loop = asyncio.get_running_loop()
-        context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
-        pipe, theirs = context.Pipe()
-        self.process = context.Process(target=run, args=(theirs, self.capacity), name="engine", daemon=True)
+        pipe, theirs = self.context.Pipe()
+        self.process = self.context.Process(target=run, args=(theirs, self.capacity), name="engine", daemon=True)
         self.process.start()
         theirs.close()
         self.starts += 1
@@ -84,6 +88,7 @@ class EngineClient:
         threading.Thread(target=self._listen, args=(pipe,), daemon=True).start()
         threading.Thread(target=self._send, args=(pipe, self.outbox), daemon=True).start()
         if voice := self.default():
+            self.loading = True
             self.outbox.put(voice)
         else:
             self.ready = True
@@ -126,8 +131,8 @@ class EngineClient:
         """Kill the process when it hangs: a dead one is replaced."""
         while not self.stopping:
             await asyncio.sleep(1)
-            patience = LOADING if self.loading or not self.ready else SILENCE
-            if (self.jobs or not self.ready) and time.monotonic() - self.heard > patience and self.process.is_alive():
+            patience = LOADING if self.loading else SILENCE
+            if (self.jobs or self.loading) and time.monotonic() - self.heard > patience and self.process.is_alive():
                 self.heard = time.monotonic()
                 self.process.kill()
 
@@ -190,6 +195,9 @@ class EngineClient:
                             running.open.discard(part.sample)
                             if not running.open:
                                 del self.jobs[part.number]
+                case Failed(number=0):
+                    self.loading = False
+                    print(f"the model to be kept ready is not: {part.message}", file=sys.stderr, flush=True)
                 case Failed():
                     if running := self.jobs.get(part.number):
                         self._fail(running, part.message, refused=True)

@@ -131,7 +131,8 @@ async def serve(settings: ServeSettings, key: str | None, listener: socket.socke
     finally:
         watching.cancel()
         engine.stop()
-        service.pool.shutdown(wait=True)
+        service.pool.shutdown(wait=False, cancel_futures=True)
+        service.journals.shutdown()
 
 
 def command(settings: ServeSettings) -> None:

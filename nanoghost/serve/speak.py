@@ -38,6 +38,8 @@ class Question:
     forced: bool = False
     """The prompt ends with the mark of a call, which the answer completes."""
     score: bool = False
+    plain: bool = False
+    """No message but a text that goes on: the token that ends it has its place among the probabilities (lm-eval counts on it)."""
     client_tools: frozenset[str] = frozenset()
     server_tools: dict[str, Tool] = field(default_factory=dict)
 
@@ -138,7 +140,7 @@ async def speak(engine: EngineClient, question: Question, running: Running, samp
     tokenizer, sampling = question.known.tokenizer, question.sampling
     prompt, number, left = question.prompt, sample, sampling.max_tokens
     for turn in range(TOOL_ROUNDS + 1):
-        reply = Reply(tokenizer, sampling.stop, question.calls, question.forced and not turn)
+        reply = Reply(tokenizer, sampling.stop, question.calls, question.forced and not turn, question.plain)
         written, calls, reason = [], [], ""
         try:
             async for delta in running.deltas(number):

@@ -7,11 +7,15 @@ cannot stop it, and when it is killed the server starts another (client.py).
 
 import contextlib
 import signal
+import traceback
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from weakref import WeakKeyDictionary
+
+import torch
 
 from nanoghost import machine
 from nanoghost.engine.generate import Engine, Row, open_engine
@@ -23,6 +27,7 @@ from nanoghost.model.weights import load_config
 from nanoghost.runs import ModelFolder
 
 ADAPTERS = 32  # that one engine holds; with more it is opened anew when it rests
+SYSTEM_PAGE = 2048  # numbers of 16 bits in the 4 KiB that the system gives at a time
 SHARE = 4  # seats that share the room of one whole context, where rows take pages
 
 
@@ -119,11 +124,13 @@ class Worker:
         self.open: dict[int, Open] = {}
         self.vocabularies = WeakKeyDictionary()
         """Of engines, as llguidance wants them."""
+        self.untouched: list[torch.Tensor] = []
+        """Keys and values of layers whose memory the system has promised and not given yet."""
 
     def work(self) -> None:
         """Until the pipe is closed."""
         while True:
-            while self.pipe.poll(None if not self.open and not self.waiting else 0):
+            while self.pipe.poll(0 if self.open or self.waiting or self.untouched else None):
                 self.take(self.pipe.recv())
             self.admit()
             said = [part for o in list(self.open.values()) if o.reading for part in self.read(o)]
@@ -133,13 +140,15 @@ class Worker:
             said += [part for o in list(self.open.values()) for part in self.told(o)]
             if said:
                 self.pipe.send(said)
+            if self.untouched:  # a little at a time: what the server takes shows at its start, and holds up nobody
+                self.untouched.pop().view(-1)[::SYSTEM_PAGE].add_(0)
 
     def take(self, message) -> None:
         match message:
             case Job():
                 self.waiting.append(message)
-            case Voice():
-                self.engine_of(message)
+            case Voice():  # to be ready for
+                self.attempt(0, lambda: self.engine_of(message))
             case number, sample:  # to be cancelled
                 self.waiting = [job for job in self.waiting if job.number != number]
                 if o := self.open.get(number):
@@ -151,16 +160,18 @@ class Worker:
 
     def admit(self) -> None:
         """Jobs whose model is there, or can be loaded now, go to its engine."""
-        still = []
-        for job in self.waiting:
-            try:
-                if engine := self.engine_of(job.voice):
-                    self.begin(job, engine)
-                else:
-                    still.append(job)
-            except UserError as e:
-                self.pipe.send([Failed(job.number, str(e))])
-        self.waiting = still
+        self.waiting = [job for job in self.waiting if not self.attempt(job.number, lambda job=job: self.begin(job))]
+
+    def attempt(self, number: int, act) -> bool:
+        """Do what needs files of models; whether it is settled."""
+        try:
+            return act()
+        except UserError as e:
+            self.pipe.send([Failed(number, str(e))])
+        except Exception:  # a damaged folder: those who are being answered from others need not end with it
+            traceback.print_exc()
+            self.pipe.send([Failed(number, "this model or its adapter cannot be opened: the server's log says why")])
+        return True
 
     def engine_of(self, voice: Voice) -> Engine | None:
         """The engine of a base, loaded if it must be; None as long as all others are busy."""
@@ -175,7 +186,9 @@ class Worker:
             for old in resting[: len(self.engines) - self.capacity.bases + 1]:
                 del self.engines[old]
             self.pipe.send([Loaded(voice.base, loading=True)])
-            self.engines[key] = load(voice.base, self.capacity)
+            self.engines[key] = engine = load(voice.base, self.capacity)
+            if not isinstance(engine.runner, PlainRunner):
+                self.untouched = list(engine.runner.cache)
             self.pipe.send([Loaded(voice.base)])
         self.engines.move_to_end(key)
         return self.engines[key]
@@ -187,12 +200,15 @@ class Worker:
     def adapters(engine: Engine):
         return engine.runner.names if isinstance(engine.runner, PlainRunner) else engine.runner.model.adapters
 
-    def begin(self, job: Job, engine: Engine) -> None:
+    def begin(self, job: Job) -> bool:
+        """Whether there was an engine for it."""
+        if not (engine := self.engine_of(job.voice)):
+            return False
         adapter = ""
         if job.voice.adapter:
             adapter = f"{job.voice.adapter} {job.voice.adapter_made}"
             if adapter not in self.adapters(engine):
-                engine.runner.add_adapter(job.voice.adapter, adapter)
+                engine.runner.add_adapter(Path(job.voice.adapter), adapter)
         reading, rows = None, []
         if job.score:
             from nanoghost.engine.score import score
@@ -204,6 +220,7 @@ class Worker:
             row.owner = job.owner
             row.watcher = self.watcher(engine, job)
         self.open[job.number] = Open(job, engine, rows, [0] * len(rows), reading)
+        return True
 
     def watcher(self, engine: Engine, job: Job):
         """What a row of this job wants to see at each token; nothing for most."""
@@ -253,11 +270,8 @@ def load(base: str, capacity: Capacity) -> Engine:
     context = min(config.context, capacity.context)
     seats = capacity.seats
     if packable(config):
-        engine = open_engine(folder, seats, max(context // SHARE, -(-context // seats)))
-        engine.runner.cache.zero_()  # memory that will be needed is taken now, not in the middle of an answer
-    else:
-        engine = open_engine(folder, max(1, seats // SHARE), context)
-    return engine
+        return open_engine(folder, seats, max(context // SHARE, -(-context // seats)))
+    return open_engine(folder, max(1, seats // SHARE), context)
 
 
 def run(pipe: Connection, capacity: Capacity) -> None:

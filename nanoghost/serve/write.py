@@ -74,7 +74,7 @@ class Chat(Answer):
             self.count()
             self.service.metrics.cancelled.inc(ended < self.question.samples)
             if self.person and said:
-                self.service.pool.submit(self.person.say, "assistant", said)
+                self.service.journals.submit(self.person.say, "assistant", said)
 
     def logprobs(self, tokens) -> dict | None:
         return chat_logprobs(self.known.tokenizer, tokens) if self.request.logprobs else None
