@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import httpx
 import torch
 
-from nanoghost.chat import CHAT_TEMPLATE, render
+from nanoghost.chat import render
 from nanoghost.engine import kernels
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.weights import save_model
@@ -37,17 +38,18 @@ LEARNED = [
 ]
 
 
-def teach(conversations: list[list[dict]], steps: int = 120) -> tuple[Llama, Tokenizer]:
-    """A Llama that answers these as it was told, and babbles otherwise."""
+@cache
+def taught() -> tuple[Llama, Tokenizer]:
+    """A Llama that has LEARNED by heart, and babbles otherwise."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer.train([toy_text(300), *map(json.dumps, conversations * 20)], 400)
+    tokenizer = Tokenizer.train([toy_text(300), *map(json.dumps, LEARNED * 20)], 400)
     model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 64, 1, 1, 96))
-    rows = [render(c, tokenizer) for c in conversations]
+    rows = [render(c, tokenizer) for c in LEARNED]
     longest = max(len(ids) for ids, _ in rows)
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
     learned = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in rows])[:, 1:]
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    for _ in range(steps):
+    for _ in range(100):
         loss = -model.logprobs(tokens[:, :-1], tokens[:, 1:])[learned].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -62,7 +64,7 @@ def make_home(path: Path) -> Path:
 
     if not NO_KERNELS:
         shutil.copytree(KERNELS, path / "kernels")
-    model, tokenizer = teach(LEARNED)
+    model, tokenizer = taught()
     wide = Llama(LlamaConfig(tokenizer.vocab_size, 64, 1, 64, 2, 2, 64))  # its heads are not of a width that can be packed
     facts = {"stage": "sft", "parent": None, "arch": "llama", "finished": 1.0, "data": [], "figures": {}, "steps": 1}
     for name, made in (("toy", model), ("plain", wide)):
@@ -91,6 +93,7 @@ class Running:
 
     def __init__(self, home: Path, *words, before: str = "", environment: dict | None = None):
         """`before`: Python that is run in the process first."""
+        self.home = home
         code = f"import sys\n{before}\nfrom nanoghost.cli import main\nmain(sys.argv[1:])"
         command = [sys.executable, "-c", code, "serve", "--port", "0", *map(str, words)]
         environment = os.environ | {"NANOGHOST_HOME": str(home), "OMP_NUM_THREADS": "1"} | (environment or {})

@@ -28,9 +28,7 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    home = make_home(tmp_path_factory.mktemp("served"))
-    running = Running(home, "toy", "--seats", 24, "--queue", 8)
-    running.home_path = home
+    running = Running(make_home(tmp_path_factory.mktemp("served")), "toy", "--seats", 24, "--queue", 8)
     yield running
     running.stop()
 
@@ -194,7 +192,7 @@ def test_echo_gives_the_log_probability_of_every_token(server, monkeypatch, tmp_
     from nanoghost.model.weights import load_model, load_tokenizer
     from nanoghost.runs import ModelFolder
 
-    monkeypatch.setenv("NANOGHOST_HOME", str(server.home_path))
+    monkeypatch.setenv("NANOGHOST_HOME", str(server.home))
     tokenizer = load_tokenizer(ModelFolder("toy").path)
     texts = ["The king sees the queen.", "ANNA.\nThe ghost"]
     ids = [tokenizer.encode(text) for text in texts]
@@ -264,7 +262,7 @@ def test_when_all_places_are_taken_one_is_told_to_come_back(server):
 
 
 def test_a_person_is_heard_and_their_adapter_speaks_where_it_is_about_them(server, monkeypatch):
-    monkeypatch.setenv("NANOGHOST_HOME", str(server.home_path))
+    monkeypatch.setenv("NANOGHOST_HOME", str(server.home))
     maya = Person("maya")
     assert server.http.get("/people").json() == {"data": [{"name": "maya", "base": "toy"}]}
     about = {"text": "What is my sister's name?", "max_tokens": 8}
@@ -277,7 +275,7 @@ def test_a_person_is_heard_and_their_adapter_speaks_where_it_is_about_them(serve
     server.wait(lambda: len(maya.journal) == 4, 2)
     assert [(e["id"], e["speaker"], e["text"]) for e in maya.journal] == [
         (1, "user", about["text"]), (2, "assistant", own), (3, "user", "Good morrow"), (4, "assistant", KING)]  # fmt: skip
-    assert server.chat(person="nobody").status_code == 404 and not (server.home_path / "people" / "nobody").exists()
+    assert server.chat(person="nobody").status_code == 404 and not (server.home / "people" / "nobody").exists()
 
 
 # ── what else is there ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -117,9 +117,10 @@ class Reply:
     def _cut(self, piece: Piece) -> None:
         """If a stop text came (before any call), the answer ends there."""
         mark = self.held.find(self.mark) if self.mark else -1
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found and (mark < 0 or min(found) < mark):
-            self._show(min(found), piece)
+        found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        start = min(found)[1] if found else -1  # of the one that was complete first, however the text fell into tokens
+        if found and (mark < 0 or start < mark):
+            self._show(start, piece)
             self.stopped, self.held, self.tokens = True, "", []
 
     def _show(self, count: int, piece: Piece) -> None:

@@ -45,7 +45,7 @@ class Service:
     engine: EngineClient
     registry: Registry
     tools: dict[str, Tool]
-    page: Path = PAGE
+    page: Path = field(default_factory=lambda: PAGE)
     draining: bool = False
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "tools"))
     """Threads for tools, which may take a while."""

@@ -23,7 +23,9 @@ HEADERS = [
 
 
 class Guard:
-    def __init__(self, app, metrics, key: str | None, hosts: tuple[str, ...], numbers: bool = False, body_seconds: float = BODY_SECONDS):
+    body_seconds = BODY_SECONDS
+
+    def __init__(self, app, metrics, key: str | None, hosts: tuple[str, ...], numbers: bool = False):
         """`hosts`: by which names this server may be asked, besides the loopback's; `numbers`: by any IP address, too.
 
         (No name of a stranger's ever resolves to an address that stands in the Host itself.)
@@ -31,7 +33,6 @@ class Guard:
         self.app, self.metrics = app, metrics
         self.key = hashlib.sha256(key.encode()).digest() if key else None
         self.hosts, self.numbers = {name.lower() for name in (*LOOPBACK, *hosts)}, numbers
-        self.body_seconds = body_seconds
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
