@@ -9,7 +9,6 @@ from nanoghost.errors import UserError
 from nanoghost.model.weights import load_config, load_tokenizer
 from nanoghost.people import Person
 from nanoghost.runs import ModelFolder, home, model_names, open_model
-from nanoghost.serve.personal import voice
 from nanoghost.serve.worker import Capacity, Voice
 from nanoghost.tokenizer import Tokenizer
 
@@ -45,6 +44,8 @@ class Known:
 
     def voice_for(self, person: str, messages: list[dict]) -> Voice:
         """Who answers that person."""
+        from nanoghost.serve.personal import voice  # brings all that nights need; most servers have no person
+
         return self.voice(voice(Person(person), ModelFolder(self.name), messages))
 
 
