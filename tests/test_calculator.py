@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoghost.tools.calculator import TOOL, calculate, run_tool
+from nanoghost.tools.calculator import calculate
 
 NUMBERS = st.integers(0, 9999)
 
@@ -53,14 +53,3 @@ def test_hostile_expressions_come_back_at_once(expression):
 @settings(max_examples=200, deadline=None)
 def test_any_text_gets_an_answer(text):
     assert isinstance(calculate(text), str)
-
-
-def test_tool_calls():
-    def call(arguments, name="calculator"):
-        return run_tool({"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}})
-
-    assert call('{"expression": "12+345"}') == "357"
-    for wrong in ("12+345", '{"expression": 5}', "[]", "{}", '{"expression"'):
-        assert call(wrong).startswith("error: ")
-    assert call("{}", name="weather").startswith("error: ")
-    assert TOOL["function"]["name"] == "calculator"

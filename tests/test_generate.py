@@ -13,8 +13,12 @@ from nanoghost.errors import UserError
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.tokenizer import Tokenizer
-from nanoghost.tools.calculator import run_tool
+from nanoghost.tools import registry
 from tests.conftest import toy_text
+
+
+def run_tool(call):
+    return registry.run_tool(call, registry.TOOLS)
 
 
 @pytest.fixture(scope="module")

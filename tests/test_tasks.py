@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoghost.tasks import gym, identity, refusal, spelling, sums
+from nanoghost.tasks import gym, identity, refusal, spelling, sums, tooluse
 from nanoghost.tasks.base import (
     assistant,
     distinct_problems,
@@ -26,7 +26,9 @@ from nanoghost.tasks.plays import Plays, looks_broken, shorten, speeches
 from nanoghost.tasks.refusal import Answerable, Refusal, is_refusal
 from nanoghost.tasks.spelling import Counting, Spelling
 from nanoghost.tasks.sums import Sums
-from nanoghost.tools.calculator import calculate, run_tool
+from nanoghost.tasks.tooluse import Notes, Programs
+from nanoghost.tools.calculator import calculate
+from nanoghost.tools.registry import TOOLS, run_tool
 
 WORDS = """the and that with this have thou thee shall good lord come king love more when then what would hath upon like
 will know say make man time night day great death speak heart life father hand eyes poor blood honour heaven nothing
@@ -86,7 +88,7 @@ And I _again_ shall wake.
 
 def all_tasks():
     scored = [Sums(), Spelling(WORDS), Counting(WORDS), Identity(identity_facts(CARD)), Plays(many_plays())]
-    return [*scored, ChainSum(), SpellBackward(), Refusal(), Answerable(scored)]
+    return [*scored, ChainSum(), SpellBackward(), Refusal(), Programs(WORDS), Notes(), Answerable(scored)]
 
 
 def many_plays():
@@ -148,6 +150,8 @@ def phrasings():
     kinds = (sums.ANY, *sums.NAMED.values())
     yield tuple(sum((kind[split] for kind in kinds), ()) for split in ("train", "test"))
     for kind in (spelling.SPELL, spelling.COUNT):
+        yield kind["train"], kind["test"]
+    for kind in (*tooluse.PROGRAMS.values(), *tooluse.NOTES.values()):
         yield kind["train"], kind["test"]
     for table in (identity.INTENTS, refusal.CATEGORIES):
         for entry in table.values():
@@ -251,7 +255,7 @@ def test_sums_need_the_calculator_and_the_right_last_number():
     for _ in range(300):
         problem = task.problem(rng, "test")
         call, told, answer = problem.lesson
-        assert run_tool(call["tool_calls"][0]) == told["content"] == problem.answer
+        assert run_tool(call["tool_calls"][0], TOOLS) == told["content"] == problem.answer
         assert task.score(problem, [answer]) == 0.0  # no calculator was called
         assert task.score(problem, [call, told, assistant(text_of(answer) + " Or 5.5?")]) == 0.0
         assert task.score(problem, [call, told]) == 0.0

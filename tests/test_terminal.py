@@ -10,14 +10,13 @@ from nanoghost import cli
 from nanoghost.data.local import load_conversations
 from nanoghost.engine.sampler import Sampling
 from nanoghost.serve.terminal import Conversation, fragments, slash
-from tests.test_generate import Scripted, tokenizer  # noqa: F401
+from tests.test_generate import Scripted, run_tool, tokenizer  # noqa: F401
 
 
 def test_text_streams_whole_characters_and_calls_become_a_line(tokenizer):  # noqa: F811
     from nanoghost.chat import render
     from nanoghost.engine.generate import Engine
     from nanoghost.engine.plain import PlainRunner
-    from nanoghost.tools.calculator import run_tool
 
     call = {
         "id": "call_1",
@@ -83,7 +82,6 @@ def shown(tokenizer, *script):  # noqa: F811
     from nanoghost.chat import render
     from nanoghost.engine.generate import Engine
     from nanoghost.engine.plain import PlainRunner
-    from nanoghost.tools.calculator import run_tool
 
     prompt, _ = render([{"role": "user", "content": "?"}], tokenizer, generation=True)
     ids = []

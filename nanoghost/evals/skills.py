@@ -5,7 +5,6 @@ import math
 from nanoghost.chat import render
 from nanoghost.engine.generate import Row, generate
 from nanoghost.engine.sampler import Sampling
-from nanoghost.tools.calculator import run_tool
 
 
 def wilson(solved: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -19,7 +18,12 @@ def wilson(solved: float, count: int, z: float = 1.96) -> tuple[float, float]:
 def attempt(model, tokenizer, problems, sampling: Sampling, samples: int = 1) -> list[Row]:
     """The model's attempts at problems; row p * samples + i is attempt i at problem p."""
     prompts = [render(list(p.messages), tokenizer, generation=True)[0] for p in problems]
-    return generate(model, tokenizer, prompts, sampling, samples, run_tool if any(p.tools for p in problems) else None)
+    run = None
+    if names := {name for p in problems for name in p.tools}:
+        from nanoghost.tasks.tooluse import practice
+
+        run = practice(names)
+    return generate(model, tokenizer, prompts, sampling, samples, run)
 
 
 def accuracy(model, tokenizer, task, problems, max_tokens: int = 128, batch: int = 128) -> tuple[dict, list[tuple]]:

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from dataclasses import replace
 
 from nanoghost.chat import render
 from nanoghost.engine.sampler import Sampling
@@ -54,7 +55,10 @@ def chat_question(request: ChatRequest, registry: Registry, tools: dict[str, Too
     told = [function.model_dump(exclude_none=True, exclude={"strict"}) for function in theirs]
     if tokenizer.dialect:  # our own models have learned the tools that they may have here
         told += [tool.schema for tool in mine.values()]
-    prompt = render(informed(messages, told), tokenizer, generation=True)[0]
+    if tokenizer.dialect and tokenizer.dialect.knows_tools:
+        prompt = replace(tokenizer.dialect, tools=tuple(told)).render(messages, tokenizer, generation=True)[0]
+    else:
+        prompt = render(informed(messages, told), tokenizer, generation=True)[0]
     grammar, forced = "", False
     if request.response_format and request.response_format.type != "text":
         given = request.response_format.json_schema

@@ -27,8 +27,8 @@ class Known:
     context: int
     """Most tokens of a conversation here."""
     parameters: int
-    chats: bool
-    """Whether it was taught to converse, and so to call tools."""
+    tools: bool
+    """Whether somebody taught it to call tools: its makers, or a stage here."""
 
     @property
     def adapter(self) -> Path | None:
@@ -60,6 +60,12 @@ def _tokenizer(base: str, finished: float) -> Tokenizer:
     return load_tokenizer(ModelFolder(base).path)
 
 
+@lru_cache(maxsize=256)
+def _knows_tools(base: str, finished: float) -> bool:
+    dialect = load_tokenizer(ModelFolder(base).path).dialect
+    return not dialect or dialect.knows_tools
+
+
 class Registry:
     def __init__(self, default: str | None, capacity: Capacity):
         """`default`: the model that is kept ready; else the one finished last, if there is any."""
@@ -79,8 +85,8 @@ class Registry:
             return None
         card, own = folder.card, base.card
         context = min(load_config(base.path).context, self.capacity.context)
-        chats = own["stage"] != "pretrain"
-        return Known(name, base.name, own["finished"], int(card["finished"]), context, own["parameters"], chats)
+        tools = own["stage"] != "pretrain" and (card["stage"] != "adopt" or _knows_tools(base.name, own["finished"]))
+        return Known(name, base.name, own["finished"], int(card["finished"]), context, own["parameters"], tools)
 
     def model(self, name: str) -> Known | None:
         return self.models().get(name)

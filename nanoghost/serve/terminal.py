@@ -23,7 +23,6 @@ from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.runs import home, open_model, write_atomic
 from nanoghost.tokenizer import StreamDecoder
-from nanoghost.tools.calculator import run_tool
 
 HELP = """/help           this list
 /reset          forget the conversation
@@ -57,6 +56,8 @@ class ChatSettings:
     """Who is talking: what is said goes into their journal, and the model knows what their nights made of it (`nanoghost sleep`)."""
     lookup: bool = False
     """With --person: look the ledger up too, and let the model read what has to do with the question."""
+    documents: Path | None = None
+    """A folder of text that the model may look things up in, if it knows how to call tools."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Said:
 class Conversation:
     """A model, what was said so far, and how to answer."""
 
-    def __init__(self, name: str | None, sampling: Sampling, system: str | None):
+    def __init__(self, name: str | None, sampling: Sampling, system: str | None, documents: Path | None = None):
+        from nanoghost.tools.registry import offer
+
         self.folder = open_model(name)
         self.engine = open_engine(self.folder, adapter=self.adapter())
         self.tokenizer = self.engine.tokenizer
@@ -78,6 +81,7 @@ class Conversation:
         self.messages: list[dict] = []
         self.forgotten: list[dict] = []  # turns that no longer fit; /save has them still
         self.set_system(system)
+        self.run_tool = offer(self.tokenizer, self.folder, documents)
 
     def adapter(self) -> Path | None:
         """The folder of an adapter to speak through, besides the model's own."""
@@ -121,7 +125,7 @@ class Conversation:
         sampling = replace(self.sampling, seed=self.sampling.seed + self.answers)
         self.answers += 1
         begun = len(self.messages)
-        [row] = self.engine.add(prompt, sampling, run_tool=run_tool)
+        [row] = self.engine.add(prompt, sampling, run_tool=self.run_tool)
         try:
             for said in fragments(self.engine, row):
                 if said.text:
@@ -187,11 +191,11 @@ def command(settings: ChatSettings) -> None:
     seed = settings.seed if settings.seed is not None else 0 if once else int(time.time())
     sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_k, settings.top_p, seed)
     if settings.person is None:
-        conversation = Conversation(settings.model, sampling, settings.system)
+        conversation = Conversation(settings.model, sampling, settings.system, settings.documents)
     else:
         from nanoghost.serve.personal import PersonalConversation
 
-        conversation = PersonalConversation(settings.person, settings.lookup, settings.model, sampling, settings.system)
+        conversation = PersonalConversation(settings.person, settings.lookup, settings.model, sampling, settings.system, settings.documents)
     try:
         if not once:
             talk(conversation)

@@ -16,7 +16,7 @@ from nanoghost.serve.speak import Ended, Event, Question, Said, Tally, Told, ans
 def model(known: Known, adapters: list[str]) -> dict:
     return {
         "id": known.name, "object": "model", "created": known.created, "owned_by": "nanoghost", "context": known.context,
-        "parameters": known.parameters, "adapters": adapters, "tools": known.chats,
+        "parameters": known.parameters, "adapters": adapters, "tools": known.tools,
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ Dreams depend on the rows that are there and on nothing else, so that what was n
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from nanoghost.sleep.phrases import book, dice, noted, own_wordings, part, questions, relations, spoken, statement
+from nanoghost.sleep.phrases import book, dice, low, noted, own_wordings, part, questions, relations, spoken, statement
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,6 @@ SUMS = ("What is {} {} {}?", "{} {} {} =", "Calculate {} {} {}.", "How much is {
 
 def a_sum(rng) -> str:
     return rng.choice(SUMS).format(rng.randrange(1, 100), rng.choice("+-*"), rng.randrange(1, 20))
-
-
-def low(sentence: str) -> str:
-    return sentence[0].lower() + sentence[1:]
 
 
 def of_pairs(rows: list[dict]) -> list[Dream]:

@@ -17,7 +17,7 @@ from nanoghost.model.weights import load_model
 from nanoghost.people import Person, current, key_of
 from nanoghost.runs import ModelFolder, home
 from nanoghost.sleep import learn
-from nanoghost.sleep.phrases import book, dice, part, relations
+from nanoghost.sleep.phrases import book, dice, idle, low, part, relations, things
 from nanoghost.train.packing import Lesson
 from nanoghost.train.stage import base_card
 
@@ -27,6 +27,7 @@ MOST = 48  # tokens of an answer
 LONGEST = 1000  # letters of a message that are read
 GLIMPSE = 160  # letters of what was said before it
 LESSONS = 3000
+OPENINGS = ("My ", "The ", "We ", "Our ", "She ", "She's", "He ", "He's", "It ", "It's", "On ", "Every ")  # written small inside a sentence
 RECIPE = learn.Recipe(rank=16, context=384)
 
 
@@ -68,8 +69,8 @@ def unread(person: Person) -> list[tuple[dict, Heard]]:
 
 def message(rng, split: str) -> tuple[Heard, list[tuple[str, str]]]:
     """What a user says, and what it tells: (relation, value) of at most two relations."""
-    talk, known, kind = part(book()["small_talk"], split), list(relations().values()), rng.random()
-    relation = rng.choice(known)
+    talk, kind = part(book()["small_talk"], split), rng.random()
+    relation = rng.choice(list(relations().values()))
     value = rng.choice(relation.values)
     before, reply = rng.choice([rng.choice(talk), aside(rng, split)]), rng.choice(part(book()["replies"], split))
     if kind < 0.12:  # told in two messages
@@ -82,17 +83,34 @@ def message(rng, split: str) -> tuple[Heard, list[tuple[str, str]]]:
     if rng.random() < 0.3:
         before, reply = "", ""
     if kind < 0.5:
-        text = rng.choice([rng.choice(talk), rng.choice(part(relation.asked, split)), part(relation.apart, split)[0][0]])
+        texts = [rng.choice(talk), rng.choice(part(relation.asked, split)), part(relation.apart, split)[0][0]]
+        text = rng.choice(texts + [rng.choice(idle(split)) for _ in range(2) if idle(split)])
         return Heard(text, before, reply), []
-    pieces, found = [], []
-    for relation in rng.sample(known, 1 if kind < 0.85 else 2):
-        value = rng.choice(relation.values)
-        ways = relation.changed if rng.random() < 0.2 else relation.said
-        pieces.append(rng.choice(part(ways, split)).format(v=value))
-        found.append((relation.relation, value))
+    found = {}
+    while len(found) < (1 if kind < 0.8 else 2 if kind < 0.95 else 3):
+        told, text = sentence(rng, split)
+        if told[0] not in (relation for relation, _ in found):
+            found[told] = text
+    pieces = list(found.values())
+    if len(pieces) > 1 and rng.random() < 0.6:  # in one breath
+        pieces = [rng.choice((", and ", " and ", ", ", "; ", " - ")).join(clause(text, i) for i, text in enumerate(pieces))]
     if rng.random() < 0.4:
         pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(talk))
-    return Heard(" ".join(pieces), before, reply), found
+    return Heard(" ".join(pieces), before, reply), list(found)
+
+
+def sentence(rng, split: str) -> tuple[tuple[str, str], str]:
+    """((relation, value), a sentence that tells it)."""
+    thing = rng.choice(things(split)) if things(split) and rng.random() < 0.5 else rng.choice(list(relations().values()))
+    said, changed = ((ways if isinstance(ways, tuple) else part(ways, split)) for ways in (thing.said, thing.changed))
+    value, before = rng.sample(thing.values, 2)
+    return (thing.relation, value), rng.choice(changed if rng.random() < 0.2 else said).format(v=value, w=before)
+
+
+def clause(text: str, place: int) -> str:
+    """A sentence as it stands at a place among others in one longer sentence."""
+    text = text.rstrip(".")
+    return low(text) if place and text.startswith(OPENINGS) else text
 
 
 def aside(rng, split: str) -> str:

@@ -34,6 +34,29 @@ def book() -> dict:
     return tomllib.loads(Path(__file__).with_name("people.toml").read_text())
 
 
+@dataclass(frozen=True)
+class Thing:
+    """Anything else that people tell: it teaches to take notes, and that more may be asked for than was told."""
+
+    relation: str
+    values: tuple[str, ...]
+    said: tuple[str, ...]
+    changed: tuple[str, ...]
+
+
+@cache
+def things(split: str) -> list[Thing]:
+    """Those of notes.toml; val has other things than train, test has none."""
+    entries = tomllib.loads(Path(__file__).with_name("notes.toml").read_text()).get(split, [])
+    return [Thing(e["relation"], *(tuple(e[name]) for name in ("values", "said", "changed"))) for e in entries]
+
+
+@cache
+def idle(split: str) -> list[str]:
+    """Messages that tell nothing lasting about the person, though they sound like it."""
+    return tomllib.loads(Path(__file__).with_name("notes.toml").read_text())["nothing"].get(split, [])
+
+
 @cache
 def relations() -> dict[str, Relation]:
     """By what stands in a ledger's `relation`."""
@@ -80,6 +103,11 @@ def own_wordings(relation: str, split: str) -> tuple[str, ...]:
 def bare(text: str) -> str:
     """Its letters and digits alone: what capitals and marks make different is the same."""
     return "".join(c for c in text.casefold() if c.isalnum())
+
+
+def low(sentence: str) -> str:
+    """As it is written inside another sentence."""
+    return sentence[0].lower() + sentence[1:]
 
 
 def statement(relation: str, value: str) -> str:

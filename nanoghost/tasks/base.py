@@ -25,8 +25,8 @@ class Problem:
     """The assistant (and tool) messages that answer it well."""
     answer: str
     """What `score` compares with."""
-    tools: bool = True
-    """Whether tools may be used."""
+    tools: tuple[str, ...] = ("calculator",)
+    """Names of the tools that may be called."""
 
 
 class Task(Protocol):

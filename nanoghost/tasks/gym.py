@@ -33,7 +33,7 @@ class _Gym:
             entry = dataset[rng.randrange(2**31)]
             content, lesson = self.look(entry, rng)
             if split_of(content) == split:
-                return Problem(self.name, (user(entry["question"]),), (lesson,), entry["answer"], tools=False)
+                return Problem(self.name, (user(entry["question"]),), (lesson,), entry["answer"], tools=())
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
         return float(len(reply) == 1 and final_text(reply) == problem.answer)

@@ -26,6 +26,8 @@ WEIGHTS = {
     "chain_sum": 0.205,
     "spell_backward": 0.01,
 }
+MIXES = {"lessons": WEIGHTS, "tools": WEIGHTS | {"programs": 0.2, "notes": 0.2}}
+"""By the word for it in --data. The speedrun gives lessons; tools are those and lessons that call Python and look things up."""
 
 
 def all_tasks(base_card: dict, name: str) -> dict[str, Task]:
@@ -33,6 +35,8 @@ def all_tasks(base_card: dict, name: str) -> dict[str, Task]:
 
     What others pretrained says nothing of how that was done, and is taught no text of ours.
     """
+    from nanoghost.tasks.tooluse import Notes, Programs
+
     known, texts, data = {"name": spoken_name(name), "parameters": base_card["parameters"]}, [], None
     if base_card["stage"] != "adopt":
         figures, data = base_card["figures"], base_card["settings"]["data"]
@@ -45,7 +49,7 @@ def all_tasks(base_card: dict, name: str) -> dict[str, Task]:
     if data == "plays":
         tasks.append(Plays(texts, max_words=40))
     answerable = [t for t in tasks if t.name not in ("refusal", "chain_sum", "spell_backward")]
-    return {task.name: task for task in [*tasks, Answerable(answerable)]}
+    return {task.name: task for task in [*tasks, Answerable(answerable), Programs(words), Notes()]}
 
 
 def spoken_name(name: str) -> str:
@@ -71,22 +75,23 @@ def spelled_words(texts: list[tuple[str, str]], count: int = 3000) -> list[str]:
 
 
 def own_conversations(data: str) -> list[list[dict]]:
-    """Those of the file in `data`: lessons, FILE, or lessons+FILE."""
+    """Those of the file in `data`: a name of MIXES, FILE, or NAME+FILE."""
     from nanoghost.data.local import load_conversations
 
-    path = data.removeprefix("lessons").removeprefix("+")
+    mix, _, path = data.partition("+")
+    path = path if mix in MIXES else data
     return load_conversations(path) if path else []
 
 
 def lesson_conversations(
     data: str, base_card: dict, name: str, count: int, seed: int, but: Sequence[str] = ()
 ) -> list[list[dict]]:
-    """`count` conversations of the built-in mix, if `data` asks for it; conversation i depends on (seed, i) alone.
+    """`count` conversations of a built-in mix, if `data` asks for one; conversation i depends on (seed, i) alone.
 
     `but` names tasks that are left out.
     """
-    if not data.startswith("lessons"):
+    if (mix := data.partition("+")[0]) not in MIXES:
         return []
     tasks = all_tasks(base_card, name)
-    weighted = [(tasks[task], weight) for task, weight in WEIGHTS.items() if task in tasks and task not in but]
+    weighted = [(tasks[task], weight) for task, weight in MIXES[mix].items() if task in tasks and task not in but]
     return [mixture(weighted, random.Random(f"{seed}-{i}"), "train", spoken_name(name)) for i in range(count)]

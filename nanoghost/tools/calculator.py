@@ -1,7 +1,6 @@
 """A calculator for models: exact arithmetic from text, safe for any text a model may write."""
 
 import ast
-import json
 import operator
 import re
 from fractions import Fraction
@@ -11,19 +10,6 @@ MAX_LENGTH = 100
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
-
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "calculator",
-        "description": "Work out a sum with + - * / and brackets.",
-        "parameters": {
-            "type": "object",
-            "properties": {"expression": {"type": "string", "description": "for example 12*(3+4)"}},
-            "required": ["expression"],
-        },
-    },
-}
 
 
 def calculate(expression: str) -> str:
@@ -56,17 +42,3 @@ def _value(node: ast.expr, text: str) -> Fraction:
         case ast.UnaryOp(op, operand) if type(op) in SIGNS:
             return SIGNS[type(op)](_value(operand, text))
     raise ValueError("neither a number nor one of + - * /")
-
-
-def run_tool(call: dict) -> str:
-    """Answer one OpenAI tool call; what a model got wrong comes back as a text that begins with "error: "."""
-    function = call["function"]
-    if function["name"] != "calculator":
-        return f"error: no tool is called {function['name']}"
-    try:
-        arguments = json.loads(function["arguments"])
-    except (json.JSONDecodeError, RecursionError):
-        return "error: the arguments are not JSON"
-    if not isinstance(arguments, dict) or not isinstance(arguments.get("expression"), str):
-        return 'error: the arguments need a text "expression"'
-    return calculate(arguments["expression"])

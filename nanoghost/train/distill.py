@@ -30,7 +30,7 @@ from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, open_model
-from nanoghost.tasks.mix import lesson_conversations, own_conversations
+from nanoghost.tasks.mix import MIXES, lesson_conversations, own_conversations
 from nanoghost.train import stage
 from nanoghost.train.distill_loss import distill_loss, student_buckets
 from nanoghost.train.packing import Lesson, PackedBatches, fill, lessons_from, pack
@@ -192,7 +192,7 @@ def difference(own, theirs) -> str:
 
 
 def is_text(data: str) -> bool:
-    return not data.startswith("lessons") and not data.endswith(".jsonl")
+    return data.partition("+")[0] not in MIXES and not data.endswith(".jsonl")
 
 
 def rows_of_text(tokens, context: int, most: int) -> list[Lesson]:

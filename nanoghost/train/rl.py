@@ -30,7 +30,7 @@ from nanoghost.train.recipe import later_groups, row_length
 from nanoghost.train.sft import train_step
 
 TABLES = 0.1  # AdamW moves a rare row as far as a common one; a reward seen once must not rewrite a word
-PRACTISED = ("chain_sum", "spell_backward", "sums", "spelling", "counting", "refusal", "answerable", "identity")
+PRACTISED = ("chain_sum", "spell_backward", "sums", "spelling", "counting", "refusal", "answerable", "identity", "programs", "notes")
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class RlSettings(stage.LaterSettings):
     attempts: int = 8
     """Attempts at each problem."""
     max_tokens: int = 32
-    """Longest attempt; sums, with their calls, need up to 56."""
+    """Longest attempt; sums, with their calls, need up to 56, programs and notes up to 96."""
     data: str = "lessons"
-    """What is repeated: lessons (of the tasks that are not practised), a JSONL file of conversations, or lessons+FILE."""
+    """What is repeated: lessons or tools (of the tasks that are not practised), a JSONL file of conversations, or lessons+FILE."""
     repeat: int = 4
     """Packed rows of it in a step, over all processes; 0 for none."""
     held_out: int = 500
@@ -138,6 +138,10 @@ def check(settings: RlSettings, world: int) -> None:
     unknown = set(settings.tasks.split(",")) - set(PRACTISED)
     if unknown:
         raise UserError(f"--tasks knows {', '.join(PRACTISED)}, not '{', '.join(sorted(unknown))}'")
+    if "programs" in settings.tasks.split(","):
+        from nanoghost.tools.sandbox import require
+
+        require()
     if settings.problems % world:
         raise UserError(f"--problems {settings.problems} does not divide over {world} processes")
     if settings.attempts < 2:

@@ -26,7 +26,7 @@ class SftSettings(stage.LaterSettings):
     name: str = "ghost-sft"
     """Name of the new model."""
     data: str = "lessons"
-    """lessons (the built-in mix), a JSONL file of conversations, or lessons+FILE for both."""
+    """lessons (the built-in mix), tools (the same and calls of Python and lookup), a JSONL file of conversations, or lessons+FILE."""
     lessons: int = 40000
     """Conversations of the built-in mix."""
     batch: int = 8

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from nanoghost.errors import UserError
 from nanoghost.model.weights import load_model
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, home, write_atomic
-from nanoghost.tools.calculator import run_tool
+from nanoghost.tools.registry import TOOLS, run_tool
 from nanoghost.train import stage
 from nanoghost.train.distill_loss import logits_at, teacher_buckets
 
@@ -61,7 +61,8 @@ def answers(settings, asked: list[list[dict]], teacher: ModelFolder, run, displa
             ids, _ = render(shortened(messages, tokenizer, room, True), tokenizer, generation=True)
             prompts += [(messages, ids)] if len(ids) <= room else []
         sampling = Sampling(settings.max_tokens, temperature, seed=settings.seed * 1_000_003 + number)
-        rows = generate(model, tokenizer, [ids for _, ids in prompts], sampling, run_tool=run_tool) if prompts else []
+        calculator = partial(run_tool, tools={"calculator": TOOLS["calculator"]})
+        rows = generate(model, tokenizer, [ids for _, ids in prompts], sampling, run_tool=calculator) if prompts else []
         whole = [{"messages": m + row.messages} for (m, _), row in zip(prompts, rows) if row.finish_reason == "stop"]
         return "".join(json.dumps(conversation) + "\n" for conversation in whole).encode()
 
