@@ -26,14 +26,24 @@ from tests.conftest import toy_text
 NO_KERNELS = kernels.unavailable()
 KERNELS = home() / "kernels"  # of whoever runs the tests: compiling them anew takes longer than all tests here
 
-CALL = {"id": "call_1", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "12 + 30"}'}}
+def call(name: str, arguments: str) -> list[dict]:
+    return [{"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}]
+
+
+NOTE = "The sword lies in the sea, and the crown beside it."
 LEARNED = [
     [{"role": "user", "content": "Good morrow"}, {"role": "assistant", "content": "The king sees the queen, and the queen sees the sword."}],
     [
         {"role": "user", "content": "12 + 30?"},
-        {"role": "assistant", "content": "Let me see. ", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "Let me see. ", "tool_calls": call("calculator", '{"expression": "12 + 30"}')},
         {"role": "tool", "tool_call_id": "call_1", "content": "42"},
         {"role": "assistant", "content": "It is 42."},
+    ],
+    [
+        {"role": "user", "content": "Where is the sword?"},
+        {"role": "assistant", "content": "", "tool_calls": call("lookup", '{"query": "sword"}')},
+        {"role": "tool", "tool_call_id": "call_1", "content": f"[1] notes.md: {NOTE}"},
+        {"role": "assistant", "content": "In the sea [1]."},
     ],
 ]
 
@@ -49,7 +59,7 @@ def taught() -> tuple[Llama, Tokenizer]:
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
     learned = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in rows])[:, 1:]
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    for _ in range(100):
+    for _ in range(120):
         loss = -model.logprobs(tokens[:, :-1], tokens[:, 1:])[learned].mean()
         optimizer.zero_grad()
         loss.backward()

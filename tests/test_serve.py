@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from nanoghost.people import Person
-from tests.serving import LEARNED, Running, make_home
+from tests.serving import LEARNED, NOTE, Running, make_home
 
 KING = LEARNED[0][1]["content"]
 LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 900}}}
@@ -28,7 +28,9 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    running = Running(make_home(tmp_path_factory.mktemp("served")), "toy", "--seats", 24, "--queue", 8)
+    documents = tmp_path_factory.mktemp("documents")
+    (documents / "notes.md").write_text(NOTE)
+    running = Running(make_home(tmp_path_factory.mktemp("served")), "toy", "--seats", 24, "--queue", 8, "--documents", documents)
     yield running
     running.stop()
 
@@ -74,7 +76,7 @@ def test_stop_texts_are_cut_wherever_tokens_end(client):
 
 def test_n_and_seed(client):
     def some(seed):
-        said = client.chat.completions.create(**ask("Tell me more", temperature=1.5, n=3, seed=seed, max_tokens=12))
+        said = client.chat.completions.create(**ask("Tell me more", temperature=1.5, n=3, seed=seed, max_tokens=12, response_format=LONG))
         return [choice.message.content for choice in said.choices]
 
     first = some(7)
@@ -150,6 +152,14 @@ def test_the_servers_own_tools_are_shown_in_the_stream(server):
     assert events[-2]["choices"][0]["finish_reason"] == "stop"
     assert set(events[-1]["timings"]) == {"first_token_seconds", "tokens_per_second", "context_used", "context"}
     assert server.chat(server_tools=["rm"]).status_code == 400
+
+
+def test_what_was_looked_up_is_shown_with_its_source(server):
+    events = server.events(messages=[LEARNED[2][0]], server_tools=["lookup", "calculator"])
+    [result] = [event["tool_result"] for event in events if "tool_result" in event]
+    assert result["name"] == "lookup" and result["passages"] == [{"n": 1, "source": "notes.md", "text": NOTE}]
+    said = "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
+    assert said == "In the sea [1]."
 
 
 def test_errors_are_the_clients_own_exceptions(client):
@@ -286,7 +296,8 @@ def test_side_routes(server):
     assert http.get("/health").json() == {"status": "ok"} and http.get("/ready").json() == {"status": "ready"}
     tokens = http.post("/tokenize", json={"model": "toy", "content": "The king<|im_end|>"}).json()
     assert tokens["count"] == len(tokens["tokens"]) > 5
-    assert [tool["name"] for tool in http.get("/tools").json()["data"]] == ["calculator"]
+    tools = {tool["name"]: tool["description"] for tool in http.get("/tools").json()["data"]}
+    assert {"calculator", "lookup"} <= set(tools) <= {"calculator", "lookup", "python"} and all(tools.values())
     runs = {run["name"]: run for run in http.get("/runs").json()["data"]}
     assert runs["toy"] == {"name": "toy", "stage": "sft", "finished": True, "report": True} and not runs["plain"]["report"]
     assert http.get("/runs/toy/events").json() == {"data": [{"stage": "sft", "step": 1, "loss": 2.5}], "next": 1}, "no half line"

@@ -138,8 +138,6 @@ async def serve(settings: ServeSettings, key: str | None, listener: socket.socke
 def command(settings: ServeSettings) -> None:
     if settings.seats < 1 or settings.queue < 0 or settings.context < 16 or settings.drain < 0 or not 0 <= settings.port < 65536:
         raise UserError("--seats is at least 1, --queue and --drain at least 0, --context at least 16, --port from 0 to 65535")
-    if settings.documents and not settings.documents.is_dir():
-        raise UserError(f"there is no folder {settings.documents}")
     key = key_of(settings)
     listener = listen(settings)
     asyncio.run(serve(settings, key, listener))
