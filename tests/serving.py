@@ -141,6 +141,15 @@ class Running:
         found = re.search(rf"^{name} (\S+)$", self.http.get("/metrics").text, re.M)
         return float(found[1])
 
+    def engine(self) -> int:
+        """Number of the engine process: a child of the helper that forks it."""
+
+        def children(pid):
+            return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+        [pid] = [grandchild for child in children(self.process.pid) for grandchild in children(child)]
+        return pid
+
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,7 +1,9 @@
 """What a server must withstand: each attack of docs/security.md that concerns it, against a real one."""
 
 import json
+import os
 import random
+import signal
 import socket
 import threading
 import time
@@ -20,7 +22,8 @@ from tests.serving import NO_KERNELS, Running, make_home
 KEY = "0123456789abcdef0123"
 IMPATIENT = """
 from pathlib import Path
-from nanoghost.serve import app, connection, guard, server
+from nanoghost.serve import app, client, connection, guard, server
+client.SILENCE = 4.0
 app.PAGE = Path({page!r})
 connection.PatientProtocol.header_seconds = 0.6
 connection.PatientProtocol.stall_seconds = 0.6
@@ -221,6 +224,15 @@ def test_random_bodies(server):
         place[rng.choice([*place, "x"])] = rng.choice(things)
         assert server.http.post("/v1/chat/completions", json=body).status_code in (200, 400, 404)
     assert server.figure("nanoghost_engine_starts") == 1, "nothing so far has killed the engine"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the engine process in /proc")
+def test_an_engine_that_hangs_is_replaced(server):
+    os.kill(server.engine(), signal.SIGSTOP)
+    answer = server.http.post("/v1/chat/completions", json=ask())
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_stopped" and answer.headers["retry-after"]
+    server.wait(lambda: server.http.get("/ready").status_code == 200, 20)
+    assert server.http.post("/v1/chat/completions", json=ask()).status_code == 200
 
 
 def test_nobody_types_a_mark(server):

@@ -15,7 +15,7 @@ from nanoghost.people import Person
 from tests.serving import LEARNED, NOTE, Running, make_home
 
 KING = LEARNED[0][1]["content"]
-LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 900}}}
+LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 3000}}}
 FOREVER = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "n": 8, "response_format": LONG}  # as long as it gets
 WEATHER = {
     "type": "function",
@@ -175,7 +175,7 @@ def test_errors_are_the_clients_own_exceptions(client):
 
 def test_cancel_frees_the_engine_at_once(server, client):
     before = server.figure("nanoghost_cancelled_total")
-    said = client.chat.completions.create(model="toy", stream=True, **FOREVER)
+    said = client.chat.completions.create(model="toy", stream=True, **FOREVER | {"max_tokens": 480})
     next(iter(said))
     assert server.figure("nanoghost_rows") > 0
     said.close()
@@ -184,7 +184,7 @@ def test_cancel_frees_the_engine_at_once(server, client):
     async def leave():
         async with httpx.AsyncClient(base_url=server.url, trust_env=False) as http:
             with pytest.raises(httpx.ReadTimeout):
-                await http.post("/v1/chat/completions", json={"model": "toy"} | FOREVER, timeout=0.25)
+                await http.post("/v1/chat/completions", json={"model": "toy"} | FOREVER | {"max_tokens": 480}, timeout=0.1)
 
     asyncio.run(leave())
     server.wait(lambda: server.figure("nanoghost_rows") == 0, 2)
@@ -313,23 +313,13 @@ def test_side_routes(server):
 # ── when the engine dies, and when the server is told to stop ─────────────────────────────────────────────────────────
 
 
-def engine_pid(server) -> int:
-    """The process that the server's helper has forked."""
-    def children(pid):
-        with open(f"/proc/{pid}/task/{pid}/children") as f:
-            return [int(word) for word in f.read().split()]
-
-    [pid] = [grandchild for child in children(server.process.pid) for grandchild in children(child)]
-    return pid
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the engine process in /proc")
 def test_a_killed_engine_is_an_error_for_the_open_and_comes_back(server):
     starts = server.figure("nanoghost_engine_starts")
     with server.http.stream("POST", "/v1/chat/completions", json={"model": "toy", "stream": True} | FOREVER) as answer:
         lines = answer.iter_lines()
         next(lines)
-        os.kill(engine_pid(server), signal.SIGKILL)
+        os.kill(server.engine(), signal.SIGKILL)
         told = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
     assert told[-1]["error"]["code"] == "engine_stopped"
     seconds = server.wait(lambda: server.http.get("/ready").status_code == 200, 20)

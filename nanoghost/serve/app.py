@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
@@ -234,7 +234,7 @@ def make_app(service: Service) -> FastAPI:
             raise Refused(404, f"there is no run '{name}': /runs lists them", "name")
         return ModelFolder(name)
 
-    @app.get("/runs/{name}/report", response_model=None, responses=documented(404))
+    @app.get("/runs/{name}/report", response_class=HTMLResponse, responses=documented(404))
     async def report(name: str) -> Response:
         path = run_folder(name).path / "report.html"
         if not path.exists():
@@ -259,9 +259,9 @@ def make_app(service: Service) -> FastAPI:
             return answer({"status": "ready"})
         return error(503, "the server is stopping" if service.draining else "the model is being loaded", headers={"retry-after": str(RETRY_SECONDS)})
 
-    @app.get("/metrics", response_model=None, responses=documented())
+    @app.get("/metrics", response_class=PlainTextResponse, responses=documented())
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     # ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -275,17 +275,19 @@ def make_app(service: Service) -> FastAPI:
         app.mount("/static", Policed(directory=service.page), name="static")
 
     def description() -> dict:
-        if not app.openapi_schema:
-            app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            for path in app.openapi_schema["paths"].values():
-                for operation in path.values():
-                    operation["responses"].pop("422", None)  # FastAPI's own; here it is 400
-            parts = app.openapi_schema.setdefault("components", {}).setdefault("schemas", {})
-            inner = {"type": "object", "required": ["message", "type", "param", "code"]}
-            parts["Error"] = {"type": "object", "required": ["error"], "properties": {"error": inner}}
-            for unused in ("HTTPValidationError", "ValidationError"):
-                parts.pop(unused, None)
-        return app.openapi_schema
+        found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path in found["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)  # FastAPI's own; here it is 400
+        parts = found["components"]["schemas"]
+        inner = {"type": "object", "required": ["message", "type", "param", "code"]}
+        parts["Error"] = {"type": "object", "required": ["error"], "properties": {"error": inner}}
+        for unused in ("HTTPValidationError", "ValidationError"):
+            parts.pop(unused, None)
+        if names := list(registry.models()):  # as they are now: who tries the API by its description meets models, not only 404
+            for kind in ("ChatRequest", "CompletionRequest", "TokenizeRequest"):
+                parts[kind]["properties"]["model"]["enum"] = names
+        return found
 
     app.openapi = description
     return app

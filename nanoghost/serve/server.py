@@ -104,6 +104,7 @@ def listen(settings: ServeSettings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen(128)  # who comes before all is ready waits
     except (OSError, OverflowError) as e:
         listener.close()
         why = "is in use: choose another with --port" if getattr(e, "errno", 0) == 98 else f"cannot be listened on ({e})"

@@ -133,7 +133,8 @@ class Worker:
             while self.pipe.poll(0 if self.open or self.waiting or self.untouched else None):
                 self.take(self.pipe.recv())
             self.admit()
-            said = [part for o in list(self.open.values()) if o.reading for part in self.read(o)]
+            reader = next((o for o in self.open.values() if o.reading), None)  # one at a time: those who write wait for a piece, not for all
+            said = self.read(reader) if reader else []
             for engine in self.engines.values():
                 if engine.waiting or engine.running:
                     engine.step()
