@@ -28,10 +28,14 @@ parity: .venv/installed  ## compare models with transformers, peft and llama.cpp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
 	$(BIN)/python -m pytest -q -rs tests/test_parity.py tests/test_llama_cpp.py tests/test_model.py tests/test_lora.py
 
+page: .venv/installed  ## try the chat page in a real browser (skipped where chromium and its driver are not installed)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[page]'
+	$(BIN)/python -m pytest -q -rs tests/test_page.py
+
 lines: .venv/installed  ## count what one reads from speedrun.py to the chat
 	@$(BIN)/python -m tests.lines
 
 clean:  ## remove the virtual environment and caches (models stay in the home folder)
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup speedrun chat test parity lines clean
+.PHONY: help setup speedrun chat test parity page lines clean

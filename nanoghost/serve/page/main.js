@@ -1,0 +1,217 @@
+// START READING HERE: what the server has, which view is shown, what keys do. The views are in their own files.
+
+import { getJson, onKeyNeeded } from "./api.js";
+import { Chat } from "./chat.js";
+import { byId, icon } from "./dom.js";
+import { Runs } from "./runs.js";
+import { Settings } from "./settings.js";
+import { Sidebar } from "./sidebar.js";
+import { save } from "./store.js";
+
+const server = { models: [], people: [], tools: [] };
+const box = byId("message");
+const narrow = matchMedia("(max-width: 760px)");
+
+const settings = new Settings(server, (fields) => {
+  const { conversation } = chat;
+  conversation.settings = { ...conversation.settings, ...fields };
+  if (Object.keys(conversation.tree.nodes).length) save(conversation);
+  shown();
+});
+
+const chat = new Chat({
+  knowsTools: (model) => settings.knowsTools(model),
+  defaults: () => settings.defaults(),
+  shown: () => shown(),
+  async changed(conversation) {
+    if (conversation === chat.conversation) shown();
+    if (!Object.keys(conversation.tree.nodes).length) return;
+    await save(conversation);
+    await sidebar.changed(conversation.id);
+  },
+});
+
+const sidebar = new Sidebar({
+  opened: () => (byId("chat").hidden ? null : chat.conversation.id),
+  live: (id) => chat.live(id),
+  deleted: (id) => chat.forget(id),
+  replaced: (id) => id === chat.conversation.id && !byId("chat").hidden && (chat.busy ? shown() : reopen(id)),
+});
+
+const runs = new Runs();
+
+// Everything around the messages that depends on the conversation.
+function shown() {
+  const { conversation, busy } = chat;
+  settings.show(conversation.settings);
+  const title = byId("chat").hidden ? "Models" : conversation.title || "New chat";
+  byId("title").textContent = title;
+  document.title = conversation.title && title !== "Models" ? `${title} · nanoghost` : "nanoghost";
+  byId("about-model").textContent = settings.about(conversation.settings.model);
+  byId("more").hidden = byId("chat").hidden || !conversation.title;
+  const send = byId("send");
+  send.setAttribute("aria-label", busy ? "Stop" : "Send");
+  send.title = busy ? "Stop (Esc)" : "Send (Enter)";
+  send.replaceChildren(icon(busy ? "stop" : "send"));
+  send.disabled = !busy && !box.value.trim();
+  box.placeholder = `Message ${conversation.settings.model || "the model"}`;
+}
+
+// ── views ──
+
+async function route() {
+  const [, view, name] = location.hash.split("/");
+  const models = view === "runs";
+  closeDrawer();
+  byId("chat").hidden = models;
+  byId("runs-view").hidden = !models;
+  if (models) byId("models").setAttribute("aria-current", "page");
+  else byId("models").removeAttribute("aria-current");
+  if (models) await runs.open(name && decodeURIComponent(name));
+  else {
+    runs.leave();
+    await reopen(view === "c" ? name : null);
+    if (!narrow.matches) box.focus();
+  }
+  shown();
+  sidebar.draw();
+}
+
+async function reopen(id) {
+  if (!(await chat.open(id)) && id) history.replaceState(null, "", "#/");  // it is gone
+}
+
+async function begin() {
+  byId("server-problem").hidden = true;
+  try {
+    const [models, people, tools] = await Promise.all(["/v1/models", "/people", "/tools"].map(getJson));
+    Object.assign(server, { models: models.data, people: people.data, tools: tools.data });
+  } catch (error) {
+    byId("server-problem").hidden = false;
+    byId("server-said").textContent = error.message;
+  }
+  settings.fill();
+  await route();
+}
+
+// ── the message box ──
+
+function grow() {
+  box.style.height = "auto";
+  box.style.height = `${Math.min(box.scrollHeight, innerHeight * 0.4)}px`;
+  shown();
+}
+
+function submit() {
+  const text = box.value.trim();
+  if (chat.busy) return chat.stop();
+  if (!text) return;
+  box.value = "";
+  chat.send(text);
+  history.replaceState(null, "", `#/c/${chat.conversation.id}`);
+  grow();
+}
+
+byId("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  submit();
+});
+box.addEventListener("input", grow);
+box.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    if (!chat.busy) submit();
+  }
+  if (event.key === "ArrowUp" && !box.value) {
+    event.preventDefault();
+    chat.editLast();
+  }
+});
+
+// ── keys, drawer, theme, sheets ──
+
+function openDrawer() {
+  document.body.classList.toggle("drawer", narrow.matches);
+  document.body.classList.remove("wide");
+  byId("main").inert = narrow.matches;
+  byId("menu").setAttribute("aria-expanded", "true");
+}
+
+function closeDrawer() {
+  document.body.classList.remove("drawer");
+  byId("main").inert = false;
+  if (narrow.matches) byId("menu").setAttribute("aria-expanded", "false");
+}
+
+byId("menu").addEventListener("click", () => {
+  if (narrow.matches || document.body.classList.contains("wide")) {
+    openDrawer();
+    byId(narrow.matches ? "new-chat" : "menu").focus();
+  } else {
+    document.body.classList.add("wide");
+    byId("menu").setAttribute("aria-expanded", "false");
+  }
+});
+byId("veil").addEventListener("click", closeDrawer);
+
+addEventListener("keydown", (event) => {
+  const typing = event.target.closest("input, textarea, select");
+  if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
+    event.preventDefault();
+    openDrawer();
+    byId("search").select();
+    byId("search").focus();
+  } else if (event.key === "?" && !typing) byId("keys-sheet").showModal();
+  else if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
+    if (document.body.classList.contains("drawer")) (closeDrawer(), byId("menu").focus());
+    else if (byId("more").open) byId("more").open = false;
+    else if (chat.busy) chat.stop();
+  }
+});
+
+byId("theme").addEventListener("click", () => {
+  const root = document.documentElement;
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+  localStorage.setItem("nanoghost-theme", root.dataset.theme);
+});
+
+byId("new-chat").addEventListener("click", () => (location.hash === "#/" ? route() : (location.hash = "#/")));
+byId("help").addEventListener("click", () => byId("keys-sheet").showModal());
+byId("server-again").addEventListener("click", begin);
+byId("skip").addEventListener("click", (event) => {
+  event.preventDefault();  // the address names the view, not a place on the page
+  (byId("chat").hidden ? byId("runs") : box).focus();
+});
+for (const dialog of document.querySelectorAll("dialog")) {
+  dialog.addEventListener("click", (event) => event.target === dialog && dialog.id !== "key-sheet" && dialog.close());
+}
+byId("more").addEventListener("click", ({ target }) => {
+  const { id } = chat.conversation;
+  const does = {
+    rename: () => (openDrawer(), sidebar.rename(id)),
+    markdown: () => sidebar.exportOne(id, true),
+    json: () => sidebar.exportOne(id, false),
+    delete: () => sidebar.delete(id),
+  };
+  const act = target.closest("[data-do]")?.dataset.do;
+  if (act) (byId("more").open = false), does[act]();
+});
+
+// The key stays in this tab's session and goes nowhere but to this server.
+onKeyNeeded((refused) => new Promise((resolve) => {
+  const sheet = byId("key-sheet");
+  byId("key-said").textContent = refused ? "That key was refused." : "";
+  byId("key").value = "";
+  byId("key-form").onsubmit = (event) => {
+    event.preventDefault();
+    sheet.close();
+    resolve(byId("key").value.trim());
+  };
+  if (!sheet.open) sheet.showModal();
+}));
+byId("key-sheet").addEventListener("cancel", (event) => event.preventDefault());
+
+for (const place of document.querySelectorAll("[data-icon]")) place.prepend(icon(place.dataset.icon));
+addEventListener("hashchange", route);
+begin();

@@ -1,0 +1,131 @@
+"""Pictures of the page: python -m tests.page_screenshots FOLDER
+
+docs/page-light.png and docs/page-dark.png are made by it.
+"""
+
+import base64
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests import page_browser
+from tests.page_server import Server, call, text
+
+QUESTION = "When did we plant the pear tree, and how old was the house then?"
+FOUND = [
+    {"n": 1, "source": "notes/garden.md", "text": "Pear tree (Conference) planted in the spring of 1974, south wall. First fruit three years later."},
+    {"n": 2, "source": "notes/house.md", "text": "Built 1911. New roof after the storm of 1953, windows in 1988."},
+]
+ANSWER = """You planted the pear tree in the **spring of 1974**, at the south wall [1]. The house was built in 1911 [2], so it was 63 years old by then.
+
+| | year | age of the house |
+|---|--:|--:|
+| house built | 1911 | 0 |
+| new roof | 1953 | 42 |
+| pear tree planted | 1974 | 63 |
+"""
+CODE = """Here is one that works for any two years:
+
+```python
+def age(built: int, year: int) -> int:
+    \"\"\"How old a house was in some year.\"\"\"
+    return year - built
+
+print(age(1911, 1974))  # 63
+```
+
+It counts *calendar* years; a house finished in December is a little younger than it says.
+"""
+
+
+def answers():
+    def looked_up():
+        yield from call(1, "lookup", {"query": "pear tree planted"}, "two passages", passages=FOUND)
+        yield from call(2, "calculator", {"expression": "1974 - 1911"}, "63")
+        yield from text(ANSWER)
+
+    return {QUESTION: looked_up, "Write that as a small function.": lambda: text(CODE)}
+
+
+def say(browser, words):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser.find_element(By.ID, "message").send_keys(words, Keys.ENTER)
+    wait(browser, "return !document.querySelector('.writing') && document.querySelectorAll('.assistant').length")
+    time.sleep(0.2)
+
+
+def wait(browser, condition, seconds=10):
+    until = time.time() + seconds
+    while not browser.execute_script(condition):
+        assert time.time() < until, condition
+        time.sleep(0.03)
+
+
+def main(folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    server = Server()
+    server.answers |= answers()
+    with tempfile.TemporaryDirectory() as place:
+        browser = page_browser.start(place)
+        try:
+            take_all(browser, server, folder)
+        finally:
+            browser.quit()
+            server.close()
+
+
+def take_all(browser, server, folder):
+    def picture(name, top=False):
+        browser.execute_script("document.activeElement.blur(); document.getElementById('scroller').scrollTop = arguments[0]", 0 if top else 10**6)
+        time.sleep(0.35)
+        data = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]
+        (folder / f"{name}.png").write_bytes(base64.b64decode(data))
+
+    def go(address):
+        browser.execute_script("location.hash = arguments[0]", address)
+        time.sleep(0.4)
+
+    page_browser.theme(browser, "light")
+    page_browser.resize(browser, 1240, 860)
+    browser.get(server.address)
+    wait(browser, "return document.querySelectorAll('#model option').length")
+    picture("empty")
+    for words in ("A name for a small grey cat", "Why is the sea salt?", "Sonnet about a lighthouse", "What did the ghost of Hamlet's father want?"):
+        say(browser, words)
+        go("#/")
+    browser.execute_script("""
+        for (const box of document.querySelectorAll('[name=tools]')) if (box.value !== 'python') box.checked = true;
+        document.getElementById('settings-form').dispatchEvent(new Event('input'));""")
+    say(browser, QUESTION)
+    picture("first")
+    say(browser, "Write that as a small function.")
+    for theme in ("light", "dark"):
+        page_browser.theme(browser, theme)
+        page_browser.resize(browser, 1200, 1120)
+        picture(f"page-{theme}")
+        page_browser.resize(browser, 1240, 860)
+        for name in ("settings", "help"):
+            browser.execute_script("document.getElementById(arguments[0]).click()", name)
+            picture(f"{name}-{theme}")
+            browser.execute_script("document.querySelector('dialog[open]').close()")
+        here = browser.execute_script("return location.hash")
+        for name, address in (("models", "#/runs"), ("curves", "#/runs/ghost-new"), ("report", "#/runs/ghost")):
+            go(address)
+            picture(f"{name}-{theme}")
+        go(here)
+    for theme in ("light", "dark"):  # last: a browser that was a phone has forgotten its mouse
+        page_browser.theme(browser, theme)
+        page_browser.resize(browser, 375, 780, phone=True, scale=2)
+        picture(f"phone-{theme}")
+        browser.execute_script("document.getElementById('menu').click()")
+        picture(f"phone-drawer-{theme}")
+        browser.execute_script("document.getElementById('veil').click()")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("python -m tests.page_screenshots FOLDER")
+    main(Path(sys.argv[1]))

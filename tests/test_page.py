@@ -1,0 +1,788 @@
+"""The chat page in a real browser, against a server with answers written beforehand.
+
+`make page` installs what it needs; where Chromium or selenium is absent, all of it is skipped by name.
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import page_browser
+from tests.page_hostile import HOSTILE
+from tests.page_server import PAGE, Server, events, text
+
+pytest.importorskip("selenium", reason="selenium is not installed: make page")
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+missing = not page_browser.CHROMIUM or not page_browser.DRIVER
+pytestmark = pytest.mark.skipif(missing, reason="Chromium and its driver are not installed")
+
+WATCH = """
+window.violations = [];
+document.addEventListener('securitypolicyviolation', (e) => window.violations.push(e.violatedDirective + ' ' + e.blockedURI));
+window.problems = [];
+addEventListener('error', (e) => window.problems.push(String(e.message)));
+addEventListener('unhandledrejection', (e) => window.problems.push(String(e.reason)));
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = page_browser.start(tmp_path_factory.mktemp("browser"))
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": WATCH})
+    yield browser
+    browser.quit()
+
+
+class Page:
+    """What a person does with the page."""
+
+    def __init__(self, browser, server):
+        self.browser, self.server = browser, server
+
+    def open(self, path="/", ready="return document.querySelectorAll('#model option').length"):
+        if self.browser.current_url.startswith(f"{self.server.address}/#"):
+            self.browser.get("about:blank")  # another address with # alone would load nothing
+        self.browser.get(self.server.address + path)
+        self.wait(ready)
+
+    def js(self, script, *arguments):
+        return self.browser.execute_script(script, *arguments)
+
+    def later(self, script, *arguments):
+        """The value of an async function's body."""
+        done = self.browser.execute_async_script(
+            f"const done = arguments[arguments.length - 1]; (async (...given) => {{ {script} }})(...arguments).then((value) => done({{value}}), (e) => done({{error: String(e.stack)}}))",
+            *arguments,
+        )
+        assert "error" not in done, done["error"]
+        return done["value"]
+
+    def wait(self, condition, *arguments, seconds=10):
+        until = time.time() + seconds
+        while not (value := self.js(condition, *arguments)):
+            assert time.time() < until, f"never: {condition}"
+            time.sleep(0.02)
+        return value
+
+    def one(self, selector):
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def click(self, selector):
+        self.one(selector).click()
+
+    def send(self, words, wait=True):
+        before = self.js("return document.querySelectorAll('.message').length")
+        self.one("#message").send_keys(words, Keys.ENTER)
+        self.wait("return document.querySelectorAll('.message').length > arguments[0]", before)
+        if wait:
+            self.idle()
+
+    def idle(self, seconds=10):
+        self.wait("return document.querySelector('.message') && !document.querySelector('.writing') && document.getElementById('send').ariaLabel === 'Send'", seconds=seconds)
+
+    def texts(self):
+        return self.js("return [...document.querySelectorAll('.message .said')].map((e) => e.textContent)")
+
+    def press(self, *keys):
+        self.browser.switch_to.active_element.send_keys(*keys)
+
+    def titles(self):
+        return self.js("return [...document.querySelectorAll('#conversations .title')].map((e) => e.textContent)")
+
+    def stored(self):
+        return self.later("const store = await import('/static/store.js'); return store.loadAll();")
+
+    def healthy(self):
+        assert self.js("return window.problems") == []
+        assert self.js("return window.violations") == []
+
+
+@pytest.fixture
+def empty(browser, server):
+    """A page of the same origin, for the modules by themselves."""
+    page = Page(browser, server)
+    page.open("/empty", "return true")
+    return page
+
+
+@pytest.fixture
+def page(browser, server):
+    server.reset()
+    page_browser.theme(browser, "light")
+    page_browser.resize(browser, 1280, 900)
+    page = Page(browser, server)
+    page.open("/empty", "return true")
+    page.js("localStorage.clear(); sessionStorage.clear()")
+    page.later("await new Promise((done) => { const request = indexedDB.deleteDatabase('nanoghost'); request.onsuccess = request.onerror = done; });")
+    page.open()
+    yield page
+    page.healthy()
+
+
+# ── talking ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_message_is_answered_and_kept_over_a_reload(page):
+    page.send("Hello there, ghost")
+    assert page.texts() == ["Hello there, ghost", "You said: Hello there, ghost"]
+    assert "187 tokens/s" in page.one(".figures").text and "context 412 of 2,048" in page.one(".figures").text
+    body = page.server.bodies[0]
+    assert body["messages"] == [{"role": "user", "content": "Hello there, ghost"}] and body["stream"] and body["timings"]
+    known = {"model", "messages", "stream", "timings", "stream_options", "temperature", "top_p", "max_tokens"}
+    assert set(body) == known, "unknown fields would be refused, and what was not chosen is not sent"
+    assert page.titles() == ["Hello there, ghost"]
+    page.send("And now?")
+    assert [m["role"] for m in page.server.bodies[1]["messages"]] == ["user", "assistant", "user"]
+    page.browser.refresh()
+    page.wait("return document.querySelectorAll('.message').length === 4")
+    assert page.texts()[3] == "You said: And now?"
+    assert page.js("return document.title").startswith("Hello there")
+
+
+def test_stopping_keeps_what_was_said_and_stops_the_server(page):
+    page.send("forever", wait=False)
+    page.wait("return document.querySelector('.assistant .said').textContent.includes('Word 5')")
+    page.press(Keys.ESCAPE)
+    page.idle()
+    kept = page.texts()[1]
+    assert kept.startswith("I begin. Word 1.") and "stopped" in page.one(".figures").text
+    until = time.time() + 5
+    while not page.server.stopped:
+        assert time.time() < until, "the server was not told"
+        time.sleep(0.02)
+    page.browser.refresh()
+    page.wait("return document.querySelectorAll('.message').length === 2")
+    assert page.texts()[1] == kept
+    page.send("go on")
+    assert page.server.bodies[-1]["messages"][1]["content"].strip() == kept.strip()
+
+
+def test_leaving_in_mid_answer_keeps_it(page):
+    page.send("forever", wait=False)
+    page.wait("return document.querySelector('.assistant .said').textContent.includes('Word 20')")
+    page.browser.refresh()
+    page.wait("return document.querySelectorAll('.message').length === 2")
+    assert "Word 8" in page.texts()[1] and page.js("return !document.querySelector('.writing')")
+
+
+def test_another_conversation_can_be_read_while_one_is_written(page):
+    page.send("a quiet one")
+    page.click("#new-chat")
+    page.send("forever", wait=False)
+    page.wait("return document.querySelectorAll('#conversations a').length === 2")
+    page.js("document.querySelectorAll('#conversations a')[1].click()")
+    page.wait("return document.querySelector('.said').textContent === 'a quiet one' && !document.querySelector('.writing')")
+    assert page.texts()[1] == "You said: a quiet one"
+    time.sleep(0.3)
+    page.browser.back()
+    page.wait("return document.querySelector('.writing')?.textContent.includes('Word 6')")
+    page.click("#send")
+    page.idle()
+
+
+def test_answering_again_and_editing_make_branches(page):
+    page.send("first")
+    page.send("second")
+    page.click(".message:last-child [aria-label='Answer again']")
+    page.wait("return document.querySelector('.message:last-child .count')?.textContent === '2 / 2'")
+    page.idle()
+    assert page.texts()[2:] == ["second", "You said: second"]
+    page.js("document.querySelectorAll('.user')[0].querySelector('[aria-label^=Edit]').click()")
+    page.press(Keys.CONTROL, "a")
+    page.press("another", Keys.ENTER)
+    page.wait("return document.querySelector('.user .count')?.textContent === '2 / 2'")
+    page.idle()
+    assert page.texts() == ["another", "You said: another"]
+    assert page.server.bodies[-1]["messages"] == [{"role": "user", "content": "another"}]
+    page.click(".user [aria-label='Earlier version']")
+    page.wait("return document.querySelectorAll('.message').length === 4")
+    assert page.texts()[0] == "first" and page.one(".message:last-child .count").text == "2 / 2"
+    page.click(".message:last-child [aria-label='Earlier version']")
+    page.wait("return document.querySelector('.message:last-child .count').textContent === '1 / 2'")
+    page.browser.refresh()
+    page.wait("return document.querySelectorAll('.message').length === 4")
+    assert [e.text for e in page.browser.find_elements(By.CSS_SELECTOR, ".count")] == ["1 / 2", "1 / 2"]
+    page.send("third")
+    assert [m["content"] for m in page.server.bodies[-1]["messages"]][::2] == ["first", "second", "third"]
+
+
+def test_settings_belong_to_a_conversation(page):
+    page.click("#settings")
+    page.one("#system").send_keys("Be brief.")
+    page.js("""for (const [id, value] of [['temperature', 0.2], ['top_p', 0.5], ['max_tokens', 99], ['person', 'maya']]) {
+        const field = document.getElementById(id); field.value = value; field.dispatchEvent(new Event('input', {bubbles: true})); }""")
+    page.click("[name=tools][value=lookup]")
+    page.press(Keys.ESCAPE)
+    page.js("const m = document.getElementById('model'); m.value = 'smollm2@me'; m.dispatchEvent(new Event('change'))")
+    page.send("who am I")
+    body = page.server.bodies[0]
+    assert body["model"] == "smollm2@me" and body["person"] == "maya" and body["server_tools"] == ["lookup"]
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.2, 0.5, 99)
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert "as maya" in page.one("#settings-said").text
+    page.click("#new-chat")
+    page.js("const m = document.getElementById('model'); m.value = 'ghost'; m.dispatchEvent(new Event('change'))")
+    assert page.js("return document.getElementById('tools').disabled"), "this model knows no tools"
+    page.send("hello")
+    body = page.server.bodies[1]
+    assert body["model"] == "ghost" and "server_tools" not in body and body["messages"][0]["role"] == "user"
+    page.js("document.querySelectorAll('#conversations a')[1].click()")
+    page.wait("return document.getElementById('model').value === 'smollm2@me'")
+    assert page.js("return document.getElementById('system').value") == "Be brief."
+
+
+def test_tools_fold_out_and_passages_are_notes(page):
+    page.send("tool")
+    line = page.one(".call summary")
+    assert line.text == "Calculated 17 * 23 → 391" and not page.one(".call pre").is_displayed()
+    line.click()
+    assert "expression: 17 * 23" in page.one(".call").text
+    page.send("next")
+    roles = page.server.bodies[-1]["messages"]
+    assert [m["role"] for m in roles] == ["user", "assistant", "tool", "assistant", "user"]
+    assert roles[1]["tool_calls"][0]["id"] == roles[2]["tool_call_id"] and roles[2]["content"] == "391"
+    page.send("lookup")
+    assert [e.text for e in page.browser.find_elements(By.CSS_SELECTOR, ".notes summary")] == ["1notes/garden.mdThe pear tree was planted in 1974.", "2notes/house.mdThe roof is from 1911."]
+    cites = page.browser.find_elements(By.CSS_SELECTOR, ".cite")
+    assert [e.text for e in cites] == ["1", "2"] and "[7]" in page.texts()[-1]
+    cites[0].click()
+    assert "1974" in page.one(".notes details[open] blockquote").text
+    page.browser.refresh()
+    page.wait("return document.querySelectorAll('.notes details').length === 2")
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "kept"),
+    [
+        ("restart", "engine is restarting", ""),
+        ("busy", "too much to do just now; it asks to wait 2 s", ""),
+        ("wrong", "Temperature must be at most 2.", ""),
+        ("crash", "It broke.", ""),
+        ("died", "engine is restarting", "Half an ans"),
+        ("broken", "Something is wrong.", "Half an ans"),
+        ("cut", "broke off", "Until here"),
+    ],
+)
+def test_errors_are_said_and_can_be_tried_again(page, words, said, kept):
+    page.send(words)
+    assert said in page.one(".foot .problem").text and page.texts()[1] == kept
+    page.server.healed = True
+    page.server.answers.clear()
+    page.click(".again")
+    page.idle()
+    page.wait("return !document.querySelector('.foot .problem')")
+    assert page.texts()[1] == f"You said: {words}"
+    assert bool(kept) == page.js("return Boolean(document.querySelector('.branches'))")
+
+
+def test_a_server_that_is_gone_is_said(page):
+    page.send("hello")
+    page.browser.execute_cdp_cmd("Network.enable", {})
+    page.browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1})
+    page.send("anyone?")
+    assert "does not answer" in page.one(".foot .problem").text
+    page.browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1})
+    page.click(".again")
+    page.idle()
+    assert page.texts()[-1] == "You said: anyone?"
+
+
+def test_the_key_is_asked_for_and_kept_for_the_session(page):
+    page.server.key = "open sesame"
+    page.open("/", "return document.getElementById('key-sheet').open")
+    page.press("wrong", Keys.ENTER)
+    page.wait("return document.getElementById('key-said').textContent.includes('refused')")
+    assert page.js("return document.querySelectorAll('dialog[open]').length") == 1
+    page.press("open sesame", Keys.ENTER)
+    page.wait("return document.querySelectorAll('#model option').length")
+    page.send("hello")
+    page.browser.refresh()
+    page.wait("return document.querySelectorAll('.message').length === 2")
+    assert page.js("return localStorage.length ? JSON.stringify(localStorage).includes('sesame') : false") is False
+    page.open("/#/runs/ghost", "return Boolean(document.querySelector('iframe')?.contentDocument.querySelector('h1'))")
+
+
+# ── the list ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def three(page):
+    for words in ("Pears in the garden", "A roof of slate", "Salt and the sea"):
+        page.click("#new-chat")
+        page.send(words)
+    page.wait("return document.querySelectorAll('#conversations a').length === 3")
+
+
+def test_search_rename_delete_and_undo(page):
+    three(page)
+    page.one("#search").send_keys("SAID: A ROOF")
+    page.wait("return document.querySelectorAll('#conversations a').length === 1")
+    assert page.one("mark").text.lower() == "said: a roof" and page.titles() == ["A roof of slate"]
+    page.press(Keys.ENTER)
+    page.wait("return document.querySelector('.said').textContent === 'A roof of slate'")
+    page.one("#search").send_keys("xyzzy")
+    page.wait("return document.getElementById('nothing-found').textContent === 'Nothing found.'")
+    page.one("#search").send_keys(Keys.ESCAPE)
+    page.wait("return document.querySelectorAll('#conversations a').length === 3")
+    page.click("#more summary")
+    page.click("[data-do=rename]")
+    page.wait("return document.activeElement.className === 'rename'")
+    page.press("The old roof", Keys.ENTER)
+    page.wait("return document.getElementById('title').textContent === 'The old roof'")
+    page.click("#more summary")
+    page.click("[data-do=delete]")
+    page.wait("return document.querySelectorAll('#conversations a').length === 2 && document.querySelectorAll('.message').length === 0")
+    page.click(".toast button")
+    page.wait("return document.querySelectorAll('#conversations a').length === 3 && document.querySelectorAll('.message').length === 2")
+    assert "The old roof" in page.titles()
+
+
+def test_deleting_or_renaming_in_mid_answer(page):
+    page.send("forever", wait=False)
+    page.wait("return document.querySelectorAll('#conversations a').length === 1")
+    page.click("#more summary")
+    page.click("[data-do=rename]")
+    page.wait("return document.activeElement.className === 'rename'")
+    page.press("Endless", Keys.ENTER)
+    page.wait("return document.getElementById('title').textContent === 'Endless' && document.querySelector('.writing')")
+    page.wait("return document.querySelector('.writing').textContent.includes('Word 20')")
+    assert page.stored()[0]["title"] == "Endless"
+    page.click("#more summary")
+    page.click("[data-do=delete]")
+    page.wait("return !document.querySelector('.message')")
+    time.sleep(0.6)
+    assert page.stored() == [], "what still comes does not bring it back"
+    page.click(".toast button")
+    page.wait("return document.querySelectorAll('.message').length === 2 && !document.querySelector('.writing')")
+
+
+def test_two_tabs_show_the_same(page):
+    page.send("here")
+    first = page.browser.current_window_handle
+    address = page.browser.current_url
+    page.browser.switch_to.new_window("tab")
+    page.browser.get(address)
+    page.wait("return document.querySelectorAll('.message').length === 2")
+    page.send("there")
+    page.browser.close()
+    page.browser.switch_to.window(first)
+    page.wait("return document.querySelectorAll('.message').length === 4")
+    assert page.texts()[2:] == ["there", "You said: there"]
+
+
+def downloaded(page, name):
+    folder = Path(page.browser.capabilities["chrome"]["userDataDir"]).parent
+    until = time.time() + 5
+    while not (folder / name).exists():
+        assert time.time() < until, f"{name} was not saved"
+        time.sleep(0.02)
+    return folder / name
+
+
+def test_what_is_exported_can_be_imported_and_is_the_same(page):
+    three(page)
+    page.send("tool")
+    page.send("lookup")
+    page.click(".message:last-child [aria-label='Answer again']")
+    page.wait("return document.querySelector('.message:last-child .count')?.textContent === '2 / 2'")
+    page.idle()
+    before = page.stored()
+    page.click("#export-all")
+    file = downloaded(page, "conversations.json")
+    assert len(json.loads(file.read_text())["conversations"]) == 3
+    page.later("const store = await import('/static/store.js'); for (const one of await store.loadAll()) await store.remove(one.id);")
+    page.open()
+    page.wait("return document.getElementById('nothing-found').textContent === 'Nothing said yet.'")
+    for said in ("3 conversations imported.", "0 conversations imported; 3 were here already."):
+        page.one("#file").send_keys(str(file))
+        page.wait("return document.getElementById('toast').textContent === arguments[0]", said)
+    assert page.stored() == before
+    page.js("document.querySelector('#conversations a').click()")
+    page.wait("return document.querySelectorAll('.message').length === 6")
+    page.click("#more summary")
+    page.click("[data-do=markdown]")
+    written = downloaded(page, "Salt and the sea.md").read_text()
+    assert written.startswith("# Salt and the sea\n\n**You**\n\nSalt and the sea") and "It is **391**." in written
+    page.click("#more summary")
+    page.click("[data-do=json]")
+    assert len(json.loads(downloaded(page, "Salt and the sea.json").read_text())["conversations"]) == 1
+
+
+def test_files_of_others_are_taken_field_by_field(empty):
+    read = "const store = await import('/static/store.js'); try { return store.fromJson(given[0]); } catch (e) { return e.message; }"
+    assert "not JSON" in empty.later(read, "{")
+    assert "no conversations" in empty.later(read, "[]")
+    nodes = {
+        "a": {"id": "a", "parent": "root", "role": "user", "text": "hi", "extra": 1},
+        "b": {"id": "b", "parent": "a", "role": "assistant", "model": 5, "parts": [{"text": "yes"}, 3, {"call": {"name": "x"}}], "timings": {"a": "b"}},
+        "c": {"id": "c", "parent": "d", "role": "user", "text": "in a circle"},
+        "d": {"id": "d", "parent": "c", "role": "user", "text": "in a circle"},
+        "e": {"id": "__proto__", "parent": "root", "role": "user", "text": {}},
+    }
+    nodes["f"] = {"id": '"] quoted', "parent": "root", "role": "user", "text": "not a name"}
+    file = {"format": "nanoghost-conversations", "version": 1, "conversations": [{"id": 7, "tree": {"nodes": nodes}, "settings": {"temperature": "hot"}}, None]}
+    first, second = empty.later(read, json.dumps(file))
+    assert {"a", "b"} <= set(first["tree"]["nodes"]) <= {"a", "b", "__proto__"} and "extra" not in first["tree"]["nodes"]["a"]
+    assert first["settings"]["temperature"] == 0.7 and isinstance(first["id"], str)
+    assert second["title"] == "Without a title" and second["tree"] == {"nodes": {}, "chosen": {}}
+
+
+# ── how it looks and sounds ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_dark_by_the_system_or_by_the_switch(page):
+    colour = "return getComputedStyle(document.body).backgroundColor"
+    light = page.js(colour)
+    page_browser.theme(page.browser, "dark")
+    dark = page.js(colour)
+    assert dark != light
+    page.click("#theme")
+    assert page.js(colour) == light
+    page.browser.refresh()
+    assert page.js(colour) == light, "the choice is kept"
+
+
+def test_a_phone_scrolls_in_one_direction(page):
+    page_browser.resize(page.browser, 375, 720, phone=True)
+    page.server.answers["wide"] = lambda: text("```\n" + "x" * 400 + "\n```\n\n" + "y" * 400 + "\n\n|" + " wide |" * 30 + "\n|" + "---|" * 30 + "\n\nhttps://example.com/" + "z" * 300)
+    page.send("wide")
+    page.send("w" * 300)
+    width = "return Math.max(document.documentElement.scrollWidth, document.getElementById('scroller').scrollWidth, ...[...document.querySelectorAll('.message, #composer')].map((e) => e.getBoundingClientRect().right))"
+    assert page.js(width) <= 375
+    side = "return document.getElementById('sidebar').getBoundingClientRect().right"
+    assert page.js(side) <= 0
+    page.click("#menu")
+    page.wait(side + " > 200")
+    assert page.js("return document.getElementById('main').inert") and page.js(width) <= 375
+    page.press(Keys.ESCAPE)
+    page.wait(side + " <= 0")
+    for address in ("#/runs", "#/runs/ghost-new", "#/runs/ghost"):
+        page.js("location.hash = arguments[0]", address)
+        page.wait("return document.querySelector('.runs, .chart, iframe')")
+        assert page.js("return document.documentElement.scrollWidth") <= 375
+        assert page.js("const e = document.getElementById('runs-view'); return e.scrollWidth <= e.clientWidth")
+
+
+def test_everything_by_keyboard_alone(page):
+    page.press("first", Keys.SHIFT, Keys.ENTER, Keys.SHIFT, "line two", Keys.ENTER)
+    page.idle()
+    assert page.texts()[0] == "first\nline two"
+    page.press(Keys.ARROW_UP)
+    page.wait("return document.activeElement.closest('.edit')")
+    page.press(" more", Keys.ENTER)
+    page.wait("return document.querySelector('.user .count')?.textContent === '2 / 2'")
+    page.idle()
+    page.press(Keys.CONTROL, "k")
+    assert page.js("return document.activeElement.id") == "search"
+    page.press(Keys.ENTER)
+    page.wait("return document.querySelectorAll('.message').length === 0 && document.activeElement.id === 'message'")
+    page.press(Keys.CONTROL, "k")
+    page.press(Keys.ARROW_DOWN)
+    page.press(Keys.ENTER)
+    page.wait("return document.querySelectorAll('.message').length === 2")
+    page.js("document.activeElement.blur()")
+    page.one("body").send_keys("?")
+    assert page.js("return document.getElementById('keys-sheet').open")
+    page.press(Keys.ESCAPE)
+    page.js("document.activeElement.blur()")
+    reached = []
+    for _ in range(40):
+        page.browser.switch_to.active_element.send_keys(Keys.TAB)
+        reached.append(page.js("const e = document.activeElement; return e.id || e.ariaLabel || e.textContent.trim()"))
+        ring = page.js("const e = document.activeElement; const s = getComputedStyle(e); return e === document.body || s.outlineStyle !== 'none' || e.closest('.box') !== null || s.outlineWidth")
+        assert ring
+    assert reached[0] == "skip"
+    wanted = {"new-chat", "search", "models", "import", "export-all", "theme", "help", "menu", "message", "model", "settings", "Earlier version", "Answer again", "Copy answer"}
+    assert wanted <= set(reached), wanted - set(reached)
+    page.js("document.getElementById('skip').focus()")
+    page.press(Keys.ENTER)
+    assert page.js("return document.activeElement.id") == "message"
+
+
+def test_listeners_hear_sentences(page):
+    page.js("""window.heard = []; new MutationObserver((all) => all.forEach((one) => one.addedNodes.forEach((node) => window.heard.push(node.textContent))))
+        .observe(document.getElementById('live'), {childList: true})""")
+    page.send("sentences")
+    assert page.js("return window.heard") == ["smollm2 is answering.", "The first sentence.", "The second one is here.", "And the rest"]
+    assert page.one("#live").get_attribute("aria-live") == "polite"
+
+
+def test_the_end_is_followed_only_by_those_who_are_there(page):
+    end = "const e = document.getElementById('scroller'); return e.scrollHeight - e.scrollTop - e.clientHeight"
+    page.server.answers["verse"] = lambda: text(*(f"line {n}\n\n" for n in range(400)), pause=0.01)
+    page.send("verse", wait=False)
+    page.wait("return document.querySelector('.writing').textContent.includes('line 60')")
+    assert page.js(end) < 80
+    page.js("document.getElementById('scroller').scrollTop = 0")
+    page.wait("return !document.getElementById('to-end').hidden")
+    page.wait("return document.querySelector('.writing').textContent.includes('line 160')")
+    assert page.js("return document.getElementById('scroller').scrollTop") == 0
+    page.click("#to-end")
+    page.wait("return document.querySelector('.writing').textContent.includes('line 200')")
+    assert page.js(end) < 80
+    page.click("#send")
+
+
+def test_a_long_answer_is_drawn_block_by_block(page):
+    page.js("""window.built = 0; new MutationObserver((all) => all.forEach((one) => window.built += one.addedNodes.length))
+        .observe(document.getElementById('thread'), {childList: true, subtree: true})""")
+    page.send("long", wait=False)
+    page.idle(seconds=20)
+    assert page.js("return document.querySelectorAll('.assistant h4').length") == 400
+    assert page.js("return window.built") < 12 * 400, "each block is built about once, not at every piece"
+    page.js("document.querySelector('.assistant').marked = true; document.querySelector('.user').marked = true")
+    page.send("short")
+    page.js("document.querySelector('.message:last-child [aria-label=\"Answer again\"]').click()")
+    page.wait("return document.querySelector('.message:last-child .count')?.textContent === '2 / 2'")
+    assert page.js("return document.querySelector('.user').marked"), "what did not change keeps its elements"
+
+
+def test_copying(page):
+    page.browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page.server.address})
+    page.send("markdown")
+    page.click(".copy-code")
+    assert page.later("return navigator.clipboard.readText();") == "print(1)"
+    page.click("[aria-label='Copy answer']")
+    assert page.later("return navigator.clipboard.readText();").startswith("# Title")
+
+
+# ── models ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_models_their_reports_and_curves_that_grow(page):
+    page.server.report += "<img src=x onerror='parent.ranScript = true'>"
+    page.click("#models")
+    page.wait("return document.querySelectorAll('.runs li').length === 3")
+    assert "learning now" in page.one(".runs li").text
+    page.click(".runs a")
+    page.wait("return document.querySelectorAll('.chart').length >= 6")
+    titles = page.js("return [...document.querySelectorAll('.chart figcaption')].map((e) => e.firstChild.textContent)")
+    assert {"Loss", "Reward", "Tokens per second", "Attempts that solve"} <= set(titles)
+    assert "step 60 of 73" in page.one("#runs [role=status]").text
+    colour = "return getComputedStyle(document.querySelector('.chart .line')).stroke"
+    light = page.js(colour)
+    page_browser.theme(page.browser, "dark")
+    assert page.js(colour) != light
+    page.server.events["ghost-new"] = events(70)
+    page.wait("return document.querySelector('#runs [role=status]').textContent.includes('step 70 of 73')")
+    page.server.runs[0] |= {"finished": True, "report": True}
+    page.wait("return Boolean(document.querySelector('iframe')?.contentDocument.querySelector('h1'))")
+    frame = "const d = document.querySelector('iframe').contentDocument; "
+    assert page.js(frame + "return getComputedStyle(d.querySelector('h1')).color") == "rgb(74, 91, 212)", "its style works"
+    assert page.js(frame + "return getComputedStyle(d.querySelector('p')).letterSpacing") == "3px"
+    assert page.js("return window.ranScript") is None
+    assert page.js("return window.violations.splice(0)") == ["script-src-attr inline"], "what tried to run was stopped"
+    assert "allow-scripts" not in page.one("iframe").get_attribute("sandbox")
+    page.click(".back")
+    page.wait("return document.querySelectorAll('.runs li').length === 3")
+    before = len(page.server.seen)
+    page.click("#new-chat")
+    page.wait("return !document.getElementById('chat').hidden")
+    time.sleep(2.2)
+    assert not [path for _, path in page.server.seen[before:] if "events" in path], "nobody asks for curves that nobody sees"
+    page.open("/#/runs/nobody", "return document.querySelector('#runs .problem')")
+    page.open("/#/runs/smollm2", "return document.querySelector('#runs').textContent.includes('Nothing was learned here')")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious(page, theme):
+    package = pytest.importorskip("axe_core_python", reason="axe-core-python is not installed: make page")
+    axe = (Path(package.__file__).parent / "axe.min.js").read_text()
+    page_browser.theme(page.browser, theme)
+    page.server.answers["all"] = lambda: [*page.server.answers["lookup"](), *page.server.answers["markdown"](), *text("- a\n  1. b\n\n[x](https://example.com) ~~y~~ `z`")]
+
+    def check(where):
+        time.sleep(0.3)  # until nothing fades any more
+        page.js(axe + "; window.axe = axe")
+        found = page.later("return (await window.axe.run()).violations;")
+        serious = [(v["id"], n["html"][:200], n["failureSummary"]) for v in found if v["impact"] in ("serious", "critical") for n in v["nodes"]]
+        assert not serious, (where, serious)
+
+    check("empty")
+    page.send("all")
+    page.send("restart")
+    page.click(".call summary")
+    page.click(".user [aria-label^=Edit]")
+    check("conversation")
+    for name in ("settings", "help"):
+        page.click(f"#{name}")
+        check(name)
+        page.press(Keys.ESCAPE)
+    for address, there in (("#/runs", ".runs"), ("#/runs/ghost-new", ".chart"), ("#/runs/ghost", "iframe")):
+        page.js("location.hash = arguments[0]", address)
+        page.wait("return document.querySelector(arguments[0])", there)
+        check(address)
+
+
+# ── hostile answers ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def requests_of(browser):
+    """Addresses of all requests since the last time, from Chromium's own log."""
+    seen = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in seen if m["method"] == "Network.requestWillBeSent"]
+
+
+ALLOWED = re.compile(r"/(static/[a-z]+\.(js|css|svg)|v1/(models|chat/completions)|people|tools|runs|empty)?(#.*)?")
+
+
+def test_hostile_answers_send_nothing_run_nothing_and_do_not_stop_the_page(page):
+    requests_of(page.browser)
+    del page.server.seen[:]
+    slowest = {}
+    for number in range(len(HOSTILE)):
+        page.click("#new-chat")
+        page.wait("return !document.querySelector('.message')")
+        page.js("""window.longest = 0; let last = performance.now(); const mine = window.round = {};
+            const look = () => { if (window.round !== mine) return; const now = performance.now(); window.longest = Math.max(window.longest, now - last); last = now; setTimeout(look, 10); }; look();""")
+        started = time.time()
+        page.send(f"hostile {number}", wait=False)
+        page.idle(seconds=15)
+        page.js("return document.body.offsetHeight")
+        slowest[number] = (round(time.time() - started, 1), round(page.js("return window.longest")))
+        links = page.js("return [...document.querySelectorAll('.said a')].map((a) => [a.getAttribute('href'), a.rel, a.target])")
+        assert all(re.match(r"(https?://|mailto:)", href) and rel == "noopener noreferrer" and target == "_blank" for href, rel, target in links)
+        strange = page.js("return [...document.querySelectorAll('.said *')].filter((e) => !'A ARTICLE BLOCKQUOTE BR BUTTON CODE DEL DETAILS DIV EM H3 H4 H5 H6 HR LI OL P PRE SPAN STRONG SUMMARY TABLE TBODY TD TH THEAD TR UL'.split(' ').includes(e.tagName)).map((e) => e.tagName)")
+        attributes = page.js("return [...document.querySelectorAll('.said *')].flatMap((e) => e.getAttributeNames()).filter((n) => n.startsWith('on') || n === 'style' || n === 'src')")
+        assert not strange and not attributes, number
+    assert page.js("return window.ran") is None
+    slow = {number: times for number, times in slowest.items() if times[0] > 10 or times[1] > 2500}
+    assert not slow, f"(seconds until it stood, longest time without an answer to the reader): {slow}"
+    asked = {url.removeprefix(page.server.address) for url in requests_of(page.browser)}
+    assert asked and all(ALLOWED.fullmatch(url) for url in asked), asked
+    assert all(ALLOWED.fullmatch(path) for _, path in page.server.seen), page.server.seen
+    page.open()
+    page.one("#search").send_keys("window.ran")
+    page.wait("return document.querySelectorAll('mark').length > 3")
+    assert page.js("return window.ran") is None
+
+
+def test_nothing_on_the_page_is_made_from_strings():
+    for file in PAGE.glob("*.*"):
+        source = file.read_text()
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|createContextualFragment|setHTML|\beval\(|new Function|javascript:", source), file.name
+        assert not re.search(r"https?://(?!www\.w3\.org)[a-z]", source), f"{file.name} names another host"
+        if file.suffix == ".html":
+            assert not re.search(r"<style|\sstyle=|\son[a-z]+=|<script(?! [^>]*src=)", source)
+
+
+# ── modules by themselves ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+PIECES = """
+const { Markdown } = await import('/static/markdown.js');
+let state = given[0];
+const random = (n) => { state = (state * 1664525 + 1013904223) % 4294967296; return Math.floor(state / 4294967296 * n); };
+const pick = (all) => all[random(all.length)];
+let words = 0;
+const word = () => `w${words++}w`;
+const marks = ['*', '**', '_', '__', '~~', '`', '``', '[', ']', '](', '(', ')', '](https://a.b/c)', '!', '$', '\\\\', '<b>', '&amp;', '|', '\\n', '  \\n', ' ', '\\n\\n', ' ', ': '];
+const starts = ['# ', '### ', '- ', '  - ', '    - ', '1. ', '   2) ', '> ', '>> ', '```js\\n', '```\\n', '~~~\\n', '---\\n', '| ', '|---|---|\\n', '$$', '\\\\[', '\\t', '\\r\\n', '***\\n', '-', '=', ''];
+const line = () => pick(starts) + Array.from({length: 1 + random(8)}, () => word() + pick(marks)).join('') + pick(['\\n', '\\n\\n', ' ']);
+const write = () => Array.from({length: 1 + random(12)}, line).join('');
+const draw = (text, sizes) => {
+  const box = document.createElement('div');
+  const markdown = new Markdown(box, new Set([1]));
+  for (let at = 0; sizes && at < text.length; ) { at += 1 + random(sizes); markdown.update(text.slice(0, at)); }
+  markdown.update(text, true);
+  return box;
+};
+"""
+
+
+def test_markdown_in_pieces_is_the_same_as_at_once(empty):
+    wrong = empty.later(PIECES + """
+        for (let n = 0; n < 400; n++) {
+          const text = write();
+          const whole = draw(text, 0).outerHTML;
+          for (const sizes of [1, 7]) if (draw(text, sizes).outerHTML !== whole) return [text, draw(text, sizes).outerHTML, whole];
+        }
+        return null;""", 7)  # fmt: skip
+    assert wrong is None, "\n".join(wrong)
+
+
+def test_markdown_loses_no_word_and_no_order(empty):
+    wrong = empty.later(PIECES + """
+        for (let n = 0; n < 1500; n++) {
+          const text = write();
+          const shown = draw(text, 0);
+          // A word behind ``` names the language and stands in the head of the code, where it may be cut.
+          const found = (shown.textContent.match(/w\\d+w/g) ?? []).join(' ');
+          const asked = (text.replace(/^ *(```|~~~)[^`\\n]*$/gm, '').match(/w\\d+w/g) ?? []).join(' ');
+          if (found !== asked && !/```|~~~/.test(text)) return [text, found, asked];
+        }
+        return null;""", 11)  # fmt: skip
+    assert wrong is None, "\n".join(wrong)
+
+
+CASES = [
+    ("a *b* **c** ***d*** ~~e~~ `f*` _g_ h_i_j", "<p>a <em>b</em> <strong>c</strong> <em><strong>d</strong></em> <del>e</del> <code>f*</code> <em>g</em> h_i_j</p>"),
+    ("**a *b* c** 2 * 3 * 4 \\*x\\*", "<p><strong>a <em>b</em> c</strong> 2 * 3 * 4 *x*</p>"),
+    ("# A `b` #\ntext\n***", "<h3>A <code>b</code></h3><p>text</p><hr>"),
+    ("- a\n  - b\n    1. c\n- d\n\n  more", "<ul><li>a<ul><li>b<ol><li>c</li></ol></li></ul></li><li>d<p>more</p></li></ul>"),
+    ("3. a\n4. b\ntext", '<ol start="3"><li>a</li><li>b<br>text</li></ol>'),
+    ("> a\n> > b\n\nc", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>"),
+    ("one\ntwo<br>three", "<p>one<br>two<br>three</p>"),
+    ("in the year\n1984. it was", "<p>in the year<br>1984. it was</p>"),
+    ("it costs $5 and $6, $x^2$ and \\(y\\)", '<p>it costs $5 and $6, <code class="formula">x^2</code> and <code class="formula">y</code></p>'),
+    ("<b>not bold</b> &lt;", "<p>&lt;b&gt;not bold&lt;/b&gt; &amp;lt;</p>"),
+    ("[1] and [2] [x](y)", '<p><button type="button" class="cite" data-note="1" aria-label="Note 1">1</button> and [2] [x](y)</p>'),
+    ("see https://a.b/c_d_(e). *https://a.b*", '<p>see <L="https://a.b/c_d_(e)">https://a.b/c_d_(e)</a>. <em><L="https://a.b/">https://a.b</a></em></p>'),
+    ("[*t*](https://a.b/) ![p](https://a.b/) [m](mailto:x@y.z)", '<p><L="https://a.b/"><em>t</em></a> <L="https://a.b/">Picture: p</a> <L="mailto:x@y.z">m</a></p>'),
+]  # fmt: skip
+
+
+def test_markdown(empty):
+    made = empty.later("""
+        const { Markdown } = await import('/static/markdown.js');
+        return given[0].map((source) => { const box = document.createElement('div'); new Markdown(box, new Set([1])).update(source, true); return box.innerHTML; });""",
+        [source for source, _ in CASES])  # fmt: skip
+    short = [re.sub(r'<a href="([^"]*)" title="\1" target="_blank" rel="noopener noreferrer">', r'<L="\1">', html) for html in made]
+    assert short == [expected for _, expected in CASES]
+
+
+def test_marks_that_are_not_yet_closed_do_not_flicker(empty):
+    shown = empty.later("""
+        const { Markdown } = await import('/static/markdown.js');
+        const seen = [];
+        const text = 'It is **very bold** and `code` [link](https://a.b/c)';
+        for (let n = 1; n <= text.length; n++) { const box = document.createElement('div'); new Markdown(box).update(text.slice(0, n)); seen.push(box.textContent); }
+        return seen;""")
+    assert not [words for words in shown if re.search(r"[*`(]|\]", words)], shown
+
+
+def test_trees(empty):
+    results = empty.later("""
+        const tree = await import('/static/tree.js');
+        const user = (id, parent) => ({id, parent, role: 'user', text: id});
+        const answer = (id, parent) => ({id, parent, role: 'assistant', model: 'm', parts: [{text: id}]});
+        const ids = (one) => tree.path(one).map((node) => node.id).join('');
+        const frozen = (one) => Object.freeze({nodes: Object.freeze(one.nodes), chosen: Object.freeze(one.chosen)});
+        let one = frozen(tree.emptyTree());
+        for (const node of [user('a', tree.ROOT), answer('b', 'a'), user('c', 'b'), answer('d', 'c'), answer('e', 'c'), user('f', 'b')]) one = frozen(tree.add(one, node));
+        const back = frozen(tree.turn(one, 'f', -1));
+        const call = {id: 'n', name: 'calculator', arguments: '{}', content: '2'};
+        const called = {role: 'assistant', parts: [{text: 'so'}, {call}, {text: 'two'}, {call: {...call, content: undefined}}]};
+        return {
+          shown: ids(one), siblings: tree.siblings(one, 'c'), back: ids(back), further: ids(tree.turn(back, 'e', -1)),
+          ends: [ids(tree.turn(one, 'f', 5)), ids(tree.turn(one, 'f', -9))], line: tree.ancestry(one, 'd').map((node) => node.id).join(''),
+          without: ids(tree.without(back, 'e')), onlyChild: ids(tree.without(tree.without(back, 'e'), 'd')),
+          roles: tree.messages([called], 'S', true).map((m) => m.role), plain: tree.messages([called], '', false),
+          title: tree.titleFrom('  A title\\nmore'), long: [...tree.titleFrom('word '.repeat(40))].length,
+        };""")
+    assert results == {
+        "shown": "abf", "siblings": ["c", "f"], "back": "abce", "further": "abcd", "ends": ["abf", "abce"], "line": "abcd",
+        "without": "abcd", "onlyChild": "abc", "roles": ["system", "assistant", "tool", "assistant"],
+        "plain": [{"role": "assistant", "content": "so\n\ntwo"}], "title": "A title", "long": 45,
+    }  # fmt: skip
