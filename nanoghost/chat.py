@@ -75,11 +75,8 @@ def pieces(messages: list[dict]):
             for call in message.get("tool_calls") or []:
                 name, arguments = call["function"]["name"], call["function"]["arguments"]
                 yield "<tool_call>", True, learned
-                yield (
-                    f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}\n',
-                    False,
-                    learned,
-                )
+                written = f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}\n'
+                yield written, False, learned
                 yield "</tool_call>", True, learned
         yield "<|im_end|>", True, learned
         yield "\n", False, False

@@ -14,6 +14,7 @@ from nanoghost.errors import UserError
 VERBS = {
     "speedrun": ("speedrun", "SpeedrunSettings", "command", "the whole pipeline: from an empty folder to a chat"),
     "chat": ("serve.terminal", "ChatSettings", "command", "talk to a model"),
+    "serve": ("serve.server", "ServeSettings", "command", "a chat page and an API for other programs, on this computer"),
     "report": ("evals.report", "ReportSettings", "command", "what was made, how, and how good it is"),
     "data": ("data.command", "DataSettings", "command", "fetch, check and tokenise text"),
     "tokenizer train": ("evals.tokens", "TrainSettings", "train_command", "learn a vocabulary from text"),
@@ -55,6 +56,8 @@ VERBS = {
 EXAMPLES = {
     "speedrun": "nanoghost speedrun\n  nanoghost speedrun --minutes 2",
     "chat": "nanoghost chat\n  nanoghost chat ghost --prompt 'What is 12 + 345?'\n  nanoghost chat ghost --documents ./notes",
+    "serve": "nanoghost serve\n  nanoghost serve smollm2 --documents ./notes\n"
+    "  nanoghost serve --host 0.0.0.0 --api-key-file key.txt --allow-host ghost.example.org",
     "report": "nanoghost report\n  nanoghost report ghost-base --json",
     "data": "nanoghost data plays\n  nanoghost data ./my_notes",
     "tokenizer train": "nanoghost tokenizer train --data plays --vocab-size 4096",

@@ -128,9 +128,7 @@ def threads() -> int:
     # torchrun sets OMP_NUM_THREADS=1 when it is unset: under it, 1 is nobody's choice.
     if chosen and not (world_size > 1 and chosen == "1"):
         if not (chosen.isdecimal() and int(chosen) > 0):
-            raise UserError(
-                f"OMP_NUM_THREADS={chosen} is not a thread count: use a whole number from 1 up, or unset it"
-            )
+            raise UserError(f"OMP_NUM_THREADS={chosen} is not a thread count: use a whole number from 1 up, or unset it")
         return int(chosen)
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
 

@@ -10,10 +10,12 @@
 People share nothing: no file, no adapter, no cache.
 """
 
+import fcntl
 import json
 import re
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from nanoghost.errors import UserError
@@ -44,12 +46,19 @@ class Person:
 
     def say(self, speaker: str, text: str, when: float | None = None) -> dict:
         """Write down what `speaker` ("user" or "assistant") said."""
-        journal = self.path / "journal.jsonl"
-        used = [*(entry["id"] for entry in self.journal[-1:]), *(source for row in self.ledger for source in row["sources"])]
-        number = 1 + max(used, default=0)  # a number that was forgotten is not given again
-        entry = {"id": number, "time": round(time.time() if when is None else when, 3), "speaker": speaker, "text": text}
-        append_line(journal, entry)
-        return entry
+        with self.journal_lock():
+            used = [*(entry["id"] for entry in self.journal[-1:]), *(source for row in self.ledger for source in row["sources"])]
+            number = 1 + max(used, default=0)  # a number that was forgotten is not given again
+            entry = {"id": number, "time": round(time.time() if when is None else when, 3), "speaker": speaker, "text": text}
+            append_line(self.path / "journal.jsonl", entry)
+            return entry
+
+    @contextmanager
+    def journal_lock(self):
+        """One at a time in the journal: a server, a chat and a correction may write it. A night, which lasts, keeps nobody out."""
+        with open(self.path / ".journal.lock", "w") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            yield
 
     # ── the ledger ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -94,11 +103,12 @@ class Person:
         gone = [row for row in self.ledger if key_of(row) == key_of(found)]
         sources = {source for row in gone for source in row["sources"]}
         names = re.compile("|".join(rf"(?<!\w){re.escape(row['value'])}(?!\w)" for row in gone), re.IGNORECASE)
-        journal = self.journal
-        kept = [e for e in journal if e["id"] not in sources and not names.search(e["text"])]
         for path in (self.path / "adapter", self.path / ".adapter.old", *(self.path / "nights").glob("*")):
             shutil.rmtree(path, ignore_errors=True)  # they know it, they quote it
-        write_lines(self.path / "journal.jsonl", kept)
+        with self.journal_lock():
+            journal = self.journal
+            kept = [e for e in journal if e["id"] not in sources and not names.search(e["text"])]
+            write_lines(self.path / "journal.jsonl", kept)
         self.write_ledger([row for row in self.ledger if row not in gone])
         return found, len(journal) - len(kept)
 

@@ -117,7 +117,7 @@ class Dialect:
             )
             return ""
 
-        content = re.sub(r"<tool_call>(.*?)(?:</tool_call>|$)", taken, text, flags=re.DOTALL)
+        content = re.sub(r"<tool_call>(.*?)(?:</tool_call>|\Z)", taken, text, flags=re.DOTALL)
         return {"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {})
 
 

@@ -1,6 +1,7 @@
 """A person's journal and ledger: they lose nothing, keep to themselves, and their owner has a say in them."""
 
 import stat
+import threading
 import zipfile
 from pathlib import Path
 
@@ -118,3 +119,21 @@ def test_lookup_finds_by_stems_and_nothing_where_nothing_fits():
     assert index.search("When is my sister's birthday?", 2) == [0, 2] and index.search("the birthdays") == [0]
     assert index.search("what was the name of my dogs", 3) == [1]
     assert index.search("Do you know me?") == [] and index.search('"; drop table texts --') == [] and Index([]).search("x") == []
+
+
+def test_two_who_write_into_a_journal_at_once_give_each_line_its_number(me):
+    """A server and a chat in the terminal may, and a correction in between loses nothing."""
+    def write(name):
+        for i in range(20):
+            me.say("user", f"{name} {i}")
+
+    me.say("user", "My sister is Ines.")
+    me.write_ledger([{"id": 1, "subject": "user", "relation": "sister's name", "value": "Ines", "time": 1, "sources": [1], "supersedes": None}])
+    threads = [threading.Thread(target=write, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    me.forget(1)
+    for thread in threads:
+        thread.join()
+    numbers = [entry["id"] for entry in me.journal]
+    assert len(numbers) == 40 and numbers == sorted(set(numbers))

@@ -39,6 +39,10 @@ class Row:
     """Maps an OpenAI tool call to the tool's answer; without it a call just ends the answer."""
     adapter: str = ""
     """Which adapter speaks; empty for the base alone."""
+    owner: str = ""
+    """Whose it is: what was read is shared only among rows of one owner."""
+    watcher: object | None = None
+    """Sees the logits before each token is chosen (`before`, may change them in place), and which it was (`after`): watch.py."""
     ids: list[int] = field(default_factory=list)
     """What came after the prompt."""
     logprobs: list[float] = field(default_factory=list)
@@ -94,9 +98,7 @@ class Engine:
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
 
-    def add(
-        self, prompt: list[int], s: Sampling, samples: int = 1, run_tool=None, adapter: str | None = None, stream: int = 0
-    ) -> list[Row]:
+    def add(self, prompt: list[int], s: Sampling, samples=1, run_tool=None, adapter: str | None = None, stream=0) -> list[Row]:
         """Queue a prompt to be continued `samples` times, with streams of random numbers from `stream` on.
 
         Raises UserError if the prompt leaves no room in the context.
@@ -143,7 +145,7 @@ class Engine:
             room -= count
             if count:
                 up_to_date = count == len(row.unread)
-                guess = self.runner.guess(row) if up_to_date and self.runner.drafts and not row.twins else []
+                guess = self.runner.guess(row) if up_to_date and self.runner.drafts and not (row.twins or row.watcher) else []
                 batch.append(Reading(row, row.unread[:count] + guess, up_to_date + len(guess), len(guess)))
         return batch
 
@@ -165,9 +167,14 @@ class Engine:
         asked = [(row, len(row.ids) + i) for row, guess in writers for i in range(len(guess) + 1)]
         uniforms = [uniform(row.sampling.seed, row.stream, i) for row, i in asked]
         logits = logits if len(places) == ready else logits[places]
+        for i, (row, _) in enumerate(asked):
+            if row.watcher:
+                row.watcher.before(logits[i])
         chosen = zip(*choose(logits, [row.sampling for row, _ in asked], uniforms))
         for row, guess in writers:
             own = [next(chosen) for _ in range(len(guess) + 1)]
+            if row.watcher:
+                row.watcher.after(own[0][0])
             accept(row, guess, own, self.settle)
             if row.finish_reason:
                 self.runner.close(row)

@@ -1,8 +1,8 @@
 """A packed Llama behind the engine: keys and values in pages of 16 tokens, shared by all who begin with the same text.
 
-A full page is known by its tokens and by the page before it, so a chain of pages stands for one beginning exactly. Who
-comes with the same beginning, the next turn of a conversation or another with the same system text, finds it read already. Pages
-that nobody uses are kept until the room is needed, the one that rested longest goes first.
+A full page is known by its tokens and by the page before it, and the first by whose it is, so a chain of pages stands for
+one beginning exactly. Who comes with the same beginning, the next turn of a conversation or another with the same system
+text, finds it read already. Pages that nobody uses are kept until the room is needed, the one that rested longest goes first.
 """
 
 from collections import OrderedDict, deque
@@ -43,7 +43,7 @@ class PagedRunner:
 
     def open(self, row) -> bool:
         """Let a row in, if there are a seat and pages for all it may come to read; `row.read` says what was read already."""
-        chain, shared = row.adapter, []
+        chain, shared = (row.adapter, row.owner), []
         for start in range(0, len(row.prompt) - PAGE, PAGE):  # the last token is always read: its logits are wanted
             page = self.known.get((chain, tuple(row.unread[start : start + PAGE])))
             if page is None:
@@ -91,7 +91,7 @@ class PagedRunner:
         seat = self.rows[id(row)]
         tokens = row.tokens if row.read // PAGE > seat.known else ()
         for i in range(seat.known, row.read // PAGE):
-            chain = self.stands_for[seat.pages[i - 1]][1] if i else row.adapter
+            chain = self.stands_for[seat.pages[i - 1]][1] if i else (row.adapter, row.owner)
             key = (chain, tuple(tokens[i * PAGE : (i + 1) * PAGE]))
             if key in self.known:  # somebody wrote the same at the same time: go on with theirs, it is the same
                 page = self.known[key]
@@ -110,9 +110,9 @@ class PagedRunner:
         if not self.users[page]:
             self.resting[page] = None
 
-    def add_adapter(self, folder: Path) -> None:
-        """From here on rows may go through the adapter of this folder, by its path."""
-        self.model.adapters[str(folder)] = read_adapter(folder, self.model.config, torch.float32)
+    def add_adapter(self, folder: Path, name: str = "") -> None:
+        """From here on rows may go through the adapter of this folder, by this name or its path."""
+        self.model.adapters[name or str(folder)] = read_adapter(folder, self.model.config, torch.float32)
 
     def close(self, row) -> None:
         self.remember(row)

@@ -19,12 +19,12 @@ class PlainRunner:
         self.names: list[str] = []
         """Of the model's adapters, that rows ask for."""
 
-    def add_adapter(self, folder) -> None:
-        """From here on rows may go through the adapter of this folder, by its path."""
+    def add_adapter(self, folder, name: str = "") -> None:
+        """From here on rows may go through the adapter of this folder, by this name or its path."""
         from nanoghost.model.lora import read_adapter
 
         self.model.adapters = [*self.model.adapters, read_adapter(folder, self.model.config, self.model.head.dtype)]
-        self.names.append(str(folder))
+        self.names.append(name or str(folder))
 
     def open(self, row) -> bool:
         """Give a row a seat, if there is one."""

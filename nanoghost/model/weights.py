@@ -101,9 +101,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"cannot read weights {path}: {e}") from None
 
 
-def save_checkpoint(
-    folder: Path, step: int, optimizer_state: dict[str, torch.Tensor], notes: dict, rank: int = 0
-) -> None:
+def save_checkpoint(folder: Path, step: int, optimizer_state: dict[str, torch.Tensor], notes: dict, rank: int = 0) -> None:
     """One file, one rename: masters, moments and the step they belong to, all or nothing."""
     metadata = {"step": str(step), "notes": json.dumps(notes)}
     content = safetensors.torch.save({k: t.cpu().contiguous() for k, t in optimizer_state.items()}, metadata)

@@ -5,10 +5,17 @@ from pathlib import Path
 
 from nanoghost.chat import shortened, text_of
 from nanoghost.people import Person, current
+from nanoghost.runs import ModelFolder
 from nanoghost.serve.terminal import LEAST, Conversation, Said
 from nanoghost.sleep.learn import NOTES
 from nanoghost.sleep.phrases import about, noted
 from nanoghost.sleep.router import router
+
+
+def voice(person: Person, folder: ModelFolder, messages: list[dict]) -> Path | None:
+    """The adapter that answers: theirs (or the model's own) where the last message is about them, otherwise none."""
+    own = person.adapter_for(folder) or (folder.path if "@" in folder.name else None)
+    return own if own and router().concerns(messages) else None
 
 
 class PersonalConversation(Conversation):
@@ -41,7 +48,7 @@ class PersonalConversation(Conversation):
 
     def answer(self, read: list[dict] | None = None) -> Iterator[Said]:
         begun = len(self.messages)
-        self.engine.adapter = self.own if router().concerns(self.messages) else ""
+        self.engine.adapter = self.own if voice(self.person, self.folder, self.messages) else ""
         try:
             yield from super().answer(read or self.with_notes())
         finally:

@@ -110,9 +110,7 @@ class Conversation:
         kept = shortened(longer, self.tokenizer, room, generation=True)
         used = len(render(kept, self.tokenizer, generation=True)[0])
         if used > context - LEAST:
-            raise UserError(
-                f"that message takes {used} tokens, system text included; this model's context holds {context}"
-            )
+            raise UserError(f"that message takes {used} tokens, system text included; this model's context holds {context}")
         dropped = len(longer) - len(kept)
         self.forgotten += [m for m in longer if m["role"] != "system"][:dropped]
         self.messages = kept
@@ -157,9 +155,7 @@ def fragments(engine: Engine, row: Row) -> Iterator[Said]:
                 call.append(token)
             else:
                 text += decoder.feed(token)
-            if call and (
-                token == closing or (new and i == len(ids) - 1)
-            ):  # as parse_reply: the message's end also ends a call
+            if call and (token == closing or (new and i == len(ids) - 1)):  # as parse_reply: the end of the message ends it too
                 written = tokenizer.decode(call)
                 text += "" if parse_call(written) else written
                 call = []
