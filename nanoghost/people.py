@@ -53,6 +53,11 @@ class Person:
             append_line(self.path / "journal.jsonl", entry)
             return entry
 
+    def hear(self, text: str) -> dict:
+        """Write down what the person said; who wants another answer to the same has said it once."""
+        last = next((entry for entry in reversed(self.journal) if entry["speaker"] == "user"), None)
+        return last if last and last["text"] == text else self.say("user", text)
+
     @contextmanager
     def journal_lock(self):
         """One at a time in the journal: a server, a chat and a correction may write it. A night, which lasts, keeps nobody out."""

@@ -1,9 +1,11 @@
-"""Pictures of the page: python -m tests.page_screenshots FOLDER
+"""Pictures of the page, every view of it, with answers written beforehand: python -m tests.page_screenshots FOLDER
 
-docs/page-light.png and docs/page-dark.png are made by it.
+With the address of a running server and questions for it, the same page in both themes with what its model answers:
+python -m tests.page_screenshots FOLDER http://127.0.0.1:8000 QUESTION ...
 """
 
 import base64
+import contextlib
 import sys
 import tempfile
 import time
@@ -48,12 +50,12 @@ def answers():
     return {QUESTION: looked_up, "Write that as a small function.": lambda: text(CODE)}
 
 
-def say(browser, words):
+def say(browser, words, seconds=10):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
     browser.find_element(By.ID, "message").send_keys(words, Keys.ENTER)
-    wait(browser, "return !document.querySelector('.writing') && document.querySelectorAll('.assistant').length")
+    wait(browser, "return !document.querySelector('.writing') && document.querySelectorAll('.assistant').length", seconds)
     time.sleep(0.2)
 
 
@@ -64,25 +66,40 @@ def wait(browser, condition, seconds=10):
         time.sleep(0.03)
 
 
-def main(folder: Path):
+def main(folder: Path, address: str = "", *questions: str):
     folder.mkdir(parents=True, exist_ok=True)
-    server = Server()
-    server.answers |= answers()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, contextlib.closing(Server()) as server:
+        server.answers |= answers()
         browser = page_browser.start(place)
         try:
-            take_all(browser, server, folder)
+            if address:
+                take_real(browser, address, questions, folder)
+            else:
+                take_all(browser, server, folder)
         finally:
             browser.quit()
-            server.close()
+
+
+def take(browser, path: Path):
+    browser.execute_script("document.activeElement.blur(); document.getElementById('scroller').scrollTop = 10**6")
+    time.sleep(0.35)
+    path.write_bytes(base64.b64decode(browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]))
+
+
+def take_real(browser, address, questions, folder):
+    page_browser.resize(browser, 1200, 860)
+    browser.get(address)
+    wait(browser, "return document.querySelectorAll('#model option').length")
+    for question in questions:
+        say(browser, question, 120)
+    for theme in ("light", "dark"):
+        page_browser.theme(browser, theme)
+        take(browser, folder / f"page-{theme}.png")
 
 
 def take_all(browser, server, folder):
-    def picture(name, top=False):
-        browser.execute_script("document.activeElement.blur(); document.getElementById('scroller').scrollTop = arguments[0]", 0 if top else 10**6)
-        time.sleep(0.35)
-        data = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]
-        (folder / f"{name}.png").write_bytes(base64.b64decode(data))
+    def picture(name):
+        take(browser, folder / f"{name}.png")
 
     def go(address):
         browser.execute_script("location.hash = arguments[0]", address)
@@ -126,6 +143,6 @@ def take_all(browser, server, folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("python -m tests.page_screenshots FOLDER")
-    main(Path(sys.argv[1]))
+    if len(sys.argv) < 2:
+        sys.exit("python -m tests.page_screenshots FOLDER [ADDRESS QUESTION ...]")
+    main(Path(sys.argv[1]), *sys.argv[2:])

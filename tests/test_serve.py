@@ -285,6 +285,9 @@ def test_a_person_is_heard_and_their_adapter_speaks_where_it_is_about_them(serve
     server.wait(lambda: len(maya.journal) == 4, 2)
     assert [(e["id"], e["speaker"], e["text"]) for e in maya.journal] == [
         (1, "user", about["text"]), (2, "assistant", own), (3, "user", "Good morrow"), (4, "assistant", KING)]  # fmt: skip
+    server.chat(person="maya")
+    server.wait(lambda: len(maya.journal) == 5, 2)
+    assert maya.journal[-1]["speaker"] == "assistant", "who wants another answer has asked once"
     assert server.chat(person="nobody").status_code == 404 and not (server.home / "people" / "nobody").exists()
 
 

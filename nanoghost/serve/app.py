@@ -179,7 +179,7 @@ def make_app(service: Service) -> FastAPI:
         running = engine.submit(question.job())
         try:
             if person and body.messages[-1].role == "user":
-                await asyncio.get_running_loop().run_in_executor(service.journals, person.say, "user", body.messages[-1].plain()["content"])
+                await asyncio.get_running_loop().run_in_executor(service.journals, person.hear, body.messages[-1].plain()["content"])
         except BaseException:
             running.end()
             raise
