@@ -54,9 +54,10 @@ class Person:
             return entry
 
     def hear(self, text: str) -> dict:
-        """Write down what the person said; who wants another answer to the same has said it once."""
+        """Write down what the person said; who wants another answer to the same within the hour has said it once."""
         last = next((entry for entry in reversed(self.journal) if entry["speaker"] == "user"), None)
-        return last if last and last["text"] == text else self.say("user", text)
+        again = last and last["text"] == text and time.time() - last["time"] < 3600
+        return last if again else self.say("user", text)
 
     @contextmanager
     def journal_lock(self):

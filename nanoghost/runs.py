@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ def home() -> Path:
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write to a temporary name, flush to disk, rename: a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     with replacing(temporary, path), open(temporary, "wb") as f:
         f.write(content.encode() if isinstance(content, str) else content)
         f.flush()
@@ -52,7 +53,10 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path):
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:  # not JSON, not even text
+        raise UserError(f"{path} is damaged: {e}") from None
 
 
 def append_line(path: Path, value) -> None:

@@ -85,7 +85,7 @@ class Dialect:
         text = written(len(messages), generation)
         spans = []
         for i, m in enumerate(messages):
-            if m["role"] == "assistant":
+            if m["role"] == "assistant" and not generation:  # whoever writes does not learn
                 before, with_it = written(i, generation=True), written(i + 1)
                 if text.startswith(before) and text.startswith(with_it.rstrip()):
                     spans.append((len(before), len(with_it.rstrip())))

@@ -3,14 +3,18 @@
 import asyncio
 import json
 import os
+import random
+import shutil
 import signal
 import socket
 import threading
+import time
 
 import httpx
 import openai
 import pytest
 
+from nanoghost.bench import serve as bench
 from nanoghost.people import Person
 from tests.serving import LEARNED, NOTE, Running, make_home
 
@@ -292,6 +296,38 @@ def test_a_person_is_heard_and_their_adapter_speaks_where_it_is_about_them(serve
 
 
 # ── what else is there ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_echo_alone_leaves_the_engine_asleep(server):
+    asked = {"model": "toy", "prompt": "The king", "max_tokens": 0, "echo": True}
+    assert server.http.post("/v1/completions", json=asked).json()["choices"][0]["text"] == "The king"
+    time.sleep(0.3)
+    before = server.figure("nanoghost_engine_process_cpu_seconds_total")
+    time.sleep(0.7)
+    assert server.figure("nanoghost_engine_process_cpu_seconds_total") - before < 0.2
+
+
+def test_a_damaged_model_hinders_no_other(server):
+    folder = server.home / "models" / "damaged"
+    shutil.copytree(server.home / "models" / "toy", folder)
+    (folder / "config.json").write_text("{")
+    time.sleep(1.1)  # for which the list of models holds
+    assert "damaged" not in {m["id"] for m in server.http.get("/v1/models").json()["data"]}
+    assert server.chat().json()["choices"][0]["message"]["content"] == KING
+    shutil.rmtree(folder)
+
+
+def test_a_load_test_sees_what_is_right_and_what_is_wrong(server):
+    asked = {"Good morrow": KING}
+
+    async def run(expected):
+        seen, until = bench.Seen(), time.monotonic() + 1.5
+        await asyncio.gather(*(bench.client(server.port, "toy", expected, until, random.Random(i), seen) for i in range(4)))
+        return seen
+
+    seen = asyncio.run(run(asked))
+    assert not seen.wrong and all(seen.counts[kind] for kind in ("answered", "malformed", "given up")), (seen.wrong, seen.counts)
+    assert any("alone it was" in text for text in asyncio.run(run({"Good morrow": "Good night."})).wrong)
 
 
 def test_side_routes(server):

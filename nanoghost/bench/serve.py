@@ -13,6 +13,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -118,6 +119,7 @@ def server(model: str, seats: int):
         if port is None:
             raise UserError("the server did not start")
         asyncio.run(answered(port, request(model, "Hello!", 2)))  # the model is loaded then
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # what it says more must not fill the pipe
         yield port, process
     finally:
         process.terminate()
@@ -264,17 +266,16 @@ def load(settings: LoadSettings) -> None:
     model, seen = open_model(settings.model).name, Seen()
     questions = [kind.format(word=word, text=f"the words of {word}") + f" ({i})" for i, word in enumerate(WORDS) for kind in KINDS.values()]
 
-    async def run(port: int, process) -> dict[str, str]:
+    async def run(port: int, process) -> None:
         expected = {text: (await answered(port, request(model, text, TOKENS)))[0] for text in questions}
         until = time.monotonic() + 60 * settings.minutes
         clients = [client(port, model, expected, until, random.Random(i), seen) for i in range(settings.clients)]
         silent = [never_reads(port, model, until, seen) for _ in range(NEVER_READ)]
         await asyncio.gather(*clients, *silent, watch(process, until, seen))
-        return expected
 
     with server(model, 64) as (port, process):
         asyncio.run(run(port, process))
-    firsts = sorted(seen.firsts)
+    firsts = sorted(seen.firsts) or [0.0]
     minute = int(60 / MEMORY_EVERY)
     early, late = seen.megabytes[minute : minute + 10] or seen.megabytes, seen.megabytes[-10:]
     figures = dict(seen.counts) | {

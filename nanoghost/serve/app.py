@@ -144,7 +144,7 @@ async def stream(request: Request, events: AsyncIterator[dict]) -> Response:
                 yield line(first)
                 async for event in events:
                     yield line(event)
-        except (Gone, Full) as e:
+        except (Gone, UserError) as e:
             failed = explained(e)
             yield b"data: " + failed.body + b"\n\n"
         yield b"data: [DONE]\n\n"

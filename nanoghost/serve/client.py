@@ -111,7 +111,6 @@ class EngineClient:
                 pipe.send(message)
         except OSError:  # the process is gone: _listen has noticed
             pass
-        pipe.close()
 
     def _died(self) -> None:
         self.outbox.put(None)
@@ -143,10 +142,6 @@ class EngineClient:
         self.outbox.put(None)
         self.process.kill()  # it keeps nothing that could be lost
         self.process.join()
-
-    @property
-    def alive(self) -> bool:
-        return self.process.is_alive()
 
     @property
     def pid(self) -> int | None:
@@ -195,11 +190,11 @@ class EngineClient:
                             running.open.discard(part.sample)
                             if not running.open:
                                 del self.jobs[part.number]
-                case Failed(number=0):
-                    self.loading = False
-                    print(f"the model to be kept ready is not: {part.message}", file=sys.stderr, flush=True)
                 case Failed():
-                    if running := self.jobs.get(part.number):
+                    self.loading = False
+                    if not part.number:
+                        print(f"the model to be kept ready is not: {part.message}", file=sys.stderr, flush=True)
+                    elif running := self.jobs.get(part.number):
                         self._fail(running, part.message, refused=True)
                         self.outbox.put((part.number, None))
                 case Loaded():

@@ -43,9 +43,10 @@ class Guard:
         refusal = self.refusal(scope, headers)
         if not refusal and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
             refusal, receive = await self.body(headers, receive)
-        await (refusal or self.app)(scope, receive, told)
-        route = scope.get("route")
-        self.metrics.requests.labels(getattr(route, "path", "other"), told.status).inc()
+        try:
+            await (refusal or self.app)(scope, receive, told)
+        finally:
+            self.metrics.requests.labels(getattr(scope.get("route"), "path", "other"), told.status).inc()
 
     def refusal(self, scope, headers: dict):
         """The answer to a request that goes no further, None for the others."""

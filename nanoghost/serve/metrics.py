@@ -18,7 +18,7 @@ class Metrics:
         ProcessCollector("nanoghost_http", registry=r)
         Gauge("nanoghost_rows", "Answers being written or waiting", registry=r).set_function(lambda: engine.rows)
         Gauge("nanoghost_engine_starts", "Times the engine process was started", registry=r).set_function(lambda: engine.starts)
-        Gauge("nanoghost_ready", "Whether the default model is loaded", registry=r).set_function(lambda: engine.ready)
+        Gauge("nanoghost_ready", "Whether a model is loaded", registry=r).set_function(lambda: engine.ready)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

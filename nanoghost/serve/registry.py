@@ -1,5 +1,6 @@
 """The models that a server knows by name, and the people. A name that a client sends is looked up here, and never becomes a path."""
 
+import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,7 +40,7 @@ class Known:
         return _tokenizer(self.base, self.finished)
 
     def voice(self, adapter: Path | None = None) -> Voice:
-        """The base alone or, by default, with the model's own adapter."""
+        """The base, through an adapter if one is given."""
         return _voice(self.base, self.finished, adapter)
 
     def voice_for(self, person: str, messages: list[dict]) -> Voice:
@@ -69,14 +70,24 @@ def _knows_tools(base: str, finished: float) -> bool:
 class Registry:
     def __init__(self, default: str | None, capacity: Capacity):
         """`default`: the model that is kept ready; else the one finished last, if there is any."""
-        self.capacity = capacity
+        self.capacity, self._damaged = capacity, set()
         self.default = open_model(default).name if default or self.models() else None
 
     def models(self) -> dict[str, Known]:
         """All finished models by name, the one finished last first."""
         if time.monotonic() - getattr(self, "_read", -FRESH) >= FRESH:
-            self._models, self._read = {name: known for name in model_names() if (known := self._known(name))}, time.monotonic()
+            self._models, self._read = {name: known for name in model_names() if (known := self._whole(name))}, time.monotonic()
         return self._models
+
+    def _whole(self, name: str) -> Known | None:
+        """A folder that cannot be read is no model to ask, and hinders no other."""
+        try:
+            return self._known(name)
+        except (UserError, OSError) as e:
+            if name not in self._damaged:
+                print(f"{name} is not served: {e}", file=sys.stderr, flush=True)
+            self._damaged.add(name)
+            return None
 
     def _known(self, name: str) -> Known | None:
         folder = ModelFolder(name)

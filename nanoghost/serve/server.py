@@ -1,6 +1,7 @@
 """`nanoghost serve`: the page and the API on this computer, for this computer."""
 
 import asyncio
+import errno
 import ipaddress
 import os
 import socket
@@ -40,7 +41,7 @@ class ServeSettings:
     documents: Path | None = None
     """Folder of texts that the tool `lookup` searches."""
     seats: int = 64
-    """Answers written at once; they share room for a quarter of as many whole contexts."""
+    """Answers written at once; they share room for a quarter of as many whole contexts (a model that is not packed has a quarter of them)."""
     queue: int = 64
     """Answers that may wait for a seat; more are refused (429)."""
     context: int = 2048
@@ -58,7 +59,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig, frame) -> None:
         if self.service.draining:  # the second time does not wait
-            self.should_exit = True
+            self.until = 0.0
             return
         self.service.draining = True
         self.until = time.monotonic() + self.drain
@@ -107,7 +108,7 @@ def listen(settings: ServeSettings) -> socket.socket:
         listener.listen(128)  # who comes before all is ready waits
     except (OSError, OverflowError) as e:
         listener.close()
-        why = "is in use: choose another with --port" if getattr(e, "errno", 0) == 98 else f"cannot be listened on ({e})"
+        why = "is in use: choose another with --port" if getattr(e, "errno", 0) == errno.EADDRINUSE else f"cannot be listened on ({e})"
         raise UserError(f"port {settings.port} of {settings.host} {why}") from None
     return listener
 

@@ -6,7 +6,7 @@ again, which still has its beginning (paged.py).
 
 import asyncio
 import contextlib
-import json
+import sys
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, replace
 from nanoghost.chat import following
 from nanoghost.engine.generate import TOOL_ROUNDS
 from nanoghost.engine.sampler import Sampling
+from nanoghost.errors import UserError
 from nanoghost.serve.answers import Piece, Reply
 from nanoghost.serve.client import EngineClient, Running
 from nanoghost.serve.registry import Known
 from nanoghost.serve.worker import Job, Voice
-from nanoghost.tools.registry import Result, Tool
+from nanoghost.tools.registry import Result, Tool, answer_call
 
 TOOL_SECONDS = 60.0  # that a tool may take
 
@@ -161,14 +162,14 @@ async def speak(engine: EngineClient, question: Question, running: Running, samp
             running.end(number)
         left -= len(written)
         done = reply.stopped or reason != "stop" or turn == TOOL_ROUNDS
-        if calls and reason == "stop" and not all(call["function"]["name"] in question.server_tools for call in calls):
+        if calls and reason == "stop" and (not question.server_tools or any(call["function"]["name"] in question.client_tools for call in calls)):
             reason, done = "tool_calls", True
         if not calls or done:
             yield Ended(sample, reason)
             return
         answers = []
         for call in calls:
-            result = await run_tool(call, question.server_tools, pool)
+            result = await in_a_thread(call, question.server_tools, pool)
             yield Told(sample, call, result)
             answers.append({"role": "tool", "tool_call_id": call["id"], "content": result.content})
         prompt = prompt + written + following(answers, tokenizer)
@@ -180,18 +181,15 @@ async def speak(engine: EngineClient, question: Question, running: Running, samp
         running, number = engine.submit(more.job(), begun=True), 0
 
 
-async def run_tool(call: dict, tools: dict[str, Tool], pool: ThreadPoolExecutor) -> Result:
-    try:
-        arguments = json.loads(call["function"]["arguments"])
-    except (ValueError, RecursionError):
-        return Result("error: the arguments are not JSON")
-    if not isinstance(arguments, dict):
-        return Result("error: the arguments are not a JSON object")
-    work = asyncio.get_running_loop().run_in_executor(pool, tools[call["function"]["name"]].run, arguments)
+async def in_a_thread(call: dict, tools: dict[str, Tool], pool: ThreadPoolExecutor) -> Result:
+    work = asyncio.get_running_loop().run_in_executor(pool, answer_call, call, tools)
     try:
         return await asyncio.wait_for(work, TOOL_SECONDS)
     except TimeoutError:
         return Result(f"error: the tool took longer than {TOOL_SECONDS:.0f} seconds")
+    except UserError as e:  # the sandbox cannot be prepared: whoever runs the server is told how to mend it
+        print(f"{call['function']['name']}: {e}", file=sys.stderr, flush=True)
+        return Result("error: this tool does not work here now")
 
 
 async def expected(running: Running) -> list:

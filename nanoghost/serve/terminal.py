@@ -126,6 +126,7 @@ class Conversation:
         self.answers += 1
         begun = len(self.messages)
         [row] = self.engine.add(prompt, sampling, run_tool=self.run_tool)
+        row.limit = self.engine.runner.context  # nobody else needs the room, and what was looked up may be long
         try:
             for said in fragments(self.engine, row):
                 if said.text:

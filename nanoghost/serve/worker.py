@@ -139,7 +139,7 @@ class Worker:
                 if engine.waiting or engine.running:
                     engine.step()
             said += [part for o in list(self.open.values()) for part in self.told(o)]
-            if said:
+            if said or self.open:  # a long text that is being read says nothing, but that it lives
                 self.pipe.send(said)
             if self.untouched:  # a little at a time: what the server takes shows at its start, and holds up nobody
                 self.untouched.pop().view(-1)[::SYSTEM_PAGE].add_(0)
@@ -220,7 +220,8 @@ class Worker:
         for row in rows:
             row.owner = job.owner
             row.watcher = self.watcher(engine, job)
-        self.open[job.number] = Open(job, engine, rows, [0] * len(rows), reading)
+        if rows or reading:  # an echo alone asks nothing of the model
+            self.open[job.number] = Open(job, engine, rows, [0] * len(rows), reading)
         return True
 
     def watcher(self, engine: Engine, job: Job):

@@ -66,7 +66,8 @@ class Chat(Answer):
                         case Said():
                             said += event.piece.text
                         case Told():
-                            self.service.metrics.tools.labels(event.call["function"]["name"]).inc()
+                            name = event.call["function"]["name"]
+                            self.service.metrics.tools.labels(name if name in self.question.server_tools else "unknown").inc()
                         case Ended():
                             ended += 1
                     yield event

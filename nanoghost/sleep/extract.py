@@ -68,7 +68,7 @@ def unread(person: Person) -> list[tuple[dict, Heard]]:
 
 
 def message(rng, split: str) -> tuple[Heard, list[tuple[str, str]]]:
-    """What a user says, and what it tells: (relation, value) of at most two relations."""
+    """What a user says, and what it tells: (relation, value) of up to three things."""
     talk, kind = part(book()["small_talk"], split), rng.random()
     relation = rng.choice(list(relations().values()))
     value = rng.choice(relation.values)

@@ -99,7 +99,7 @@ class Documents:
 
     def _open(self) -> sqlite3.Connection:
         """The index, up to date. A connection serves one search: searches may come from several threads and processes."""
-        database = sqlite3.connect(self.path, isolation_level=None)
+        database = sqlite3.connect(self.path, timeout=60, isolation_level=None)
         database.execute("create table if not exists files(source primary key, time, size)")
         database.execute(f"create virtual table if not exists passages using fts5(source, heading, text, {STEMS})")
         database.execute("begin immediate")  # who comes second finds what the first one read

@@ -104,11 +104,16 @@ def offer(tokenizer: Tokenizer, model: ModelFolder, documents: Path | None) -> C
 
 def run_tool(call: dict, tools: dict[str, Tool]) -> str:
     """What goes into the conversation as the answer to an OpenAI tool call."""
+    return answer_call(call, tools).content
+
+
+def answer_call(call: dict, tools: dict[str, Tool]) -> Result:
+    """The same with what was looked up."""
     function = call["function"]
     if function["name"] not in tools:
-        return f"error: no tool is called {function['name']}"
+        return Result(f"error: no tool is called {function['name']}")
     try:
         arguments = json.loads(function["arguments"])
     except (ValueError, RecursionError):  # no JSON; a number of 5000 digits; a thousand opening brackets
-        return "error: the arguments are not JSON"
-    return tools[function["name"]].run(arguments if isinstance(arguments, dict) else {}).content
+        return Result("error: the arguments are not JSON")
+    return tools[function["name"]].run(arguments if isinstance(arguments, dict) else {})

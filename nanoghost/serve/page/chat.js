@@ -128,7 +128,7 @@ export class Chat {
     };
     const submit = (event) => {
       event?.preventDefault();
-      if (box.value.trim()) this.ask(node.parent, box.value.trim());
+      if (box.value.trim() && !this.busy) this.ask(node.parent, box.value.trim());
     };
     const form = el("form", { class: "edit", on: { submit } }, box, el("div", {},
       el("button", { type: "button", class: "plain", on: { click: close } }, "Cancel"),

@@ -65,6 +65,7 @@ export function toast(text, action, act) {
 }
 
 export async function copyText(text, button) {
+  if (!navigator.clipboard) return toast("Copying needs https, or this computer's own address.");
   await navigator.clipboard.writeText(text);
   const before = [...button.childNodes];
   button.replaceChildren(button.matches(".quiet") ? icon("done") : "Copied");

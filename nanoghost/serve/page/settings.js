@@ -67,7 +67,7 @@ export class Settings {
 
   show(settings) {
     const { elements } = this.form;
-    if (!this.server.models.some((model) => model.id === settings.model) && settings.model) {
+    if (settings.model && ![...this.model.options].some(({ value }) => value === settings.model)) {
       // The model of an old conversation may be gone; its name is shown, and the server will say so.
       this.model.append(el("option", { value: settings.model }, settings.model));
     }

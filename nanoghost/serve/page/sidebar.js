@@ -63,6 +63,10 @@ export class Sidebar {
 
   async rename(id) {
     const conversation = await load(id);
+    if (this.search.value) {
+      this.search.value = "";
+      await this.draw();
+    }
     const row = this.list.querySelector(`[data-id="${CSS.escape(id)}"]`);
     const box = el("input", { "aria-label": "Title", class: "rename", maxlength: "120" });
     box.value = conversation.title;
