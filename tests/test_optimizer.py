@@ -1,22 +1,22 @@
-"""The optimizer against slow oracles: singular values by SVD, one matrix at a time, torch's AdamW; and two processes
+"""The optimizer against slow oracles: singular values by SVD, one matrix at a time, torch's AdamW; and several processes
 against one."""
-
-import os
-import socket
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoghost import machine
 from nanoghost.data.batches import Batches
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.optim.optimizer import POLAR_EXPRESS, Bucket, Group, Optimizer, orthogonalize
+from nanoghost.optim.ranks import volume
 from nanoghost.optim.schedule import learning_rate, momentum
 from nanoghost.train.pretrain import train_step
 from nanoghost.train.recipe import groups
+from tests.ranks import in_ranks
 
 
 def toy_ghost(depth: int = 2) -> Ghost:
@@ -30,6 +30,9 @@ def toy_ghost(depth: int = 2) -> Ghost:
             block.down.normal_(std=0.1)
         model.head.normal_(std=0.1)
     return model
+
+
+STEPS = 50  # of a run
 
 
 def toy_tokens() -> np.ndarray:
@@ -132,9 +135,9 @@ def test_muon_is_a_loop_over_matrices(rows, columns):
 def train(model, optimizer, batches, steps) -> list[float]:
     losses = []
     for step in steps:
-        loss = train_step(model, *batches.at(step), micro_batch=2)
+        loss = train_step(model, *batches.at(step), micro_batch=4)
         losses.append(machine.mean_over_ranks(loss))
-        optimizer.step(learning_rate(step / 20), momentum(step / 20))
+        optimizer.step(learning_rate(step / STEPS), momentum(step / STEPS))
     return losses
 
 
@@ -191,58 +194,93 @@ def test_state_restores_exactly(dtype):
     assert all(torch.equal(t, optimizer.state()[k]) for k, t in again.state().items())
 
 
-# ── two processes ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── several processes ───────────────────────────────────────────────────────────────────────────────────────────────
 
-DEPTHS = {3: "an odd number of matrices", 2: "an odd number of scalars"}  # what does not divide by two
+WORLDS = (2, 3, 4)  # the toy's four square matrices, its two others and its scalars do not divide by all of them
 
 
-def one_of_two(rank: int, port: int, folder: str) -> None:
-    """What torchrun would start: 20 steps of every toy, with all state passed on to a new optimizer half way."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that leave this process in collectives between `world` ranks: all but its own part."""
+
+    def __init__(self, world: int):
+        super().__init__()
+        self.world, self.bytes = world, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("c10d.").removesuffix(".default")
+        if name == "alltoall_base_":
+            self.count(name, args[1])
+        elif name == "broadcast_" and args[2] == dist.get_rank():  # to each of the others
+            self.count(name, args[0][0], self.world)
+        return function(*args, **(kwargs or {}))
+
+    def count(self, name: str, tensor, times: int = 1) -> None:
+        others = tensor.numel() * tensor.element_size() * times * (self.world - 1) // self.world
+        self.bytes[name] = self.bytes.get(name, 0) + others
+
+
+def one_of_several(folder: str) -> None:
+    """Fifty steps in two micro-batches and more, with all state passed on to a new optimizer half way."""
     torch.set_num_threads(1)
     machine.start_ranks()
-    results = {}
-    for depth in DEPTHS:
-        batches = Batches(toy_tokens(), 16, 8, 0, rank, 2)
-        model = toy_ghost(depth)
-        optimizer = recipe(model, rank=rank, world=2)
-        losses = train(model, optimizer, batches, range(10))
-        state, model = optimizer.state(), toy_ghost(depth)
-        optimizer = recipe(model, rank=rank, world=2)
-        optimizer.load_state(state)
-        losses += train(model, optimizer, batches, range(10, 20))
-        held = sum(t.numel() for t in optimizer.state().values())
-        results[depth] = {"losses": losses, "parameters": everything(model), "held": held}
-    torch.save(results, f"{folder}/{rank}.pt")
+    rank, world = machine.ranks()
+    batches = Batches(toy_tokens(), 16, 12, 0, rank, world)
+    model = toy_ghost(1)
+    optimizer = recipe(model, rank=rank, world=world)
+    losses = train(model, optimizer, batches, range(STEPS // 2))
+    state, model = optimizer.state(), toy_ghost(1)
+    optimizer = recipe(model, rank=rank, world=world)
+    optimizer.load_state(state)
+    losses += train(model, optimizer, batches, range(STEPS // 2, STEPS))
+    result = {"losses": losses, "parameters": everything(model), "rows": batches.positions(7).tolist()}
+    result["held"] = sum(t.numel() for t in optimizer.state().values())
+    for dtype in (torch.float32, torch.bfloat16):
+        model = toy_ghost(1).cast(dtype)
+        optimizer = recipe(model, dtype, rank, world)
+        train_step(model, *batches.at(0), micro_batch=2)
+        with Sent(world) as sent:
+            optimizer.step()
+        result[str(dtype)] = sent.bytes, volume(optimizer.buckets.values(), world)
+    torch.save(result, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def results_of_two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo
-        torch.multiprocessing.spawn(one_of_two, (port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def several(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    in_ranks("tests.test_optimizer:one_of_several", WORLDS, folder)
+    return {n: [torch.load(folder / f"{n}-{rank}.pt") for rank in range(n)] for n in WORLDS}
 
 
-@pytest.mark.parametrize("depth", DEPTHS, ids=DEPTHS.get)
-def test_two_processes_equal_one(results_of_two, depth):
-    first, second = (r[depth] for r in results_of_two)
-    model = toy_ghost(depth).to(machine.device())
+@pytest.fixture(scope="module")
+def alone():
+    model = toy_ghost(1)
     optimizer = recipe(model)
-    losses = train(model, optimizer, Batches(toy_tokens(), 16, 8, 0), range(20))
-    assert losses[-1] < losses[0] - 0.1
-    assert first["losses"] == second["losses"]
-    assert torch.equal(first["parameters"], second["parameters"])
-    assert_close(torch.tensor(first["losses"]), torch.tensor(losses), rtol=1e-5, atol=0)
-    one = everything(model)
-    assert (first["parameters"] - one).norm() < 1e-5 * one.norm()
-    alone = sum(t.numel() for t in optimizer.state().values())
-    assert first["held"] < 0.6 * alone, "each holds about half of the optimizer's state"
+    batches = Batches(toy_tokens(), 16, 12, 0)
+    losses = train(model, optimizer, batches, range(STEPS))
+    held = sum(t.numel() for t in optimizer.state().values())
+    return {"losses": losses, "parameters": everything(model), "rows": batches.positions(7).tolist(), "held": held}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_several_processes_equal_one(several, alone, world):
+    found = several[world]
+    assert alone["losses"][-1] < alone["losses"][0] - 0.1
+    assert all(r["losses"] == found[0]["losses"] and torch.equal(r["parameters"], found[0]["parameters"]) for r in found)
+    assert_close(torch.tensor(found[0]["losses"]), torch.tensor(alone["losses"]), rtol=1e-5, atol=0)
+    assert (found[0]["parameters"] - alone["parameters"]).norm() < 1e-5 * alone["parameters"].norm()
+    assert all(r["held"] < (1.2 / world) * alone["held"] for r in found), "each holds its share of the optimizer's state"
+    rows = [r["rows"] for r in found]
+    assert [rows[i % world][i // world] for i in range(12)] == alone["rows"], "a step reads the same rows"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+def test_as_much_is_sent_as_the_formula_says(several, world, dtype):
+    for sent, said in (r[dtype] for r in several[world]):
+        assert sent == {"alltoall_base_": said["gradients (gloo)"], "broadcast_": said["weights"]}
+        assert said["gradients (nccl)"] >= said["gradients (gloo)"]
 
 
 # ── schedules ───────────────────────────────────────────────────────────────────────────────────────────────────────

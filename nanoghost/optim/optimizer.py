@@ -2,8 +2,9 @@
 
 There is no DistributedDataParallel wrapper. Parameters of one kind and shape form a bucket: one flat tensor that the
 parameters are views of. A step of a bucket is: reduce-scatter the gradients (SUM, then divide: gloo's AVG has summed
-silently), update the own shard from its fp32 master weights, all-gather the new working weights. With one process the
-same lines run without the two communications. Optimizer state exists only for the own shard (ZeRO stage 1).
+silently), update the own shard from its fp32 master weights, all-gather the new working weights. All buckets' gradients are
+under way at once, and a bucket's weights travel while the next one is updated (ranks.py). With one process the same lines
+run without the two communications. Optimizer state exists only for the own shard (ZeRO stage 1).
 
 Muon (Jordan et al. 2024) with the Polar Express iteration (Amsel et al. 2025) and NorMuon's row scaling (Li et al.
 2025); AdamW (Loshchilov and Hutter 2019); decay only where it agrees with the update ("cautious", Chen et al. 2025).
@@ -13,7 +14,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 # Coefficients of the odd polynomials x -> ax + bx^3 + cx^5, one a step; from Polar Express, Algorithm 1
 POLAR_EXPRESS = (
@@ -81,22 +81,27 @@ class Bucket:
     def _own(self, stacked):
         return stacked[self.rank * self.rows_per_rank : (self.rank + 1) * self.rows_per_rank]
 
+    def send(self):
+        """Let the gradients travel to the ranks that own them; with one process they are fetched when they are needed."""
+        if self.world > 1:
+            from nanoghost.optim.ranks import reduce_scatter
+
+            flat = self.gradient()
+            missing = self.work.numel() - len(flat)
+            self.arriving = reduce_scatter(torch.cat([flat, flat.new_zeros(missing)]) if missing else flat, self.world)
+
     def gradient(self):
-        """This rank's shard of the mean gradient over the ranks, fp32."""
+        """The gradients of this process, flat; its parameters have none any more."""
         # a rank that drew no informative attempts (rl.py) has no gradient of its own
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
         for p in self.parameters:
             p.grad = None
-        if self.world == 1:
-            return flat.view(self.master.shape).float()
-        padded = flat.new_zeros(self.work.numel(), dtype=torch.float32)
-        padded[: len(flat)] = flat
-        shard = padded.new_empty(self.master.numel())
-        dist.reduce_scatter_single(shard, padded, op=dist.ReduceOp.SUM)
-        return shard.view(self.master.shape) / self.world
+        return flat
 
     def step(self, scale: float, momentum: float, time: int):
-        g = self.gradient()
+        """Update the own shard, and let the new weights travel."""
+        g = self.gradient().float() if self.world == 1 else self.arriving.wait()
+        g = g.view(self.master.shape)
         rate = self.group.learning_rate * scale
         update = self._muon(g, momentum, time) if self.group.kind == "muon" else self._adamw(g, time)
         if self.group.kind == "muon":
@@ -105,10 +110,16 @@ class Bucket:
             agrees = (update * self.master) > 0
             self.master.addcmul_(self.master, agrees, value=-rate * self.group.weight_decay)
         self.master.sub_(update, alpha=rate)
+        self.publish()
+
+    def publish(self):
+        """The working weights become the masters, rounded; those of others are under way."""
         if self.world == 1:
             self.work.copy_(self.master)
         else:
-            dist.all_gather_single(self.work, self.master.to(self.work.dtype))
+            from nanoghost.optim.ranks import all_gather
+
+            self.arriving = all_gather(self.work, self.master.to(self.work.dtype), self.rank, self.world)
 
     def _muon(self, g, momentum, time):
         self.moment1.lerp_(g, 1 - momentum)
@@ -150,7 +161,16 @@ class Optimizer:
         self.time += 1
         with torch.no_grad():
             for bucket in self.buckets.values():
+                bucket.send()
+            for bucket in self.buckets.values():
                 bucket.step(scale, momentum, self.time)
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the weights of all ranks are here."""
+        for bucket in self.buckets.values():
+            if bucket.world > 1:
+                bucket.arriving = bucket.arriving.wait()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Own shard of the state as flat named tensors, for safetensors."""
@@ -159,12 +179,10 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore masters and moments, and the model's working weights from the masters (one process)."""
+        """Restore masters and moments, and the model's working weights from the masters."""
         self.time = int(state["time"])
         for key, bucket in self.buckets.items():
             for part, tensor in bucket.state().items():
                 tensor.copy_(state[f"{key}/{part}"])
-            if bucket.world == 1:
-                bucket.work.copy_(bucket.master)
-            else:
-                dist.all_gather_single(bucket.work, bucket.master.to(bucket.work.dtype))
+            bucket.publish()
+        self.wait()
