@@ -161,9 +161,12 @@ def main(words: list[str] | None = None) -> None:
         where = f": {e.filename}" if e.filename else ""
         print(f"nanoghost: {e.strerror}{where}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nnanoghost: stopped; the same command goes on where it was", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        from nanoghost.runs import Stopped
+
+        saved = isinstance(e, Stopped)
+        print("\nnanoghost: stopped; the same command goes on where it was" if saved else "\nnanoghost: stopped", file=sys.stderr)
+        sys.exit(0 if saved else 130)
 
 
 def run(words: list[str]) -> None:

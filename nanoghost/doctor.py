@@ -1,6 +1,7 @@
 """`nanoghost doctor`: what this computer does well, measured, and what training makes of it, in plain words."""
 
 import json
+import platform
 import statistics
 import sysconfig
 import time
@@ -14,6 +15,27 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost import machine
+
+
+def describe() -> dict:
+    """Facts that cost nothing to find out, ready for JSON (they go into `card.json`)."""
+    rank, world_size = machine.ranks()
+    return {
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
+        "cores": machine.cores(),
+        "memory_gb": machine.memory_gb(),
+        "instruction_sets": machine.instruction_sets(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": str(machine.device()),
+        "gpu": torch.cuda.get_device_name(machine.device()) if machine.device().type == "cuda" else None,
+        "dtype": str(machine.compute_dtype()).removeprefix("torch."),
+        "threads": machine.threads(),
+        "rank": rank,
+        "world_size": world_size,
+        "compiler": machine.has_compiler(),
+    }
 
 
 def timed(work: Callable[[], object], on: torch.device) -> float:
@@ -57,8 +79,8 @@ def bandwidth_gb_per_second(seconds: float = 1.0) -> float:
 
 
 def measure(seconds: float = 1.0) -> dict:
-    """`machine.describe()` and three measured rates, about `seconds` each."""
-    return machine.describe() | {
+    """`describe()` and three measured rates, about `seconds` each."""
+    return describe() | {
         "bf16_gflops_per_second": round(matmul_gflops_per_second(torch.bfloat16, seconds), 1),
         "fp32_gflops_per_second": round(matmul_gflops_per_second(torch.float32, seconds), 1),
         "bandwidth_gb_per_second": round(bandwidth_gb_per_second(seconds), 1),

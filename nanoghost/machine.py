@@ -61,7 +61,8 @@ def start_ranks() -> None:
         raise UserError(f"WORLD_SIZE={world_size} is set, but MASTER_ADDR is not: start with torchrun, or unset it")
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
+    if not dist.is_initialized():  # by an earlier stage of the same command
+        dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
 
 
 # -- facts ------------------------------------------------------------------------------------------------------------
@@ -147,34 +148,13 @@ def has_compiler() -> bool:
     return subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0
 
 
-def describe() -> dict:
-    """Facts that cost nothing to find out, ready for JSON (they go into `card.json`)."""
-    rank, world_size = ranks()
-    return {
-        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
-        "cores": cores(),
-        "memory_gb": memory_gb(),
-        "instruction_sets": instruction_sets(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": str(device()),
-        "gpu": torch.cuda.get_device_name(device()) if device().type == "cuda" else None,
-        "dtype": str(compute_dtype()).removeprefix("torch."),
-        "threads": threads(),
-        "rank": rank,
-        "world_size": world_size,
-        "compiler": has_compiler(),
-    }
-
-
-def mean_over_ranks(value: float) -> float:
-    """The mean of a number over all processes."""
+def mean_over_ranks(*values: float) -> list[float]:
+    """The mean of each number over all processes."""
     if ranks()[1] == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64, device=device())
-    torch.distributed.all_reduce(total)
-    return total.item() / ranks()[1]
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.float64, device=device())
+    torch.distributed.all_reduce(totals)
+    return (totals / ranks()[1]).tolist()
 
 
 def wait_for_ranks() -> None:

@@ -151,6 +151,10 @@ def writing(folder):
         yield
 
 
+class Stopped(KeyboardInterrupt):
+    """Stopped because that was asked for, with everything saved: the program ends with 0."""
+
+
 class Stopping:
     """True once SIGINT or SIGTERM has arrived: loops finish their step, save, and return."""
 
@@ -163,7 +167,7 @@ class Stopping:
     def check(self) -> None:
         """For what has no steps of its own: stop here, if that was asked for."""
         if self.requested:
-            raise KeyboardInterrupt
+            raise Stopped
 
     def __enter__(self):
         def request(signum, frame):

@@ -44,7 +44,7 @@ def test_dtype_is_never_fp16(kind):
 def test_a_compiler_that_does_not_run_is_none(monkeypatch, cxx):
     monkeypatch.setenv("CXX", cxx)
     assert not machine.has_compiler()
-    assert machine.describe()["compiler"] is False
+    assert doctor.describe()["compiler"] is False
 
 
 def test_threads_share_the_cores_and_obey_the_user(monkeypatch):
@@ -112,7 +112,7 @@ def test_two_ranks_find_each_other():
 
 
 def test_describe_is_json():
-    facts = machine.describe()
+    facts = doctor.describe()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["cores"] >= 1 and facts["memory_gb"] > 0 and facts["threads"] >= 1
 

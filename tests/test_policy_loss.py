@@ -267,7 +267,7 @@ def test_on_policy_ratios_of_real_attempts_are_one_and_micro_batches_change_noth
     rows = generate(model, tokenizer, prompts, Sampling(max_tokens=8, temperature=1.0, seed=3), 4)
     scores = torch.tensor([[random.Random(i + 4 * p).random() for i in range(4)] for p in range(2)])
     settings = RlSettings(max_tokens=8, attempts=4)
-    advantages_N, denominators_N = credit(rows, scores.flatten().tolist(), settings, rank=0)
+    advantages_N, denominators_N = credit(scores.flatten(), torch.tensor([sum(row.sampled) for row in rows]), settings)
     found = []
     for micro_batch in (2, 1):
         model.zero_grad(set_to_none=True)

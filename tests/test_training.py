@@ -25,7 +25,7 @@ def start(*words):
 
 def kill_after_checkpoint(process, folder, more_steps=3):
     """SIGKILL as soon as a checkpoint is there and some steps have been logged after it."""
-    while not list((folder.path / "state").glob("checkpoint-0*")):
+    while not list((folder.path / "state").glob("*/manifest.json")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     seen = len(folder.events)
@@ -113,7 +113,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(nanoghost, toy_file):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=30)[1]
-    assert process.returncode == 130 and "is saved at step" in said
+    assert process.returncode == 0 and "is saved at step" in said
     assert list((folder.path / "state").iterdir()) and not folder.finished
     assert nanoghost("pretrain", "--name", "stopped", *common)[0] == 0
     assert sorted(losses("stopped", "pretrain")) == list(range(150))
@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(nanoghost, toy_file):
     )
     assert code == 2
     line = err.strip().splitlines()[-1]
-    assert "step" in line and "tokens" in line and "--learning-rate" in line
+    assert "at step" in line and "rows" in line and "--learning-rate" in line
     assert all(abs(loss) < float("inf") for loss in losses("wild", "pretrain").values())
 
 

@@ -269,15 +269,16 @@ def open_engine(folder: ModelFolder, seats: int = 1, room: int | None = None, ad
     return Engine(runner, load_tokenizer(base), str(adapter or ""))
 
 
-def steps(model, tokenizer, prompts: list[list[int]], s: Sampling, samples: int = 1, run_tool=None) -> Iterator[list[Row]]:
+def steps(model, tokenizer, prompts: list[list[int]], s: Sampling, samples: int = 1, run_tool=None, rank=0, world=1) -> Iterator[list[Row]]:
     """Continue every prompt `samples` times; yields all rows after each step. Row p * samples + i belongs to prompt p.
 
-    `model` may be a model or a runner. Raises UserError if a prompt leaves no room in the context.
+    `model` may be a model or a runner. Raises UserError if a prompt leaves no room in the context. Where several processes
+    share out prompts (`rank` the first and each `world`-th), each is continued as if one process had them all.
     """
     if isinstance(model, torch.nn.Module):
         model = runner_for(model, len(prompts) * samples, max(reach(p, s, run_tool) for p in prompts))
     engine = Engine(model, tokenizer)
-    rows = [row for i, p in enumerate(prompts) for row in engine.add(p, s, samples, run_tool, stream=i * samples)]
+    rows = [row for i, p in enumerate(prompts) for row in engine.add(p, s, samples, run_tool, stream=(rank + i * world) * samples)]
     while not all(row.finish_reason for row in rows):
         engine.step()
         yield rows
@@ -293,6 +294,6 @@ def runner_for(model: torch.nn.Module, seats: int, capacity: int):
     return PlainRunner(model, seats, capacity)
 
 
-def generate(model, tokenizer, prompts, s: Sampling, samples: int = 1, run_tool=None) -> list[Row]:
+def generate(model, tokenizer, prompts, s: Sampling, samples: int = 1, run_tool=None, rank=0, world=1) -> list[Row]:
     """All rows, finished."""
-    return deque(steps(model, tokenizer, prompts, s, samples, run_tool), maxlen=1).pop()
+    return deque(steps(model, tokenizer, prompts, s, samples, run_tool, rank, world), maxlen=1).pop()

@@ -49,6 +49,7 @@ class EvalSettings:
 def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
     """Measure a finished model, append the figures to its events, and return them."""
     machine.prepare()
+    machine.start_ranks()
     start = time.perf_counter()
     card = folder.card
     base = base_card(card)
@@ -67,7 +68,8 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
         "memorised": memorised(model, tokenizer, base),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    return folder.append_event({"stage": f"{card['stage']}-eval", "step": card["steps"], **figures})
+    event = {"stage": f"{card['stage']}-eval", "step": card["steps"], **figures}
+    return folder.append_event(event) if machine.ranks()[0] == 0 else event
 
 
 def held_out_bpb(model, tokenizer, base: dict) -> float:
@@ -117,5 +119,5 @@ def command(settings: EvalSettings) -> None:
     floor = figures["kneser_ney_bpb"]
     beside = f"counting, Kneser-Ney: {floor:.3f}" if floor else UNKNOWN
     Display().say(f"{'held-out bpb':>15}  {figures['bpb']:.3f}  ({beside})")
-    if settings.json:
+    if settings.json and machine.ranks()[0] == 0:
         print(json.dumps({k: figures[k] for k in ("model", "bpb", "kneser_ney_bpb", "tasks", "memorised", "seconds")}))

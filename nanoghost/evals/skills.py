@@ -2,6 +2,7 @@
 
 import math
 
+from nanoghost import machine
 from nanoghost.chat import render
 from nanoghost.engine.generate import Row, generate
 from nanoghost.engine.sampler import Sampling
@@ -15,25 +16,26 @@ def wilson(solved: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def attempt(model, tokenizer, problems, sampling: Sampling, samples: int = 1) -> list[Row]:
-    """The model's attempts at problems; row p * samples + i is attempt i at problem p."""
+def attempt(model, tokenizer, problems, sampling: Sampling, samples: int = 1, rank=0, world=1) -> list[Row]:
+    """The model's attempts at problems, of which it has each `world`-th; row p * samples + i is attempt i at problem p."""
     prompts = [render(list(p.messages), tokenizer, generation=True)[0] for p in problems]
     run = None
     if names := {name for p in problems for name in p.tools}:
         from nanoghost.tasks.tooluse import practice
 
         run = practice(names)
-    return generate(model, tokenizer, prompts, sampling, samples, run)
+    return generate(model, tokenizer, prompts, sampling, samples, run, rank, world)
 
 
 def accuracy(model, tokenizer, task, problems, max_tokens: int = 128, batch: int = 128) -> tuple[dict, list[tuple]]:
-    """({"accuracy", "low", "high", "count"}, [(problem, reply messages, score)]) with greedy decoding."""
-    results = []
-    ordered = sorted(problems, key=lambda p: len(str(p.messages)))  # rows of a batch alike in length
+    """({"accuracy", "low", "high", "count"}, [(problem, reply messages, score)]) with greedy decoding; processes share the work."""
+    results, (rank, world) = [], machine.ranks()
+    ordered = sorted(problems, key=lambda p: len(str(p.messages)))[rank::world]  # rows of a batch alike in length
     for i in range(0, len(ordered), batch):
         some = ordered[i : i + batch]
         rows = attempt(model, tokenizer, some, Sampling(max_tokens=max_tokens, temperature=0))
         results += [(p, row.messages, task.score(p, row.messages)) for p, row in zip(some, rows)]
+    results = [result for part in machine.gather(results) for result in part]
     solved = sum(score for _, _, score in results)
     low, high = wilson(solved, len(results))
     return {"accuracy": solved / len(results), "low": low, "high": high, "count": len(results)}, results

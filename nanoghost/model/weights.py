@@ -100,18 +100,3 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except (SafetensorError, FileNotFoundError) as e:
         raise UserError(f"cannot read weights {path}: {e}") from None
 
-
-def save_checkpoint(folder: Path, step: int, optimizer_state: dict[str, torch.Tensor], notes: dict, rank: int = 0) -> None:
-    """One file, one rename: masters, moments and the step they belong to, all or nothing."""
-    metadata = {"step": str(step), "notes": json.dumps(notes)}
-    content = safetensors.torch.save({k: t.cpu().contiguous() for k, t in optimizer_state.items()}, metadata)
-    write_atomic(folder / "state" / f"checkpoint-{rank}.safetensors", content)
-
-
-def load_checkpoint(folder: Path, rank: int = 0) -> tuple[int, dict[str, torch.Tensor], dict] | None:
-    """(step, optimizer state, notes) of the last checkpoint, or None if there is none yet."""
-    path = folder / "state" / f"checkpoint-{rank}.safetensors"
-    if not path.exists():
-        return None
-    tensors, metadata = read_tensors(path)
-    return int(metadata["step"]), tensors, json.loads(metadata["notes"])

@@ -61,6 +61,7 @@ class Bucket:
         self.row_shape = parameters[0].shape[1:] if group.kind == "muon" else ()
         self.rows = sum(p.numel() for p in parameters) // math.prod(self.row_shape)
         self.rows_per_rank = -(-self.rows // world)
+        self.first_row = rank * self.rows_per_rank
         first = parameters[0]
         self.work = first.new_zeros(self.rows_per_rank * world, *self.row_shape, requires_grad=False)
         self.load_parameters()
@@ -79,16 +80,14 @@ class Bucket:
             start = end
 
     def _own(self, stacked):
-        return stacked[self.rank * self.rows_per_rank : (self.rank + 1) * self.rows_per_rank]
+        return stacked[self.first_row : self.first_row + self.rows_per_rank]
 
     def send(self):
         """Let the gradients travel to the ranks that own them; with one process they are fetched when they are needed."""
         if self.world > 1:
             from nanoghost.optim.ranks import reduce_scatter
 
-            flat = self.gradient()
-            missing = self.work.numel() - len(flat)
-            self.arriving = reduce_scatter(torch.cat([flat, flat.new_zeros(missing)]) if missing else flat, self.world)
+            self.arriving = reduce_scatter(self.gradient(), self.work.numel(), self.world)
 
     def gradient(self):
         """The gradients of this process, flat; its parameters have none any more."""

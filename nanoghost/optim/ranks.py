@@ -21,8 +21,10 @@ class Arriving:
         return self.finish()
 
 
-def reduce_scatter(flat: torch.Tensor, world: int) -> Arriving:
-    """This rank's part of the mean of `flat` over the ranks, in fp32; `flat` divides by their number."""
+def reduce_scatter(flat: torch.Tensor, size: int, world: int) -> Arriving:
+    """This rank's part of the mean of `flat` over the ranks, in fp32; zeros fill it up to `size`, which they can share evenly."""
+    if len(flat) < size:
+        flat = torch.cat([flat, flat.new_zeros(size - len(flat))])
     if dist.get_backend() == "nccl":
         shard = flat.new_empty(len(flat) // world, dtype=torch.float32)
         handle = dist.reduce_scatter_single(shard, flat.float(), op=dist.ReduceOp.SUM, async_op=True)

@@ -26,13 +26,14 @@ from nanoghost.engine.generate import generate, open_engine, steps
 from nanoghost.engine.sampler import Sampling
 from nanoghost.model.layers import shared_prompts
 from nanoghost.model.lora import attach, new_adapter, save_adapter
-from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint
+from nanoghost.model.weights import load_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.runs import ModelFolder, home, write_atomic
 from nanoghost.sleep.dream import Dream
 from nanoghost.sleep.router import router
 from nanoghost.train import stage
+from nanoghost.train.checkpoints import Checkpoints
 from nanoghost.train.distill_loss import bucket_logprobs, divergence
 from nanoghost.train.packing import Lesson, PackedBatches, fill, pack
 from nanoghost.train.recipe import later_groups
@@ -233,15 +234,15 @@ def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, weights
     rates = later_groups(card, model.config.width, 1.0)
     rates["lora"] = replace(rates["lora"], learning_rate=recipe.learning_rate)
     optimizer = Optimizer(model, rates, machine.compute_dtype())
-    saved = load_checkpoint(folder)
-    start, notes = 0, {"seconds": 0.0}
-    if saved:
-        start, state, notes = saved
-        optimizer.load_state(state)
-    clock, rate = stage.Clock(notes["seconds"], 60.0), stage.Rate()
+    checkpoints = Checkpoints(folder / "state")
+    start, notes = checkpoints.load(optimizer)
+    clock, rate = stage.Clock(notes.get("seconds", 0.0), 60.0), stage.Rate()
     for step in range(start, steps):
         if step > start and (clock.due() or stopping):
-            save_checkpoint(folder, step, optimizer.state(), {"seconds": clock.seconds})
+            checkpoints.settle()
+            checkpoints.save(step, optimizer.state(), {"seconds": clock.seconds})
+        if stopping:
+            checkpoints.settle()
         stopping.check()
         some = batches.row(step)
         counts = torch.tensor([weights[i] for i in some for own in lessons[i].learned if own])
@@ -251,6 +252,7 @@ def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, weights
         rate.count(sum(len(lessons[i].ids) for i in some))
         show({"stage": "sleep", "step": step, "steps": steps, "loss": loss.item(), "tokens_per_second": rate.per_second,
               "seconds_left": clock.seconds / (step + 1) * (steps - step - 1)})  # fmt: skip
+    checkpoints.settle()
     folder.mkdir(parents=True, exist_ok=True)
     save_adapter(folder / "adapter", model.adapters[0], base)
     shutil.rmtree(folder / "state", ignore_errors=True)

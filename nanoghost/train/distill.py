@@ -121,11 +121,11 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         clock = stage.Clock(began, settings.checkpoint_seconds)
         rate = stage.Rate()
         every = max(1, steps // 500)
-        for step in range(start, steps):
-            part, count = gradients(model, step)
-            loss = machine.mean_over_ranks(part)
-            run.check_loss(loss, step)
-            run.checkpoint(step, optimizer, clock, tokens=tokens)
+        for step in run.steps():
+            part, count = gradients(model, run.batch(step))
+            loss = run.ready(step, part, [f"batch {run.batch(step)}"], clock, tokens=tokens)
+            if loss is None:
+                continue
             scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
             optimizer.step(scale)
             tokens += count
@@ -283,8 +283,8 @@ def on_policy(settings: DistillSettings, examples, tokenizer, context: int, teac
 
     def gradients(model, step: int) -> tuple[float, int]:
         chosen = random.Random(f"{settings.seed}-{step}").choices(prompts, k=settings.batch)[rank::world]
-        seed = (settings.seed * 1_000_003 + step) * world + rank
-        rows = generate(model, tokenizer, chosen, Sampling(settings.max_tokens, temperature, seed=seed))
+        seed = settings.seed * 1_000_003 + step
+        rows = generate(model, tokenizer, chosen, Sampling(settings.max_tokens, temperature, seed=seed), rank=rank, world=world)
         lessons = [Lesson(row.prompt + row.ids, [False] * len(row.prompt) + row.sampled) for row in rows]
         packed = pack([len(lesson.ids) for lesson in lessons], context + 1, range(len(lessons)))
         counts = machine.gather((sum(sum(row.sampled) for row in rows), sum(len(lesson.ids) for lesson in lessons)))

@@ -72,10 +72,13 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     with stage.run("pretrain", settings, display) as run:
         if run is None:
             return None
+        from nanoghost.train.keeper import Fitting
+
         minutes = settings.minutes if settings.minutes or settings.steps else 4.0
         depth, reason = (settings.depth, "as asked") if settings.depth else depth_for(minutes)
         config = model_config(settings.arch, depth, tokenizer.vocab_size, settings.context)
         clock = stage.Clock(0.0)
+        passes = Fitting(settings.micro_batch)
 
         def build():
             torch.manual_seed(settings.seed)
@@ -85,7 +88,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         model, optimizer = build()
         if "steps" not in run.card:
             compiled = compile_decision(settings.compile, minutes)
-            steps = settings.steps or rehearsed_steps(minutes, build, batches, settings, compiled, clock)
+            steps = settings.steps or rehearsed_steps(minutes, build, batches, passes, compiled, clock)
             run.note(
                 data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps, depth_reason=reason,
                 config=model.settings(), parameters=sum(model.parameter_counts().values()),
@@ -101,12 +104,12 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         tokens_per_step = settings.batch * settings.context
         rate = stage.Rate()
         every = max(1, steps // 500)
-        for step in range(start, steps):
-            progress = step / steps
-            inputs, targets = batches.at(step)
-            loss = machine.mean_over_ranks(train_step(model, inputs, targets, settings.micro_batch))
-            run.check_loss(loss, step, f" (rows start at tokens {batches.positions(step)[:4]} ...)")
-            run.checkpoint(step, optimizer, clock)
+        for step in run.steps():
+            progress, number = step / steps, run.batch(step)
+            part = passes(lambda rows: train_step(model, *batches.at(number), rows), model.parameters())  # noqa: B023
+            loss = run.ready(step, part, batches.positions(number).tolist(), clock)
+            if loss is None:
+                continue
             optimizer.step(learning_rate(progress), momentum(progress))
             rate.count(tokens_per_step)
             if step % every == 0 or step == steps - 1:
@@ -115,7 +118,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
                     tokens_per_second=rate.per_second, seconds=clock.seconds,
                     seconds_left=(steps - step - 1) * tokens_per_step / rate.per_second,
                 )  # fmt: skip
-            if rank == 0 and (step + 1) % max(1, steps // 10) == 0 and step + 1 < steps:
+            if (step + 1) % max(1, steps // 10) == 0 and step + 1 < steps:
                 sample = shards.tokens("val")[: 32 * settings.context]
                 share = len(sample) / len(shards.tokens("val"))
                 bpb = bits_per_byte(model, sample, settings.context, shards.bytes("val") * share)
@@ -130,7 +133,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         figures = run.finish(
             name=settings.name, parameters=run.card["parameters"], tokens=steps * tokens_per_step, seconds=round(seconds, 1),
             tokens_per_second=rate.per_second, flops_per_second=rate.per_second * model.flops_per_token(settings.context),
-            bpb=bpb, validation_bpb=validation, kneser_ney_bpb=kneser_ney_bpb(texts["train"], texts["test"], order=6),
+            bpb=bpb, validation_bpb=validation, kneser_ney_bpb=kneser_ney_bpb(texts["train"], texts["test"], order=6) if rank == 0 else 0.0,
             steps=steps, loss=loss,
         )  # fmt: skip
     display.say(
@@ -186,13 +189,13 @@ def compile_model(model) -> None:
         block.compile(dynamic=False)  # with symbolic sizes, Inductor 2.13 fails on the rotation
 
 
-def rehearsed_steps(minutes: float, build, batches, settings, compiled: dict, clock: stage.Clock) -> int:
+def rehearsed_steps(minutes: float, build, batches, passes, compiled: dict, clock: stage.Clock) -> int:
     model, optimizer = build()
     if compiled["on"]:
         compile_model(model)
 
     def one_step(step: int) -> None:
-        train_step(model, *batches.at(step), settings.micro_batch)
+        passes(lambda rows: train_step(model, *batches.at(step), rows), model.parameters())
         optimizer.step(0.1)
 
     return stage.steps_within(minutes * 60 - clock.seconds, one_step)

@@ -100,14 +100,17 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         began = notes.get("seconds", clock.seconds)
         clock = stage.Clock(began, settings.checkpoint_seconds)
         rate = stage.Rate()
-        for step in range(start, steps):
-            run.checkpoint(step, optimizer, clock, tokens=tokens)
-            figures, count = rollout_and_gradients(model, tokenizer, tasks, settings, step, rank, world)
-            run.check_loss(figures["loss"], step)
+        for step in run.steps():
+            number = run.batch(step)
+            figures, count = rollout_and_gradients(model, tokenizer, tasks, settings, number, rank, world)
+            batch = [f"problems of step {number}"]
+            figures["loss"] = run.ready(step, figures["loss"], batch, clock, -figures["reward"], tokens=tokens)
+            if figures["loss"] is None:
+                continue
             scale = learning_rate(step / steps, cooldown=0.5)
-            if machine.mean_over_ranks(figures["groups"]):  # without signal nothing moves, not even the moments
+            if figures["groups"]:  # without signal nothing moves, not even the moments
                 if lessons:
-                    figures["lesson_loss"] = machine.mean_over_ranks(train_step(model, lessons.at(step), world))
+                    (figures["lesson_loss"],) = machine.mean_over_ranks(train_step(model, lessons.at(number), world))
                 optimizer.step(scale)
             tokens += count
             rate.count(count)
@@ -177,53 +180,51 @@ def problems_of_step(tasks: dict, settings: RlSettings, step: int, rank: int, wo
 def rollout_and_gradients(model, tokenizer, tasks, settings: RlSettings, step: int, rank: int, world: int):
     """Sample attempts, score them, and leave the policy gradient in .grad; (figures of the step, tokens handled)."""
     problems = problems_of_step(tasks, settings, step, rank, world)
-    seed = (settings.seed * 1_000_003 + step) * world + rank
-    sampling = Sampling(max_tokens=settings.max_tokens, temperature=1.0, seed=seed)
-    rows = attempt(model, tokenizer, problems, sampling, settings.attempts)
-    scores = [
-        tasks[problems[i // settings.attempts].task].score(problems[i // settings.attempts], row.messages)
-        for i, row in enumerate(rows)
-    ]
+    sampling = Sampling(max_tokens=settings.max_tokens, temperature=1.0, seed=settings.seed * 1_000_003 + step)
+    rows = attempt(model, tokenizer, problems, sampling, settings.attempts, rank, world)
+    asked = [problems[i // settings.attempts] for i in range(len(rows))]
     # stopping is learned too: an attempt that ran into the limit solved nothing, and its last token is blamed for it
-    rewards = [score if row.finish_reason == "stop" else 0.0 for score, row in zip(scores, rows)]
-    advantages_N, denominators_N = credit(rows, rewards, settings, rank)
-    rewards_PG = torch.tensor(rewards).view(len(problems), settings.attempts)
-    informative = advantages_N.nonzero()[:, 0].tolist()
+    own = [
+        (p.task, tasks[p.task].score(p, row.messages) if row.finish_reason == "stop" else 0.0, sum(row.sampled), sum(row.logprobs))
+        for p, row in zip(asked, rows)
+    ]
+    names, rewards, lengths, logprobs = zip(*[row for everyone in machine.gather(own) for row in everyone])
+    advantages_N, denominators_N = credit(torch.tensor(rewards, dtype=torch.float32), torch.tensor(lengths), settings)
+    rewards_PG = torch.tensor(rewards, dtype=torch.float32).view(-1, settings.attempts)
     groups_with_signal = int((rewards_PG.amax(1) > rewards_PG.amin(1)).sum())
-    figures = {
+    figures = {  # over all processes
         "reward": sum(rewards) / len(rewards),
         "pass_rate": sum(rewards) / len(rewards),
-        "entropy": -sum(sum(r.logprobs) for r in rows) / sum(sum(r.sampled) for r in rows),  # nats per sampled token
-        "length": sum(sum(r.sampled) for r in rows) / len(rows),
+        "entropy": -sum(logprobs) / sum(lengths),  # nats per sampled token
+        "length": sum(lengths) / len(lengths),
         "groups": groups_with_signal,
-        "groups_dropped": len(problems) - groups_with_signal,
+        "groups_dropped": len(rewards_PG) - groups_with_signal,
         "loss": 0.0,
     }
     for name in tasks:
-        of_task = [r for i, r in enumerate(rewards) if problems[i // settings.attempts].task == name]
+        of_task = [r for task, r in zip(names, rewards) if task == name]
         figures[f"pass_rate_{name}"] = sum(of_task) / max(1, len(of_task))
     count = sum(len(r.ids) for r in rows)
+    advantages_N, denominators_N = (t[rank * len(rows) : (rank + 1) * len(rows)] for t in (advantages_N, denominators_N))
+    informative = advantages_N.nonzero()[:, 0].tolist()
     if informative:
         chosen = [rows[i] for i in informative]
         # gradients are averaged over processes, and this is a sum over them
         figures |= gradients(model, chosen, advantages_N[informative] * world, denominators_N[informative], settings)
         count += sum(len(r.ids) for r in chosen) + sum(len(p) for p in {tuple(r.prompt) for r in chosen})
-    return figures, count
+    return figures, round(machine.mean_over_ranks(count)[0] * world)
 
 
-def credit(rows, rewards: list[float], settings: RlSettings, rank: int):
-    """Advantage and denominator of each of this process's attempts; both belong to the batch of all processes."""
-    everyone = machine.gather([(reward, sum(row.sampled)) for reward, row in zip(rewards, rows)])
-    all_rewards, lengths_N = torch.tensor([pair for pairs in everyone for pair in pairs]).unbind(1)
-    advantages_N = advantages(all_rewards.view(-1, settings.attempts), settings.variant).flatten()
+def credit(rewards_N, lengths_N, settings: RlSettings):
+    """Advantage and denominator of each attempt of all processes."""
+    advantages_N = advantages(rewards_N.view(-1, settings.attempts), settings.variant).flatten()
     informative = advantages_N.nonzero()[:, 0]
     denominators_N = torch.ones_like(advantages_N)
     if len(informative):
         mask_NT = torch.arange(int(lengths_N.max())) < lengths_N[informative, None]
         prompts_N = informative // settings.attempts
         denominators_N[informative] = denominators(mask_NT, prompts_N, settings.variant, settings.max_tokens)[:, 0]
-    own = slice(rank * len(rows), (rank + 1) * len(rows))
-    return advantages_N[own], denominators_N[own]
+    return advantages_N, denominators_N
 
 
 def gradients(model, rows, advantages_N, denominators_N, settings: RlSettings, micro_batch: int = 16) -> dict:

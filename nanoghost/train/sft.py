@@ -53,6 +53,8 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     with stage.run("sft", settings, display, parent) as run:
         if run is None:
             return None
+        from nanoghost.train.keeper import Fitting
+
         clock = stage.Clock(0.0)
         model, tokenizer = stage.load_parent(parent, settings)
         context, base = row_length(model.config.context, settings.context), stage.base_card(parent.card)
@@ -60,12 +62,12 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         lessons, left_out = lessons_from(conversations, tokenizer, context)
         if left_out:
             display.say(f"{left_out} conversations have no answer within {context} tokens and are left out")
-        batches = PackedBatches(lessons, context, settings.batch, settings.seed, rank, world)
+        batches, passes = PackedBatches(lessons, context, settings.batch, settings.seed, rank, world), Fitting(settings.batch)
         rates = later_groups(base, model.config.width, settings.learning_rate)
         optimizer = Optimizer(model, rates, machine.compute_dtype(), rank, world)
 
         if "steps" not in run.card:
-            steps = settings.steps or rehearsed_steps(settings, parent, rates, batches, clock)
+            steps = settings.steps or rehearsed_steps(settings, parent, rates, batches, passes, clock)
             adapters = [adapter.summary() for adapter in model.adapters]
             run.note(steps=steps, conversations=len(lessons), left_out=left_out, adapters=adapters)
         steps = run.card["steps"]
@@ -78,10 +80,12 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         clock = stage.Clock(notes.get("seconds", clock.seconds), settings.checkpoint_seconds)
         rate = stage.Rate()
         every = max(1, steps // 500)
-        for step in range(start, steps):
-            loss = machine.mean_over_ranks(train_step(model, batches.at(step), world))
-            run.check_loss(loss, step)
-            run.checkpoint(step, optimizer, clock, tokens=tokens)
+        for step in run.steps():
+            number = run.batch(step)
+            part = passes(lambda rows: train_step(model, batches.at(number), world, rows), model.parameters())  # noqa: B023
+            loss = run.ready(step, part, batches.rows_at(number)[0], clock, tokens=tokens)
+            if loss is None:
+                continue
             scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
             optimizer.step(scale)
             tokens += settings.batch * context
@@ -104,24 +108,27 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     return figures
 
 
-def train_step(model, batch, world: int) -> float:
-    """Gradients of this process's part of the loss over the batch; returns that part, times the number of processes."""
-    inputs, targets, weights, segments = (t.to(machine.device()) for t in batch)
-    if not len(inputs):  # fewer rows than processes
-        return 0.0
-    learned = (weights > 0).nonzero(as_tuple=True)  # logits of the other tokens are never needed
-    logp = model.logprobs(inputs, targets[learned], segments, places=learned)
-    loss = -(logp * weights[learned]).sum() * world  # gradients are averaged over processes
-    loss.backward()
-    return loss.item()
+def train_step(model, batch, world: int, micro_batch: int | None = None) -> float:
+    """Gradients of this process's part of the loss over the batch, `micro_batch` rows at a time; returns that part, times the
+    number of processes."""
+    total = 0.0
+    parts = (t.to(machine.device()).split(micro_batch or len(t) or 1) for t in batch)
+    for inputs, targets, weights, segments in zip(*parts):
+        learned = (weights > 0).nonzero(as_tuple=True)  # logits of the other tokens are never needed
+        if len(learned[0]):  # not so where there are fewer rows than processes
+            logp = model.logprobs(inputs, targets[learned], segments, places=learned)
+            loss = -(logp * weights[learned]).sum() * world  # gradients are averaged over processes
+            loss.backward()
+            total += loss.item()
+    return total
 
 
-def rehearsed_steps(settings: SftSettings, parent, rates, batches, clock: stage.Clock) -> int:
+def rehearsed_steps(settings: SftSettings, parent, rates, batches, passes, clock: stage.Clock) -> int:
     model, _ = stage.load_parent(parent, settings)
     optimizer = Optimizer(model, rates, machine.compute_dtype(), *machine.ranks())
 
     def one_step(step: int) -> None:
-        train_step(model, batches.at(step), batches.world)
+        passes(lambda rows: train_step(model, batches.at(step), batches.world, rows), model.parameters())
         optimizer.step(0.0)
 
     return stage.steps_within((settings.minutes or 2.5) * 60 - clock.seconds, one_step)

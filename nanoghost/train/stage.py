@@ -1,7 +1,7 @@
 """What every stage shares: starting, resuming or refusing a model folder, its checkpoints, its clock, and finishing it."""
 
 import json
-import math
+import os
 import platform
 import shlex
 import shutil
@@ -14,10 +14,11 @@ from importlib.metadata import version
 
 from nanoghost import machine
 from nanoghost.errors import UserError
-from nanoghost.model.weights import load_checkpoint, load_model, save_checkpoint
-from nanoghost.runs import ModelFolder, Stopping, open_model, writing
+from nanoghost.model.weights import load_model
+from nanoghost.runs import ModelFolder, Stopped, Stopping, open_model, writing
 
-NOT_SETTINGS = ("name", "json", "force", "parent", "checkpoint_seconds")  # these do not change what a stage computes
+# these do not change what a stage computes, or may be changed on the way
+NOT_SETTINGS = ("name", "json", "force", "parent", "checkpoint_seconds", "keep_last", "keep_every", "bad_loss", "hang_minutes")
 INHERITED = ("data", "arch", "config", "parameters", "vocab_size")  # what a child's card takes from its parent's
 
 
@@ -31,6 +32,14 @@ class StageSettings:
     """How many steps to train, instead of minutes."""
     checkpoint_seconds: float = 60.0
     """Time between checkpoints."""
+    keep_last: int = 2
+    """How many checkpoints stay while training, beside the one with the lowest loss."""
+    keep_every: int = 0
+    """Keep the checkpoints of every so many-th step, also when training is finished; 0: none."""
+    bad_loss: str = "stop"
+    """When the loss is no number: stop, skip (the batch) or roll-back (to the last checkpoint, and on with later batches)."""
+    hang_minutes: float = 10.0
+    """Longest step of several processes; after that each writes down where it stands and ends, for torchrun to start anew."""
     force: bool = False
     """Replace a model of that name."""
     json: bool = False
@@ -52,8 +61,10 @@ class LaterSettings(StageSettings):
 class Run:
     """A stage at work on its folder."""
 
-    def __init__(self, folder: ModelFolder, stage: str, card: dict, stopping: Stopping, show):
+    def __init__(self, folder: ModelFolder, stage: str, card: dict, stopping: Stopping, show, settings):
         self.folder, self.stage, self.card, self.stopping, self.show = folder, stage, card, stopping, show
+        self.settings, self.keeper = settings, None
+        self.next = 0  # the step that comes next
 
     def event(self, step: float, **figures) -> None:
         """Append an event to the log and show it."""
@@ -69,39 +80,34 @@ class Run:
 
     def resume(self, optimizer) -> tuple[int, dict]:
         """(the step to go on at, what was noted there), with the optimizer as it was then; (0, {}) at a fresh start."""
-        saved = load_checkpoint(self.folder.path, machine.ranks()[0])
-        if not saved:
-            return 0, {}
-        step, state, notes = saved
-        optimizer.load_state(state)
-        return step, notes
+        from nanoghost.train.keeper import Keeper
 
-    def check_loss(self, loss: float, step: int, where: str = "") -> None:
-        """To be called before the update: a loss that is no number ends the run, and the last checkpoint stands."""
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} at step {step}{where}; nothing was updated and the last checkpoint stands:"
-                f" try --force with a smaller --learning-rate"
-            )
+        self.keeper = Keeper(self, optimizer)
+        self.next, notes = self.keeper.checkpoints.load(optimizer)
+        return self.next, notes
 
-    def checkpoint(self, step: int, optimizer, clock: "Clock", **notes) -> None:
-        """Save what is needed to go on at `step` if it is time, and leave if a stop was asked for.
+    def steps(self):
+        """The steps that are left; after a rollback some come again."""
+        while self.next < self.card["steps"]:
+            self.next += 1
+            yield self.next - 1
 
-        To be called before the step's update. All processes decide alike.
+    def batch(self, step: int) -> int:
+        """Which batch a step learns: that of its number, or a later one where some were left out (`roll-back`)."""
+        return step + sum(count for first, count in self.card.get("left_out_batches", ()) if step >= first)
+
+    def ready(self, step: int, loss: float, rows, clock: "Clock", score: float | None = None, **notes) -> float | None:
+        """To be called between gradients and update: the mean loss over the processes, or None if there must be no update.
+
+        Saves what is needed to go on at `step` if it is time, and leaves if a stop was asked for; all processes decide
+        alike. `rows`: what this process learns in the step, `score`: how good it is, if not the loss says it (less is better).
         """
-        self.stopping.requested = machine.mean_over_ranks(self.stopping.requested) > 0
-        due = machine.mean_over_ranks(clock.due()) > 0
-        if step and (due or self.stopping):
-            notes |= {"seconds": clock.seconds}
-            save_checkpoint(self.folder.path, step, optimizer.state(), notes, machine.ranks()[0])
-        if self.stopping:
-            self.show.close()
-            self.show.say(f"{self.folder.name} is saved at step {step} of {self.card['steps']}")
-            raise KeyboardInterrupt
+        return self.keeper.ready(step, loss, rows, clock, loss if score is None else score, notes)
 
     def finish(self, **figures) -> dict:
+        self.keeper.end()
         self.note(finished=round(time.time(), 3), figures=figures)
-        if machine.ranks()[0] == 0:
+        if machine.ranks()[0] == 0 and not self.settings.keep_every:
             shutil.rmtree(self.folder.path / "state", ignore_errors=True)
         return figures
 
@@ -128,14 +134,15 @@ def run(stage: str, settings, show, parent: ModelFolder | None = None):
         if "finished" in card:
             yield None
             return
-        yield Run(folder, stage, card, stopping, show)
+        yield Run(folder, stage, card, stopping, show, settings)
+        machine.wait_for_ranks()  # the next stage reads what the first of them has written
         if stopping:  # asked for when the last step was done: what follows must not start
-            raise KeyboardInterrupt
+            raise Stopped
 
 
 def prepare_folder(folder: ModelFolder, stage: str, settings, chosen: dict, parent: ModelFolder | None) -> None:
     """Make the folder with its card and its parent's events, or check that it may be resumed."""
-    if folder.exists and settings.force:
+    if folder.exists and settings.force and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         for path in folder.path.iterdir():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -156,6 +163,8 @@ def prepare_folder(folder: ModelFolder, stage: str, settings, chosen: dict, pare
 
 
 def new_card(stage: str, settings: dict, parent: ModelFolder | None) -> dict:
+    from nanoghost.doctor import describe
+
     return {
         "stage": stage,
         "parent": parent.card if parent else None,
@@ -164,7 +173,7 @@ def new_card(stage: str, settings: dict, parent: ModelFolder | None) -> dict:
         "seed": settings["seed"],
         "command": shlex.join(["nanoghost", *sys.argv[1:]]),
         "started": round(time.time(), 3),
-        "machine": machine.describe(),
+        "machine": describe(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("nanoghost", "torch", "tokenizers")},
     }
 
@@ -204,6 +213,8 @@ def check_length(settings) -> None:
         raise UserError("--minutes and --steps exclude each other")
     if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
         raise UserError("--minutes and --steps must be positive")
+    if settings.bad_loss not in ("stop", "skip", "roll-back"):
+        raise UserError(f"--bad-loss is stop, skip or roll-back, not '{settings.bad_loss}'")
 
 
 def steps_within(seconds: float, one_step, rehearsals: int = 12) -> int:
@@ -218,7 +229,7 @@ def steps_within(seconds: float, one_step, rehearsals: int = 12) -> int:
         one_step(i)
         times.append(time.perf_counter() - start)
     left = seconds - sum(times)
-    return max(1, round(machine.mean_over_ranks(left / (sorted(times[rehearsals // 3 :])[1] * 1.05))))
+    return max(1, round(machine.mean_over_ranks(left / (sorted(times[rehearsals // 3 :])[1] * 1.05))[0]))
 
 
 def print_figures(figures: dict | None, settings) -> None:

@@ -15,7 +15,7 @@ from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.model.weights import load_model
 from nanoghost.progress import Display
-from nanoghost.runs import ModelFolder, home, write_atomic
+from nanoghost.runs import ModelFolder, Stopped, home, write_atomic
 from nanoghost.tools.registry import TOOLS, run_tool
 from nanoghost.train import stage
 from nanoghost.train.distill_loss import logits_at, teacher_buckets
@@ -39,7 +39,7 @@ def kept(what: str, key: list, count: int, make, run: stage.Run, display: Displa
     clock = stage.Clock(0.0, 10.0)
     for number in range(rank, count, world):
         if run.stopping:
-            raise KeyboardInterrupt
+            raise Stopped
         if not paths[number].exists():
             write_atomic(paths[number], make(number))
             if clock.due() and rank == 0:
