@@ -15,15 +15,16 @@ from nanoghost.errors import UserError
 
 
 class Batches:
-    def __init__(self, tokens: np.ndarray, context: int, rows: int, seed: int, rank: int = 0, world: int = 1):
-        """`tokens` [N] from `Shards.tokens`; `rows` to a global batch, of which this rank gets rank, rank + world ..."""
+    def __init__(self, tokens: np.ndarray, context: int, rows: int, seed: int, rank: int = 0, world: int = 1, check=None):
+        """`tokens` [N] from `Shards.tokens`, `check` from `Shards.check`; `rows` to a global batch, of which this rank gets rank,
+        rank + world ..."""
         if len(tokens) < context + 1:
             raise UserError(
                 f"the text has {len(tokens):,} tokens, too few for one row of {context} + 1: "
                 "choose a smaller --context, or give it more text"
             )
         self.tokens = np.asarray(tokens)  # same memory; indexing a memmap object itself is slower
-        self.context, self.rows, self.seed, self.rank, self.world = context, rows, seed, rank, world
+        self.context, self.rows, self.seed, self.rank, self.world, self.check = context, rows, seed, rank, world, check
         # One window fewer than would fit leaves room for the offset; a corpus of a single row has no room.
         self.rows_per_epoch = max(1, len(tokens) // context - 1)
         self.max_offset = len(tokens) - 1 - self.rows_per_epoch * context
@@ -31,7 +32,10 @@ class Batches:
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of a step, int64 [B, T] each, targets one token ahead."""
-        window = torch.from_numpy(self.tokens[self.positions(step)[:, None] + np.arange(self.context + 1)].astype("i8"))
+        starts = self.positions(step)
+        if self.check:
+            self.check(starts, self.context + 1)
+        window = torch.from_numpy(self.tokens[starts[:, None] + np.arange(self.context + 1)].astype("i8"))
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
     def positions(self, step: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from nanoghost.runs import home, read_json, write_json
 from nanoghost.tokenizer import Tokenizer
 
 FORMAT = 1
-CHECKED_BYTES = 64 * 2**20  # larger files are checked by size alone at open: reading them all would delay every start
+CHECKED_BYTES = 64 * 2**20  # larger files are checked piece by piece when training reads them: all at once would delay every start
 PIECE = 2**17  # characters given to the tokenizer at once
 GROUP = 32  # pieces (or short documents) to a call, which the tokenizer spreads over the cores
 
@@ -44,6 +44,14 @@ class Shards:
         if count == 0:
             return np.empty(0, self.manifest["dtype"])  # an empty file can't be mapped
         return np.memmap(self.folder / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
+
+    def check(self, split: str):
+        """A function of (positions, tokens), to be called before tokens from these positions on are used: each block of the file
+        is compared with its checksum at first touch. None where opening did that for all of them."""
+        from nanoghost.data.blocks import Blocks
+
+        blocks = self.manifest["splits"][split].get("blocks")
+        return blocks and Blocks(self.folder / f"{split}.bin", blocks, np.dtype(self.manifest["dtype"]).itemsize).check
 
     def bytes(self, split: str) -> int:
         """How many bytes of UTF-8 text the split holds: the denominator of bits per byte."""
@@ -105,12 +113,14 @@ def open_shards(folder: Path) -> Shards:
         file = folder / f"{split}.bin"
         size = file.stat().st_size if file.exists() else -1
         whole = size == figures["tokens"] * np.dtype(manifest["dtype"]).itemsize
-        if not whole or (size < CHECKED_BYTES and sha256_of(file) != figures["sha256"]):
+        if not whole or ("blocks" not in figures and sha256_of(file) != figures["sha256"]):
             raise UserError(f"{file} is damaged (it differs from manifest.json): remove {folder}, it is made anew")
     return Shards(folder, manifest)
 
 
 def write_shards(folder: Path, source: Source, tokenizer) -> None:
+    from nanoghost.data.blocks import sums_of
+
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     endoftext = tokenizer.special("<|endoftext|>")
     splits = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
@@ -129,7 +139,7 @@ def write_shards(folder: Path, source: Source, tokenizer) -> None:
             f.flush()
             os.fsync(f.fileno())
     for split in SPLITS:
-        splits[split]["sha256"] = sha256_of(folder / f"{split}.bin")
+        splits[split] |= sums_of(folder / f"{split}.bin", CHECKED_BYTES)
     manifest = {
         "format": FORMAT,
         "source": {

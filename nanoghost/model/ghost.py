@@ -182,7 +182,8 @@ class Ghost(nn.Module):
             torch.softmax(torch.baddbmm(mask_BTS, q[:, :, i] * scale, k[:, :, i].mT), -1)
             for i, scale in enumerate((POINTER_WIDTH**-0.5, 2 * POINTER_WIDTH**-0.5))
         )
-        logits = F.linear(hidden_BTD.float(), self.gates[:, 1:], self.gates[:, 0])
+        gates = self.gates.float()  # sharded, they come in the compute dtype
+        logits = F.linear(hidden_BTD.float(), gates[:, 1:], gates[:, 0])
         places_BTP = torch.softmax(logits[..., 2:], -1)
         there = torch.bmm(letters_BTS, (spelled_BSP >= 0).to(letters_BTS.dtype)).mul(places_BTP).sum(-1).clamp(max=1)
         vocabulary, copy, letter = torch.softmax(F.pad(logits[..., :2], (1, 0)), -1).unbind(-1)

@@ -1,6 +1,5 @@
 """Model folders on disk: what Hugging Face transformers and others read, and checkpoints for an exact resume."""
 
-import json
 from pathlib import Path
 
 import safetensors.torch

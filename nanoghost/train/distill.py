@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated
 
+import numpy as np
 import safetensors.torch
 import torch
 import tyro
@@ -25,7 +26,7 @@ from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
-from nanoghost.model.weights import load_tokenizer, save_model
+from nanoghost.model.weights import load_tokenizer
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
@@ -94,7 +95,7 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         model, tokenizer = stage.load_parent(parent, settings)
         context = row_length(model.config.context, settings.context)
         if shards:
-            examples = rows_of_text(shards.tokens("train"), context, settings.examples)
+            examples = rows_of_text(shards.tokens("train"), context, settings.examples, shards.check("train"))
         else:
             examples = conversations_of(settings, own, run)
         gradients = KINDS[settings.kind](settings, examples, tokenizer, context, teacher, run, display)
@@ -137,8 +138,7 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
                 )  # fmt: skip
 
         seconds = clock.seconds
-        if rank == 0:
-            save_model(run.folder.path, model, tokenizer)
+        stage.save(run, model, tokenizer)
         figures = {
             "name": settings.name, "parameters": run.card["parameters"], "tokens": tokens, "seconds": round(seconds, 1),
             "tokens_per_second": rate.per_second, "flops_per_second": rate.per_second * model.flops_per_token(context),
@@ -195,7 +195,7 @@ def is_text(data: str) -> bool:
     return data.partition("+")[0] not in MIXES and not data.endswith(".jsonl")
 
 
-def rows_of_text(tokens, context: int, most: int) -> list[Lesson]:
+def rows_of_text(tokens, context: int, most: int, check=None) -> list[Lesson]:
     """Up to `most` rows of a text, of `context` + 1 tokens, evenly spaced; neighbours share one token."""
     count = (len(tokens) - 1) // context
     if not count:
@@ -203,6 +203,8 @@ def rows_of_text(tokens, context: int, most: int) -> list[Lesson]:
             f"the text has {len(tokens)} tokens, too few for one row of {context} + 1: choose a smaller --context"
         )
     starts = [i * count // min(most, count) * context for i in range(min(most, count))]
+    if check:
+        check(np.array(starts), context + 1)
     return [Lesson(tokens[s : s + context + 1].tolist(), [False] + [True] * context) for s in starts]
 
 

@@ -103,7 +103,7 @@ class Watchdog:
         self.seconds, self.path = seconds, folder / f"stacks-rank-{machine.ranks()[0]}.txt"
         if self.path.exists() and self.path.stat().st_size:
             say(f"before, a step took longer than it may; where this process stood then: {self.path}")
-        self.file = open(self.path, "a")
+        self.file = open(self.path, "a")  # noqa: SIM115 (open as long as it runs)
 
     def alive(self) -> None:
         faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.file)
@@ -118,8 +118,8 @@ class Watchdog:
 class Fitting:
     """How many rows go through the model at once: halved in the first step as long as memory does not suffice for them."""
 
-    def __init__(self, rows: int):
-        self.rows, self.known = rows, False
+    def __init__(self, rows: int, say):
+        self.rows, self.say, self.known = rows, say, False
 
     def __call__(self, work, parameters):
         """`work(rows)`; what is left of a pass that failed is thrown away, so that the result is the same."""
@@ -135,5 +135,6 @@ class Fitting:
                     raise UserError("memory does not suffice for a single row: choose a smaller --context or --depth") from None
             for p in parameters:
                 p.grad = None
+            self.say(f"memory does not suffice: {-(-self.rows // 2)} rows go through the model at once instead of {self.rows}")
             self.rows = -(-self.rows // 2)
         return work(self.rows)

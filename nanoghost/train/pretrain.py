@@ -4,6 +4,7 @@ text -> tokenizer -> shards -> batches -> loss -> Muon -> a model folder
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -14,8 +15,7 @@ from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
-from nanoghost.model.weights import architecture, load_tokenizer, save_model
-from nanoghost.optim.optimizer import Optimizer
+from nanoghost.model.weights import architecture, load_tokenizer
 from nanoghost.optim.schedule import learning_rate, momentum
 from nanoghost.progress import Display
 from nanoghost.runs import open_model
@@ -32,8 +32,8 @@ class PretrainSettings(stage.StageSettings):
     """Text to learn: plays, a file or folder (.txt .md .jsonl .parquet), or hub:OWNER/NAME."""
     depth: int | None = None
     """The dial: layers; sets width, heads and learning rates. Default: what learns most in the given minutes."""
-    arch: str = "ghost"
-    """ghost (learns fastest) or llama (runs in other engines)."""
+    arch: Literal["ghost", "llama"] = "ghost"
+    """A ghost learns fastest, a llama runs in other engines."""
     vocab_size: int = 4096
     """Tokens of a new tokenizer."""
     tokenizer: str | None = None
@@ -48,8 +48,10 @@ class PretrainSettings(stage.StageSettings):
     """Factor on all learning rates of the recipe."""
     seed: int = 0
     """Of the weights at step 0 and of the batch order."""
-    compile: str = "auto"
-    """on, off, or auto: compile where it pays within the run."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """auto: compile where it pays within the run."""
+    shard: Literal["model"] | None = None
+    """For models too large for one device: the weights are shared out among the processes (FSDP2)."""
 
 
 def main(settings: PretrainSettings, display: Display | None = None) -> dict | None:
@@ -67,7 +69,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         tokenizer = tokenizer_for(source, settings.vocab_size, display.say, example_texts())
     shards = tokenise(source, tokenizer)
     train = shards.tokens("train")
-    batches = Batches(train, settings.context, settings.batch, settings.seed, rank, world)
+    batches = Batches(train, settings.context, settings.batch, settings.seed, rank, world, shards.check("train"))
 
     with stage.run("pretrain", settings, display) as run:
         if run is None:
@@ -78,16 +80,15 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         depth, reason = (settings.depth, "as asked") if settings.depth else depth_for(minutes)
         config = model_config(settings.arch, depth, tokenizer.vocab_size, settings.context)
         clock = stage.Clock(0.0)
-        passes = Fitting(settings.micro_batch)
+        passes = Fitting(settings.micro_batch, display.say)
 
         def build():
             torch.manual_seed(settings.seed)
-            model = make_model(config, tokenizer)
-            return model, Optimizer(model, groups(config.width, settings.learning_rate), machine.compute_dtype(), rank, world)
+            return stage.with_optimizer(make_model(config, tokenizer), groups(config.width, settings.learning_rate), settings)
 
         model, optimizer = build()
         if "steps" not in run.card:
-            compiled = compile_decision(settings.compile, minutes)
+            compiled = compile_decision("off" if settings.shard else settings.compile, minutes)
             steps = settings.steps or rehearsed_steps(minutes, build, batches, passes, compiled, clock)
             run.note(
                 data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps, depth_reason=reason,
@@ -125,8 +126,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
                 run.event(step + 0.5, validation_bpb=bpb)
 
         seconds = clock.seconds  # what follows is evaluation
-        if rank == 0:
-            save_model(run.folder.path, model, tokenizer)
+        stage.save(run, model, tokenizer)
         bpb = bits_per_byte(model, shards.tokens("test"), settings.context, shards.bytes("test"))
         validation = bits_per_byte(model, shards.tokens("val"), settings.context, shards.bytes("val"))
         texts = {s: [d.text for d in source.documents() if d.split == s] for s in ("train", "test")}
@@ -144,10 +144,6 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
 
 
 def check(settings: PretrainSettings, world: int) -> None:
-    if settings.arch not in ("ghost", "llama"):
-        raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
-    if settings.compile not in ("auto", "on", "off"):
-        raise UserError(f"--compile is auto, on or off, not '{settings.compile}'")
     if settings.batch % world:
         raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
 

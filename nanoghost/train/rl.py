@@ -17,8 +17,6 @@ from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.skills import accuracy, attempt
 from nanoghost.model.layers import shared_prompts
-from nanoghost.model.weights import save_model
-from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
 from nanoghost.tasks.base import distinct_problems
@@ -88,7 +86,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
             before = held_out(model, tokenizer, tasks, settings)
             steps = settings.steps or rehearsed_steps(settings, parent, rates, tokenizer, tasks, lessons, clock)
             run.note(steps=steps, before=before, adapters=[adapter.summary() for adapter in model.adapters])
-        optimizer = Optimizer(model, rates, machine.compute_dtype(), rank, world)
+        model, optimizer = stage.with_optimizer(model, rates, settings)
         steps = run.card["steps"]
         start, notes = run.resume(optimizer)
         tokens = notes.get("tokens", 0)
@@ -122,8 +120,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
 
         trained_seconds = clock.seconds
         after = held_out(model, tokenizer, tasks, settings)
-        if rank == 0:
-            save_model(run.folder.path, model, tokenizer)
+        stage.save(run, model, tokenizer)
         both = {name: {"before": run.card["before"][name], "after": after[name]} for name in after}
         result = run.finish(
             name=settings.name, parameters=run.card["parameters"], tokens=tokens, seconds=round(trained_seconds, 1),
@@ -279,8 +276,7 @@ def padded(rows: list[list]) -> torch.Tensor:
 
 def rehearsed_steps(settings: RlSettings, parent, rates, tokenizer, tasks, lessons, clock: stage.Clock) -> int:
     evaluation = clock.seconds  # before the first step; the same again comes after the last one
-    model, _ = stage.load_parent(parent, settings)
-    optimizer = Optimizer(model, rates, machine.compute_dtype(), *machine.ranks())
+    model, optimizer = stage.with_optimizer(stage.load_parent(parent, settings)[0], rates, settings)
 
     def one_step(step: int) -> None:
         rollout_and_gradients(model, tokenizer, tasks, settings, step, *machine.ranks())

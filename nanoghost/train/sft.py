@@ -4,13 +4,12 @@ conversations -> lessons (ids, what is learned) -> packed rows -> loss on the as
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from nanoghost import machine
-from nanoghost.model.weights import save_model
-from nanoghost.optim.optimizer import Optimizer
+from nanoghost.errors import UserError
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
 from nanoghost.tasks.mix import lesson_conversations, own_conversations
@@ -37,6 +36,8 @@ class SftSettings(stage.LaterSettings):
     """Factor on the recipe's learning rates."""
     seed: int = 0
     """Of the lessons and their order."""
+    shard: Literal["model"] | None = None
+    """For models too large for one device: the weights are shared out among the processes (FSDP2)."""
 
 
 def main(settings: SftSettings, display: Display | None = None) -> dict | None:
@@ -46,6 +47,8 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     rank, world = machine.ranks()
     display = display or Display()
     stage.check_length(settings)
+    if settings.shard and settings.batch % world:
+        raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
     parent = stage.parent_of(settings, "sft")
     settings = stage.named(settings, parent)
     conversations = own_conversations(settings.data)
@@ -62,9 +65,9 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         lessons, left_out = lessons_from(conversations, tokenizer, context)
         if left_out:
             display.say(f"{left_out} conversations have no answer within {context} tokens and are left out")
-        batches, passes = PackedBatches(lessons, context, settings.batch, settings.seed, rank, world), Fitting(settings.batch)
+        batches, passes = PackedBatches(lessons, context, settings.batch, settings.seed, rank, world), Fitting(settings.batch, display.say)
         rates = later_groups(base, model.config.width, settings.learning_rate)
-        optimizer = Optimizer(model, rates, machine.compute_dtype(), rank, world)
+        model, optimizer = stage.with_optimizer(model, rates, settings)
 
         if "steps" not in run.card:
             steps = settings.steps or rehearsed_steps(settings, parent, rates, batches, passes, clock)
@@ -97,8 +100,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
                 )  # fmt: skip
 
         seconds = clock.seconds
-        if rank == 0:
-            save_model(run.folder.path, model, tokenizer)
+        stage.save(run, model, tokenizer)
         figures = run.finish(
             name=settings.name, parameters=run.card["parameters"], tokens=tokens, seconds=round(seconds, 1),
             tokens_per_second=rate.per_second, flops_per_second=rate.per_second * model.flops_per_token(context),
@@ -124,8 +126,7 @@ def train_step(model, batch, world: int, micro_batch: int | None = None) -> floa
 
 
 def rehearsed_steps(settings: SftSettings, parent, rates, batches, passes, clock: stage.Clock) -> int:
-    model, _ = stage.load_parent(parent, settings)
-    optimizer = Optimizer(model, rates, machine.compute_dtype(), *machine.ranks())
+    model, optimizer = stage.with_optimizer(stage.load_parent(parent, settings)[0], rates, settings)
 
     def one_step(step: int) -> None:
         passes(lambda rows: train_step(model, batches.at(step), batches.world, rows), model.parameters())

@@ -11,10 +11,12 @@ from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import Literal
 
 from nanoghost import machine
 from nanoghost.errors import UserError
-from nanoghost.model.weights import load_model
+from nanoghost.model.weights import load_model, save_model
+from nanoghost.optim.optimizer import Optimizer
 from nanoghost.runs import ModelFolder, Stopped, Stopping, open_model, writing
 
 # these do not change what a stage computes, or may be changed on the way
@@ -36,8 +38,8 @@ class StageSettings:
     """How many checkpoints stay while training, beside the one with the lowest loss."""
     keep_every: int = 0
     """Keep the checkpoints of every so many-th step, also when training is finished; 0: none."""
-    bad_loss: str = "stop"
-    """When the loss is no number: stop, skip (the batch) or roll-back (to the last checkpoint, and on with later batches)."""
+    bad_loss: Literal["stop", "skip", "roll-back"] = "stop"
+    """When the loss is no number: stop, skip the batch, or roll back to the last checkpoint and go on with later batches."""
     hang_minutes: float = 10.0
     """Longest step of several processes; after that each writes down where it stands and ends, for torchrun to start anew."""
     force: bool = False
@@ -207,14 +209,31 @@ def load_parent(parent: ModelFolder, settings):
     return model, tokenizer
 
 
+def with_optimizer(model, rates, settings):
+    """(the model, its optimizer)."""
+    if getattr(settings, "shard", None):
+        from nanoghost.optim.sharded import shard
+
+        return shard(model, rates)
+    return model, Optimizer(model, rates, machine.compute_dtype(), *machine.ranks())
+
+
+def save(run: Run, model, tokenizer) -> None:
+    """Write what was learned; where processes share a model out they put it together first."""
+    if getattr(run.settings, "shard", None):
+        from nanoghost.optim.sharded import whole
+
+        model = whole(model)
+    if machine.ranks()[0] == 0:
+        save_model(run.folder.path, model, tokenizer)
+
+
 def check_length(settings) -> None:
     """To be called before any work is done."""
     if settings.minutes and settings.steps:
         raise UserError("--minutes and --steps exclude each other")
     if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
         raise UserError("--minutes and --steps must be positive")
-    if settings.bad_loss not in ("stop", "skip", "roll-back"):
-        raise UserError(f"--bad-loss is stop, skip or roll-back, not '{settings.bad_loss}'")
 
 
 def steps_within(seconds: float, one_step, rehearsals: int = 12) -> int:
