@@ -28,6 +28,9 @@ parity: .venv/installed  ## compare models with transformers, peft and llama.cpp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
 	$(BIN)/python -m pytest -q -rs tests/test_parity.py tests/test_llama_cpp.py tests/test_model.py tests/test_lora.py
 
+soak: .venv/installed  ## kill a toy run 200 times: nothing may be lost (minutes)
+	$(BIN)/python -m tests.soak 200
+
 page: .venv/installed  ## try the chat page in a real browser (skipped where chromium and its driver are not installed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[page]'
 	$(BIN)/python -m pytest -q -rs tests/test_page.py
@@ -38,4 +41,4 @@ lines: .venv/installed  ## count what one reads from speedrun.py to the chat
 clean:  ## remove the virtual environment and caches (models stay in the home folder)
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup speedrun chat test parity page lines clean
+.PHONY: help setup speedrun chat test parity soak page lines clean

@@ -2,8 +2,8 @@
 
 Nothing here is a formula about a model. Parameters, optimizer and operations are counted on the real classes, on PyTorch's
 meta device, where tensors have shapes and no memory; what autograd keeps for the backward pass is counted on a few toy
-models and carried on to the size that is asked for. Only two things are assumed: how much of a device's peak training
-reaches (SHARES), and what an hour costs.
+models and carried on to the size that is asked for. What is assumed: how much of a device's peak training reaches (SHARES),
+how much of the wires' rate messages reach (REACHED), and what an hour costs.
 """
 
 import json
@@ -18,6 +18,7 @@ from nanoghost import doctor, machine
 from nanoghost.errors import UserError
 from nanoghost.model.weights import architecture
 from nanoghost.optim.optimizer import Optimizer
+from nanoghost.optim.ranks import volume
 from nanoghost.train.recipe import depth_for, groups, model_config
 
 
@@ -29,19 +30,26 @@ class Hardware:
     """Of a device, 10^9 bytes."""
     dollars: float | None = None
     """For a device and an hour, where GPUs are rented (May 2026); None: not known."""
+    link_gb: float = 25.0
+    """Between devices of a node, 10^9 bytes a second each way, of the data sheet (NVLink; PCIe 4.0 where there is none)."""
+    network_gb: float = 12.5
+    """Between nodes, for each device: a card of 100 Gbit/s, or what nodes with this device usually come with."""
 
 
 HARDWARE = {
-    "b200": Hardware(2250, 192),
-    "h200": Hardware(989, 141, 3.75),
-    "h100": Hardware(989, 80, 2.95),
-    "a100": Hardware(312, 80, 1.30),
+    "b200": Hardware(2250, 192, None, 900, 50),
+    "h200": Hardware(989, 141, 3.75, 450, 50),
+    "h100": Hardware(989, 80, 2.95, 450, 50),
+    "a100": Hardware(312, 80, 1.30, 300, 25),
     "l40s": Hardware(362, 48),
     "5090": Hardware(209, 32),
     "4090": Hardware(165, 24),
     "3090": Hardware(71, 24),
 }
 SHARES = {"gpu": 0.41, "cpu": 0.44}  # of the peak, over a whole step: docs/performance.md says from which runs
+REACHED = 0.7  # of a link's rate, by large messages
+MESSAGE = 10e-6  # seconds that a message takes to the next device, however short it is
+NODE = 8  # devices
 FULL = 0.9  # of a device's memory that a plan may use
 DEPTHS = range(2, 41, 2)
 
@@ -115,9 +123,15 @@ def plan(settings: PlanSettings) -> dict:
         tokens = rate * settings.minutes * 60 / flops
     steps = max(1, round(tokens / (batch * context)))
     tokens = steps * batch * context
-    seconds = tokens * flops / rate
     dtype = torch.bfloat16 if gpu else machine.compute_dtype()
     parts = memory(model.cast(dtype), dtype, devices)
+    sent, talk = communication(model, dtype, devices, hardware)
+    # within a node it is part of the share: the runs that the share was taken from talked as much
+    extra = talk - communication(model, dtype, NODE, hardware)[1] if devices > NODE else 0.0
+    if settings.minutes and extra:
+        steps = max(1, round(settings.minutes * 60 / (batch * context * flops / rate + extra)))
+        tokens = steps * batch * context
+    seconds = tokens * flops / rate + steps * extra
     row = activation_bytes(settings.arch, config, dtype)
     update = parts.pop("largest update")  # when activations are gone
     room = FULL * hardware.memory_gb * 1e9 - sum(parts.values())
@@ -132,7 +146,8 @@ def plan(settings: PlanSettings) -> dict:
         "depth": depth, "depth_reason": reason, "width": config.width, "vocab_size": vocab_size, "context": context,
         "parameters": sum(counts.values()), "parameter_counts": counts, "tokens": tokens, "steps": steps, "batch": batch,
         "micro_batch": micro, "flops_per_token": flops, "flops": tokens * flops, "peak_tflops_per_second": devices * hardware.tflops,
-        "share_of_peak": share, "tokens_per_second": rate / flops, "seconds": seconds,
+        "share_of_peak": share, "tokens_per_second": tokens / seconds, "seconds": seconds,
+        "step_seconds": seconds / steps, "communication_bytes_per_step": sent, "communication_seconds_per_step": talk,
         "memory_bytes_per_device": {k: round(v) for k, v in parts.items()}, "memory_bytes": round(most),
         "device_memory_gb": hardware.memory_gb, "fits": most <= FULL * hardware.memory_gb * 1e9,
         "dollars": round(hours * devices * dollars, 2) if dollars and not local else None,
@@ -166,12 +181,28 @@ def memory(model, dtype: torch.dtype, devices: int) -> dict[str, int]:
     optimizer = Optimizer(model, groups(model.config.width), dtype, 0, devices)
     buckets = optimizer.buckets.values()
     weights = sum(size([b.work]) for b in buckets) + size(model.buffers())
-    # while a bucket is updated: Muon works on four copies of its shard, AdamW on two; what goes to other devices is whole, in fp32
-    largest = max(4 * b.master.numel() * (4 if b.group.kind == "muon" else 2) + 4 * b.work.numel() * (devices > 1) for b in buckets)
+    # while a bucket is updated: Muon works on four copies of its shard, AdamW on two; the gradients of all are on their way, in fp32
+    largest = max(4 * b.master.numel() * (4 if b.group.kind == "muon" else 2) for b in buckets)
+    largest += 4 * sum(b.work.numel() for b in buckets) * (devices > 1)
     return {
         "weights": weights, "gradients": sum(size([b.work]) for b in buckets),
         "optimizer": sum(size(b.state().values()) for b in buckets), "largest update": largest,
     }  # fmt: skip
+
+
+def communication(model, dtype: torch.dtype, devices: int, hardware: Hardware) -> tuple[int, float]:
+    """Bytes that a device sends in a step, and the seconds that this takes: gradients in fp32, then weights (optim/ranks.py).
+
+    As rings do it: at the rate of the slowest link between neighbours, and once around for each bucket and direction. None of it
+    is hidden behind the backward pass.
+    """
+    if devices == 1:
+        return 0, 0.0
+    buckets = Optimizer(model, groups(model.config.width), dtype, 0, devices).buckets.values()
+    sent = volume(buckets, devices)
+    total = sent["gradients (nccl)"] + sent["weights"]
+    rate = (hardware.link_gb if devices <= NODE else min(hardware.link_gb, hardware.network_gb)) * 1e9 * REACHED
+    return total, total / rate + 2 * len(buckets) * (devices - 1) * MESSAGE
 
 
 TOYS = ((2, 64, 512), (4, 64, 512), (6, 96, 768), (2, 128, 512), (2, 64, 1024), (4, 128, 1024))  # depth, context, vocabulary
@@ -214,11 +245,11 @@ def kept(config, dtype: torch.dtype, rows: int = 2) -> float:
 
 
 def pretrain_command(arch, depth, steps, batch, context, micro, vocab_size, devices) -> str:
-    nodes = -(-devices // 8)
+    nodes = -(-devices // NODE)
     start = "nanoghost"
     if devices > 1:
         several = f"--nnodes={nodes} --rdzv-endpoint=HOST:29500 " if nodes > 1 else "--standalone "
-        start = f"torchrun {several}--nproc-per-node={min(devices, 8)} -m nanoghost"
+        start = f"torchrun {several}--nproc-per-node={min(devices, NODE)} -m nanoghost"
     return (
         f"{start} pretrain --arch {arch} --depth {depth} --steps {steps} --batch {batch} --micro-batch {micro}"
         f" --context {context} --vocab-size {vocab_size}"
@@ -237,6 +268,8 @@ def tell(p: dict) -> None:
     table.add_row("operations", f"{p['flops']:.3g}", f"{count(p['flops_per_token'])} for a token: products and causal attention, forward and backward")
     peak = f"{p['peak_tflops_per_second']:,.0f} TFLOP/s" if p["hardware"] != "this" else f"{p['peak_tflops_per_second'] * 1e3:,.0f} GFLOP/s, measured"
     table.add_row("time", duration(p["seconds"]), f"{count(p['tokens_per_second'])} tokens/s, if {p['share_of_peak']:.0%} of the peak ({peak}) are reached")
+    if p["communication_bytes_per_step"]:
+        table.add_row("a step", f"{p['step_seconds'] * 1e3:,.0f} ms", f"of which gradients and weights travel {p['communication_seconds_per_step'] * 1e3:,.1f} ms, {amount(p['communication_bytes_per_step'])} from each device")
     for part, n in p["memory_bytes_per_device"].items():
         why = {"activations": f"of {p['micro_batch']:,} rows at once (--micro-batch)", "largest update": "when activations are gone"}.get(part, "")
         table.add_row(part, amount(n), why)

@@ -47,7 +47,7 @@ def codes_of(processes: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in processes]
 
 
-def in_ranks(function: str, worlds, argument, timeout: float = 240) -> None:
+def in_ranks(function: str, worlds, argument, timeout: float = 600) -> None:
     """Run MODULE:FUNCTION in as many processes as each of `worlds` says, one world after the other."""
     command = [sys.executable, "-m", "tests.ranks", function, ",".join(map(str, worlds)), str(argument)]
     done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=timeout)

@@ -22,7 +22,7 @@ TOY = ("--arch", "llama", "--depth", "2", "--context", "64", "--batch", "6", "--
 
 
 def pretrain(name: str, *words) -> None:
-    cli.main(["pretrain", "--data", "notes.txt", "--name", name, "--steps", "16", *TOY, *map(str, words)])
+    cli.main(["pretrain", "--data", "notes.txt", "--name", name, "--steps", "10", *TOY, *map(str, words)])
 
 
 def losses(name: str) -> dict[int, float]:
@@ -41,7 +41,7 @@ def forked(scenario: str, folder: Path) -> dict:
     code = f"import json, tests.test_faults as t; print(json.dumps(t.{scenario}()))"
     environment = os.environ | {"NANOGHOST_HOME": str(folder / "home"), "PYTHONPATH": str(Path(__file__).parents[1])}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "NANOGHOST_DEBUG": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1]) | {"said": done.stderr}
 
@@ -80,8 +80,7 @@ def with_bad(bad: list[int], name: str, *words) -> None:
 
 def bad_losses() -> dict:
     found = {"stop": ranks(2, with_bad, [5], "stop"), "goes on": ranks(2, pretrain, "stop", "--bad-loss", "skip")}
-    found["skip"] = ranks(2, with_bad, [5], "skip", "--bad-loss", "skip")
-    found["too often"] = ranks(2, with_bad, [5, 6, 7, 8], "often", "--bad-loss", "skip")
+    found["skip"] = ranks(2, with_bad, [4, 5, 6, 7], "skip", "--bad-loss", "skip")
     found["roll-back"] = ranks(2, with_bad, [5], "back", "--bad-loss", "roll-back")
     for name in ("skip", "back"):
         found[f"{name} events"] = ModelFolder(name).events
@@ -92,13 +91,13 @@ def bad_losses() -> dict:
 
 def test_a_loss_that_is_no_number_on_one_rank_stops_skips_or_rolls_back_all(tmp_path):
     found = forked("bad_losses", tmp_path)
-    assert found["stop"] == [2, 2] and found["goes on"] == [0, 0] and found["losses of stop"] == 16
-    assert "the loss became nan at step 5, on rank 1 (rows [" in found["said"]
-    assert found["skip"] == [0, 0] and found["too often"] == [2, 2] and found["roll-back"] == [0, 0]
+    assert found["stop"] == [2, 2] and found["goes on"] == [0, 0] and found["losses of stop"] == 10
+    assert "the loss became nan at step 5, on rank 1 (rows [" in found["said"] and "as at the 3 before" in found["said"]
+    assert found["skip"] == [2, 2] and found["roll-back"] == [0, 0]
     skipped = [e for e in found["skip events"] if "bad_loss" in e]
-    assert [e["step"] for e in skipped] == [5] and list(skipped[0]["rows"]) == ["1"] and len(skipped[0]["rows"]["1"]) == 3
+    assert [e["step"] for e in skipped] == [4, 5, 6, 7] and list(skipped[0]["rows"]) == ["1"] and len(skipped[0]["rows"]["1"]) == 3
     steps = [e["step"] for e in found["back events"] if "loss" in e]
-    assert found["card"] == [[0, 6]] and sorted(set(steps)) == list(range(16)), "back to the start, and on behind the bad batch"
+    assert found["card"] == [[0, 6]] and sorted(set(steps)) == list(range(10)), "back to the start, and on behind the bad batch"
 
 
 # ── stopped, and gone on with at another number of processes ────────────────────────────────────────────────────────
@@ -122,14 +121,14 @@ def stopped_at(step: int, name: str) -> None:
 def stops() -> dict:
     codes = [ranks(1, pretrain, "alone"), ranks(3, stopped_at, 5, "stopped")]
     saved = (ModelFolder("stopped").path / "state" / "latest").read_text()
-    codes += [ranks(2, stopped_at, 9, "stopped"), ranks(1, pretrain, "stopped")]
-    return {"codes": codes, "saved": saved} | {name: [losses(name)[i] for i in range(16)] for name in ("alone", "stopped")}
+    codes += [ranks(2, stopped_at, 7, "stopped"), ranks(1, pretrain, "stopped")]
+    return {"codes": codes, "saved": saved} | {name: [losses(name)[i] for i in range(10)] for name in ("alone", "stopped")}
 
 
 def test_sigterm_to_one_rank_stops_all_with_0_and_others_go_on(tmp_path):
     found = forked("stops", tmp_path)
     assert found["codes"] == [[0], [0, 0, 0], [0, 0], [0]]
-    assert found["saved"].strip() == "00000005" and "stopped is saved at step 9 of 16" in found["said"]
+    assert found["saved"].strip() == "00000005" and "stopped is saved at step 7 of 10" in found["said"]
     assert found["stopped"] == pytest.approx(found["alone"], rel=1e-5)
 
 

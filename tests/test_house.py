@@ -104,6 +104,19 @@ def test_a_verb_is_there_its_examples_parse_and_its_settings_are_explained(verb)
         assert re.search(rf'^    {field.name}: .*\n    """', source, re.M), f"{field.name} has no docstring"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.sh")), ids=lambda path: path.name)
+def test_the_commands_of_a_recipe_parse(path):
+    lines = path.read_text().replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if "nanoghost" in line and not line.startswith(("#", "export", "pip"))]
+    assert commands
+    for words in commands:
+        words = words[words.index("nanoghost") + 1 :]
+        module_name, settings_name, _, _ = cli.VERBS[words[0]]
+        settings = getattr(importlib.import_module(f"nanoghost.{module_name}"), settings_name)
+        assert isinstance(cli.parse(settings, words[0], words[1:]), settings)
+    assert subprocess.run(["sh", "-n", path]).returncode == 0
+
+
 def test_help_of_a_verb_shows_its_examples(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["pretrain", "--help"])

@@ -1,0 +1,104 @@
+"""The figures of docs/scale.md: python -m tests.scale_figures [processes] [checkpoints] [resume]. Minutes each, on an idle machine."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+SIZE = ["--arch", "llama", "--depth", "5", "--vocab-size", "5632", "--compile", "off"]  # ten million parameters
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def trained(name: str, *words: str, processes: int = 1) -> dict:
+    start = [sys.executable, *(TORCHRUN if processes > 1 else []), "-m", "nanoghost"]
+    done = subprocess.run([*start, "pretrain", "--name", name, *words, "--json", "--force"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def processes() -> None:
+    """Tokens a second: one process with two threads, two processes with one each; in turn, the best of three."""
+    for what, words in (("llama, 10M", SIZE), ("ghost, depth 4", ["--depth", "4", "--compile", "off"])):
+        for batch in (16, 64):
+            rates, losses = {1: [], 2: []}, {}
+            for _ in range(3):
+                for count in rates:
+                    figures = trained(f"p{count}", *words, "--batch", str(batch), "--micro-batch", "16", "--steps", str(640 // batch), processes=count)
+                    rates[count].append(figures["tokens"] / figures["seconds"])
+                    losses[count] = figures["loss"]
+            one, two = (max(r) for r in rates.values())
+            print(f"{what}, {figures['parameters']:,} parameters, {batch} rows of 256: one process {one:,.0f} tokens/s, two {two:,.0f}: {two / one:.2f} times;"
+                  f" last loss {losses[1]:.4f} and {losses[2]:.4f}", flush=True)  # fmt: skip
+
+
+def checkpoints(seconds: float = 30.0, pairs: int = 4) -> None:
+    """Half a minute of training with a checkpoint and half a minute without, in turn."""
+    import torch
+
+    from nanoghost import machine
+    from nanoghost.data.batches import Batches
+    from nanoghost.optim.optimizer import Optimizer
+    from nanoghost.train.checkpoints import Checkpoints
+    from nanoghost.train.pretrain import train_step
+    from nanoghost.train.recipe import groups, model_config
+
+    machine.prepare()
+    torch.manual_seed(0)
+    from nanoghost.model.llama import Llama
+
+    config = model_config("llama", 5, 5632, 256)
+    model = Llama(config).cast(machine.compute_dtype())
+    optimizer = Optimizer(model, groups(config.width), machine.compute_dtype())
+    batches = Batches(np.random.default_rng(0).integers(5632, size=400_000).astype("u2"), 256, 16, 0)
+    size = sum(t.numel() * t.element_size() for t in optimizer.state().values())
+    with tempfile.TemporaryDirectory(dir=os.environ.get("NANOGHOST_HOME")) as folder:
+        saving, step, rates = Checkpoints(Path(folder) / "state"), 0, {True: [], False: []}
+        for block in range(2 * pairs + 1):
+            with_one, start, count, stalled = block % 2 == 1, time.perf_counter(), 0, 0.0
+            while time.perf_counter() - start < seconds:
+                train_step(model, *batches.at(step), 16)
+                before = time.perf_counter()
+                if with_one and not count:
+                    saving.save(step, optimizer.state(), {})
+                elif not saving.busy:
+                    saving.settle()
+                stalled += time.perf_counter() - before
+                optimizer.step(0.01)
+                step, count = step + 1, count + 1
+            saving.settle()
+            if block:
+                rates[with_one].append(count / (time.perf_counter() - start))
+                if with_one:
+                    print(f"  training stood still for {stalled * 1e3:.0f} ms of {seconds:.0f} s", flush=True)
+    shares = [1 - a / b for a, b in zip(rates[True], rates[False])]
+    print(f"a checkpoint of {size / 1e6:.0f} MB every {seconds:.0f} s costs {median(shares):.2%} (each pair: {', '.join(f'{s:.2%}' for s in shares)})")
+
+
+def resume() -> None:
+    """From the start of the process to the first step that it goes on with."""
+    with tempfile.TemporaryDirectory() as home:
+        environment = os.environ | {"NANOGHOST_HOME": home}
+        command = [sys.executable, "-m", "nanoghost", "pretrain", "--name", "r", *SIZE, "--steps", "499", "--checkpoint-seconds", "2"]
+        folder = Path(home) / "models" / "r"
+        for kind in ("first start", "resume"):
+            start = time.time()
+            process = subprocess.Popen([*command, "--data", "plays"], env=environment, stderr=subprocess.DEVNULL)
+            before = (folder / "events.jsonl").read_text().count("\n") if (folder / "events.jsonl").exists() else 0
+            while not (folder / "events.jsonl").exists() or (folder / "events.jsonl").read_text().count("\n") <= before:
+                time.sleep(0.02)
+            print(f"{kind} of a run of ten million parameters: {time.time() - start:.1f} s to its first step", flush=True)
+            while not (folder / "state" / "latest").exists():
+                time.sleep(0.1)
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or ("processes", "checkpoints", "resume"):
+        {"processes": processes, "checkpoints": checkpoints, "resume": resume}[part]()
