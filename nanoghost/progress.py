@@ -1,5 +1,6 @@
 """The live display: a bar for each stage, drawn from the same events that go into events.jsonl."""
 
+import os
 import sys
 import time
 
@@ -13,7 +14,7 @@ class Display:
     """Call it with events. On a terminal it draws a bar; into a file it writes a line every ten seconds."""
 
     def __init__(self):
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first one speaks
         self.progress, self.task, self.stage = None, None, None
         self.figures: dict = {}
         self.printed = 0.0

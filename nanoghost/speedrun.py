@@ -61,13 +61,14 @@ def main(settings: SpeedrunSettings) -> dict:
         machine.release_memory()
 
     # 5. Tell what was made: report.html, report.md, and a short form here.
-    page = write_report(folder)
-    terminal_report(folder)
-    display.say(f"\nreport: {page}\ntalk to it: nanoghost chat\n({(time.perf_counter() - start) / 60:.1f} minutes)")
+    if machine.ranks()[0] == 0:
+        page = write_report(folder)
+        terminal_report(folder)
+        display.say(f"\nreport: {page}\ntalk to it: nanoghost chat\n({(time.perf_counter() - start) / 60:.1f} minutes)")
     return {name: ModelFolder(name).card["figures"] for name in ("ghost-base", "ghost-sft", "ghost")}
 
 
 def command(settings: SpeedrunSettings) -> None:
     figures = main(settings)
-    if settings.json:
+    if settings.json and machine.ranks()[0] == 0:
         print(json.dumps(figures))

@@ -16,7 +16,7 @@ def bits_per_byte(model, tokens, context: int, text_bytes: float) -> float:
     `text_bytes`: length in bytes of the text that the tokens encode.
     """
     nats, (rank, world) = 0.0, machine.ranks()
-    if hasattr(model, "sharded"):  # its weights come together for each window, so all look at each
+    if hasattr(model, "whole"):  # its weights come together for each window, so all look at each
         rank, world = 0, 1
     for i, (inputs, targets) in enumerate(windows(tokens, context)):
         if i % world == rank:

@@ -124,9 +124,10 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         every = max(1, steps // 500)
         for step in run.steps():
             part, count = gradients(model, run.batch(step))
-            loss = run.ready(step, part, [f"batch {run.batch(step)}"], clock, tokens=tokens)
-            if loss is None:
+            mean = run.ready(step, part, [f"batch {run.batch(step)}"], clock, tokens=tokens)
+            if mean is None:
                 continue
+            loss = mean
             scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
             optimizer.step(scale)
             tokens += count

@@ -86,9 +86,10 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         for step in run.steps():
             number = run.batch(step)
             part = passes(lambda rows: train_step(model, batches.at(number), world, rows), model.parameters())  # noqa: B023
-            loss = run.ready(step, part, batches.rows_at(number)[0], clock, tokens=tokens)
-            if loss is None:
+            mean = run.ready(step, part, batches.rows_at(number)[0], clock, tokens=tokens)
+            if mean is None:
                 continue
+            loss = mean
             scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
             optimizer.step(scale)
             tokens += settings.batch * context

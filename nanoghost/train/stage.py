@@ -93,6 +93,7 @@ class Run:
         while self.next < self.card["steps"]:
             self.next += 1
             yield self.next - 1
+        self.keeper.end()
 
     def batch(self, step: int) -> int:
         """Which batch a step learns: that of its number, or a later one where some were left out (`roll-back`)."""
@@ -107,7 +108,6 @@ class Run:
         return self.keeper.ready(step, loss, rows, clock, loss if score is None else score, notes)
 
     def finish(self, **figures) -> dict:
-        self.keeper.end()
         self.note(finished=round(time.time(), 3), figures=figures)
         if machine.ranks()[0] == 0 and not self.settings.keep_every:
             shutil.rmtree(self.folder.path / "state", ignore_errors=True)
@@ -220,10 +220,7 @@ def with_optimizer(model, rates, settings):
 
 def save(run: Run, model, tokenizer) -> None:
     """Write what was learned; where processes share a model out they put it together first."""
-    if getattr(run.settings, "shard", None):
-        from nanoghost.optim.sharded import whole
-
-        model = whole(model)
+    model = model.whole() if hasattr(model, "whole") else model
     if machine.ranks()[0] == 0:
         save_model(run.folder.path, model, tokenizer)
 
