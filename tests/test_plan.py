@@ -104,6 +104,17 @@ def test_more_devices_and_more_minutes(capsys):
     assert json.loads(capsys.readouterr().out)["depth"] == 2
 
 
+def test_what_travels_between_devices():
+    one, eight, many = (plan(PlanSettings(depth=4, hardware=name, batch_tokens=2**21)) for name in ("h100", "8xH100", "64xH100"))
+    assert one["communication_bytes_per_step"] == one["communication_seconds_per_step"] == 0
+    tables = eight["parameters"] - eight["parameter_counts"]["matrices"] - eight["parameter_counts"]["head"]
+    least = (6 * (eight["parameters"] - tables) + 8 * tables) * 7 / 8  # gradients in fp32, weights in bf16 or (tables) fp32
+    assert least <= eight["communication_bytes_per_step"] < 1.1 * least, "a little is padding"
+    assert eight["seconds"] == pytest.approx(one["seconds"] / 8), "within a node it is part of the share"
+    assert many["communication_seconds_per_step"] > eight["communication_seconds_per_step"]
+    assert eight["seconds"] / 8 < many["seconds"] < eight["seconds"]
+
+
 def test_what_does_not_fit_is_said():
     assert not plan(PlanSettings(depth=40, hardware="3090"))["fits"]
 

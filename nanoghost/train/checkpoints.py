@@ -46,11 +46,6 @@ class Checkpoints:
         """Whether something is being written."""
         return self.thread is not None and self.thread.is_alive()
 
-    @property
-    def open(self) -> bool:
-        """Whether a checkpoint was begun and not yet settled."""
-        return self.thread is not None
-
     def save(self, step: int, state: dict[str, torch.Tensor], notes: dict, score: float = 0.0) -> None:
         """Begin a checkpoint; `settle` ends it. `score`: the lower, the better is the model there. All ranks call it."""
         if step == self.whole:  # there is nothing to gain, and a good one to lose

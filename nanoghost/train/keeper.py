@@ -121,7 +121,7 @@ class Fitting:
     def __init__(self, rows: int, say):
         self.rows, self.say, self.known = rows, say, False
 
-    def __call__(self, work, parameters):
+    def __call__(self, work, model):
         """`work(rows)`; what is left of a pass that failed is thrown away, so that the result is the same."""
         while not self.known:
             try:
@@ -129,11 +129,12 @@ class Fitting:
                 self.known = True
                 return result
             except RuntimeError as e:  # torch.OutOfMemoryError is one; on the CPU it has no name of its own
-                if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+                short = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+                if not short or hasattr(model, "whole"):  # processes that share weights must take as many passes
                     raise
                 if self.rows == 1:
                     raise UserError("memory does not suffice for a single row: choose a smaller --context or --depth") from None
-            for p in parameters:
+            for p in model.parameters():
                 p.grad = None
             self.say(f"memory does not suffice: {-(-self.rows // 2)} rows go through the model at once instead of {self.rows}")
             self.rows = -(-self.rows // 2)

@@ -107,7 +107,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         every = max(1, steps // 500)
         for step in run.steps():
             progress, number = step / steps, run.batch(step)
-            part = passes(lambda rows: train_step(model, *batches.at(number), rows), model.parameters())  # noqa: B023
+            part = passes(lambda rows: train_step(model, *batches.at(number), rows), model)  # noqa: B023
             loss = run.ready(step, part, batches.positions(number).tolist(), clock)
             if loss is None:
                 continue
@@ -191,7 +191,7 @@ def rehearsed_steps(minutes: float, build, batches, passes, compiled: dict, cloc
         compile_model(model)
 
     def one_step(step: int) -> None:
-        passes(lambda rows: train_step(model, *batches.at(step), rows), model.parameters())
+        passes(lambda rows: train_step(model, *batches.at(step), rows), model)
         optimizer.step(0.1)
 
     return stage.steps_within(minutes * 60 - clock.seconds, one_step)

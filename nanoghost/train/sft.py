@@ -85,7 +85,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         every = max(1, steps // 500)
         for step in run.steps():
             number = run.batch(step)
-            part = passes(lambda rows: train_step(model, batches.at(number), world, rows), model.parameters())  # noqa: B023
+            part = passes(lambda rows: train_step(model, batches.at(number), world, rows), model)  # noqa: B023
             mean = run.ready(step, part, batches.rows_at(number)[0], clock, tokens=tokens)
             if mean is None:
                 continue
@@ -130,7 +130,7 @@ def rehearsed_steps(settings: SftSettings, parent, rates, batches, passes, clock
     model, optimizer = stage.with_optimizer(stage.load_parent(parent, settings)[0], rates, settings)
 
     def one_step(step: int) -> None:
-        passes(lambda rows: train_step(model, batches.at(step), batches.world, rows), model.parameters())
+        passes(lambda rows: train_step(model, batches.at(step), batches.world, rows), model)
         optimizer.step(0.0)
 
     return stage.steps_within((settings.minutes or 2.5) * 60 - clock.seconds, one_step)
