@@ -6,6 +6,7 @@ optimizer is the same; only where its rows come from differs. Muon needs whole m
 slices: an all-to-all deals out the matrices, and another one brings the new slices back. SUM and a division, since gloo's AVG sums.
 """
 
+import warnings
 from functools import partial
 
 import torch
@@ -41,6 +42,7 @@ def shard(model, groups: dict[str, Group]):
         fully_shard(module, mp_policy=policy, shard_placement_fn=place)
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "logprobs")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # it returns a view, which nobody changes in place
     model.whole = partial(whole, model)
     return model, ShardedOptimizer(model, groups, machine.compute_dtype(), rank, world)
 
