@@ -1,9 +1,9 @@
 """What goes wrong while training: processes killed and asked to stop, hangs, losses that are no number, too little memory, damaged
 text. Faults are put into the real program; what it then does is its own."""
 
+import importlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -142,7 +142,7 @@ def hanging(name: str) -> None:
 
     def sleepy(self, number):
         if number == 3 and machine.ranks()[0] == 1:
-            time.sleep(60)
+            time.sleep(600)
         return at(self, number)
 
     Batches.at = sleepy
@@ -158,7 +158,7 @@ def hangs() -> dict:
 
 def test_a_hang_ends_with_a_stack_dump_of_every_rank(tmp_path):
     found = forked("hangs", tmp_path)
-    assert found["codes"] == [1, 1] and found["seconds"] < 40
+    assert found["codes"] == [1, 1] and found["seconds"] < 300
     waiting, sleeping = found["stacks"]
     assert "in sleepy" in sleeping and "in all_reduce" in waiting and "in ready" in waiting
 
@@ -166,23 +166,25 @@ def test_a_hang_ends_with_a_stack_dump_of_every_rank(tmp_path):
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def little_memory(name: str, megabytes: int) -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20,) * 2)
-    pretrain(name, "--batch", 64, "--context", 256, "--vocab-size", 1024, "--steps", 3)
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_short_of_memory_at_the_start_it_takes_smaller_bites_and_learns_the_same(nanoghost, toy_file, monkeypatch, stage):
+    """With more than two rows in a pass it asks the allocator for more than there is, when it has left some gradients already."""
+    monkeypatch.setattr(machine, "cpu_dtype", lambda flags: torch.float32)
+    assert nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 3, *TOY)[0] == 0
+    words = {"pretrain": ("--data", toy_file, *TOY), "sft": ("toy", "--lessons", 100, "--batch", 6)}[stage]
+    assert nanoghost(stage, *words, "--name", "toy-enough", "--steps", 3)[0] == 0
+    module = importlib.import_module(f"nanoghost.train.{stage}")
+    step = module.train_step
 
+    def hungry(model, *batch_and_rows):
+        loss = step(model, *batch_and_rows)
+        return torch.empty(2**50 if batch_and_rows[-1] > 2 else 0).sum().item() + loss
 
-def short_of_memory() -> dict:
-    found = {"enough": ranks(1, little_memory, "enough", 2**20), "little": ranks(1, little_memory, "little", 350)}
-    return found | {f"losses {name}": list(losses(name).values()) for name in ("enough", "little")}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process's memory is Linux's")
-def test_short_of_memory_at_the_start_it_takes_smaller_bites_and_learns_the_same(tmp_path):
-    found = forked("short_of_memory", tmp_path)
-    assert found["enough"] == found["little"] == [0], found["said"]
-    assert "rows go through the model at once instead of 64" in found["said"]
-    assert found["losses little"] == pytest.approx(found["losses enough"], rel=1e-5)
+    monkeypatch.setattr(module, "train_step", hungry)
+    code, _, err = nanoghost(stage, *words, "--name", "toy-little", "--steps", 3)
+    assert code == 0 and "2 rows go through the model at once instead of" in err, err
+    little, enough = ([e["loss"] for e in ModelFolder(n).events if e["stage"] == stage and "loss" in e] for n in ("toy-little", "toy-enough"))
+    assert len(little) == 3 and little == pytest.approx(enough, rel=1e-5)
 
 
 # ── damaged text ────────────────────────────────────────────────────────────────────────────────────────────────────
