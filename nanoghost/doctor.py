@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost import machine
+from nanoghost.errors import UserError
 
 
 def describe() -> dict:
@@ -36,6 +37,20 @@ def describe() -> dict:
         "world_size": world_size,
         "compiler": machine.has_compiler(),
     }
+
+
+def compile_decision(asked: str, minutes: float | None) -> dict:
+    """Compiling costs about a minute on two cores and makes a step about a fifth faster."""
+    if asked == "off":
+        return {"on": False, "reason": "as asked"}
+    if not machine.has_compiler():
+        if asked == "on":
+            raise UserError("--compile on needs a C++ compiler (g++ or clang++, or the one that CXX names)")
+        return {"on": False, "reason": "there is no C++ compiler"}
+    if asked == "on":
+        return {"on": True, "reason": "as asked"}
+    pays = minutes is not None and minutes > 15
+    return {"on": pays, "reason": "it pays in a run this long" if pays else "it would not pay in a run this short"}
 
 
 def timed(work: Callable[[], object], on: torch.device) -> float:

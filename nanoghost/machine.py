@@ -148,13 +148,14 @@ def has_compiler() -> bool:
     return subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0
 
 
-def mean_over_ranks(*values: float) -> list[float]:
-    """The mean of each number over all processes."""
-    if ranks()[1] == 1:
-        return list(values)
-    totals = torch.tensor(values, dtype=torch.float64, device=device())
-    torch.distributed.all_reduce(totals)
-    return (totals / ranks()[1]).tolist()
+def mean_over_ranks(*values: float):
+    """The mean of a number over all processes; of several numbers, a list."""
+    means = list(values)
+    if ranks()[1] > 1:
+        totals = torch.tensor(values, dtype=torch.float64, device=device())
+        torch.distributed.all_reduce(totals)
+        means = (totals / ranks()[1]).tolist()
+    return means if len(means) > 1 else means[0]
 
 
 def wait_for_ranks() -> None:

@@ -136,7 +136,7 @@ def train(model, optimizer, batches, steps) -> list[float]:
     losses = []
     for step in steps:
         loss = train_step(model, *batches.at(step), micro_batch=4)
-        losses.append(machine.mean_over_ranks(loss)[0])
+        losses.append(machine.mean_over_ranks(loss))
         optimizer.step(learning_rate(step / STEPS), momentum(step / STEPS))
     return losses
 

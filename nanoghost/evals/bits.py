@@ -22,4 +22,4 @@ def bits_per_byte(model, tokens, context: int, text_bytes: float) -> float:
         if i % world == rank:
             device = machine.device()
             nats -= model.logprobs(inputs.to(device), targets.to(device)).double().sum().item()
-    return machine.mean_over_ranks(nats)[0] * world / math.log(2) / text_bytes
+    return machine.mean_over_ranks(nats) * world / math.log(2) / text_bytes

@@ -77,10 +77,12 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         from nanoghost.train.keeper import Fitting
 
         minutes = settings.minutes if settings.minutes or settings.steps else 4.0
-        depth, reason = (settings.depth, "as asked") if settings.depth else depth_for(minutes)
-        config = model_config(settings.arch, depth, tokenizer.vocab_size, settings.context)
         clock = stage.Clock(0.0)
         passes = Fitting(settings.micro_batch, display.say)
+        if "depth" not in run.card:
+            depth, reason = (settings.depth, "as asked") if settings.depth else depth_here(minutes, world)
+            run.note(depth=depth, depth_reason=reason)
+        config = model_config(settings.arch, run.card["depth"], tokenizer.vocab_size, settings.context)
 
         def build():
             torch.manual_seed(settings.seed)
@@ -88,10 +90,12 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
 
         model, optimizer = build()
         if "steps" not in run.card:
+            from nanoghost.doctor import compile_decision
+
             compiled = compile_decision("off" if settings.shard else settings.compile, minutes)
             steps = settings.steps or rehearsed_steps(minutes, build, batches, passes, compiled, clock)
             run.note(
-                data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps, depth_reason=reason,
+                data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps,
                 config=model.settings(), parameters=sum(model.parameter_counts().values()),
                 parameter_counts=model.parameter_counts(), vocab_size=tokenizer.vocab_size,
             )  # fmt: skip
@@ -148,6 +152,15 @@ def check(settings: PretrainSettings, world: int) -> None:
         raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
 
 
+def depth_here(minutes: float | None, world: int) -> tuple[int, str]:
+    """(depth, reason), by the rate of this machine's products where there are minutes to fill."""
+    if minutes is None:
+        return depth_for(None)
+    from nanoghost.doctor import matmul_gflops_per_second
+
+    return depth_for(minutes, world * machine.mean_over_ranks(matmul_gflops_per_second(machine.compute_dtype(), 0.3)))
+
+
 def make_model(config, tokenizer):
     model = architecture(config.model_type)[1](config)
     model.learn_letters(tokenizer)
@@ -163,20 +176,6 @@ def train_step(model, inputs, targets, micro_batch: int) -> float:
         loss.backward()
         total += loss.detach()
     return total.item()
-
-
-def compile_decision(asked: str, minutes: float | None) -> dict:
-    """Compiling costs about a minute on two cores and makes a step about a fifth faster."""
-    if asked == "off":
-        return {"on": False, "reason": "as asked"}
-    if not machine.has_compiler():
-        if asked == "on":
-            raise UserError("--compile on needs a C++ compiler (g++ or clang++, or the one that CXX names)")
-        return {"on": False, "reason": "there is no C++ compiler"}
-    if asked == "on":
-        return {"on": True, "reason": "as asked"}
-    pays = minutes is not None and minutes > 15
-    return {"on": pays, "reason": "it pays in a run this long" if pays else "it would not pay in a run this short"}
 
 
 def compile_model(model) -> None:

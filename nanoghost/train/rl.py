@@ -108,7 +108,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
             scale = learning_rate(step / steps, cooldown=0.5)
             if figures["groups"]:  # without signal nothing moves, not even the moments
                 if lessons:
-                    (figures["lesson_loss"],) = machine.mean_over_ranks(train_step(model, lessons.at(number), world))
+                    figures["lesson_loss"] = machine.mean_over_ranks(train_step(model, lessons.at(number), world))
                 optimizer.step(scale)
             tokens += count
             rate.count(count)
@@ -209,7 +209,7 @@ def rollout_and_gradients(model, tokenizer, tasks, settings: RlSettings, step: i
         # gradients are averaged over processes, and this is a sum over them
         figures |= gradients(model, chosen, advantages_N[informative] * world, denominators_N[informative], settings)
         count += sum(len(r.ids) for r in chosen) + sum(len(p) for p in {tuple(r.prompt) for r in chosen})
-    return figures, round(machine.mean_over_ranks(count)[0] * world)
+    return figures, round(machine.mean_over_ranks(count) * world)
 
 
 def credit(rewards_N, lengths_N, settings: RlSettings):

@@ -245,7 +245,7 @@ def steps_within(seconds: float, one_step, rehearsals: int = 12) -> int:
         one_step(i)
         times.append(time.perf_counter() - start)
     left = seconds - sum(times)
-    return max(1, round(machine.mean_over_ranks(left / (sorted(times[rehearsals // 3 :])[1] * 1.05))[0]))
+    return max(1, round(machine.mean_over_ranks(left / (sorted(times[rehearsals // 3 :])[1] * 1.05))))
 
 
 def print_figures(figures: dict | None, settings) -> None:
