@@ -21,7 +21,7 @@ STAGES = {
                  "--data", "talk.jsonl"),
     "token": ("distill", "toy", "--teacher", "toy", "--kind", "token", "--examples", "20", "--batch", "6", "--steps", "3",
               "--data", "notes.txt"),
-    "on-policy": ("distill", "toy", "--teacher", "toy", "--kind", "on-policy", "--examples", "20", "--batch", "6", "--steps", "2",
+    "on-policy": ("distill", "toy", "--teacher", "toy-talker", "--kind", "on-policy", "--examples", "20", "--batch", "6", "--steps", "2",
                   "--max-tokens", "8", "--data", "notes.txt"),
 }  # fmt: skip
 
@@ -35,17 +35,13 @@ def all_stages(home: str) -> None:
     from nanoghost import cli
     from nanoghost.model.llama import Llama
 
-    forward, logprobs, read = Llama.forward, Llama.logprobs, [0, 0]
+    hidden, read = Llama.hidden, [0]
 
-    def counting_forward(self, tokens, *rest, **named):
+    def counting(self, tokens, *rest, **named):
         read[0] += tokens.numel()
-        return forward(self, tokens, *rest, **named)
+        return hidden(self, tokens, *rest, **named)
 
-    def counting_logprobs(self, tokens, *rest, **named):
-        read[1] += tokens.numel()
-        return logprobs(self, tokens, *rest, **named)
-
-    Llama.forward, Llama.logprobs = counting_forward, counting_logprobs
+    Llama.hidden = counting
     work = {}
     commands = {name: [*words, "--name", f"toy-{name}"] for name, words in STAGES.items()}
     commands["pretrain"] = ["pretrain", "--data", "notes.txt", "--name", "again", "--steps", "3", *TOY]
@@ -55,12 +51,12 @@ def all_stages(home: str) -> None:
             commands[f"sharded {stage}"][commands[stage].index("--name") + 1] = f"toy-sharded-{stage}"
     for name, words in commands.items():
         cli.main(words)
-        work[name], read[:] = sum(read), [0, 0]
+        work[name], read[0] = read[0], 0
     from nanoghost.evals import evaluate
 
     evaluate.SKILLS = ("sums", "chain_sum")
     figures = evaluate.evaluate(ModelFolder("toy-sft"), 8, cli.importlib.import_module("nanoghost.progress").Display())
-    work["eval"] = sum(read)
+    work["eval"] = read[0]
     Path(f"{home}/{world}-{rank}.json").write_text(json.dumps({"work": work, "tasks": figures["tasks"], "bpb": figures["bpb"]}))
 
 
