@@ -1,4 +1,4 @@
-"""Long trials: python -m tests.soak [KILLS]. A toy run of two ranks is killed again and again; nothing of it may be lost.
+"""Long trials: python -m tests.soak [KILLS] [STEPS]. A toy run of two ranks is killed again and again; nothing of it may be lost.
 
 Each life begins at the last checkpoint and ends by SIGKILL: of one rank or of both, at a random moment, or of one rank between two
 calls that touch the disk. At the end the weights must be, to the byte, those of a run that nobody disturbed.
@@ -18,9 +18,8 @@ from tests.conftest import toy_text
 from tests.ranks import codes_of, fork_ranks
 from tests.test_checkpoints import die_at
 
-STEPS = 400
 COMMAND = ["pretrain", "--data", "notes.txt", "--arch", "llama", "--depth", "2", "--context", "32", "--batch", "4", "--vocab-size", "300",
-           "--steps", str(STEPS), "--checkpoint-seconds", "0"]  # fmt: skip
+           "--checkpoint-seconds", "0", "--steps"]  # fmt: skip
 
 
 def life(name: str, rank: int | None = None, boundary: int = 0) -> None:
@@ -39,7 +38,7 @@ def life(name: str, rank: int | None = None, boundary: int = 0) -> None:
         return start, notes
 
     Run.resume = noting
-    cli.main([*COMMAND, "--name", name])
+    cli.main([*COMMAND, os.environ["STEPS"], "--name", name])
 
 
 def latest(name: str) -> int:
@@ -70,7 +69,8 @@ def one_kill(name: str, rng: random.Random) -> str | None:
     return kind
 
 
-def main(kills: int = 200) -> None:
+def main(kills: int = 200, steps: int = 400) -> None:
+    os.environ["STEPS"] = str(steps)
     rng, died, finished = random.Random(0), {}, 0
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -89,7 +89,7 @@ def main(kills: int = 200) -> None:
                 continue
             assert (ModelFolder(name).path / "model.safetensors").read_bytes() == expected, "other weights"
             finished += 1
-    print(f"{sum(died.values())} kills ({died}) in {finished} runs of {STEPS} steps: the weights are those of the undisturbed run")
+    print(f"{sum(died.values())} kills ({died}) in {finished} runs of {steps} steps: the weights are those of the undisturbed run")
 
 
 if __name__ == "__main__":
