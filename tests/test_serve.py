@@ -16,7 +16,7 @@ import pytest
 
 from nanoghost.bench import serve as bench
 from nanoghost.people import Person
-from tests.serving import LEARNED, NOTE, Running, make_home
+from tests.serving import ABOUT_MAYA, LEARNED, NOTE, Running, make_home
 
 KING = LEARNED[0][1]["content"]
 LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 3000}}}
@@ -279,11 +279,11 @@ def test_a_person_is_heard_and_their_adapter_speaks_where_it_is_about_them(serve
     monkeypatch.setenv("NANOGHOST_HOME", str(server.home))
     maya = Person("maya")
     assert server.http.get("/people").json() == {"data": [{"name": "maya", "base": "toy"}]}
-    about = {"text": "What is my sister's name?", "max_tokens": 8}
+    about = {"text": ABOUT_MAYA[0]["content"]}
     anybody = server.chat(**about).json()["choices"][0]["message"]["content"]
     odd = server.chat(**about, model="toy@odd").json()["choices"][0]["message"]["content"]
     own = server.chat(**about, person="maya").json()["choices"][0]["message"]["content"]
-    assert own and own == odd != anybody, "the same adapter under both names"
+    assert own == odd == ABOUT_MAYA[1]["content"] != anybody, "the same adapter under both names"
     assert server.chat(person="maya").json()["choices"][0]["message"]["content"] == KING, "what anybody may ask, the base answers"
     assert server.chat(**about).json()["choices"][0]["message"]["content"] == anybody, "nobody else hears it"
     server.wait(lambda: len(maya.journal) == 4, 2)

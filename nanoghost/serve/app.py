@@ -143,6 +143,7 @@ async def stream(request: Request, events: AsyncIterator[dict]) -> Response:
             async with contextlib.aclosing(events):
                 yield line(first)
                 async for event in events:
+                    await asyncio.sleep(0)  # to whoever has left, uvicorn sends nothing and waits for nothing: only here is it noticed
                     yield line(event)
         except (Gone, UserError) as e:
             failed = explained(e)
