@@ -119,7 +119,7 @@ class Running:
         assert found, self.said + self.process.stderr.read()
         self.port = int(found[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=20, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         self.wait(lambda: self.http.get("/ready").status_code in (200, 401), 60)
 
     def wait(self, true, seconds: float = 10) -> float:

@@ -737,7 +737,7 @@ CASES = [
     ("in the year\n1984. it was", "<p>in the year<br>1984. it was</p>"),
     ("it costs $5 and $6, $x^2$ and \\(y\\)", '<p>it costs $5 and $6, <code class="formula">x^2</code> and <code class="formula">y</code></p>'),
     ("<b>not bold</b> &lt;", "<p>&lt;b&gt;not bold&lt;/b&gt; &amp;lt;</p>"),
-    ("[1] and [2] [x](y)", '<p><button type="button" class="cite" data-note="1" aria-label="Note 1">1</button> and [2] [x](y)</p>'),
+    ("so [1] and [2] [x](y)", '<p>so<button type="button" class="cite" data-note="1" aria-label="Note 1">1</button> and [2] [x](y)</p>'),
     ("see https://a.b/c_d_(e). *https://a.b*", '<p>see <L="https://a.b/c_d_(e)">https://a.b/c_d_(e)</a>. <em><L="https://a.b/">https://a.b</a></em></p>'),
     ("[*t*](https://a.b/) ![p](https://a.b/) [m](mailto:x@y.z)", '<p><L="https://a.b/"><em>t</em></a> <L="https://a.b/">Picture: p</a> <L="mailto:x@y.z">m</a></p>'),
 ]  # fmt: skip

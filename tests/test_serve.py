@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from nanoghost.bench import serve as bench
+from nanoghost.bench import load
 from nanoghost.people import Person
 from tests.serving import ABOUT_MAYA, LEARNED, NOTE, Running, make_home
 
@@ -318,16 +318,14 @@ def test_a_damaged_model_hinders_no_other(server):
 
 
 def test_a_load_test_sees_what_is_right_and_what_is_wrong(server):
-    asked = {"Good morrow": KING}
-
-    async def run(expected):
-        seen, until = bench.Seen(), time.monotonic() + 1.5
-        await asyncio.gather(*(bench.client(server.port, "toy", expected, until, random.Random(i), seen) for i in range(4)))
+    async def run(conversation):
+        seen, until = load.Seen(), time.monotonic() + 1.5
+        await asyncio.gather(*(load.client(server.port, "toy", [conversation], until, random.Random(i), seen) for i in range(4)))
         return seen
 
-    seen = asyncio.run(run(asked))
+    seen = asyncio.run(run(LEARNED[0]))
     assert not seen.wrong and all(seen.counts[kind] for kind in ("answered", "malformed", "given up")), (seen.wrong, seen.counts)
-    assert any("alone it was" in text for text in asyncio.run(run({"Good morrow": "Good night."})).wrong)
+    assert any("alone it was" in text for text in asyncio.run(run([LEARNED[0][0], LEARNED[1][3]])).wrong)
 
 
 def test_side_routes(server):

@@ -288,6 +288,8 @@ def make_app(service: Service) -> FastAPI:
         if names := list(registry.models()):  # as they are now: who tries the API by its description meets models, not only 404
             for kind in ("ChatRequest", "CompletionRequest", "TokenizeRequest"):
                 parts[kind]["properties"]["model"]["enum"] = names
+            for path in ("/runs/{name}/report", "/runs/{name}/events"):
+                found["paths"][path]["get"]["parameters"][0]["schema"]["enum"] = model_names()
         return found
 
     app.openapi = description
