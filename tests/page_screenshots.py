@@ -69,7 +69,8 @@ def wait(browser, condition, seconds=10):
 
 def main(folder: Path, model: str = "", *questions: str):
     if not page_browser.CHROMIUM or not page_browser.DRIVER:
-        sys.exit("skipped: Chromium and its driver are not installed")
+        print("skipped: Chromium and its driver are not installed")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place, contextlib.closing(Server()) as server:
         server.answers |= answers()

@@ -30,6 +30,7 @@ TOKENS = 40  # of an answer
 NEVER_READ = 2  # clients that ask and do not read
 MEMORY_EVERY = 2.0  # seconds
 FOLLOW = "Say that in one sentence."
+LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 5000}}}  # whatever the model would say
 ESTABLISHED = 1  # of a TCP connection
 
 
@@ -123,13 +124,14 @@ async def client(port: int, model: str, conversations: list[list[dict]], until: 
 
 async def never_reads(port: int, model: str, until: float, seen: Seen) -> None:
     """Asks for more than the buffers of both sides hold, and waits to be thrown out (Linux tells)."""
-    body = json.dumps(request(model, "Write a very long story.", 400) | {"stream": True, "n": 4, "logprobs": True, "top_logprobs": 20}).encode()
+    body = request(model, "Write a very long story.", 400) | {"stream": True, "n": 4, "logprobs": True, "top_logprobs": 20, "response_format": LONG}
+    content = json.dumps(body).encode()
     while time.monotonic() < until:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", port))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content)
         seen.counts["never read"] += 1
         while connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED and time.monotonic() < until:
             await asyncio.sleep(0.5)
@@ -143,7 +145,7 @@ async def killed(port: int, model: str, process, clients: int, seen: Seen) -> No
 
     async def one(number: int) -> None:
         try:
-            async with contextlib.aclosing(events(port, request(model, f"Write a very long story about the number {number}.", 600))) as stream:
+            async with contextlib.aclosing(events(port, request(model, opening(number), 400) | {"response_format": LONG})) as stream:
                 await anext(stream)
                 writing.release()
                 async for _ in stream:

@@ -82,7 +82,8 @@ async def answered(port: int, body: dict) -> tuple[str, int, float]:
         async for event in stream:
             for choice in event.get("choices", ()):
                 text += choice["delta"].get("content") or ""
-                first = first or (text and time.perf_counter() - start)
+                if text and not first:
+                    first = time.perf_counter() - start
             tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
     return text, tokens, first
 
