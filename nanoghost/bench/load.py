@@ -26,7 +26,7 @@ from nanoghost.bench.serve import answered, events, request, send, server
 from nanoghost.errors import UserError
 from nanoghost.runs import open_model
 
-TOKENS = 40  # of an answer
+TOKENS = 32  # of an answer
 NEVER_READ = 2  # clients that ask and do not read
 MEMORY_EVERY = 2.0  # seconds
 FOLLOW = "Say that in one sentence."
