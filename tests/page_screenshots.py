@@ -51,7 +51,7 @@ def answers():
     return {QUESTION: looked_up, "Write that as a small function.": lambda: text(CODE)}
 
 
-def say(browser, words, seconds=10):
+def say(browser, words, seconds=30):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -60,7 +60,7 @@ def say(browser, words, seconds=10):
     time.sleep(0.2)
 
 
-def wait(browser, condition, seconds=10):
+def wait(browser, condition, seconds=30):
     until = time.time() + seconds
     while not browser.execute_script(condition):
         assert time.time() < until, condition

@@ -104,6 +104,14 @@ def make_home(path: Path) -> Path:
     return path
 
 
+def crowded() -> float:
+    """How many times longer everything takes here at this moment than it would with the processors to ourselves."""
+    start, own = time.perf_counter(), time.process_time()
+    while time.process_time() - own < 0.1:
+        pass
+    return max(1.0, (time.perf_counter() - start) / 0.1)
+
+
 class Running:
     """A server process and a client of it."""
 
@@ -123,10 +131,11 @@ class Running:
         self.wait(lambda: self.http.get("/ready").status_code in (200, 401), 60)
 
     def wait(self, true, seconds: float = 10) -> float:
-        """Until something holds; how long that took."""
+        """Until something holds; how long that took. Others may be at work on this machine: then it may take longer."""
         start = time.perf_counter()
         while not true():
-            assert time.perf_counter() - start < seconds, "it did not come to pass"
+            late = time.perf_counter() - start
+            assert late < seconds or late < seconds * crowded(), f"it did not come to pass within {late:.1f} s"
             time.sleep(0.02)
         return time.perf_counter() - start
 

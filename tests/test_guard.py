@@ -18,7 +18,7 @@ from nanoghost.serve.guard import hostname, open_to_all
 from nanoghost.serve.registry import Registry
 from nanoghost.serve.worker import Capacity
 from nanoghost.tools.registry import available
-from tests.serving import NO_KERNELS, Running, make_home
+from tests.serving import NO_KERNELS, Running, crowded, make_home
 
 KEY = "0123456789abcdef0123"
 IMPATIENT = """
@@ -209,7 +209,7 @@ def test_bad_requests_are_the_clients_own_fault(server, name):
 def test_no_pattern_holds_up_the_others(server, pattern):
     start = time.perf_counter()
     answer = server.http.post("/v1/chat/completions", json=shaped({"type": "string", "pattern": pattern}) | {"max_tokens": 16})
-    assert answer.status_code in (200, 400) and time.perf_counter() - start < 4, answer.text
+    assert answer.status_code in (200, 400) and time.perf_counter() - start < 4 * crowded(), answer.text
     assert server.http.post("/v1/chat/completions", json=ask()).status_code == 200
 
 

@@ -359,10 +359,9 @@ def test_a_killed_engine_is_an_error_for_the_open_and_comes_back(server):
         os.kill(server.engine(), signal.SIGKILL)
         told = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
     assert told[-1]["error"]["code"] == "engine_stopped"
-    seconds = server.wait(lambda: server.http.get("/ready").status_code == 200, 20)
-    print(f"recovered in {seconds:.1f} s")
+    server.wait(lambda: server.http.get("/ready").status_code == 200, 5)
     assert server.chat().json()["choices"][0]["message"]["content"] == KING
-    assert server.figure("nanoghost_engine_starts") == starts + 1 and seconds < 5
+    assert server.figure("nanoghost_engine_starts") == starts + 1
 
 
 def test_told_to_stop_it_lets_open_answers_finish(server):
