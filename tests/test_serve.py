@@ -324,8 +324,10 @@ def test_a_load_test_sees_what_is_right_and_what_is_wrong(server):
         return seen
 
     seen = asyncio.run(run(LEARNED[0]))
-    assert not seen.wrong and all(seen.counts[kind] for kind in ("answered", "malformed", "given up")), (seen.wrong, seen.counts)
-    assert any("alone it was" in text for text in asyncio.run(run([LEARNED[0][0], LEARNED[1][3]])).wrong)
+    assert not seen.wrong and not seen.otherwise and all(seen.counts[kind] for kind in ("answered", "malformed", "given up")), (seen.wrong, seen.counts)
+    assert asyncio.run(run([LEARNED[0][0], LEARNED[1][3]])).otherwise[0][1] == KING
+    tie = [asyncio.run(load.is_a_tie(server.port, "toy", LEARNED[0][:1], text)) for text in (KING[:60], KING[:20] + "sword", "It is 42.")]
+    assert not any(tie)
 
 
 def test_side_routes(server):
