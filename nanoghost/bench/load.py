@@ -177,8 +177,9 @@ async def killed(port: int, model: str, process, clients: int, seen: Seen) -> No
             told.append(str(e))
 
     open_ones = [asyncio.create_task(one(number)) for number in range(clients)]
-    for _ in open_ones:
-        await writing.acquire()
+    with contextlib.suppress(TimeoutError):  # those who wait for a seat have not begun
+        for _ in open_ones:
+            await asyncio.wait_for(writing.acquire(), 5)
     engine = max(family(process.pid)[1:], key=resident)
     os.kill(engine, signal.SIGKILL)
     start = time.monotonic()
