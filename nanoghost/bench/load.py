@@ -146,7 +146,7 @@ async def client(port: int, model: str, conversations: list[list[dict]], until: 
 
 async def never_reads(port: int, model: str, until: float, seen: Seen) -> None:
     """Asks for more than the buffers of both sides hold, and waits to be thrown out (Linux tells)."""
-    body = request(model, "Write a very long story.", 400) | {"stream": True, "n": 4, "logprobs": True, "top_logprobs": 20, "response_format": LONG}
+    body = request(model, "Write a very long story.", 400) | {"stream": True, "logprobs": True, "top_logprobs": 20, "response_format": LONG}
     content = json.dumps(body).encode()
     while time.monotonic() < until:
         connection = socket.socket()
