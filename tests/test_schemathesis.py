@@ -23,7 +23,7 @@ def test_no_answer_is_undocumented(tmp_path):
     server = Running(make_home(tmp_path / "home"), "toy", "--seats", 24, "--documents", tmp_path)
     report = tmp_path / "report.json"
     command = [
-        Path(sys.executable).with_name("st"), "run", f"{server.url}/openapi.json", "--seed", "0", "--max-examples", "400", "--request-timeout", "120",
+        Path(sys.executable).with_name("st"), "run", f"{server.url}/openapi.json", "--seed", "0", "--max-examples", "300", "--request-timeout", "120",
         "--phases", "coverage,fuzzing", "--checks", CHECKS, "--continue-on-failure", "--no-shrink", "--suppress-health-check", "all",
         "--generation-database", "none", "--report", "json", "--report-json-path", report,
     ]  # fmt: skip

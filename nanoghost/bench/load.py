@@ -180,7 +180,7 @@ async def killed(port: int, model: str, process, clients: int, seen: Seen) -> No
     with contextlib.suppress(TimeoutError):  # those who wait for a seat have not begun
         for _ in open_ones:
             await asyncio.wait_for(writing.acquire(), 5)
-    engine = max(family(process.pid)[1:], key=resident)
+    engine = family(process.pid)[-1]  # a child of the helper that forks it
     os.kill(engine, signal.SIGKILL)
     start = time.monotonic()
     await asyncio.gather(*open_ones)
