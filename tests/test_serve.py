@@ -16,7 +16,7 @@ import pytest
 
 from nanoghost.bench import load
 from nanoghost.people import Person
-from tests.serving import ABOUT_MAYA, LEARNED, NOTE, Running, make_home
+from tests.serving import ABOUT_MAYA, LEARNED, NOTE, Running, crowded, make_home
 
 KING = LEARNED[0][1]["content"]
 LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 3000}}}
@@ -326,8 +326,8 @@ def test_a_load_test_sees_what_is_right_and_what_is_wrong(server):
     seen = asyncio.run(run(LEARNED[0]))
     assert not seen.wrong and not seen.otherwise and all(seen.counts[kind] for kind in ("answered", "malformed", "given up")), (seen.wrong, seen.counts)
     assert asyncio.run(run([LEARNED[0][0], LEARNED[1][3]])).otherwise[0][1] == KING
-    tie = [asyncio.run(load.is_a_tie(server.port, "toy", LEARNED[0][:1], text)) for text in (KING[:60], KING[:20] + "sword", "It is 42.")]
-    assert not any(tie)
+    tie = [asyncio.run(load.is_a_tie(server.port, "toy", LEARNED[0][:1], text)) for text in (KING, KING[:20] + "sword", "It is 42.")]
+    assert tie == [True, False, False]
 
 
 def test_side_routes(server):
@@ -376,7 +376,7 @@ def test_told_to_stop_it_lets_open_answers_finish(server):
         assert other.post("/v1/chat/completions", json=ask()).status_code == 503
         rest = [line for line in lines if line]
     assert "delta" in first and rest[-1] == "data: [DONE]" and sum('"finish_reason":"' in line for line in rest) == 8
-    assert server.process.wait(10) == 0
+    assert server.process.wait(10 * crowded()) == 0
 
 
 def test_what_is_wrong_at_the_start_is_one_line(nanoghost, tmp_path, monkeypatch):
