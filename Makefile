@@ -31,9 +31,18 @@ parity: .venv/installed  ## compare models with transformers, peft and llama.cpp
 soak: .venv/installed  ## kill a toy run 200 times: nothing may be lost (minutes)
 	$(BIN)/python -m tests.soak 200
 
-page: .venv/installed  ## try the chat page in a real browser (skipped where chromium and its driver are not installed)
+page: .venv/installed  ## try the chat page in a real browser, and take pictures of all its states (skipped where chromium and its driver are not installed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[page]'
 	$(BIN)/python -m pytest -q -rs tests/test_page.py
+	$(BIN)/python -m tests.page_screenshots pictures
+
+api: .venv/installed  ## let lm-eval and schemathesis try the API (installs them; minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[api]'
+	$(BIN)/python -m pytest -q -rs tests/test_lm_eval.py tests/test_schemathesis.py
+
+load: .venv/installed  ## many clients at once, some of them bad, and the engine killed under them (adopts SmolLM2; eight minutes)
+	$(BIN)/nanoghost show smollm2 > /dev/null 2>&1 || $(BIN)/nanoghost adopt smollm2
+	$(BIN)/nanoghost bench load smollm2
 
 lines: .venv/installed  ## count what one reads from speedrun.py to the chat
 	@$(BIN)/python -m tests.lines
@@ -41,4 +50,4 @@ lines: .venv/installed  ## count what one reads from speedrun.py to the chat
 clean:  ## remove the virtual environment and caches (models stay in the home folder)
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup speedrun chat test parity soak page lines clean
+.PHONY: help setup speedrun chat test parity soak page api load lines clean

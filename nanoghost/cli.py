@@ -49,7 +49,7 @@ VERBS = {
     "bench train": ("bench.train", "TrainSettings", "train", "how fast it is finetuned"),
     "bench rl": ("bench.rl", "RlBenchSettings", "command", "how fast it practises"),
     "bench serve": ("bench.serve", "ServeBenchSettings", "command", "what HTTP costs beside the engine alone"),
-    "bench load": ("bench.serve", "LoadSettings", "load", "many clients at once, some of them bad"),
+    "bench load": ("bench.load", "LoadSettings", "command", "many clients at once, some of them bad"),
     "bench packing": ("bench.decode", "PackingSettings", "packing", "what it costs to speak in fewer bits"),
     "plan": ("plan", "PlanSettings", "command", "what a pretraining run takes: time, memory, money"),
     "doctor": ("doctor", "DoctorSettings", "command", "what this computer does well"),

@@ -1,7 +1,7 @@
-"""Pictures of the page, every view of it, with answers written beforehand: python -m tests.page_screenshots FOLDER
+"""Pictures of the page, every view and state of it, with answers written beforehand: python -m tests.page_screenshots FOLDER
 
-With the address of a running server and questions for it, the same page in both themes with what its model answers:
-python -m tests.page_screenshots FOLDER http://127.0.0.1:8000 QUESTION ...
+With the name of a model and questions for it, the page in both themes with what that model answers, which takes what is most
+probable: python -m tests.page_screenshots FOLDER MODEL QUESTION ...
 """
 
 import base64
@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from nanoghost.bench import serve as bench
 from tests import page_browser
 from tests.page_server import Server, call, text
 
@@ -50,7 +51,7 @@ def answers():
     return {QUESTION: looked_up, "Write that as a small function.": lambda: text(CODE)}
 
 
-def say(browser, words, seconds=10):
+def say(browser, words, seconds=30):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -59,29 +60,35 @@ def say(browser, words, seconds=10):
     time.sleep(0.2)
 
 
-def wait(browser, condition, seconds=10):
+def wait(browser, condition, seconds=30):
     until = time.time() + seconds
     while not browser.execute_script(condition):
         assert time.time() < until, condition
         time.sleep(0.03)
 
 
-def main(folder: Path, address: str = "", *questions: str):
+def main(folder: Path, model: str = "", *questions: str):
+    if not page_browser.CHROMIUM or not page_browser.DRIVER:
+        print("skipped: Chromium and its driver are not installed")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place, contextlib.closing(Server()) as server:
         server.answers |= answers()
         browser = page_browser.start(place)
         try:
-            if address:
-                take_real(browser, address, questions, folder)
+            if model:
+                with bench.server(model, 4) as (port, _):
+                    take_real(browser, f"http://127.0.0.1:{port}", questions, folder)
             else:
+                take_states(browser, server, folder)
                 take_all(browser, server, folder)
         finally:
             browser.quit()
 
 
-def take(browser, path: Path):
-    browser.execute_script("document.activeElement.blur(); document.getElementById('scroller').scrollTop = 10**6")
+def take(browser, path: Path, as_it_is=False):
+    if not as_it_is:
+        browser.execute_script("document.activeElement.blur(); document.getElementById('scroller').scrollTop = 10**6")
     time.sleep(0.35)
     path.write_bytes(base64.b64decode(browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]))
 
@@ -89,12 +96,68 @@ def take(browser, path: Path):
 def take_real(browser, address, questions, folder):
     page_browser.resize(browser, 1200, 860)
     browser.get(address)
+    browser.execute_script("localStorage.setItem('nanoghost-settings', '{\"temperature\": 0}')")
+    browser.get(address)
     wait(browser, "return document.querySelectorAll('#model option').length")
     for question in questions:
         say(browser, question, 120)
     for theme in ("light", "dark"):
         page_browser.theme(browser, theme)
         take(browser, folder / f"page-{theme}.png")
+
+
+def take_states(browser, server, folder):
+    """What a conversation goes through."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    def picture(name):
+        take(browser, folder / f"{name}.png", as_it_is=True)
+
+    def click(selector):
+        browser.find_element(By.CSS_SELECTOR, selector).click()
+
+    def press(*keys):
+        browser.switch_to.active_element.send_keys(*keys)
+
+    page_browser.theme(browser, "light")
+    page_browser.resize(browser, 1240, 860)
+    browser.get(server.address)
+    wait(browser, "return document.querySelectorAll('#model option').length")
+    browser.find_element(By.ID, "message").send_keys("forever", Keys.ENTER)
+    wait(browser, "return document.querySelector('.writing')?.textContent.includes('Word 12')")
+    picture("writing")
+    press(Keys.ESCAPE)
+    wait(browser, "return document.querySelector('.figures')?.textContent.includes('stopped')")
+    picture("stopped")
+    press(Keys.ARROW_UP)
+    wait(browser, "return document.activeElement.closest('.edit')")
+    picture("edit")
+    press(Keys.CONTROL, "a")
+    press("Why is the sea salt?", Keys.ENTER)
+    wait(browser, "return document.querySelector('.user .count') && !document.querySelector('.writing')")
+    click(".assistant [aria-label='Answer again']")
+    wait(browser, "return document.querySelector('.assistant .count')?.textContent === '2 / 2' && !document.querySelector('.writing')")
+    picture("branches")
+    browser.refresh()
+    wait(browser, "return document.querySelectorAll('.message').length === 2")
+    picture("reloaded")
+    say(browser, "restart")
+    picture("error")
+    for _ in range(9):
+        press(Keys.TAB)
+    picture("keyboard")
+    browser.find_element(By.ID, "search").send_keys("salt")
+    wait(browser, "return document.querySelectorAll('mark').length")
+    picture("search")
+    server.key = "open sesame"
+    browser.get(f"{server.address}/#/")
+    browser.refresh()
+    wait(browser, "return document.getElementById('key-sheet').open")
+    picture("key")
+    server.reset()
+    server.answers |= answers()
+    browser.execute_script("indexedDB.deleteDatabase('nanoghost')")
 
 
 def take_all(browser, server, folder):
@@ -144,5 +207,5 @@ def take_all(browser, server, folder):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("python -m tests.page_screenshots FOLDER [ADDRESS QUESTION ...]")
+        sys.exit("python -m tests.page_screenshots FOLDER [MODEL QUESTION ...]")
     main(Path(sys.argv[1]), *sys.argv[2:])

@@ -18,6 +18,7 @@ import torch
 from nanoghost.chat import render
 from nanoghost.engine import kernels
 from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.lora import Adapter, attach, new_adapter, save_adapter
 from nanoghost.model.weights import save_model
 from nanoghost.runs import home, write_json
 from nanoghost.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from tests.conftest import toy_text
 
 NO_KERNELS = kernels.unavailable()
 KERNELS = home() / "kernels"  # of whoever runs the tests: compiling them anew takes longer than all tests here
+
 
 def call(name: str, arguments: str) -> list[dict]:
     return [{"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}]
@@ -46,35 +48,42 @@ LEARNED = [
         {"role": "assistant", "content": "In the sea [1]."},
     ],
 ]
+ABOUT_MAYA = [{"role": "user", "content": "What is my sister's name?"}, {"role": "assistant", "content": "In the sea [1]."}]
 
 
 @cache
-def taught() -> tuple[Llama, Tokenizer]:
-    """A Llama that has LEARNED by heart, and babbles otherwise."""
+def taught() -> tuple[Llama, Tokenizer, Adapter]:
+    """A Llama that has LEARNED by heart, and babbles otherwise; and an adapter of it that knows ABOUT_MAYA."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([toy_text(300), *map(json.dumps, LEARNED * 20)], 400)
     model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 64, 1, 1, 96))
-    rows = [render(c, tokenizer) for c in LEARNED]
+    learn(model, tokenizer, LEARNED, list(model.parameters()), 120, 0.01)
+    adapter = new_adapter(model, 4, 4.0, None, 1)
+    attach(model, [adapter])
+    learn(model, tokenizer, [ABOUT_MAYA], adapter.tensors(), 40, 0.003)
+    attach(model, [])
+    return model, tokenizer, adapter
+
+
+def learn(model: Llama, tokenizer: Tokenizer, conversations: list, parameters: list, steps: int, rate: float) -> None:
+    rows = [render(c, tokenizer) for c in conversations]
     longest = max(len(ids) for ids, _ in rows)
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
     learned = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in rows])[:, 1:]
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    for _ in range(120):
+    optimizer = torch.optim.AdamW(parameters, rate)
+    for _ in range(steps):
         loss = -model.logprobs(tokens[:, :-1], tokens[:, 1:])[learned].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.05, float(loss)
-    return model, tokenizer
+    assert loss.item() < 0.05, loss.item()
 
 
 def make_home(path: Path) -> Path:
     """A home folder with the model "toy", one that runs as PyTorch has it ("plain"), an adapter and a person."""
-    from nanoghost.model.lora import new_adapter, save_adapter
-
     if not NO_KERNELS:
         shutil.copytree(KERNELS, path / "kernels")
-    model, tokenizer = taught()
+    model, tokenizer, adapter = taught()
     wide = Llama(LlamaConfig(tokenizer.vocab_size, 64, 1, 64, 2, 2, 64))  # its heads are not of a width that can be packed
     facts = {"stage": "sft", "parent": None, "arch": "llama", "finished": 1.0, "data": [], "figures": {}, "steps": 1}
     for name, made in (("toy", model), ("plain", wide)):
@@ -85,9 +94,6 @@ def make_home(path: Path) -> Path:
         write_json(folder / "card.json", facts | {"format": 1, "name": name, "parameters": count, "finished": 1.0 + (name == "toy")})
     (path / "models" / "toy" / "events.jsonl").write_text('{"stage": "sft", "step": 1, "loss": 2.5}\n{"stage": "sft", "step": 2, "lo')
     (path / "models" / "toy" / "report.html").write_text("<html><style>p {color: red}</style><p>report</p></html>")
-    adapter = new_adapter(model, 4, None, None, 1)
-    for t in adapter.tensors():
-        t.data.normal_(0, 0.15)
     person = path / "people" / "maya"
     for folder in (path / "models" / "toy@odd", person / "adapter"):
         folder.mkdir(parents=True)
@@ -96,6 +102,14 @@ def make_home(path: Path) -> Path:
     write_json(path / "models" / "toy@odd" / "card.json", facts | {"format": 1, "name": "toy@odd", "parameters": 1, "parent": parent})
     write_json(person / "adapter" / "made_from.json", {"base": ["toy", 2.0], "rows": []})
     return path
+
+
+def crowded() -> float:
+    """How many times longer everything takes here at this moment than it would with the processors to ourselves."""
+    start, own = time.perf_counter(), time.process_time()
+    while time.process_time() - own < 0.1:
+        pass
+    return max(1.0, (time.perf_counter() - start) / 0.1)
 
 
 class Running:
@@ -113,14 +127,15 @@ class Running:
         assert found, self.said + self.process.stderr.read()
         self.port = int(found[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=20, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         self.wait(lambda: self.http.get("/ready").status_code in (200, 401), 60)
 
     def wait(self, true, seconds: float = 10) -> float:
-        """Until something holds; how long that took."""
+        """Until something holds; how long that took. Others may be at work on this machine: then it may take longer."""
         start = time.perf_counter()
         while not true():
-            assert time.perf_counter() - start < seconds, "it did not come to pass"
+            late = time.perf_counter() - start
+            assert late < seconds or late < seconds * crowded(), f"it did not come to pass within {late:.1f} s"
             time.sleep(0.02)
         return time.perf_counter() - start
 

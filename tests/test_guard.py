@@ -1,5 +1,6 @@
 """What a server must withstand: each attack of docs/security.md that concerns it, against a real one."""
 
+import contextlib
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from nanoghost.serve.guard import hostname, open_to_all
 from nanoghost.serve.registry import Registry
 from nanoghost.serve.worker import Capacity
 from nanoghost.tools.registry import available
-from tests.serving import NO_KERNELS, Running, make_home
+from tests.serving import NO_KERNELS, Running, crowded, make_home
 
 KEY = "0123456789abcdef0123"
 IMPATIENT = """
@@ -208,7 +209,7 @@ def test_bad_requests_are_the_clients_own_fault(server, name):
 def test_no_pattern_holds_up_the_others(server, pattern):
     start = time.perf_counter()
     answer = server.http.post("/v1/chat/completions", json=shaped({"type": "string", "pattern": pattern}) | {"max_tokens": 16})
-    assert answer.status_code in (200, 400) and time.perf_counter() - start < 4, answer.text
+    assert answer.status_code in (200, 400) and time.perf_counter() - start < 4 * crowded(), answer.text
     assert server.http.post("/v1/chat/completions", json=ask()).status_code == 200
 
 
@@ -264,19 +265,21 @@ def closed_after(server, parts, pause: float = 0.1) -> tuple[float, bytes]:
                     break
             except BlockingIOError:
                 continue
-            except ConnectionError:
+            except ConnectionError:  # it has closed; what it said before that is still to be read
+                with contextlib.suppress(OSError):
+                    said += connection.recv(65536)
                 break
     return time.perf_counter() - start, said
 
 
 def test_slow_headers_body_and_silence(server):
     drip = [bytes([byte]) for byte in b"GET /health HTTP/1.1\r\nX: " + b"x" * 60]
-    assert closed_after(server, drip)[0] < 2, "headers, letter by letter"
-    assert closed_after(server, [b""] * 40)[0] < 2, "nothing at all"
+    assert closed_after(server, drip)[0] < 4, "headers, letter by letter"
+    assert closed_after(server, [b""] * 80)[0] < 4, "nothing at all"
     again = [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", *drip]
-    assert closed_after(server, again)[0] < 2, "the second request's headers"
+    assert closed_after(server, again)[0] < 4, "the second request's headers"
     seconds, said = closed_after(server, [HEAD.encode() + b"Content-Length: 1000\r\n\r\n", *[b" "] * 60])
-    assert seconds < 2 and b" 408 " in said
+    assert seconds < 4 and b" 408 " in said
 
 
 def test_large_bodies_and_headers(server):
@@ -293,16 +296,17 @@ def test_large_bodies_and_headers(server):
     assert b" 400 " in both[:20], "a body of two lengths (request smuggling)"
 
 
-def test_who_never_reads_is_cancelled(server):
-    body = json.dumps(ask(stream=True, max_tokens=400, n=8, logprobs=True, top_logprobs=20, response_format=LONG))
+@pytest.mark.parametrize("tokens", [24, 400])
+def test_who_never_reads_is_cancelled(server, tokens):
+    """Whether the engine has long finished when the server loses its patience, or is in the middle."""
+    body = json.dumps(ask(stream=True, max_tokens=tokens, n=8, logprobs=True, top_logprobs=20, response_format=LONG))
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect(("127.0.0.1", server.port))
     cancelled = server.figure("nanoghost_cancelled_total")
     connection.sendall((HEAD + f"Content-Length: {len(body)}\r\n\r\n{body}").encode())
-    server.wait(lambda: server.figure("nanoghost_rows") > 0, 5)
-    server.wait(lambda: server.figure("nanoghost_rows") == 0, 15)
-    server.wait(lambda: server.figure("nanoghost_cancelled_total") == cancelled + 1, 3)
+    server.wait(lambda: server.figure("nanoghost_cancelled_total") == cancelled + 1, 20)
+    server.wait(lambda: server.figure("nanoghost_rows") == 0, 5)
     connection.close()
 
 

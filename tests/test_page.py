@@ -13,6 +13,7 @@ import pytest
 from tests import page_browser
 from tests.page_hostile import HOSTILE
 from tests.page_server import PAGE, Server, events, text
+from tests.serving import crowded
 
 pytest.importorskip("selenium", reason="selenium is not installed: make page")
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -69,7 +70,7 @@ class Page:
         assert "error" not in done, done["error"]
         return done["value"]
 
-    def wait(self, condition, *arguments, seconds=10):
+    def wait(self, condition, *arguments, seconds=30):
         until = time.time() + seconds
         while not (value := self.js(condition, *arguments)):
             assert time.time() < until, f"never: {condition}"
@@ -89,7 +90,7 @@ class Page:
         if wait:
             self.idle()
 
-    def idle(self, seconds=10):
+    def idle(self, seconds=30):
         self.wait("return document.querySelector('.message') && !document.querySelector('.writing') && document.getElementById('send').ariaLabel === 'Send'", seconds=seconds)
 
     def texts(self):
@@ -158,7 +159,7 @@ def test_stopping_keeps_what_was_said_and_stops_the_server(page):
     page.idle()
     kept = page.texts()[1]
     assert kept.startswith("I begin. Word 1.") and "stopped" in page.one(".figures").text
-    until = time.time() + 5
+    until = time.time() + 20
     while not page.server.stopped:
         assert time.time() < until, "the server was not told"
         time.sleep(0.02)
@@ -383,7 +384,7 @@ def test_two_tabs_show_the_same(page):
 
 def downloaded(page, name):
     folder = Path(page.browser.capabilities["chrome"]["userDataDir"]).parent
-    until = time.time() + 5
+    until = time.time() + 20
     while not (folder / name).exists():
         assert time.time() < until, f"{name} was not saved"
         time.sleep(0.02)
@@ -538,7 +539,7 @@ def test_a_long_answer_is_drawn_block_by_block(page):
     page.js("""window.built = 0; new MutationObserver((all) => all.forEach((one) => window.built += one.addedNodes.length))
         .observe(document.getElementById('thread'), {childList: true, subtree: true})""")
     page.send("long", wait=False)
-    page.idle(seconds=20)
+    page.idle()
     assert page.js("return document.querySelectorAll('.assistant h4').length") == 400
     assert page.js("return window.built") < 12 * 400, "each block is built about once, not at every piece"
     page.js("document.querySelector('.assistant').marked = true; document.querySelector('.user').marked = true")
@@ -648,7 +649,7 @@ def test_hostile_answers_send_nothing_run_nothing_and_do_not_stop_the_page(page)
             const look = () => { if (window.round !== mine) return; const now = performance.now(); window.longest = Math.max(window.longest, now - last); last = now; setTimeout(look, 10); }; look();""")
         started = time.time()
         page.send(f"hostile {number}", wait=False)
-        page.idle(seconds=15)
+        page.idle()
         page.js("return document.body.offsetHeight")
         slowest[number] = (round(time.time() - started, 1), round(page.js("return window.longest")))
         links = page.js("return [...document.querySelectorAll('.said a')].map((a) => [a.getAttribute('href'), a.rel, a.target])")
@@ -657,7 +658,8 @@ def test_hostile_answers_send_nothing_run_nothing_and_do_not_stop_the_page(page)
         attributes = page.js("return [...document.querySelectorAll('.said *')].flatMap((e) => e.getAttributeNames()).filter((n) => n.startsWith('on') || n === 'style' || n === 'src')")
         assert not strange and not attributes, number
     assert page.js("return window.ran") is None
-    slow = {number: times for number, times in slowest.items() if times[0] > 10 or times[1] > 2500}
+    crowd = crowded()
+    slow = {number: times for number, times in slowest.items() if times[0] > 10 * crowd or times[1] > 2500 * crowd}
     assert not slow, f"(seconds until it stood, longest time without an answer to the reader): {slow}"
     asked = {url.removeprefix(page.server.address) for url in requests_of(page.browser)}
     assert asked and all(ALLOWED.fullmatch(url) for url in asked), asked
@@ -737,7 +739,7 @@ CASES = [
     ("in the year\n1984. it was", "<p>in the year<br>1984. it was</p>"),
     ("it costs $5 and $6, $x^2$ and \\(y\\)", '<p>it costs $5 and $6, <code class="formula">x^2</code> and <code class="formula">y</code></p>'),
     ("<b>not bold</b> &lt;", "<p>&lt;b&gt;not bold&lt;/b&gt; &amp;lt;</p>"),
-    ("[1] and [2] [x](y)", '<p><button type="button" class="cite" data-note="1" aria-label="Note 1">1</button> and [2] [x](y)</p>'),
+    ("so [1] and [2] [x](y)", '<p>so<button type="button" class="cite" data-note="1" aria-label="Note 1">1</button> and [2] [x](y)</p>'),
     ("see https://a.b/c_d_(e). *https://a.b*", '<p>see <L="https://a.b/c_d_(e)">https://a.b/c_d_(e)</a>. <em><L="https://a.b/">https://a.b</a></em></p>'),
     ("[*t*](https://a.b/) ![p](https://a.b/) [m](mailto:x@y.z)", '<p><L="https://a.b/"><em>t</em></a> <L="https://a.b/">Picture: p</a> <L="mailto:x@y.z">m</a></p>'),
 ]  # fmt: skip

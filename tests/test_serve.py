@@ -14,9 +14,9 @@ import httpx
 import openai
 import pytest
 
-from nanoghost.bench import serve as bench
+from nanoghost.bench import load
 from nanoghost.people import Person
-from tests.serving import LEARNED, NOTE, Running, make_home
+from tests.serving import ABOUT_MAYA, LEARNED, NOTE, Running, crowded, make_home
 
 KING = LEARNED[0][1]["content"]
 LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 3000}}}
@@ -279,11 +279,11 @@ def test_a_person_is_heard_and_their_adapter_speaks_where_it_is_about_them(serve
     monkeypatch.setenv("NANOGHOST_HOME", str(server.home))
     maya = Person("maya")
     assert server.http.get("/people").json() == {"data": [{"name": "maya", "base": "toy"}]}
-    about = {"text": "What is my sister's name?", "max_tokens": 8}
+    about = {"text": ABOUT_MAYA[0]["content"]}
     anybody = server.chat(**about).json()["choices"][0]["message"]["content"]
     odd = server.chat(**about, model="toy@odd").json()["choices"][0]["message"]["content"]
     own = server.chat(**about, person="maya").json()["choices"][0]["message"]["content"]
-    assert own and own == odd != anybody, "the same adapter under both names"
+    assert own == odd == ABOUT_MAYA[1]["content"] != anybody, "the same adapter under both names"
     assert server.chat(person="maya").json()["choices"][0]["message"]["content"] == KING, "what anybody may ask, the base answers"
     assert server.chat(**about).json()["choices"][0]["message"]["content"] == anybody, "nobody else hears it"
     server.wait(lambda: len(maya.journal) == 4, 2)
@@ -318,16 +318,16 @@ def test_a_damaged_model_hinders_no_other(server):
 
 
 def test_a_load_test_sees_what_is_right_and_what_is_wrong(server):
-    asked = {"Good morrow": KING}
-
-    async def run(expected):
-        seen, until = bench.Seen(), time.monotonic() + 1.5
-        await asyncio.gather(*(bench.client(server.port, "toy", expected, until, random.Random(i), seen) for i in range(4)))
+    async def run(conversation):
+        seen, until = load.Seen(), time.monotonic() + 1.5
+        await asyncio.gather(*(load.client(server.port, "toy", [conversation], until, random.Random(i), seen) for i in range(4)))
         return seen
 
-    seen = asyncio.run(run(asked))
-    assert not seen.wrong and all(seen.counts[kind] for kind in ("answered", "malformed", "given up")), (seen.wrong, seen.counts)
-    assert any("alone it was" in text for text in asyncio.run(run({"Good morrow": "Good night."})).wrong)
+    seen = asyncio.run(run(LEARNED[0]))
+    assert not seen.wrong and not seen.otherwise and all(seen.counts[kind] for kind in ("answered", "malformed", "given up")), (seen.wrong, seen.counts)
+    assert asyncio.run(run([LEARNED[0][0], LEARNED[1][3]])).otherwise[0][1] == KING
+    tie = [asyncio.run(load.is_a_tie(server.port, "toy", LEARNED[0][:1], text)) for text in (KING, KING[:20] + "sword", "It is 42.")]
+    assert tie == [True, False, False]
 
 
 def test_side_routes(server):
@@ -361,10 +361,9 @@ def test_a_killed_engine_is_an_error_for_the_open_and_comes_back(server):
         os.kill(server.engine(), signal.SIGKILL)
         told = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
     assert told[-1]["error"]["code"] == "engine_stopped"
-    seconds = server.wait(lambda: server.http.get("/ready").status_code == 200, 20)
-    print(f"recovered in {seconds:.1f} s")
+    server.wait(lambda: server.http.get("/ready").status_code == 200, 5)
     assert server.chat().json()["choices"][0]["message"]["content"] == KING
-    assert server.figure("nanoghost_engine_starts") == starts + 1 and seconds < 5
+    assert server.figure("nanoghost_engine_starts") == starts + 1
 
 
 def test_told_to_stop_it_lets_open_answers_finish(server):
@@ -377,7 +376,7 @@ def test_told_to_stop_it_lets_open_answers_finish(server):
         assert other.post("/v1/chat/completions", json=ask()).status_code == 503
         rest = [line for line in lines if line]
     assert "delta" in first and rest[-1] == "data: [DONE]" and sum('"finish_reason":"' in line for line in rest) == 8
-    assert server.process.wait(10) == 0
+    assert server.process.wait(10 * crowded()) == 0
 
 
 def test_what_is_wrong_at_the_start_is_one_line(nanoghost, tmp_path, monkeypatch):

@@ -143,6 +143,7 @@ async def stream(request: Request, events: AsyncIterator[dict]) -> Response:
             async with contextlib.aclosing(events):
                 yield line(first)
                 async for event in events:
+                    await asyncio.sleep(0)  # to whoever has left, uvicorn sends nothing and waits for nothing: only here is it noticed
                     yield line(event)
         except (Gone, UserError) as e:
             failed = explained(e)
@@ -284,9 +285,14 @@ def make_app(service: Service) -> FastAPI:
         parts["Error"] = {"type": "object", "required": ["error"], "properties": {"error": inner}}
         for unused in ("HTTPValidationError", "ValidationError"):
             parts.pop(unused, None)
-        if names := list(registry.models()):  # as they are now: who tries the API by its description meets models, not only 404
+        chat = parts["ChatRequest"]["properties"]  # names as they are now: who tries the API by its description meets more than 404
+        chat["person"] = {"enum": [None, *(person["name"] for person in registry.people())]}
+        chat["server_tools"]["anyOf"][0]["items"]["enum"] = list(service.tools)
+        if names := list(registry.models()):
             for kind in ("ChatRequest", "CompletionRequest", "TokenizeRequest"):
                 parts[kind]["properties"]["model"]["enum"] = names
+            for path in ("/runs/{name}/report", "/runs/{name}/events"):
+                found["paths"][path]["get"]["parameters"][0]["schema"]["enum"] = model_names()
         return found
 
     app.openapi = description

@@ -1,6 +1,7 @@
 """A connection that loses its patience: uvicorn's, with limits on how slowly a client may send its headers and read its answer."""
 
 import socket
+import struct
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -42,7 +43,12 @@ class PatientProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.stalled = self.loop.call_later(self.stall_seconds, self.transport.abort)
+        self.stalled = self.loop.call_later(self.stall_seconds, self._throw_out)
+
+    def _throw_out(self) -> None:
+        """Without waiting for what the system still holds for them to be read, which it never is."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -45,7 +45,24 @@ class ToolCall(Part):
     function: CalledFunction
 
 
+def one_of(*kinds: dict) -> ConfigDict:
+    """For the description of the API: which fields go together."""
+    def needed(kind: dict) -> list[str]:
+        return [name for name, schema in kind.items() if schema.get("type") != "null"]
+
+    return ConfigDict(json_schema_extra={"anyOf": [{"properties": kind, "required": needed(kind)} for kind in kinds]})
+
+
+SAID = {"content": {"type": ["string", "array"]}}
+CALLED = {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}}
+
+
 class Message(Part):
+    model_config = one_of(
+        {"role": {"enum": ["system", "developer", "user"]}} | SAID | {"tool_calls": {"type": "null"}},
+        {"role": {"const": "tool"}, "tool_call_id": {"type": "string"}} | SAID | {"tool_calls": {"type": "null"}},
+        {"role": {"const": "assistant"}} | SAID, CALLED,
+    )  # fmt: skip
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(max_length=64)] | None = None
     name: Annotated[str, StringConstraints(max_length=128)] | None = None
@@ -135,6 +152,10 @@ class JsonSchema(Part):
 
 
 class ResponseFormat(Part):
+    model_config = one_of(
+        {"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}},
+        {"type": {"const": "json_schema"}, "json_schema": {"type": "object"}},
+    )
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 

@@ -225,8 +225,10 @@ function build(target, list) {
       token.end.forEach(leave);
       pending += token.mark.repeat(token.count);
       for (const name of token.begin) enter(el(name));
-    } else if (token.note) enter(cite(token.note));
-    else if (token.url) {
+    } else if (token.note) {
+      pending = pending.trimEnd();  // its number stands at the word that it proves
+      enter(cite(token.note));
+    } else if (token.url) {
       enter(link(token.url));
       linked = true;
       if (token.image) pending += "Picture: ";  // shown as a link, never fetched

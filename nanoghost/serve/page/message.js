@@ -7,9 +7,10 @@ import { siblings, textOf } from "./tree.js";
 // `act`: what the buttons do: {copy, edit, again, turn}, each with the node.
 export function userMessage(node, tree, act) {
   const text = el("div", { class: "said", dir: "auto" }, node.text);
-  const bar = el("div", { class: "actions" }, branches(node, tree, act),
+  const bar = el("div", { class: "actions" },
     iconButton("edit", "Edit: ask it otherwise", () => act.edit(node, text, bar)),
-    iconButton("copy", "Copy message", (event) => act.copy(node, event.currentTarget)));
+    iconButton("copy", "Copy message", (event) => act.copy(node, event.currentTarget)),
+    branches(node, tree, act));
   return el("article", { class: "message user", "data-id": node.id }, el("h2", { class: "unseen" }, "You"), text, bar);
 }
 
