@@ -46,6 +46,23 @@ def latest(name: str) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
+def ends(processes: list[int], patience: float = 5.0) -> list[int]:
+    """Exit codes. When one has died, those that do not notice are killed after a while, as torchrun does: before processes have
+    found each other there is nothing to notice."""
+    codes: dict[int, int] = {}
+    died = None
+    while len(codes) < len(processes):
+        for process in set(processes) - set(codes):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                codes[process] = os.waitstatus_to_exitcode(status)
+                died = died or (time.time() if codes[process] else None)
+            elif died and time.time() - died > patience:
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[p] for p in processes]
+
+
 def one_kill(name: str, rng: random.Random) -> str | None:
     """What was killed, or None if the run came to its end."""
     Path("began").unlink(missing_ok=True)
@@ -60,7 +77,7 @@ def one_kill(name: str, rng: random.Random) -> str | None:
             time.sleep(0.005)
         for process in processes if kind == "job" else [rng.choice(processes)]:
             os.kill(process, signal.SIGKILL)
-    codes = codes_of(processes)
+    codes = ends(processes)
     if Path("began").exists():
         assert int(Path("began").read_text()) == before, "it went on elsewhere than at the last checkpoint"
     if codes == [0, 0]:
