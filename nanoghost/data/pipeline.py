@@ -200,8 +200,16 @@ class SpellingSignature(MinhashDedupSignature):
         return np.min(blocks, axis=0).tolist()
 
 
-def Similar(clusters: str, writer) -> MinhashDedupFilter:
-    return MinhashDedupFilter(clusters, writer, load_cluster_ids=True)
+class Similar(MinhashDedupFilter):
+    """Keeps one document of each cluster, and notes of which."""
+
+    def __init__(self, clusters: str, writer):
+        super().__init__(clusters, writer, load_cluster_ids=True)
+
+    def run(self, data, rank: int = 0, world_size: int = 1):
+        if self.data_folder.exists(f"{rank:06d}.clusters"):
+            self.data_folder.open(f"{rank:06d}.remove", "ab").close()  # without that file the clusters are not noted
+        yield from super().run(data, rank, world_size)
 
 
 # ── here ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,8 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain, groupby, islice
+from importlib import metadata
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -137,8 +138,7 @@ def stage_input(source: Source, folder: Path) -> int:
 
 def whole_texts(source: Source, skip: int) -> Iterator[tuple[str, str, int]]:
     """(name, text, parts): documents that were cut into splits are put together again; the new source splits anew."""
-    documents = islice(source.documents(), skip, None)
-    for name, parts in groupby(documents, key=lambda d: d.name):
+    for name, parts in groupby(source.after(skip), key=lambda d: d.name):
         parts = [part.text for part in parts]
         yield name, "".join(parts), len(parts)
 
@@ -176,8 +176,6 @@ def held_out(name: str) -> Iterator[str]:
 
 def summary(settings: RefineSettings, source: Source, work: Path, asked: dict) -> dict:
     """The manifest: counts by reason, and where the text comes from."""
-    import datatrove
-
     dropped = {}
     for folder in sorted((work / "dropped").glob("*")):
         rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_lines(file)]
@@ -185,15 +183,16 @@ def summary(settings: RefineSettings, source: Source, work: Path, asked: dict) -
         dropped[folder.name] = count(rows) | {"details": {d: count([r for r in rows if r["detail"] == d]) for d in details}}
     files = {}
     for file in sorted((work / "output").glob("*.jsonl")):
-        rows = [{"bytes": len(json.loads(line)["text"].encode())} for line in open(file)]
-        files[file.name] = count(rows) | {"sha256": sha256_of(file)}
+        with open(file) as lines:
+            sizes = [{"bytes": len(json.loads(line)["text"].encode())} for line in lines]
+        files[file.name] = count(sizes) | {"sha256": sha256_of(file)}
     if not files:
         raise UserError(f"nothing is left of {settings.data}: {json.dumps(dropped)}")
     kept = {key: sum(f[key] for f in files.values()) for key in ("documents", "bytes")}
     read = {key: kept[key] + sum(d[key] for d in dropped.values()) for key in kept}
     about = {"name": source.name, "fingerprint": source.fingerprint, "licence": source.licence, "attribution": source.attribution}
     return {"format": 1, "name": settings.name, "source": about, "asked": asked, "read": read, "kept": kept, "dropped": dropped,
-            "files": files, "datatrove": datatrove.__version__ if hasattr(datatrove, "__version__") else None}  # fmt: skip
+            "files": files, "datatrove": metadata.version("datatrove")}  # fmt: skip
 
 
 def count(rows: list[dict]) -> dict:
