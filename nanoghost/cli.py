@@ -52,6 +52,7 @@ VERBS = {
     "bench serve": ("bench.serve", "ServeBenchSettings", "command", "what HTTP costs beside the engine alone"),
     "bench load": ("bench.serve", "LoadSettings", "load", "many clients at once, some of them bad"),
     "bench packing": ("bench.decode", "PackingSettings", "packing", "what it costs to speak in fewer bits"),
+    "bench refine": ("bench.refine", "RefineBenchSettings", "command", "what the refinery finds, and what memory it takes"),
     "plan": ("plan", "PlanSettings", "command", "what a pretraining run takes: time, memory, money"),
     "doctor": ("doctor", "DoctorSettings", "command", "what this computer does well"),
 }
@@ -96,6 +97,7 @@ EXAMPLES = {
     "bench serve": "nanoghost bench serve smollm2 --streams 1,16",
     "bench load": "nanoghost bench load smollm2 --clients 32 --minutes 5",
     "bench packing": "nanoghost bench packing smollm2",
+    "bench refine": "nanoghost bench refine --megabytes 10,100 --kills 3",
     "plan": "nanoghost plan --depth 24 --hardware 8xH100\n  nanoghost plan --minutes 10 --json",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }
