@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -138,11 +139,18 @@ def test_refined_text_is_a_source_like_any_other(refined, settings, nanoghost, m
     file.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", ["Local", "LocalPipelineExecutor"])
-def test_the_result_depends_neither_on_processes_nor_on_the_executor(pipeline, refined, settings, home, monkeypatch, name):
-    """Of datatrove's executors the local one is tried here; Slurm and Ray are given the same stages."""
-    monkeypatch.setattr(pipeline.run, "__defaults__", (getattr(pipeline, name),))
-    refinery.refine(RefineSettings(**{**vars(settings), "workers": 1}), Quiet())
+def test_the_result_does_not_depend_on_the_number_of_processes(pipeline, refined, settings, home):
+    refinery.refine(replace(settings, workers=1), Quiet())
+    assert contents(home) == contents(refined[0])
+
+
+def test_executors_of_datatrove_run_the_same_stages(pipeline, refined, settings, home):
+    """The local one is tried here; Slurm's and Ray's are given the same stages."""
+    from datatrove.executor import LocalPipelineExecutor
+
+    work, stages = refinery.prepare(settings)
+    pipeline.run(stages, work / "done", LocalPipelineExecutor, workers=1)
+    refinery.refine(settings, Quiet())
     assert contents(home) == contents(refined[0])
 
 

@@ -197,7 +197,7 @@ def measured(folder: Path, data: str, megabytes: int) -> dict:
     memory = 0
     while process.poll() is None:
         memory = max(memory, memory_of(process.pid))
-        time.sleep(0.1)
+        time.sleep(0.5)
     seconds = time.perf_counter() - start
     manifest = read_json(home / "data" / "refined" / "manifest.json")
     write_json(folder / f"{data}.json", manifest)

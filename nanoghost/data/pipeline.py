@@ -57,7 +57,7 @@ class Stage:
 
 
 def stages(work: Path, shards: int, similarity: float, quality: str) -> list[Stage]:
-    """What turns work/input/00000.jsonl ... into work/output and work/dropped/REASON."""
+    """What turns work/input/00000.jsonl ... into work/output and work/output/dropped/REASON."""
     bands, rows = bands_of(similarity)
     exact = ExactDedupConfig(words_of, hash_config=HashConfig(hash_fc="sha1"))
     minhash = MinhashConfig(SHINGLE, bands, rows, hash_config=HashConfig(hash_fc="sha1"))
@@ -66,7 +66,7 @@ def stages(work: Path, shards: int, similarity: float, quality: str) -> list[Sta
         return str(work / name)
 
     def dropped(reason: str) -> Lines:
-        return Lines(folder(f"dropped/{reason}"), texts=False)
+        return Lines(folder(f"output/dropped/{reason}"), texts=False)
 
     judges = [HeldOut(folder("held_out.npz"), dropped("held out"))]
     if quality == "gopher":
@@ -249,7 +249,11 @@ def end_with(parent: int):
     os._exit(1)
 
 
-def run(stages: list[Stage], marks: Path, executor=Local, **options):
-    """All stages in turn; `executor` is one of datatrove's, `options` are its own (workers; partition, time ... on Slurm)."""
+def run(stages: list[Stage], marks: Path, executor=Local, say=None, **options) -> None:
+    """All stages in turn, each after the one before; `executor` is one of datatrove's, `options` are its own."""
+    before = None
     for stage in stages:
-        executor(pipeline=stage.steps, tasks=stage.tasks, logging_dir=str(marks / stage.name), **options).run()
+        if say:
+            say(f"  {stage.name}: {stage.tasks} tasks")
+        before = executor(pipeline=stage.steps, tasks=stage.tasks, logging_dir=str(marks / stage.name), depends=before, **options)
+        before.run()

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain, groupby
 from pathlib import Path
@@ -66,38 +66,51 @@ def command(settings: RefineSettings) -> None:
 
 
 def refine(settings: RefineSettings, console: Console) -> dict:
+    """Returns the manifest of what is there already, or is made now."""
     check(settings)
+    pipeline = import_pipeline()
+    folder, work = home() / "data" / settings.name, home() / "data" / f".refine-{settings.name}"
+    source = open_source(settings.data)
+    work.mkdir(parents=True, exist_ok=True)
+    with alone_in(work):  # its workers hold the lock, too: after a kill the next run waits for them
+        if not (folder / "manifest.json").exists():
+            stages = prepare(settings, source)[1]
+            pipeline.run(stages, work / "done", say=console.print, workers=settings.workers)
+            write_json(work / "output" / "manifest.json", summary(settings, source, work))
+            (work / "output").replace(folder)
+        shutil.rmtree(work, ignore_errors=True)
+    manifest = read_json(folder / "manifest.json")
+    if manifest["asked"] != asked(settings, source):
+        raise UserError(f"{settings.name} was made with other settings or of other text: remove {folder}, or take another --name")
+    show(manifest, folder, console)
+    return manifest
+
+
+def prepare(settings: RefineSettings, source: Source | None = None) -> tuple[Path, list]:
+    """Write what the stages read; returns the folder they work in, and the stages."""
+    source = source or open_source(settings.data)
+    work = home() / "data" / f".refine-{settings.name}"
+    work.mkdir(parents=True, exist_ok=True)
+    if (work / "asked.json").exists() and read_json(work / "asked.json") != asked(settings, source):
+        raise UserError(f"{settings.name} was begun with other settings or text: remove {work}, or take another --name")
+    write_json(work / "asked.json", asked(settings, source))
+    shards = stage_input(source, work / "input")
+    build_index(settings.decontaminate, work / "held_out.npz")
+    return work, import_pipeline().stages(work, shards, settings.similarity, settings.quality)
+
+
+def asked(settings: RefineSettings, source: Source) -> dict:
+    """What decides the result."""
+    keys = ("similarity", "quality", "decontaminate")
+    return {key: getattr(settings, key) for key in keys} | {"fingerprint": source.fingerprint}
+
+
+def import_pipeline():
     try:
         from nanoghost.data import pipeline
     except ImportError:
         raise UserError("refining needs an extra: pip install 'nanoghost[refine]'") from None
-    folder, work = home() / "data" / settings.name, home() / "data" / f".refine-{settings.name}"
-    source = open_source(settings.data)
-    asked = {k: v for k, v in asdict(settings).items() if k not in ("workers", "json", "name", "data")} | {
-        "fingerprint": source.fingerprint
-    }
-    work.mkdir(parents=True, exist_ok=True)
-    with alone_in(work):
-        if not (folder / "manifest.json").exists():
-            if (work / "asked.json").exists() and read_json(work / "asked.json") != asked:
-                raise UserError(f"{settings.name} was begun with other settings or text: remove {work}, or take another --name")
-            write_json(work / "asked.json", asked)
-            shards = stage_input(source, work / "input")
-            build_index(settings.decontaminate, work / "held_out.npz")
-            stages = pipeline.stages(work, shards, settings.similarity, settings.quality)
-            for stage in stages:
-                console.print(f"  {stage.name} ...")
-                pipeline.run([stage], work / "done", workers=settings.workers)
-            write_json(work / "output" / "manifest.json", summary(settings, source, work, asked))
-            if (work / "dropped").exists():
-                (work / "dropped").replace(work / "output" / "dropped")
-            (work / "output").replace(folder)
-        shutil.rmtree(work)
-    manifest = read_json(folder / "manifest.json")
-    if manifest["asked"] != asked:
-        raise UserError(f"{settings.name} was made with other settings or of other text: remove {folder}, or take another --name")
-    show(manifest, folder, console)
-    return manifest
+    return pipeline
 
 
 def check(settings: RefineSettings) -> None:
@@ -174,10 +187,10 @@ def held_out(name: str) -> Iterator[str]:
 # ── what comes out ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def summary(settings: RefineSettings, source: Source, work: Path, asked: dict) -> dict:
+def summary(settings: RefineSettings, source: Source, work: Path) -> dict:
     """The manifest: counts by reason, and where the text comes from."""
     dropped = {}
-    for folder in sorted((work / "dropped").glob("*")):
+    for folder in sorted((work / "output" / "dropped").glob("*")):
         rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_lines(file)]
         details = sorted({row.get("detail") for row in rows} - {None})
         dropped[folder.name] = count(rows) | {"details": {d: count([r for r in rows if r["detail"] == d]) for d in details}}
@@ -191,7 +204,7 @@ def summary(settings: RefineSettings, source: Source, work: Path, asked: dict) -
     kept = {key: sum(f[key] for f in files.values()) for key in ("documents", "bytes")}
     read = {key: kept[key] + sum(d[key] for d in dropped.values()) for key in kept}
     about = {"name": source.name, "fingerprint": source.fingerprint, "licence": source.licence, "attribution": source.attribution}
-    return {"format": 1, "name": settings.name, "source": about, "asked": asked, "read": read, "kept": kept, "dropped": dropped,
+    return {"format": 1, "name": settings.name, "source": about, "asked": asked(settings, source), "read": read, "kept": kept, "dropped": dropped,
             "files": files, "datatrove": metadata.version("datatrove")}  # fmt: skip
 
 
