@@ -185,10 +185,12 @@ def alive(group: int) -> bool:
     return True
 
 
-def test_problems_of_the_examination_are_held_out(pipeline, tmp_path):
+def test_problems_of_the_examination_are_held_out(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(refinery, "PROBLEMS", 30)
     refinery.build_index("tasks", tmp_path / "index.npz")
     rng, judge = random.Random(1), pipeline.HeldOut(tmp_path / "index.npz")
     problem = "State the final answer to the following arithmetic problem: 17 + 38 ="
+    assert problem in refinery.held_out("tasks")
     assert judge.filter(pipeline.Document(prose(rng) + problem + prose(rng), "")) == (False, "tasks")
     assert judge.filter(pipeline.Document(prose(rng) + problem.replace("17", "1234") + prose(rng), "")) is True
 

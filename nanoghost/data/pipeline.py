@@ -73,10 +73,8 @@ def stages(work: Path, shards: int, similarity: float, quality: str) -> list[Sta
         words = SpacedWords()
         judges += [
             GopherQualityFilter(exclusion_writer=dropped("quality"), language=words),
-            # Not all six lengths of repeated n-grams: the longest and the shortest find what they find.
-            GopherRepetitionFilter(
-                dup_n_grams=((5, 0.15), (10, 0.10)), exclusion_writer=dropped("repetition"), language=words
-            ),
+            # Two of Gopher's six lengths of repeated n-grams: each is a loop over all words.
+            GopherRepetitionFilter(dup_n_grams=((5, 0.15), (10, 0.10)), exclusion_writer=dropped("repetition"), language=words),
         ]
 
     def unique(writer=None):

@@ -35,6 +35,8 @@ from nanoghost.runs import home, read_json, read_lines, write_json
 SHARD = 2**22
 """Bytes of text to a task: what is done again after a kill, and how finely work is dealt out. Every 64 tasks it grows by as
 much again, since a stage opens a file of each: 1,000 hold 35 GB."""
+PROBLEMS = 500
+"""Of each task; `nanoghost eval` asks as many."""
 HELD_OUT_WORDS = 13
 FEWEST_WORDS = 8
 """A text that shares 13 words in a row with the evaluation is contaminated, as in GPT-3 (Brown and others 2020, appendix C);
@@ -157,16 +159,20 @@ def whole_texts(source: Source, skip: int) -> Iterator[tuple[str, str, int]]:
 
 
 def build_index(names: str, file: Path) -> None:
-    """Shingles of what is held out, by "NAME:WORDS"."""
+    """Shingles of what is held out, by "NAME:WORDS"; beside it how many texts there were, and how many were too short."""
     if file.exists():
         return
-    found = defaultdict(list)
+    found, counts = defaultdict(list), {}
     for name in names.split(",") if names != "none" else ():
+        counts[name] = {"texts": 0, "too_short": 0}
         for text in held_out(name):
             hashes = word_hashes(text)
             n = min(HELD_OUT_WORDS, len(hashes))
             if n >= FEWEST_WORDS:
                 found[f"{name}:{n}"].append(shingles(hashes, n))
+            counts[name]["texts"] += 1
+            counts[name]["too_short"] += n < FEWEST_WORDS
+    write_json(file.with_suffix(".json"), counts)
     with open(file.with_suffix(".partial"), "wb") as f:
         np.savez(f, **{key: np.unique(np.concatenate(arrays)) for key, arrays in found.items()})
     file.with_suffix(".partial").replace(file)
@@ -178,7 +184,7 @@ def held_out(name: str) -> Iterator[str]:
         from nanoghost.tasks.mix import all_tasks
 
         tasks = all_tasks({"stage": "adopt", "parameters": 1}, "ghost")
-        problems = chain.from_iterable(distinct_problems(task, 500) for task in tasks.values())
+        problems = chain.from_iterable(distinct_problems(task, PROBLEMS) for task in tasks.values())
         return ("\n".join(text_of(message) for message in problem.messages) for problem in problems)
     documents = open_source(name).documents()
     return (d.text for d in documents if name != "plays" or d.split != "train")
@@ -204,7 +210,8 @@ def summary(settings: RefineSettings, source: Source, work: Path) -> dict:
     kept = {key: sum(f[key] for f in files.values()) for key in ("documents", "bytes")}
     read = {key: kept[key] + sum(d[key] for d in dropped.values()) for key in kept}
     about = {"name": source.name, "fingerprint": source.fingerprint, "licence": source.licence, "attribution": source.attribution}
-    return {"format": 1, "name": settings.name, "source": about, "asked": asked(settings, source), "read": read, "kept": kept, "dropped": dropped,
+    return {"format": 1, "name": settings.name, "source": about, "asked": asked(settings, source),
+            "held_out": read_json(work / "held_out.json"), "read": read, "kept": kept, "dropped": dropped,
             "files": files, "datatrove": metadata.version("datatrove")}  # fmt: skip
 
 
