@@ -74,8 +74,8 @@ def join(folder: Path, source: Source, parts: list[Shards]) -> None:
 class MixedBatches(Batches):
     """Batches of which each source has its share of rows."""
 
-    def __init__(self, tokens: np.ndarray, mixture: list[dict], context: int, rows: int, seed: int, rank: int = 0, world: int = 1):
-        self.tokens, self.context, self.rows, self.seed, self.rank, self.world = np.asarray(tokens), context, rows, seed, rank, world
+    def __init__(self, tokens: np.ndarray, mixture: list[dict], context: int, rows: int, seed: int, *ranks):
+        super().__init__(tokens, context, rows, seed, *ranks)
         ends = np.cumsum([part["tokens"] for part in mixture])
         self.offsets = ends - [part["tokens"] for part in mixture]
         self.parts = [Batches(self.tokens[start:end], context, 1, seed) for start, end in zip(self.offsets, ends)]
