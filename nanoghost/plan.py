@@ -109,7 +109,7 @@ def plan(settings: PlanSettings) -> dict:
         fitting = [d for d in DEPTHS if (m := made(d))[3] * m[4] / rate <= settings.minutes * 60]
         depth, reason = max(fitting, default=2), f"the deepest that reads its {settings.tokens_per_parameter:g} tokens a weight in time"
     elif depth is None:
-        depth, reason = depth_for(settings.minutes)
+        depth, reason = depth_for(settings.minutes, hardware.tflops * 1e3)
     config, model, counts, flops, tokens = made(depth)
     if settings.minutes:
         tokens = rate * settings.minutes * 60 / flops

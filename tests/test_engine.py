@@ -52,6 +52,13 @@ def rounded(x_NK: torch.Tensor, bits: int) -> torch.Tensor:
     return ((groups * (127 / most.clamp_min(1e-30))).round() * (most / 127)).view_as(x_NK)
 
 
+def test_the_best_instructions_that_a_processor_has():
+    avx512, avx2 = kernels.INSTRUCTION_SETS
+    assert kernels.best(dict.fromkeys(avx512 + avx2, True)) == avx512
+    assert kernels.best(dict.fromkeys(avx512 + avx2, True) | {"avx512_bf16": False}) == avx2
+    assert kernels.best({"neon": True, "avx2": False}) == ()
+
+
 @needs_kernels
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("N", [1, 3, 7, 16, 37])
@@ -177,6 +184,7 @@ def test_it_is_kept_beside_the_weights_and_made_anew_with_them(tokenizer, tmp_pa
     assert kept.stat().st_mtime_ns != made
 
 
+@needs_kernels
 def test_as_few_bits_as_lose_nothing(tokenizer, tmp_path):
     """A model that was rounded to 4 bits is recognised and read without loss; any other gets 8."""
     model = llama(tokenizer)

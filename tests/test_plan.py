@@ -12,7 +12,7 @@ from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.plan import PlanSettings, activation_bytes, command, kept, memory, plan
 from nanoghost.train.pretrain import train_step
-from nanoghost.train.recipe import groups
+from nanoghost.train.recipe import depth_for, groups
 
 GHOST = GhostConfig(vocab_size=640, context=96, depth=3, width=192)
 LLAMA = LlamaConfig(vocab_size=640, context=96, depth=3, width=192, heads=3, key_value_heads=3, mlp_width=512)
@@ -112,3 +112,9 @@ def test_what_does_not_fit_is_said():
 def test_mistakes_are_named(wrong):
     with pytest.raises(UserError):
         plan(PlanSettings(**wrong))
+
+
+def test_a_minute_is_worth_what_the_machine_does_in_it():
+    assert depth_for(4.0, 380.0)[0] == depth_for(10.0, 152.0)[0] == depth_for(0.4, 3800.0)[0]
+    depths = [depth_for(minutes, rate)[0] for rate in (40.0, 400.0, 4e5) for minutes in (0.5, 4.0, 60.0, 600.0)]
+    assert all(depths[i : i + 4] == sorted(depths[i : i + 4]) for i in (0, 4, 8)) and depths[1] < depths[5] < depths[9]

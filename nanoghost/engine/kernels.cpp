@@ -1,6 +1,6 @@
 // Three operators that let a Llama speak as fast as the memory delivers its weights: a product with packed weights,
-// attention over pages of keys and values, and all layers made of the two. For x86 with AVX-512 (VNNI, BF16). packed.py tells the layouts, and
-// tests/test_engine.py holds both to the same in plain PyTorch.
+// attention over pages of keys and values, and all layers made of the two. For x86 with AVX-512 or AVX2 (lanes.h). packed.py
+// tells the layouts, and tests/test_engine.py holds both to the same in plain PyTorch.
 //
 // N tokens, K inputs, M outputs, G groups of 32 inputs, H heads, D width of a head.
 //
@@ -9,7 +9,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <immintrin.h>
 #include <omp.h>
 #include <torch/library.h>
 
@@ -18,131 +17,79 @@
 #include <cstring>
 #include <vector>
 
+#include "lanes.h"
+
 namespace {
 
-constexpr int GROUP = 32;  // inputs that share a scale
-constexpr int LANES = 16;  // floats in a register; outputs computed side by side; tokens in a page
-
+using namespace lanes;
 using at::Tensor;
-
-inline __m512 half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-
-// e^x to 1e-7 relative (Cody and Waite's reduction, a polynomial of degree 6); x <= 88.
-inline __m512 exp(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(p, n);
-}
 
 // ---- inputs: normed or gated, then in 8 bits with a scale for each group ----
 
 struct Inputs {
     std::vector<int8_t> codes;    // N x K; as bf16, twice that
     std::vector<float> scales;    // N x G
-    std::vector<int32_t> starts;  // N x G: -128 times the sum of the codes, as weights of 8 bits are stored 128 higher
-    std::vector<float> sums;      // N x G, of the inputs as rounded
-    std::vector<float> wide;      // one row a thread
+    std::vector<int32_t> totals;  // N x G, of the codes
 };
 
 // x -> x / rms(x) * weight
 void rms_norm(const float* x, const float* weight, float eps, int K, float* y) {
-    __m512 square = _mm512_setzero_ps();
-    for (int k = 0; k < K; k += LANES) {
-        __m512 v = _mm512_loadu_ps(x + k);
-        square = _mm512_fmadd_ps(v, v, square);
-    }
-    __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(square) / K + eps));
-    for (int k = 0; k < K; k += LANES)
-        _mm512_storeu_ps(y + k, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + k), scale), _mm512_loadu_ps(weight + k)));
+    Floats square = zeros();
+    for (int k = 0; k < K; k += LANES) square = fma(load(x + k), load(x + k), square);
+    const Floats scale = all(1.0f / std::sqrt(sum(square) / K + eps));
+    for (int k = 0; k < K; k += LANES) store(y + k, mul(mul(load(x + k), scale), load(weight + k)));
 }
 
 // (gate, up) -> silu(gate) * up
 void gate(const float* x, int K, float* y) {
-    const __m512 one = _mm512_set1_ps(1.0f);
     for (int k = 0; k < K; k += LANES) {
-        __m512 g = _mm512_loadu_ps(x + k);
-        __m512 e = exp(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), g), _mm512_set1_ps(87.0f)));
-        __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, e));
-        _mm512_storeu_ps(y + k, _mm512_mul_ps(silu, _mm512_loadu_ps(x + K + k)));
+        const Floats g = load(x + k), e = exp(least(sub(zeros(), g), all(87.0f)));
+        store(y + k, mul(div(g, add(all(1.0f), e)), load(x + K + k)));
     }
 }
 
-void quantise(const float* x, int K, int8_t* codes, float* scales, int32_t* starts, float* sums) {
+void quantise(const float* x, int K, int8_t* codes, float* scales, int32_t* totals) {
     for (int g = 0; g < K / GROUP; g++, x += GROUP, codes += GROUP) {
-        __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + LANES);
-        float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-        __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
-        __m512i i = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)), j = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-        _mm_storeu_si128((__m128i*)codes, _mm512_cvtepi32_epi8(i));
-        _mm_storeu_si128((__m128i*)(codes + LANES), _mm512_cvtepi32_epi8(j));
-        scales[g] = most / 127.0f;
-        const int sum = _mm512_reduce_add_epi32(_mm512_add_epi32(i, j));
-        starts[g] = -128 * sum;
-        sums[g] = sum * scales[g];
+        const Floats a = load(x), b = load(x + LANES);
+        const float high = largest(most(abs(a), abs(b)));
+        const Floats inverse = all(high > 0 ? 127.0f / high : 0.0f);
+        scales[g] = high / 127.0f;
+        totals[g] = store_bytes(codes, mul(a, inverse)) + store_bytes(codes + LANES, mul(b, inverse));
     }
 }
 
 void to_bf16(const float* x, int K, int8_t* codes) {
-    for (int k = 0; k < K; k += LANES)
-        _mm256_storeu_si256((__m256i*)(codes + 2 * k), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + k)));
+    for (int k = 0; k < K; k += LANES) store_bf16(codes + 2 * k, load(x + k));
 }
 
 // ---- products: R rows of inputs with 16 rows of weights ----
 
 template <int BITS, int R>
 void tile(const uint8_t* w, const uint16_t* scales, const uint16_t* lows, const int8_t* x, const float* x_scales,
-          const int32_t* x_starts, const float* x_sums, int K, __m512* y) {
+          const int32_t* x_totals, int K, Floats* y) {
     const int G = K / GROUP;
-    __m512 sum[R];
+    Floats sum[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
-    for (int g = 0; g < G; g++) {
+    for (int r = 0; r < R; r++) sum[r] = zeros();
+    for (int g = 0; g < G; g++, w += 64 * BITS) {
         if constexpr (BITS == 16) {
 #pragma GCC unroll 16
-            for (int j = 0; j < GROUP / 2; j++, w += 64) {
-                __m512bh v = (__m512bh)_mm512_load_si512(w);
+            for (int j = 0; j < GROUP / 2; j++) {
+                const Pairs v(w + 64 * j);
 #pragma GCC unroll 16
-                for (int r = 0; r < R; r++) {
-                    int pair;
-                    std::memcpy(&pair, x + 2 * (r * K + g * GROUP) + 4 * j, 4);
-                    sum[r] = _mm512_dpbf16_ps(sum[r], v, (__m512bh)_mm512_set1_epi32(pair));
-                }
+                for (int r = 0; r < R; r++) sum[r] = v.dot(x + 2 * (r * K + g * GROUP) + 4 * j, sum[r]);
             }
         } else {
-            __m512i v[8];
-            if constexpr (BITS == 8) {
-#pragma GCC unroll 16
-                for (int j = 0; j < 8; j++) v[j] = _mm512_load_si512(w + 64 * j);
-                w += 512;
-            } else {
-                const __m512i low = _mm512_set1_epi8(15);
-#pragma GCC unroll 16
-                for (int j = 0; j < 4; j++) {
-                    __m512i both = _mm512_load_si512(w + 64 * j);
-                    v[j] = _mm512_and_si512(both, low);
-                    v[j + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-                }
-                w += 256;
-            }
-            const __m512 scale = half(scales + g * LANES);
-            __m512 lowest;
-            if constexpr (BITS == 4) lowest = half(lows + g * LANES);
+            const Codes<BITS> v(w);
+            const Floats scale = load_half(scales + g * LANES);
+            Floats lowest;
+            if constexpr (BITS == 4) lowest = load_half(lows + g * LANES);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
-                __m512i dot = BITS == 8 ? _mm512_set1_epi32(x_starts[r * G + g]) : _mm512_setzero_si512();
-#pragma GCC unroll 16
-                for (int j = 0; j < 8; j++) {
-                    int four;
-                    std::memcpy(&four, x + r * K + g * GROUP + 4 * j, 4);
-                    dot = _mm512_dpbusd_epi32(dot, v[j], _mm512_set1_epi32(four));
-                }
-                const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(x_scales[r * G + g]));
-                sum[r] = _mm512_fmadd_ps(product, scale, sum[r]);
-                if constexpr (BITS == 4) sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(x_sums[r * G + g]), lowest, sum[r]);
+                const float x_scale = x_scales[r * G + g];
+                const int total = x_totals[r * G + g];
+                sum[r] = fma(mul(v.dot(x + r * K + g * GROUP, total), all(x_scale)), scale, sum[r]);
+                if constexpr (BITS == 4) sum[r] = fma(all(total * x_scale), lowest, sum[r]);
             }
         }
     }
@@ -158,28 +105,26 @@ struct Weights {
 };
 
 template <int BITS, int R>
-void rows(const Weights& w, const Inputs& x, int block, int first, bool add, float* out) {
-    const int K = w.K, G = K / GROUP;
+void rows(const Weights& w, const Inputs& x, int block, int first, bool add_to, float* out) {
+    const int K = w.K, G = K / GROUP, here = std::min(LANES, w.M - block * LANES);
     const int64_t at = (int64_t)block * G;
-    __m512 y[R];
+    Floats y[R];
     tile<BITS, R>(w.codes + at * 64 * BITS, w.scales + at * LANES, w.lows + at * LANES,
                   x.codes.data() + (int64_t)first * K * (BITS == 16 ? 2 : 1), x.scales.data() + first * G,
-                  x.starts.data() + first * G, x.sums.data() + first * G, K, y);
-    const int left = w.M - block * LANES;
-    const __mmask16 inside = left >= LANES ? 0xFFFF : (1 << left) - 1;
+                  x.totals.data() + first * G, K, y);
     for (int r = 0; r < R; r++) {
         float* to = out + (int64_t)(first + r) * w.M + block * LANES;
-        if (w.bias) y[r] = _mm512_add_ps(y[r], _mm512_maskz_loadu_ps(inside, w.bias + block * LANES));
-        if (add) y[r] = _mm512_add_ps(y[r], _mm512_maskz_loadu_ps(inside, to));
-        _mm512_mask_storeu_ps(to, inside, y[r]);
+        if (w.bias) y[r] = add(y[r], load(w.bias + block * LANES, here));
+        if (add_to) y[r] = add(y[r], load(to, here));
+        store(to, y[r], here);
     }
 }
 
 template <int BITS>
 void block_of_outputs(const Weights& w, const Inputs& x, int block, int N, bool add, float* out) {
     int n = 0;
-    for (; n + 16 <= N; n += 16) rows<BITS, 16>(w, x, block, n, add, out);
-    if (n + 8 <= N) rows<BITS, 8>(w, x, block, n, add, out), n += 8;
+    for (; n + ROWS <= N; n += ROWS) rows<BITS, ROWS>(w, x, block, n, add, out);
+    if (ROWS > 8 && n + 8 <= N) rows<BITS, 8>(w, x, block, n, add, out), n += 8;
     if (n + 4 <= N) rows<BITS, 4>(w, x, block, n, add, out), n += 4;
     if (n + 2 <= N) rows<BITS, 2>(w, x, block, n, add, out), n += 2;
     if (n < N) rows<BITS, 1>(w, x, block, n, add, out);
@@ -192,7 +137,7 @@ void prepare(const float* x, int width, const Weights& w, const float* norm, flo
     if (norm) rms_norm(row, norm, eps, K, wide), row = wide;
     else if (width == 2 * K) gate(row, K, wide), row = wide;
     if (w.bits == 16) to_bf16(row, K, in.codes.data() + (size_t)n * K * 2);
-    else quantise(row, K, in.codes.data() + (size_t)n * K, in.scales.data() + (size_t)n * G, in.starts.data() + (size_t)n * G, in.sums.data() + (size_t)n * G);
+    else quantise(row, K, in.codes.data() + (size_t)n * K, in.scales.data() + (size_t)n * G, in.totals.data() + (size_t)n * G);
 }
 
 constexpr int FEW = 4;  // rows below which each thread prepares them all for itself, rather than wait for the others
@@ -216,7 +161,7 @@ struct Workspace {
     static void fit(Inputs& in, size_t N, size_t K) {
         if (in.codes.size() < N * K * 2) in.codes.resize(N * K * 2);
         const size_t groups = N * K / GROUP;
-        if (in.scales.size() < groups) in.scales.resize(groups), in.starts.resize(groups), in.sums.resize(groups);
+        if (in.scales.size() < groups) in.scales.resize(groups), in.totals.resize(groups);
     }
 };
 Workspace work;  // one call at a time
@@ -264,70 +209,63 @@ template <int D, int Q>
 void attend_heads(const float* q, const uint16_t* cache, int64_t page_size, const int* pages, int first, int last,
                   float scale, float* scores, float* out) {
     const int from = first / LANES, to = last / LANES, S = (to - from + 1) * LANES;
-    __m512 most[Q];
+    Floats top[Q];
 #pragma GCC unroll 8
-    for (int h = 0; h < Q; h++) most[h] = _mm512_set1_ps(-INFINITY);
+    for (int h = 0; h < Q; h++) top[h] = all(-INFINITY);
     for (int p = from; p <= to; p++) {
         const uint16_t* keys = cache + pages[p] * page_size;
-        __m512 s[Q], odd[Q];  // two sums each: an addition waits four cycles for the one before
+        const int begin = p == from ? first % LANES : 0, end = p == to ? last % LANES : LANES - 1;
+        Floats s[Q], odd[Q];  // two sums each: an addition waits four cycles for the one before
 #pragma GCC unroll 8
-        for (int h = 0; h < Q; h++) s[h] = odd[h] = _mm512_setzero_ps();
+        for (int h = 0; h < Q; h++) s[h] = odd[h] = zeros();
 #pragma GCC unroll 4
         for (int d = 0; d < D; d += 2) {
-            const __m512 k = half(keys + d * LANES), l = half(keys + (d + 1) * LANES);
+            const Floats k = load_half(keys + d * LANES), l = load_half(keys + (d + 1) * LANES);
 #pragma GCC unroll 8
             for (int h = 0; h < Q; h++) {
-                s[h] = _mm512_fmadd_ps(_mm512_set1_ps(q[h * D + d]), k, s[h]);
-                odd[h] = _mm512_fmadd_ps(_mm512_set1_ps(q[h * D + d + 1]), l, odd[h]);
+                s[h] = fma(all(q[h * D + d]), k, s[h]);
+                odd[h] = fma(all(q[h * D + d + 1]), l, odd[h]);
             }
         }
 #pragma GCC unroll 8
-        for (int h = 0; h < Q; h++) s[h] = _mm512_add_ps(s[h], odd[h]);
-        __mmask16 seen = 0xFFFF;
-        if (p == from) seen &= 0xFFFF << (first % LANES);
-        if (p == to) seen &= 0xFFFF >> (LANES - 1 - last % LANES);
-#pragma GCC unroll 8
         for (int h = 0; h < Q; h++) {
-            s[h] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen, s[h], _mm512_set1_ps(scale));
-            _mm512_storeu_ps(scores + h * S + (p - from) * LANES, s[h]);
-            most[h] = _mm512_max_ps(most[h], s[h]);
+            s[h] = mul(add(s[h], odd[h]), all(scale));
+            if (begin > 0 || end < LANES - 1) s[h] = within(s[h], begin, end);  // what lies behind was never written
+            store(scores + h * S + (p - from) * LANES, s[h]);
+            top[h] = most(top[h], s[h]);
         }
     }
-    __m512 y[Q][D / LANES];
+    Floats y[Q][D / LANES];
     float total[Q];
 #pragma GCC unroll 8
     for (int h = 0; h < Q; h++) {
-        const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most[h]));
-        __m512 sum = _mm512_setzero_ps();
+        const Floats highest = all(largest(top[h]));
+        Floats added = zeros();
         for (int i = 0; i < S; i += LANES) {
-            const __m512 s = _mm512_loadu_ps(scores + h * S + i);
-            const __mmask16 seen = _mm512_cmp_ps_mask(s, _mm512_set1_ps(-INFINITY), _CMP_NEQ_OQ);
-            const __m512 e = _mm512_maskz_mov_ps(seen, exp(_mm512_sub_ps(s, top)));
-            _mm512_storeu_ps(scores + h * S + i, e);
-            sum = _mm512_add_ps(sum, e);
+            const Floats s = load(scores + h * S + i), e = where_finite(s, exp(sub(s, highest)));
+            store(scores + h * S + i, e);
+            added = add(added, e);
         }
-        total[h] = _mm512_reduce_add_ps(sum);
+        total[h] = sum(added);
 #pragma GCC unroll 8
-        for (int d = 0; d < D / LANES; d++) y[h][d] = _mm512_setzero_ps();
+        for (int d = 0; d < D / LANES; d++) y[h][d] = zeros();
     }
     for (int p = from; p <= to; p++) {
         const uint16_t* values = cache + pages[p] * page_size + D * LANES;
         const int begin = p == from ? first % LANES : 0, end = p == to ? last % LANES + 1 : LANES;
-        for (int t = begin; t < end; t++) {  // what lies behind `last` in its page was never written
+        for (int t = begin; t < end; t++) {
 #pragma GCC unroll 8
             for (int d = 0; d < D / LANES; d++) {
-                const __m512 v = half(values + t * D + d * LANES);
+                const Floats v = load_half(values + t * D + d * LANES);
 #pragma GCC unroll 8
-                for (int h = 0; h < Q; h++)
-                    y[h][d] = _mm512_fmadd_ps(_mm512_set1_ps(scores[h * S + (p - from) * LANES + t]), v, y[h][d]);
+                for (int h = 0; h < Q; h++) y[h][d] = fma(all(scores[h * S + (p - from) * LANES + t]), v, y[h][d]);
             }
         }
     }
 #pragma GCC unroll 8
     for (int h = 0; h < Q; h++)
 #pragma GCC unroll 8
-        for (int d = 0; d < D / LANES; d++)
-            _mm512_storeu_ps(out + h * D + d * LANES, _mm512_mul_ps(y[h][d], _mm512_set1_ps(1.0f / total[h])));
+        for (int d = 0; d < D / LANES; d++) store(out + h * D + d * LANES, mul(y[h][d], all(1.0f / total[h])));
 }
 
 template <int D>
@@ -375,8 +313,7 @@ void attend_all(float* qkv, const Attention& a, int N, float* out) {
         for (int j = 0; j < J; j++, page += 2 * LANES * D) {
             const float *k = q + (H + j) * D, *v = q + (H + J + j) * D;
             for (int d = 0; d < D; d++) page[d * LANES + lane] = _cvtss_sh(k[d], 0);
-            for (int d = 0; d < D; d += LANES)
-                _mm256_storeu_si256((__m256i*)(page + D * LANES + lane * D + d), _mm512_cvtps_ph(_mm512_loadu_ps(v + d), 0));
+            for (int d = 0; d < D; d += LANES) store_half(page + D * LANES + lane * D + d, load(v + d));
         }
     };
 #pragma omp for schedule(static)

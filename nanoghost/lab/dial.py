@@ -20,7 +20,6 @@ from nanoghost.lists import numbers
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, home, read_json, write_json
 from nanoghost.train import pretrain
-from nanoghost.train.recipe import depth_for
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def command(settings: DialSettings) -> None:
         raise UserError(f"--choices are like 4x4096,6x4096 (layers x vocabulary), not '{settings.choices}'")
     source, display, rows = open_source(settings.data), Display(), []
     for m in minutes:
-        usual = (depth_for(m)[0], pretrain.PretrainSettings.vocab_size)
+        usual = (pretrain.depth_here(m, 1)[0], pretrain.PretrainSettings.vocab_size)
         for depth, vocabulary in sorted({*choices, usual}):
             runs = [run(settings.data, source, m, depth, vocabulary, seed, display) for seed in range(settings.seeds)]
             mean = {key: statistics.mean(r[key] for r in runs) for key in ("validation_bpb", "bpb", "seconds", "steps")}

@@ -1,15 +1,16 @@
 """`nanoghost lab ledger`: what each part of the recipe is worth, in seconds on this computer.
 
-Every rung (rungs.py) learns from the start, in runs of a minute or less; its learning rate is chosen on the validation text with
+Every rung (rungs.py) learns from the start, in runs of 45 seconds or less; its learning rate is chosen on the validation text with
 one seed, what is told is of the test text. Three groups:
 
     the ladder   from a GPT-2 of 2019 to today's recipe, a part at a time: how long until the bits per byte that the first
-                 rung has after a minute
+                 rung has after them
     left out     today's recipe without one part each, and how much sooner the whole recipe is where that ends
     tried        today's recipe with something else: the same
 
-Time is tokens (by interpolation over the logarithm of the lengths of two runs) times the seconds that the rung takes for one. A
-run is a file in $NANOGHOST_HOME/lab/ledger: Ctrl-C loses one run, and the same command goes on.
+Time is tokens (by interpolation over the logarithm of the lengths of two runs) times the seconds that the rung takes for one, which
+are measured beforehand, all rungs in turn: so whatever disturbs a run changes no figure, and several commands may share the runs.
+A run is a file in $NANOGHOST_HOME/lab/ledger: Ctrl-C loses one run, and the same command goes on.
 """
 
 import json
@@ -41,11 +42,12 @@ from nanoghost.runs import home, read_json, write_json
 from nanoghost.tasks.mix import example_texts
 
 TODAY, FIRST = "today", "+ loss in chunks"  # FIRST: what a step teaches is as in 2019, and it is as fast as today
-LONGEST = 60.0  # seconds of a run
-LENGTHS = tuple(STEP * n for n in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256))  # in tokens
-LENGTH = STEP * 64  # of what is left out or tried
-TUNING = STEP * 32  # of a run that only chooses a learning rate
+LONGEST = 45.0  # seconds of a run
+LENGTHS = tuple(STEP * n for n in (8, 16, 24, 32, 48, 64, 96, 128, 192))  # in tokens
+LENGTH = STEP * 48  # of what is left out or tried
+TUNING = STEP * 24  # of a run that only chooses a learning rate
 RATIO = 1.6  # between learning rates that are tried
+ROUNDS = 3  # times that the steps of all rungs are timed, in turn
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,21 @@ class LedgerSettings:
     """Print the figures as JSON on standard output."""
 
 
-def train(rung: Rung, tokenizer, shards, tokens: int, scale: float, seed: int, split: str, show) -> dict:
-    """One run from the start: bits per byte of the held-out text, and the seconds that it takes where nothing disturbs it."""
+def made(rung: Rung, tokenizer, scale: float, seed: int) -> tuple[RungModel, RungOptimizer]:
     torch.manual_seed(seed)
     model = RungModel(rung)
     model.learn_letters(tokenizer)
     model = model.cast(getattr(torch, rung.dtype))
-    optimizer = RungOptimizer(model, scale)
+    return model, RungOptimizer(model, scale)
+
+
+def train(rung: Rung, tokenizer, shards, tokens: int, scale: float, seed: int, split: str, show) -> dict:
+    """One run from the start: bits per byte of the held-out text."""
+    model, optimizer = made(rung, tokenizer, scale, seed)
     text, steps = shards.tokens("train"), rungs.steps_of(rung, tokens)
-    batches, read, times, average = {}, 0, {}, None
+    batches, read, average = {}, 0, {}
     for step in range(steps):
-        start, progress = time.perf_counter(), step / steps
+        progress = step / steps
         rows, context = rungs.rows_at(rung, progress)
         if (rows, context) not in batches:
             batches[rows, context] = Batches(text, context, rows, seed)
@@ -86,13 +92,27 @@ def train(rung: Rung, tokenizer, shards, tokens: int, scale: float, seed: int, s
             for key, master in masters.items():
                 average[key].lerp_(master, 1 - rung.averaged)
         read += rows * context
-        times.setdefault((rows, context), []).append(time.perf_counter() - start)
         show(step, steps, loss.item())
-    for key in average or ():
+    for key in average:
         optimizer.buckets[key].work.copy_(average[key])
-    bpb = bits_per_byte(model, shards.tokens(split), rung.context, shards.bytes(split))
-    seconds = sum(len(each) * statistics.median(each) for each in times.values())
-    return {"bpb": bpb, "tokens": read, "seconds": seconds}
+    return {"bpb": bits_per_byte(model, shards.tokens(split), rung.context, shards.bytes(split)), "tokens": read}
+
+
+def seconds_a_token(rung: Rung, tokenizer, text, steps: int = 5) -> float:
+    """Where nothing is learned: the median of a few steps of each size that the rung has, the first not counted."""
+    model, optimizer = made(rung, tokenizer, 0.0, 0)
+    sizes = [rungs.rows_at(rung, i / 20) for i in range(20)]
+    times = {}
+    for rows, context in dict.fromkeys(sizes):
+        batches, found = Batches(text, context, rows, 0), []
+        for step in range(steps + 1):
+            start = time.perf_counter()
+            loss = -model.logprobs(*batches.at(step)).mean()
+            loss.backward()
+            optimizer.step(0.0)
+            found.append(time.perf_counter() - start)
+        times[rows, context] = statistics.median(found[1:])
+    return sum(times[size] for size in sizes) / sum(rows * context for rows, context in sizes)
 
 
 class Runs:
@@ -101,27 +121,48 @@ class Runs:
     def __init__(self, data: str, display: Display):
         self.source, self.display = open_source(data), display
         self.folder = home() / "lab" / "ledger"
-        self.seen: dict[Rung, dict[Path, float]] = {}  # seconds a token of each run
         self.text = cache(self._text)
         self.scale = cache(self._scale)
+        self.rate = cache(self._rate)
 
     def _text(self, vocab_size: int):
         tokenizer = tokenizer_for(self.source, vocab_size, self.display.say, example_texts())
         return tokenizer, tokenise(self.source, tokenizer)
 
-    def run(self, name: str, rung: Rung, tokens: int, scale: float, seed: int, split: str = "test") -> dict:
-        tokenizer, shards = self.text(rung.vocab_size)
-        what = {"rung": asdict(rung), "tokens": tokens, "scale": scale, "seed": seed, "split": split, "data": shards.manifest["source"]}
+    def kept(self, what: dict, make) -> dict:
+        """What was made before, or is made now."""
         path = self.folder / f"{sha256(json.dumps(what).encode()).hexdigest()[:20]}.json"
         if not path.exists():
+            write_json(path, what | make())
+        return read_json(path)
 
-            def show(step, steps, loss):
-                self.display({"stage": "ledger", "task": f"{name}, seed {seed}", "step": step, "steps": steps, "loss": loss})
+    def run(self, name: str, rung: Rung, tokens: int, scale: float, seed: int, split: str = "test") -> dict:
+        tokenizer, shards = self.text(rung.vocab_size)
 
-            write_json(path, {"name": name, **what} | train(rung, tokenizer, shards, tokens, scale, seed, split, show))
-        found = read_json(path)
-        self.seen.setdefault(rung, {})[path] = found["seconds"] / found["tokens"]
-        return found
+        def show(step, steps, loss):
+            self.display({"stage": "ledger", "task": f"{name}, seed {seed}", "step": step, "steps": steps, "loss": loss})
+
+        what = {"rung": asdict(rung), "tokens": tokens, "scale": scale, "seed": seed, "split": split, "data": shards.manifest["source"]}
+        return self.kept(what, lambda: train(rung, tokenizer, shards, tokens, scale, seed, split, show))
+
+    def time_all(self, asked: dict[str, Rung]) -> None:
+        """Take the times of all these rungs, in turn, so that a slow hour is slow for all."""
+        for turn in range(ROUNDS):
+            for name, rung in asked.items():
+                self.time(name, rung, turn)
+
+    def time(self, name: str, rung: Rung, turn: int) -> float:
+        tokenizer, shards = self.text(rung.vocab_size)
+
+        def make():
+            self.display.say(f"timing {name}, round {turn + 1}")
+            return {"seconds": seconds_a_token(rung, tokenizer, shards.tokens("train"))}
+
+        return self.kept({"timed": asdict(rung), "round": turn}, make)["seconds"]
+
+    def _rate(self, name: str, rung: Rung) -> float:
+        """Seconds a token."""
+        return statistics.median(self.time(name, rung, turn) for turn in range(ROUNDS))
 
     def _scale(self, name: str, rung: Rung) -> float:
         """The factor on all learning rates that is best on the validation text, seed 0; neighbours of the best were tried."""
@@ -140,17 +181,12 @@ class Runs:
     def at(self, name: str, rung: Rung, tokens: int, seed: int) -> dict:
         return self.run(name, rung, tokens, self.scale(name, rung), seed)
 
-    def rate(self, name: str, rung: Rung) -> float:
-        """Seconds a token, the median of the runs so far."""
-        self.run(name, rung, TUNING, self.scale(name, rung), 0, "val")
-        return statistics.median(self.seen[rung].values())
-
     def longest(self, name: str, rung: Rung, most: int = LENGTHS[-1]) -> int:
-        """The largest length of at most `most` tokens that takes a minute or less."""
+        """The largest length of at most `most` tokens that takes LONGEST or less."""
         return max(n for n in LENGTHS if n <= most and (n == LENGTHS[0] or n * self.rate(name, rung) <= LONGEST))
 
     def tokens_to(self, bpb: float, name: str, rung: Rung, seed: int) -> float | None:
-        """Tokens until this many bits per byte, between two lengths; None if a minute is too short for them."""
+        """Tokens until this many bits per byte, between two lengths; None if LONGEST is too short for them."""
         fits = [n for n in LENGTHS if n <= self.longest(name, rung)]
         i = min(LENGTHS.index(LENGTH), len(fits) - 1)
         while i > 0 and self.at(name, rung, fits[i], seed)["bpb"] <= bpb:
@@ -215,6 +251,8 @@ def command(settings: LedgerSettings) -> None:
         return {name: rung for name, rung in group.items() if name in chosen}
 
     runs, seeds = Runs(settings.data, Display()), list(range(1, settings.seeds + 1))  # seed 0 chose the learning rates
+    whole = ladder()
+    runs.time_all({FIRST: whole[FIRST], TODAY: list(whole.values())[-1]} | asked(whole | left_out() | tried()))
     target, climb = climbed(runs, asked(ladder()), seeds) if asked(ladder()) else (None, {})
     figures = {
         "target": target, "ladder": climb, "left_out": compared(runs, asked(left_out()), seeds),

@@ -43,7 +43,7 @@ def shares_of(climb: dict) -> dict[str, float]:
 
 
 def number(value: dict | None, form: str) -> str:
-    return f"{value['mean']:{form}} ±{value['spread']:{form.removeprefix('+')}}" if value else "over a minute"
+    return f"{value['mean']:{form}} ±{value['spread']:{form.removeprefix('+')}}" if value else "over 45 s"
 
 
 def summary(figures: dict) -> list[str]:

@@ -6,12 +6,13 @@ B batch, T time, D width, V vocabulary, N = B * T positions.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanoghost import machine
 from nanoghost.model import letters
 from nanoghost.model.ghost import Block, Ghost, GhostConfig
 from nanoghost.model.layers import Layout, attend, norm, relu_squared, rotate, text_layout, token_logprobs
@@ -20,12 +21,16 @@ from nanoghost.optim.optimizer import Bucket, Group, Optimizer, orthogonalize
 from nanoghost.train import recipe
 
 
+def fastest() -> str:
+    return str(machine.compute_dtype()).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Rung:
     """How to build and teach a model. The defaults are today's recipe."""
 
-    dtype: str = "bfloat16"
-    """Of the matrix products; float32 in 2019."""
+    dtype: str = field(default_factory=fastest)
+    """Of the matrix products; float32 in 2019, and still where the processor multiplies nothing else fast."""
     chunks: bool = True
     """The loss without all logits of a batch at once; False: PyTorch's cross-entropy on fp32 logits."""
     decline: bool = True
@@ -89,7 +94,7 @@ OF_2019 = Rung(
 
 LADDER = {  # each on top of those before; together they make today's recipe
     "2019": {},
-    "+ products in bf16": {"dtype": "bfloat16"},
+    "+ products in bf16": {"dtype": "bfloat16"},  # where that is fast
     "+ loss in chunks": {"chunks": True},
     "+ the rate falls to 0": {"decline": True},
     "+ RMSNorm, no biases": {"rms": True},
@@ -132,9 +137,14 @@ TRIED = {  # each on top of today's recipe
 }
 
 
+def steps_up() -> dict[str, dict]:
+    """The LADDER as this machine can climb it."""
+    return {name: change for name, change in LADDER.items() if change.get("dtype", fastest()) == fastest()}
+
+
 def ladder() -> dict[str, Rung]:
     found, rung = {}, OF_2019
-    for name, change in LADDER.items():
+    for name, change in steps_up().items():
         rung = replace(rung, **change)
         found[name] = rung
     return found
@@ -143,7 +153,7 @@ def ladder() -> dict[str, Rung]:
 def left_out() -> dict[str, Rung]:
     """Today's recipe without one of its parts each."""
     found = {}
-    for name, change in list(LADDER.items())[1:]:
+    for name, change in list(steps_up().items())[1:]:
         missing = {key: 1 if name == "+ pointer to letters" else getattr(OF_2019, key) for key in change}
         found["without " + name.removeprefix("+ ")] = replace(Rung(), **missing)
     return found

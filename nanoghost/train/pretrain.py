@@ -71,9 +71,11 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         if run is None:
             return None
         minutes = settings.minutes if settings.minutes or settings.steps else 4.0
-        depth, reason = (settings.depth, "as asked") if settings.depth else depth_for(minutes)
-        config = model_config(settings.arch, depth, tokenizer.vocab_size, settings.context)
         clock = stage.Clock(0.0)
+        if "depth" not in run.card:
+            depth, reason = (settings.depth, "as asked") if settings.depth else depth_here(minutes, world)
+            run.note(depth=depth, depth_reason=reason)
+        config = model_config(settings.arch, run.card["depth"], tokenizer.vocab_size, settings.context)
 
         def build():
             torch.manual_seed(settings.seed)
@@ -85,7 +87,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
             compiled = compile_decision(settings.compile, minutes)
             steps = settings.steps or rehearsed_steps(minutes, build, batches, settings, compiled, clock)
             run.note(
-                data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps, depth_reason=reason,
+                data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps,
                 config=model.settings(), parameters=sum(model.parameter_counts().values()),
                 parameter_counts=model.parameter_counts(), vocab_size=tokenizer.vocab_size,
             )  # fmt: skip
@@ -145,6 +147,15 @@ def check(settings: PretrainSettings, world: int) -> None:
         raise UserError(f"--compile is auto, on or off, not '{settings.compile}'")
     if settings.batch % world:
         raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
+
+
+def depth_here(minutes: float | None, world: int) -> tuple[int, str]:
+    """(depth, reason), by the rate of this machine's products where there are minutes to fill."""
+    if minutes is None:
+        return depth_for(None)
+    from nanoghost.doctor import matmul_gflops_per_second
+
+    return depth_for(minutes, world * machine.mean_over_ranks(matmul_gflops_per_second(machine.compute_dtype(), 0.3)))
 
 
 def make_model(config, tokenizer):

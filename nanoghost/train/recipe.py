@@ -6,15 +6,16 @@ from nanoghost.model.ghost import GhostConfig
 from nanoghost.model.weights import architecture
 from nanoghost.optim.optimizer import Group
 
-MINUTES_OF_DEPTH = {2: 0.0, 4: 1.5, 6: 60.0, 8: 240.0, 12: 3000.0}  # on two CPU cores
+MINUTES_OF_DEPTH = {2: 0.0, 4: 1.2, 6: 60.0, 8: 240.0, 12: 3000.0}  # at REFERENCE, as two Zen 4 cores have it
+REFERENCE = 380.0  # GFLOP/s of matrix products
 
 
-def depth_for(minutes: float | None) -> tuple[int, str]:
-    """(depth, reason) for the time one is willing to wait."""
+def depth_for(minutes: float | None, gflops_per_second: float = REFERENCE) -> tuple[int, str]:
+    """(depth, reason) for the time one is willing to wait, where matrix products run at this rate."""
     if minutes is None:
         return 4, "depth 4 is the default without --minutes"
-    depth = max(d for d, least in MINUTES_OF_DEPTH.items() if least <= minutes)
-    return depth, f"depth {depth} learns most in {minutes:g} minutes on a machine like two CPU cores"
+    depth = max(d for d, least in MINUTES_OF_DEPTH.items() if least <= minutes * gflops_per_second / REFERENCE)
+    return depth, f"depth {depth} learns most in {minutes:g} minutes at {gflops_per_second:.0f} GFLOP/s"
 
 
 def model_config(arch: str, depth: int, vocab_size: int, context: int):
