@@ -1,10 +1,10 @@
 """Text from elsewhere, and mixtures: the same documents whatever fails, a bounded cache, rows exactly by weight."""
 
-import itertools
 import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fsspec
@@ -18,7 +18,7 @@ from nanoghost.data.local import open_local
 from nanoghost.data.mixture import BLOCK, MixedBatches, quotas
 from nanoghost.data.remote import Cache, RemoteFile
 from nanoghost.data.shards import tokenise
-from nanoghost.data.sources import Source, open_source
+from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
 from tests.conftest import TOY, toy_text
 from tests.test_data import ByteTokenizer
@@ -145,11 +145,11 @@ def test_reading_goes_on_at_any_document_without_the_files_before_it(tmp_path, e
     source = open_source("flaky://bucket/text")
     documents = list(source.documents())
     for skip in (0, 1, 19, 20, 29, 30, 31, 60, 75, 119, 120):
-        assert list(source.after(skip)) == documents[skip:], skip
+        assert list(source.documents(skip)) == documents[skip:], skip
     for file in (home / "data" / "cache").glob("*.jsonl"):
         file.unlink()
     Flaky.requests = []
-    assert list(source.after(95)) == documents[95:]
+    assert list(source.documents(95)) == documents[95:]
     # The first file says what is held out in any case; the second and third are not needed.
     assert [path for path, *_ in Flaky.requests] == ["/bucket/text/part-0.jsonl", "/bucket/text/part-3.jsonl"]
 
@@ -181,7 +181,7 @@ def test_the_hub_is_read_up_to_a_limit_and_licences_warn(monkeypatch, capsys, el
     monkeypatch.setitem(sys.modules, "huggingface_hub", stand_in)
     source = hub.open_hub("hub:owner/name:small", max_bytes=1600)
     assert len(list(source.documents())) == 200  # 8 bytes each
-    assert [d.text for d in source.after(150)] == [f"row 1{j:03}" for j in range(50, 100)]
+    assert [d.text for d in source.documents(150)] == [f"row 1{j:03}" for j in range(50, 100)]
     assert source.name == "owner--name-small" and source.licence == "cc-by-nc-4.0"
     assert "at revision abc123" in source.attribution and "may not be used commercially" in capsys.readouterr().err
 
@@ -216,23 +216,22 @@ def test_tokenising_goes_on_where_it_was_killed(home, tmp_path, monkeypatch, kil
     (tmp_path / "d.jsonl").write_bytes(lines(*texts))
     source = open_local(tmp_path / "d.jsonl")
 
-    def deadly():
+    def deadly(skip):
         for i, document in enumerate(source.documents()):
             if i == killed_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield document
 
     if not (child := os.fork()):
-        tokenise(Source(source.name, source.licence, source.attribution, source.fingerprint, deadly), ByteTokenizer())
+        tokenise(replace(source, documents=deadly), ByteTokenizer())
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     read = []
 
-    def after(count):
-        read.append(count)
-        return itertools.islice(source.documents(), count, None)
+    def documents(skip):
+        read.append(skip)
+        return source.documents(skip)
 
-    resumed = Source(source.name, source.licence, source.attribution, source.fingerprint, source.documents, skip=after)
-    found = tokenise(resumed, ByteTokenizer())
+    found = tokenise(replace(source, documents=documents), ByteTokenizer())
     assert read[0] >= killed_at - 12  # all but the last pieces was noted
     monkeypatch.setenv("NANOGHOST_HOME", str(tmp_path / "other"))
     undisturbed = tokenise(source, ByteTokenizer())

@@ -122,7 +122,7 @@ def open_refined(folder: Path) -> Source:
         attribution=f"{manifest['source']['attribution']}; refined: {manifest['kept']['documents']:,} of "
         f"{manifest['read']['documents']:,} documents",
         fingerprint=fingerprint((name, bytes.fromhex(f["sha256"])) for name, f in manifest["files"].items()),
-        documents=lambda: split_texts(texts(), empty=f"{folder}: there is no text in it"),
+        documents=lambda skip=0: islice(split_texts(texts(), empty=f"{folder}: there is no text in it"), skip, None),
     )
 
 
@@ -136,9 +136,9 @@ def open_local(path: Path) -> Source:
     if not files:
         raise UserError(f"{path}: no text that can be read; data can be {ACCEPTED}")
 
-    def documents():
+    def documents(skip: int = 0):
         texts = (document for name, file in files.items() for document in read_texts(name, file))
-        return split_texts(texts, empty=f"{path}: there is no text in it")
+        return islice(split_texts(texts, empty=f"{path}: there is no text in it"), skip, None)
 
     return Source(
         name=folder_name(path.resolve().stem),

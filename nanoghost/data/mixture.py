@@ -5,7 +5,7 @@ the row's number alone, as all else about batches: exactly by weight in every th
 """
 
 import shutil
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ def open_mixture(spec: str) -> Source:
         licence="; ".join(dict.fromkeys(source.licence for source, _ in parts)),
         attribution="; ".join(f"{weight / sum(weights):.1%} {source.attribution}" for source, weight in parts),
         fingerprint=fingerprint((str(weight / sum(weights)), bytes.fromhex(source.fingerprint)) for source, weight in parts),
-        documents=lambda: chain.from_iterable(source.documents() for source, _ in parts),
+        documents=lambda skip=0: islice(chain.from_iterable(source.documents() for source, _ in parts), skip, None),
         parts=parts,
     )
 

@@ -153,7 +153,7 @@ def stage_input(source: Source, folder: Path) -> int:
 
 def whole_texts(source: Source, skip: int) -> Iterator[tuple[str, str, int]]:
     """(name, text, parts): documents that were cut into splits are put together again; the new source splits anew."""
-    for name, parts in groupby(source.after(skip), key=lambda d: d.name):
+    for name, parts in groupby(source.documents(skip), key=lambda d: d.name):
         parts = [part.text for part in parts]
         yield name, "".join(parts), len(parts)
 

@@ -113,7 +113,7 @@ def source_of(fs, files: list[RemoteFile], root: str, name: str, licence: str, w
         certain = certain_splits(text for _, text in islice(texts(0), FEW))
         return (with_split(label, text, certain) for label, text in texts(skip))
 
-    return Source(name, licence, where, mark, documents, skip=documents)
+    return Source(name, licence, where, mark, documents)
 
 
 class Cache:

