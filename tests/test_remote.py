@@ -154,14 +154,17 @@ def test_reading_goes_on_at_any_document_without_the_files_before_it(tmp_path, e
     assert [path for path, *_ in Flaky.requests] == ["/bucket/text/part-0.jsonl", "/bucket/text/part-3.jsonl"]
 
 
-def test_mistakes_in_urls_are_named(elsewhere):
+def test_mistakes_in_urls_are_named(elsewhere, monkeypatch):
     with pytest.raises(UserError, match="memory://nowhere: no .txt, .md, .jsonl, .parquet file there"):
         open_source("memory://nowhere")
     with pytest.raises(UserError, match="nothing://x: Protocol not known: nothing"):
         open_source("nothing://x")
     elsewhere.pipe_file("/bad.jsonl", b"{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="^/bad.jsonl: .*not JSON"):
         list(open_source("memory://bad.jsonl").documents())
+    monkeypatch.setenv("NANOGHOST_CACHE_GB", "much")
+    with pytest.raises(UserError, match="NANOGHOST_CACHE_GB is 'much', not a number"):
+        open_source("memory://bad.jsonl")
 
 
 # ── the Hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────

