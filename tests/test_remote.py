@@ -226,7 +226,10 @@ def test_tokenising_goes_on_where_it_was_killed(home, tmp_path, monkeypatch, kil
             yield document
 
     if not (child := os.fork()):
-        tokenise(replace(source, documents=deadly), ByteTokenizer())
+        try:
+            tokenise(replace(source, documents=deadly), ByteTokenizer())
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     read = []
 
