@@ -96,6 +96,11 @@ def test_memory_is_listed_searched_written_and_corrected(me, capsys):
         with pytest.raises(UserError):
             remember(me, **wrong)
     assert len(me.ledger) == 3
+    with pytest.raises(UserError):
+        remember(Person("you"), add=("", "x"))
+    assert not Person("you").exists
+    remember(Person("you"), add=("town", "Porto"))
+    assert [row["value"] for row in Person("you").ledger] == ["Porto"], "who has not talked yet may begin by writing"
 
 
 def test_all_of_a_person_goes_into_one_file_or_away(me, tmp_path):

@@ -53,10 +53,12 @@ class MemorySettings:
 
 
 def command(settings: MemorySettings) -> None:
-    person = open_person(settings.person)
     asked = [name for name in ("search", "add", "correct", "forget", "export", "delete") if getattr(settings, name)]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two things: choose one")
+    if not all(str(part).strip() for part in settings.add or settings.correct or ()):
+        raise UserError("what it is and its value are both needed")
+    person = Person(settings.person).create() if settings.add else open_person(settings.person)
     if settings.export:
         export(person, settings.export)
     elif settings.delete:
@@ -74,8 +76,6 @@ def write(person: Person, settings: MemorySettings) -> None:
     relation, value = settings.add or (None, settings.correct[1])
     if settings.correct:
         relation = person.row(settings.correct[0])["relation"]
-    if not relation.strip() or not value.strip():
-        raise UserError("what it is and its value are both needed")
     said = person.say("user", f"My {relation} is {value}.")
     person.write_ledger(extract.merge(person.ledger, [(said, [(relation.strip(), value.strip())])])[0])
     Display().say(f"written down; the next night learns it: `nanoghost sleep --person {person.name}`")
