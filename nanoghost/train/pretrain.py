@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from nanoghost import machine
-from nanoghost.data.batches import Batches
 from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
@@ -66,8 +65,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     else:
         tokenizer = tokenizer_for(source, settings.vocab_size, display.say, example_texts())
     shards = tokenise(source, tokenizer)
-    train = shards.tokens("train")
-    batches = Batches(train, settings.context, settings.batch, settings.seed, rank, world)
+    batches = shards.batches(settings.context, settings.batch, settings.seed, rank, world)
 
     with stage.run("pretrain", settings, display) as run:
         if run is None:
