@@ -28,7 +28,7 @@ class PretrainSettings(stage.StageSettings):
     name: str = "ghost-base"
     """Name of the new model."""
     data: str = "plays"
-    """Text to learn: plays, a file or folder (.txt .md .jsonl .parquet), or hub:OWNER/NAME."""
+    """Text to learn: plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, or a mixture (plays=0.7,notes/=0.3)."""
     depth: int | None = None
     """The dial: layers; sets width, heads and learning rates. Default: what learns most in the given minutes."""
     arch: str = "ghost"
