@@ -17,6 +17,7 @@ VERBS = {
     "serve": ("serve.server", "ServeSettings", "command", "a chat page and an API for other programs, on this computer"),
     "report": ("evals.report", "ReportSettings", "command", "what was made, how, and how good it is"),
     "data": ("data.command", "DataSettings", "command", "fetch, check and tokenise text"),
+    "data refine": ("data.refine", "RefineSettings", "command", "leave out copies, near copies, junk and what models are examined on"),
     "tokenizer train": ("evals.tokens", "TrainSettings", "train_command", "learn a vocabulary from text"),
     "tokenizer eval": ("evals.tokens", "EvalSettings", "eval_command", "bytes per token by kind of text"),
     "pretrain": ("train.pretrain", "PretrainSettings", "command", "learn to continue text"),
@@ -51,6 +52,7 @@ VERBS = {
     "bench serve": ("bench.serve", "ServeBenchSettings", "command", "what HTTP costs beside the engine alone"),
     "bench load": ("bench.load", "LoadSettings", "command", "many clients at once, some of them bad"),
     "bench packing": ("bench.decode", "PackingSettings", "packing", "what it costs to speak in fewer bits"),
+    "bench refine": ("bench.refine", "RefineBenchSettings", "command", "what the refinery finds, and what memory it takes"),
     "plan": ("plan", "PlanSettings", "command", "what a pretraining run takes: time, memory, money"),
     "doctor": ("doctor", "DoctorSettings", "command", "what this computer does well"),
 }
@@ -62,6 +64,7 @@ EXAMPLES = {
     "  nanoghost serve --host 0.0.0.0 --api-key-file key.txt --allow-host ghost.example.org",
     "report": "nanoghost report\n  nanoghost report ghost-base --json",
     "data": "nanoghost data plays\n  nanoghost data ./my_notes",
+    "data refine": "nanoghost data refine ./crawl --name clean\n  nanoghost data refine ./crawl --name clean --similarity 0.7 --decontaminate none",
     "tokenizer train": "nanoghost tokenizer train --data plays --vocab-size 4096",
     "tokenizer eval": "nanoghost tokenizer eval",
     "pretrain": "nanoghost pretrain --data ./my_notes --name mine --minutes 5\n  nanoghost pretrain --depth 2 --steps 100",
@@ -94,6 +97,7 @@ EXAMPLES = {
     "bench serve": "nanoghost bench serve smollm2 --streams 1,16",
     "bench load": "nanoghost bench load smollm2 --clients 32 --minutes 5",
     "bench packing": "nanoghost bench packing smollm2",
+    "bench refine": "nanoghost bench refine --megabytes 10,100 --kills 3",
     "plan": "nanoghost plan --depth 24 --hardware 8xH100\n  nanoghost plan --minutes 10 --json",
     "doctor": "nanoghost doctor\n  nanoghost doctor --json",
 }

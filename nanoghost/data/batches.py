@@ -40,7 +40,10 @@ class Batches:
 
     def positions(self, step: int) -> np.ndarray:
         """Where this rank's rows of a step begin in the token stream, [B]."""
-        row = step * self.rows + np.arange(self.rank, self.rows, self.world)
+        return self.starts(step * self.rows + np.arange(self.rank, self.rows, self.world))
+
+    def starts(self, row: np.ndarray) -> np.ndarray:
+        """The same for rows counted from the beginning of the run."""
         epoch, index = np.divmod(row, self.rows_per_epoch)
         touched = np.unique(epoch).tolist()  # one or two, or many when the corpus is shorter than a batch
         self.epochs = {e: self.epochs[e] if e in self.epochs else self.window_starts(e) for e in touched}

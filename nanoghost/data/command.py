@@ -19,7 +19,7 @@ from nanoghost.tasks.mix import example_texts
 @dataclass(frozen=True)
 class DataSettings:
     data: Annotated[str, tyro.conf.Positional] = "plays"
-    """plays, a file or folder (.txt .md .jsonl .parquet), or hub:OWNER/NAME."""
+    """plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, refined data, or NAME=0.7,NAME=0.3."""
     vocab_size: int = 4096
     """Tokens of the tokenizer."""
     context: int = 256

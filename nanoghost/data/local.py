@@ -2,12 +2,12 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
 from nanoghost.data.sources import (
-    ACCEPTED,
     SPLITS,
     Document,
     Source,
@@ -18,8 +18,13 @@ from nanoghost.data.sources import (
     sha256_of,
 )
 from nanoghost.errors import UserError
+from nanoghost.runs import home, read_json
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+ACCEPTED = (
+    "'plays', a .txt, .md, .jsonl or .parquet file, a folder of them, hub:OWNER/NAME[:CONFIG], a URL (s3://...), the name of "
+    "refined data, or a mixture (plays=0.7,notes/=0.3)"
+)
 
 HELD_OUT = 0.05
 """Share of validation, and again of test."""
@@ -38,12 +43,20 @@ def split_texts(texts: Iterable[tuple[str, str]], empty: str) -> Iterator[Docume
         for name, text in first:
             yield from cut(name, text)
         return
-    # Chance alone would leave 20 documents without validation one time in three: the two lowest of the first are held
-    # out in any case.
-    certain = dict(zip(sorted({position(text) for _, text in first}), ("test", "val")))
+    certain = certain_splits(text for _, text in first)
     for name, text in chain(first, texts):
-        p = position(text)
-        yield Document(name, text, certain.get(p) or SPLITS[(p < 2 * HELD_OUT) + (p < HELD_OUT)])
+        yield with_split(name, text, certain)
+
+
+def certain_splits(first: Iterable[str]) -> dict[float, str]:
+    """Chance alone would leave 20 documents without validation one time in three: the two lowest of the first are held out
+    in any case."""
+    return dict(zip(sorted({position(text) for text in first}), ("test", "val")))
+
+
+def with_split(name: str, text: str, certain: dict[float, str]) -> Document:
+    p = position(text)
+    return Document(name, text, certain.get(p) or SPLITS[(p < 2 * HELD_OUT) + (p < HELD_OUT)])
 
 
 def position(text: str) -> float:
@@ -70,6 +83,49 @@ def border(text: str, share: float) -> int:
     return end
 
 
+def open_other(spec: str) -> Source:
+    """All that `--data` can name but the plays. Raises UserError for what is unknown."""
+    path = Path(spec).expanduser()
+    if path.exists():
+        return open_local(path)
+    if all(re.fullmatch(r".+=[0-9.]+", part) for part in spec.split(",")):
+        from nanoghost.data.mixture import open_mixture
+
+        return open_mixture(spec)
+    if spec.startswith("hub:"):
+        from nanoghost.data.hub import open_hub
+
+        return open_hub(spec)
+    if "://" in spec:
+        from nanoghost.data.remote import open_remote
+
+        return open_remote(spec)
+    manifest = home() / "data" / spec / "manifest.json"
+    if manifest.exists() and "kept" in read_json(manifest):
+        return open_refined(manifest.parent)
+    raise UserError(f"no data called '{spec}': it can be {ACCEPTED}")
+
+
+def open_refined(folder: Path) -> Source:
+    """What `nanoghost data refine` made, with licence and attribution of what it was made of."""
+    manifest = read_json(folder / "manifest.json")
+
+    def texts():
+        for name, figures in manifest["files"].items():
+            if sha256_of(folder / name) != figures["sha256"]:
+                raise UserError(f"{folder / name} is damaged (it differs from manifest.json): remove {folder} and refine again")
+            yield from read_texts(name, folder / name)
+
+    return Source(
+        name=folder.name,
+        licence=manifest["source"]["licence"],
+        attribution=f"{manifest['source']['attribution']}; refined: {manifest['kept']['documents']:,} of "
+        f"{manifest['read']['documents']:,} documents",
+        fingerprint=fingerprint((name, bytes.fromhex(f["sha256"])) for name, f in manifest["files"].items()),
+        documents=lambda skip=0: islice(split_texts(texts(), empty=f"{folder}: there is no text in it"), skip, None),
+    )
+
+
 def open_local(path: Path) -> Source:
     """One file or a folder of them, read in the order of their names; hidden files are skipped."""
     if path.is_dir():
@@ -80,9 +136,9 @@ def open_local(path: Path) -> Source:
     if not files:
         raise UserError(f"{path}: no text that can be read; data can be {ACCEPTED}")
 
-    def documents():
+    def documents(skip: int = 0):
         texts = (document for name, file in files.items() for document in read_texts(name, file))
-        return split_texts(texts, empty=f"{path}: there is no text in it")
+        return islice(split_texts(texts, empty=f"{path}: there is no text in it"), skip, None)
 
     return Source(
         name=folder_name(path.resolve().stem),

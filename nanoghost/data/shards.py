@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanoghost.data.batches import Batches
 from nanoghost.data.sources import SPLITS, Source, sha256_of
 from nanoghost.errors import UserError
 from nanoghost.runs import home, read_json, write_json
@@ -30,6 +31,8 @@ from nanoghost.tokenizer import Tokenizer
 FORMAT = 1
 CHECKED_BYTES = 64 * 2**20  # larger files are checked piece by piece when training reads them: all at once would delay every start
 PIECE = 2**17  # characters given to the tokenizer at once
+NOTE = 2**24  # characters after which the position is noted: what a kill costs
+NOTHING = dict.fromkeys(SPLITS, {"tokens": 0, "bytes": 0, "documents": 0})
 GROUP = 32  # pieces (or short documents) to a call, which the tokenizer spreads over the cores
 
 
@@ -53,13 +56,17 @@ class Shards:
         blocks = self.manifest["splits"][split].get("blocks")
         return blocks and Blocks(self.folder / f"{split}.bin", blocks, np.dtype(self.manifest["dtype"]).itemsize).check
 
+    def batches(self, *layout) -> Batches:
+        """Of the training text; `layout` is (context, rows, seed, rank, world)."""
+        if "mixture" in self.manifest:
+            from nanoghost.data.mixture import MixedBatches
+
+            return MixedBatches(self.tokens("train"), self.manifest["mixture"], *layout, check=self.check("train"))
+        return Batches(self.tokens("train"), *layout, check=self.check("train"))
+
     def bytes(self, split: str) -> int:
         """How many bytes of UTF-8 text the split holds: the denominator of bits per byte."""
         return self.manifest["splits"][split]["bytes"]
-
-    def document_starts(self, split: str) -> np.ndarray:
-        """Positions of the <|endoftext|> that precede each document."""
-        return np.flatnonzero(self.tokens(split) == self.manifest["endoftext"])
 
 
 def tokenizer_for(source, vocab_size: int, say, examples: Sequence[str] = ()) -> Tokenizer:
@@ -85,16 +92,22 @@ def tokenise(source: Source, tokenizer) -> Shards:
     key = hashlib.sha256(f"{FORMAT} {source.fingerprint} {tokenizer.fingerprint}".encode()).hexdigest()
     folder = home() / "data" / f"{source.name}-{key[:8]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if source.parts:
+        from nanoghost.data.mixture import tokenise_mixture
+
+        return tokenise_mixture(source, tokenizer, folder)
     with alone_in(folder.parent):  # of several ranks the first one works and the others wait for it
         if not folder.exists():
-            partial = folder.parent / ".partial"
-            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-            partial.mkdir()
+            partial = folder.parent / f".partial-{key[:8]}"
+            partial.mkdir(exist_ok=True)
             try:
                 write_shards(partial, source, tokenizer)
                 partial.rename(folder)
+                (folder / "position.json").unlink()
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                for left in folder.parent.glob(".partial*"):  # of processes that were killed, too
+                    if not (left / "position.json").exists():
+                        shutil.rmtree(left)
     shards = open_shards(folder)
     made_from = (shards.manifest["source"]["fingerprint"], shards.manifest["tokenizer"])
     if made_from != (source.fingerprint, tokenizer.fingerprint):
@@ -119,54 +132,59 @@ def open_shards(folder: Path) -> Shards:
 
 
 def write_shards(folder: Path, source: Source, tokenizer) -> None:
+    """Goes on at the position that an earlier process noted in the folder."""
     from nanoghost.data.blocks import sums_of
 
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     endoftext = tokenizer.special("<|endoftext|>")
-    splits = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+    position = folder / "position.json"
+    at = read_json(position) if position.exists() else {"document": -1, "character": 0, "splits": NOTHING}
+    splits = {split: dict(figures) for split, figures in at["splits"].items()}
+    unnoted = 0
     with ExitStack() as stack:
-        files = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS}
-        pieces = pieces_of(source)
-        while group := list(islice(pieces, GROUP)):
-            encoded = tokenizer.encode_batch([text for _, text, _ in group])
+        files = {split: stack.enter_context(open(folder / f"{split}.bin", "ab")) for split in SPLITS}
+        for split, f in files.items():
+            f.truncate(splits[split]["tokens"] * dtype.itemsize)  # more was written than noted
+        pieces = pieces_of(source, max(0, at["document"]), at["character"])
+        group = True
+        while group:
+            group = list(islice(pieces, GROUP))
+            encoded = tokenizer.encode_batch([text for _, text, _ in group]) if group else []
             for (split, text, begins), ids in zip(group, encoded):
                 ids = [endoftext, *ids] if begins else ids
                 files[split].write(np.array(ids, dtype).tobytes())
                 splits[split]["tokens"] += len(ids)
                 splits[split]["bytes"] += len(text.encode())
                 splits[split]["documents"] += begins
-        for f in files.values():
-            f.flush()
-            os.fsync(f.fileno())
+                at["document"] += begins
+                at["character"] = len(text) if begins else at["character"] + len(text)
+                unnoted += len(text)
+            if unnoted > NOTE or not group:
+                for f in files.values():
+                    f.flush()
+                    os.fsync(f.fileno())
+                write_json(position, at | {"splits": splits})
+                unnoted = 0
     for split in SPLITS:
         splits[split] |= sums_of(folder / f"{split}.bin", CHECKED_BYTES)
-    manifest = {
-        "format": FORMAT,
-        "source": {
-            "name": source.name,
-            "fingerprint": source.fingerprint,
-            "licence": source.licence,
-            "attribution": source.attribution,
-        },
-        "tokenizer": tokenizer.fingerprint,
-        "dtype": dtype.str,
-        "endoftext": endoftext,
-        "splits": splits,
-    }
+    about = {key: getattr(source, key) for key in ("name", "fingerprint", "licence", "attribution")}
+    manifest = {"format": FORMAT, "source": about, "tokenizer": tokenizer.fingerprint, "dtype": dtype.str,
+                "endoftext": endoftext, "splits": splits}  # fmt: skip
     write_json(folder / "manifest.json", manifest)
 
 
-def pieces_of(source: Source) -> Iterator[tuple[str, str, bool]]:
+def pieces_of(source: Source, skip: int = 0, start: int = 0) -> Iterator[tuple[str, str, bool]]:
     """(split, text, whether a document begins here): the documents, long ones in pieces of about PIECE characters.
 
-    A book in one piece would occupy one core only and gigabytes of the tokenizer's bookkeeping.
+    A book in one piece would occupy one core only and gigabytes of the tokenizer's bookkeeping. Leaves out `skip` documents
+    and the first `start` characters of the next.
     """
-    for document in source.documents():
-        start = 0
+    for document in source.documents(skip):
         while start < len(document.text):
             end = seam(document.text, start + PIECE)
             yield document.split, document.text[start:end], start == 0
             start = end
+        start = 0
 
 
 SEAM = re.compile(r"(?<=\S\n)(?=\S)")

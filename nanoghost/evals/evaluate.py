@@ -100,14 +100,15 @@ def memorised(model, tokenizer, base: dict, starts: int = 64, prompt_tokens: int
     encoded = [e for e in encoded if len(e[2]) == prompt_tokens]
     if not encoded:
         return {"characters": 0, "text": "", "source": ""}
-    rows = generate(model, tokenizer, [ids for _, _, ids in encoded], Sampling(max_tokens=96, temperature=0))
+    encoded = encoded[machine.ranks()[0] :: machine.ranks()[1]]  # processes share the work
+    rows = generate(model, tokenizer, [ids for _, _, ids in encoded], Sampling(max_tokens=96, temperature=0)) if encoded else []
     best = {"characters": 0, "text": "", "source": ""}
     for (document, text, ids), row in zip(encoded, rows):
         truth, said = text[len(tokenizer.decode(ids)) :], tokenizer.decode(row.ids)
         same = next((i for i, (a, b) in enumerate(zip(truth, said)) if a != b), min(len(truth), len(said)))
         if same > best["characters"]:
             best = {"characters": same, "text": said[:same], "source": document.name}
-    return best
+    return max(machine.gather(best), key=lambda found: found["characters"])
 
 
 def command(settings: EvalSettings) -> None:

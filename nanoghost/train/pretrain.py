@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 
 from nanoghost import machine
-from nanoghost.data.batches import Batches
 from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
@@ -29,7 +28,7 @@ class PretrainSettings(stage.StageSettings):
     name: str = "ghost-base"
     """Name of the new model."""
     data: str = "plays"
-    """Text to learn: plays, a file or folder (.txt .md .jsonl .parquet), or hub:OWNER/NAME."""
+    """Text to learn: plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, or a mixture (plays=0.7,notes/=0.3)."""
     depth: int | None = None
     """The dial: layers; sets width, heads and learning rates. Default: what learns most in the given minutes."""
     arch: Literal["ghost", "llama"] = "ghost"
@@ -68,8 +67,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     else:
         tokenizer = tokenizer_for(source, settings.vocab_size, display.say, example_texts())
     shards = tokenise(source, tokenizer)
-    train = shards.tokens("train")
-    batches = Batches(train, settings.context, settings.batch, settings.seed, rank, world, shards.check("train"))
+    batches = shards.batches(settings.context, settings.batch, settings.seed, rank, world)
 
     with stage.run("pretrain", settings, display) as run:
         if run is None:

@@ -1,0 +1,281 @@
+"""The refinery: what is there twice goes, whatever its spelling; nothing else does; a kill changes nothing."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanoghost.data import refine as refinery
+from nanoghost.data.refine import RefineSettings
+from nanoghost.data.shingles import found_in, shingles, skeleton, word_hashes
+from nanoghost.data.sources import open_source
+from nanoghost.errors import UserError
+from nanoghost.tasks.gym import word_list
+
+
+class Quiet:
+    def print(self, *what, **how):
+        pass
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'nanoghost[refine]'")
+    from nanoghost.data import pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refinery, "SHARD", 50_000)  # a few tasks
+        patch.setattr(pipeline, "HASHES", 40)  # 8 bands
+        yield pipeline
+
+
+@cache
+def rare_words() -> list[str]:
+    return word_list()[::10]
+
+
+def prose(rng: random.Random, words: int = 400) -> str:
+    """Nobody's sentences: dictionary words between common ones."""
+    rare = rare_words()
+    common = "the be to of and that have with upon love iustice over".split()
+    line = [rng.choice(rare if rng.random() < 0.5 else common) for _ in range(words)]
+    return "".join(w + (".\n" if i % 12 == 11 else " ") for i, w in enumerate(line))
+
+
+def old(text: str) -> str:
+    """Spelled as in 1623: haue, vpon, iustice, and an e at the end of many a word."""
+    words = text.replace("v", "u").replace("j", "i").split(" ")
+    return " ".join(w + "e" if w and w[-1] in "dkmnrt" else w for w in words)
+
+
+@pytest.fixture(scope="module")
+def crawl(tmp_path_factory):
+    """Forty texts, and beside them: 6 exact copies, 6 in old spelling, 3 that are no prose, 2 that quote what is held out."""
+    rng = random.Random(0)
+    folder = tmp_path_factory.mktemp("text")
+    texts = {f"a{i:02}": prose(rng) for i in range(40)}
+    secret = prose(rng)
+    (folder / "held_out.txt").write_text(secret)
+    texts |= {f"copy{i}": texts[f"a{i:02}"].replace("\n", "  ") for i in range(6)}
+    texts |= {f"old{i}": old(texts[f"a{i:02}"]) for i in range(10, 16)}
+    texts |= {"short": "too short", "signs": "#### " * 300, "again": "the same of that line again and\n" * 80}
+    texts |= {"quote": prose(rng) + " ".join(secret.split()[50:70]), "oldquote": old(prose(rng) + " ".join(secret.split()[9:40]))}
+    texts |= {"innocent": prose(rng) + " ".join(secret.split()[50:60])}  # ten words are no quotation
+    (folder / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()))
+    return folder, list(texts)
+
+
+@pytest.fixture(scope="module")
+def settings(crawl):
+    return RefineSettings(str(crawl[0] / "d.jsonl"), "clean", decontaminate=str(crawl[0] / "held_out.txt"), workers=2)
+
+
+@pytest.fixture(scope="module")
+def refined(pipeline, settings, tmp_path_factory):
+    """The home in which it was done undisturbed, and the manifest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOGHOST_HOME", str(tmp_path_factory.mktemp("home")))
+        manifest = refinery.refine(settings, Quiet())
+        return Path(os.environ["NANOGHOST_HOME"]), manifest
+
+
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def contents(home: Path) -> dict:
+    folder = home / "data" / "clean"
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ── what goes, and why ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_goes_for_its_reason_and_nothing_else_does(refined, crawl):
+    (home, manifest), names = refined, crawl[1]
+
+    def called(file):
+        return [names[int(row["name"].rpartition(":")[2]) - 1] for row in rows(file)]
+
+    def dropped(reason):
+        return [name for f in sorted((home / "data/clean/dropped" / reason).glob("*.jsonl")) for name in called(f)]
+
+    assert dropped("exact copy") == [f"copy{i}" for i in range(6)]
+    assert dropped("similar") == [f"old{i}" for i in range(10, 16)]
+    assert sorted(dropped("held out")) == ["oldquote", "quote"]
+    assert sorted(dropped("quality") + dropped("repetition")) == ["again", "short", "signs"]
+    assert [name for file in manifest["files"] for name in called(home / "data/clean" / file)] == [*names[:40], "innocent"]
+    assert manifest["kept"]["documents"] == 41 and manifest["read"]["documents"] == len(names)
+    assert manifest["kept"]["bytes"] + sum(d["bytes"] for d in manifest["dropped"].values()) == manifest["read"]["bytes"]
+    kept = [row for file in manifest["files"] for row in rows(home / "data/clean" / file)]
+    clusters = [row["cluster"] for row in kept if "cluster" in row]
+    assert len(clusters) == len(set(clusters)) == 6  # one of each pair
+
+
+def test_refined_text_is_a_source_like_any_other(refined, settings, nanoghost, monkeypatch):
+    home, manifest = refined
+    monkeypatch.setenv("NANOGHOST_HOME", str(home))
+    source = open_source("clean")
+    kept = [row["text"] for file in manifest["files"] for row in rows(home / "data/clean" / file)]
+    assert [d.text for d in source.documents()] == kept
+    assert source.licence == "unknown (local files)" and "refined: 41 of 58 documents" in source.attribution
+    assert not (home / "data" / ".refine-clean").exists()
+    assert refinery.refine(settings, Quiet()) == manifest  # it is there already
+    code, _, err = nanoghost("data", "refine", settings.data, "--name", "clean", "--decontaminate", "none")
+    assert code == 2 and "made with other settings or of other text" in err
+    file = home / "data" / "clean" / "00000.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match="00000.jsonl is damaged .* refine again"):
+        list(open_source("clean").documents())
+    file.write_bytes(whole)
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(pipeline, refined, settings, home):
+    refinery.refine(replace(settings, workers=1), Quiet())
+    assert contents(home) == contents(refined[0])
+
+
+def test_executors_of_datatrove_run_the_same_stages(pipeline, refined, settings, home):
+    """The local one is tried here; Slurm's and Ray's are given the same stages."""
+    from datatrove.executor import LocalPipelineExecutor
+
+    work, stages = refinery.prepare(settings)
+    pipeline.run(stages, work / "done", LocalPipelineExecutor, workers=1)
+    refinery.refine(settings, Quiet())
+    assert contents(home) == contents(refined[0])
+
+
+def test_killed_again_and_again_it_goes_on_and_ends_the_same(pipeline, refined, settings, home):
+    work, finished = home / "data" / ".refine-clean", {}
+    for mark in ("input/00001.jsonl", "done/filter/completions/00001", "done/signatures/completions/*1", "pairs", "output/*"):
+        if not (child := os.fork()):
+            try:
+                os.setsid()
+                refinery.refine(settings, Quiet())
+            finally:
+                os._exit(0)
+        while not (there := list(work.glob(mark))) and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if not there:
+            break  # it was through sooner than we looked
+        deadline = time.time() + 10
+        while alive(child):  # its workers end by themselves
+            assert time.time() < deadline
+            time.sleep(0.02)
+        now = {p: p.stat().st_mtime_ns for p in work.glob("done/*/completions/*")}
+        assert finished.items() <= now.items()  # nothing that was finished was done again
+        finished = now
+    assert finished
+    refinery.refine(settings, Quiet())
+    assert contents(home) == contents(refined[0])
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_problems_of_the_examination_are_held_out(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(refinery, "PROBLEMS", 30)
+    refinery.build_index("tasks", tmp_path / "index.npz")
+    rng, judge = random.Random(1), pipeline.HeldOut(tmp_path / "index.npz")
+    problem = "State the final answer to the following arithmetic problem: 17 + 38 ="
+    assert problem in refinery.held_out("tasks")
+    assert judge.filter(pipeline.Document(prose(rng) + problem + prose(rng), "")) == (False, "tasks")
+    assert judge.filter(pipeline.Document(prose(rng) + problem.replace("17", "1234") + prose(rng), "")) is True
+
+
+# ── shingles ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_spellings_of_a_word_are_one_and_words_are_not():
+    for pair in ("have haue", "upon vpon", "justice iustice", "go goe", "love loue", "eyes eies", "dog dogge", "cafe café"):
+        modern, folio = map(word_hashes, pair.split())
+        assert (modern == folio).all(), pair
+    assert len({skeleton(w) for w in "king queen sword ghost 1623 1632 22 2".split()}) == 8
+    assert len(word_hashes("It's one's, well-known: 漢字!")) == 6
+    assert len(word_hashes("")) == 0 and len(shingles(word_hashes("one two"), 3)) == 0
+
+
+def test_shingles_are_the_sets_of_word_sequences():
+    rng = random.Random(0)
+    words = [rng.choice("ab cd ef gh 1 2".split()) for _ in range(300)]
+    for n in (1, 2, 3, 5):
+        found = shingles(word_hashes(" ".join(words)), n)
+        sequences = [tuple(words[i : i + n]) for i in range(300 - n + 1)]
+        assert len(found) == len(sequences) and len(set(found.tolist())) == len(set(sequences))
+        known = np.unique(found[:50])
+        for i in range(len(found)):
+            assert found_in(found[i : i + 1], known) == (sequences[i] in sequences[:50])
+
+
+def test_bands_find_from_the_similarity_on(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "HASHES", 256)
+    for similarity in (0.2, 0.3, 0.5, 0.7, 0.9, 0.95):
+        bands, rows = pipeline.bands_of(similarity)
+        assert bands * rows <= pipeline.HASHES
+
+        def found(s, b=bands, r=rows):
+            return 1 - (1 - s**r) ** b
+
+        assert 0.55 < found(similarity) < 0.75 and found(similarity / 3) < 0.15 and found(similarity**0.3) > 0.9
+
+
+def test_signatures_estimate_the_jaccard_similarity(pipeline):
+    config = pipeline.MinhashConfig(3, 32, 5, hash_config=pipeline.HashConfig(hash_fc="sha1"))
+    step = pipeline.SpellingSignature("memory://s", config, pipeline.SpacedWords())
+    rng = random.Random(0)
+    a = prose(rng, 9000)  # more than a block of shingles
+    b = a[: len(a) // 2] + prose(rng, 4500)
+    sets = [set(step.get_shingles(t)[:, 0].tolist()) for t in (a, b)]
+    exact = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+    first, second = (np.array(step.get_signature(step.get_shingles(t))).ravel() for t in (a, b))
+    assert abs((first == second).mean() - exact) < 0.12  # 3 standard deviations of 160 draws
+    whole = super(pipeline.SpellingSignature, step).get_signature(step.get_shingles(a))
+    assert whole == step.get_signature(step.get_shingles(a))  # blocks change nothing
+
+
+# ── mistakes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--name", "a/b"], "--name can't be 'a/b'"),
+        (["--name", "plays"], "--name can't be 'plays'"),
+        (["--similarity", 0.1], "--similarity is between 0.2 and 0.95, not 0.1"),
+        (["--quality", "best"], "--quality is gopher or none, not 'best'"),
+        (["--workers", 0], "--workers is at least 1"),
+        (["--decontaminate", "nowhere"], "no data called 'nowhere'"),
+    ],
+)
+def test_mistakes_are_named(pipeline, nanoghost, toy_file, words, message):
+    code, _, err = nanoghost("data", "refine", toy_file, *([] if "--name" in words else ["--name", "x"]), *words)
+    assert code == 2 and message in err
+
+
+def test_without_datatrove_the_extra_is_named(nanoghost, toy_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nanoghost.data.pipeline", None)
+    monkeypatch.delattr("nanoghost.data.pipeline", raising=False)
+    code, _, err = nanoghost("data", "refine", toy_file, "--name", "x")
+    assert code == 2 and "pip install 'nanoghost[refine]'" in err
+
+
+def test_nothing_left_is_said(pipeline, nanoghost, tmp_path):
+    (tmp_path / "d.txt").write_text("short")
+    code, _, err = nanoghost("data", "refine", tmp_path / "d.txt", "--name", "x", "--decontaminate", "none")
+    assert code == 2 and "nothing is left" in err
