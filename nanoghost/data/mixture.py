@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from nanoghost.data.batches import Batches
-from nanoghost.data.shards import Shards, alone_in, open_shards, tokenise
-from nanoghost.data.sources import SPLITS, Source, fingerprint, folder_name, open_source, sha256_of
+from nanoghost.data.blocks import sums_of
+from nanoghost.data.shards import CHECKED_BYTES, Shards, alone_in, open_shards, tokenise
+from nanoghost.data.sources import SPLITS, Source, fingerprint, folder_name, open_source
 from nanoghost.errors import UserError
 from nanoghost.runs import write_json
 
@@ -62,7 +63,7 @@ def join(folder: Path, source: Source, parts: list[Shards]) -> None:
                     shutil.copyfileobj(f, whole)
         figures = [part.manifest["splits"][split] for part in parts]
         splits[split] = {key: sum(f[key] for f in figures) for key in ("tokens", "bytes", "documents")}
-        splits[split]["sha256"] = sha256_of(folder / f"{split}.bin")
+        splits[split] |= sums_of(folder / f"{split}.bin", CHECKED_BYTES)
     about = {key: getattr(source, key) for key in ("name", "fingerprint", "licence", "attribution")}
     mixture = [
         {"source": part.manifest["source"], "weight": weight, "tokens": part.manifest["splits"]["train"]["tokens"]}
