@@ -247,10 +247,10 @@ def test_a_rank_that_is_killed_is_noticed_and_torchrun_goes_on_with_the_same_los
     (tmp_path / "notes.txt").write_text(toy_text(400))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2",
                 "-m", "nanoghost"]  # fmt: skip
-    process = subprocess.Popen([*torchrun, *COMMON, "--name", "killed", "--force"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*torchrun, *COMMON, "--name", "killed", "--force"], cwd=tmp_path, stderr=open(tmp_path / "said", "w"))  # noqa: SIM115
     folder = ModelFolder("killed")
     while not list((folder.path / "state").glob("*/manifest.json")):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.02)
     before = children(process.pid)
     os.kill(before[1], signal.SIGKILL)
@@ -259,7 +259,7 @@ def test_a_rank_that_is_killed_is_noticed_and_torchrun_goes_on_with_the_same_los
         time.sleep(0.02)
     noticed = time.time() - start
     assert noticed < 10, "the other rank has left"
-    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert process.wait(timeout=400) == 0, (tmp_path / "said").read_text()
     print(f"noticed after {noticed:.1f} s")
     lines = [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
     assert sum(e["step"] == 0 and "loss" in e for e in lines) == 1, "it did not begin anew, in spite of --force"
