@@ -3,6 +3,7 @@
 import gzip
 import json
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -61,13 +62,15 @@ def test_the_present_reads_what_two_passes_of_1989_do_not(tmp_path):
     assert after < 0.06 and after < before
 
 
-def test_a_rung_is_climbed_once(home, capsys, monkeypatch):
+def test_a_rung_is_climbed_once(home, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(lab, "LADDER", {"1989": {"passes": 1}})
     monkeypatch.setattr(lab, "LEFT_OUT", {})
     monkeypatch.setattr(lab, "RATES", {"sgd": (0.03,)})
     lab.command(lab.Lecun1989Settings(seeds=1, json=True))
     first = capsys.readouterr().out
-    lab.command(lab.Lecun1989Settings(seeds=1, json=True))
+    lab.command(lab.Lecun1989Settings(seeds=1, json=True, out=tmp_path / "digits.md"))
+    assert f"{json.loads(first)['rungs']['1989']['error']:.2%}" in (tmp_path / "digits.md").read_text()
+    ElementTree.parse(tmp_path / "digits.svg")
     assert capsys.readouterr().out == first and json.loads(first)["rungs"]["1989"]["weights"] == 9760
     with pytest.raises(UserError, match="names none of"):
         lab.command(lab.Lecun1989Settings(rungs="2089"))

@@ -17,7 +17,9 @@ import gzip
 import importlib.util
 import json
 import math
+import shlex
 import statistics
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,9 +31,10 @@ from rich.table import Table
 
 from nanoghost import machine
 from nanoghost.errors import UserError
+from nanoghost.lab.pictures import GAP, LEFT, ROW, WIDE, bars, standalone
 from nanoghost.lists import matching
 from nanoghost.progress import Display
-from nanoghost.runs import home, read_json, write_json
+from nanoghost.runs import home, read_json, write_atomic, write_json
 
 FOLDS = 5
 
@@ -252,6 +255,8 @@ class Lecun1989Settings:
     """Only those whose name has one of these words in it, with commas between; default: all."""
     force: bool = False
     """Do again what was done."""
+    out: Path | None = None
+    """Write the table into this Markdown file too, and a picture beside it."""
     json: bool = False
     """Print the figures as JSON on standard output."""
 
@@ -277,6 +282,8 @@ def command(settings: Lecun1989Settings) -> None:
         results[name] = read_json(path)
         display.say(f"{name}: {results[name]['error']:.2%} wrong")
     tell(results)
+    if settings.out:
+        write(settings.out, results, "MNIST" if settings.mnist else "scikit-learn's 1,797 digits, five times a fifth of them held out", settings.seeds)
     if settings.json:
         print(json.dumps({"rungs": results}))
 
@@ -308,12 +315,32 @@ def climb(name: str, rung: Rung, digits, labels, folds, seeds: int, display) -> 
     }  # fmt: skip
 
 
-def tell(results: dict) -> None:
-    table = Table("", "wrong", "of the one before", "weights", "learning rate", "seconds")
-    before = None
+HEADS = ("", "wrong", "of the one before", "weights", "learning rate", "seconds")
+
+
+def rows_of(results: dict) -> list[tuple[str, ...]]:
+    rows, before = [], None
     for name, r in results.items():
         spread = f" ±{r['spread']:.2%}" if r["spread"] is not None else ""
         change = f"{r['error'] / before - 1:+.0%}" if before and name in LADDER else ""
-        table.add_row(name, f"{r['error']:.2%}{spread}", change, f"{r['weights']:,}", f"{r['learning_rate']:g}", f"{r['seconds']:.0f}")
+        rows.append((name, f"{r['error']:.2%}{spread}", change, f"{r['weights']:,}", f"{r['learning_rate']:g}", f"{r['seconds']:.0f}"))
         before = r["error"] if name in LADDER else before
+    return rows
+
+
+def tell(results: dict) -> None:
+    table = Table(*HEADS)
+    for row in rows_of(results):
+        table.add_row(*row)
     Console(stderr=True).print(table)
+
+
+def write(path: Path, results: dict, digits: str, seeds: int) -> None:
+    """The table as Markdown, and bars as an SVG of the same name beside it."""
+    lines = [HEADS, ["---"] * len(HEADS), *rows_of(results)]
+    parts = ["# 1989 to now: a network that reads digits", f"Made by `{shlex.join(['nanoghost', *sys.argv[1:]])}`: {digits}, {seeds} seeds."]
+    parts += [f"![Bars of the same figures]({path.stem}.svg)", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+    write_atomic(path, "\n\n".join(parts) + "\n")
+    wrong_of_1000 = {name: {"mean": 1000 * r["error"], "spread": 1000 * (r["spread"] or 0.0)} for name, r in results.items()}
+    picture = standalone(LEFT + WIDE + GAP, 60 + ROW * len(results), [bars(LEFT, "Wrong of 1,000 held-out digits", wrong_of_1000, 5.0, "{:.1f}")])
+    write_atomic(path.with_suffix(".svg"), picture)

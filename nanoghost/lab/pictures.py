@@ -5,7 +5,7 @@ from html import escape
 
 from nanoghost.evals.charts import ticks
 
-ROW, LEFT, WIDE, GAP = 20, 190, 300, 60
+ROW, LEFT, WIDE, GAP = 20, 210, 300, 60
 STYLE = """text { font: 12px system-ui, sans-serif; fill: #333 } .title { font-weight: 600; font-size: 14px }
 .bar, .dot.c0 { fill: #3b6ea8 }
 .dot.c1 { fill: #b8572b } .dot.c2 { fill: #4f8a4f } .line { fill: none; stroke-width: 2 } .line.c0 { stroke: #3b6ea8 }
