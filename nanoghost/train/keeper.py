@@ -2,6 +2,9 @@
 
 import faulthandler
 import math
+import os
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -95,20 +98,33 @@ class Keeper:
 class Watchdog:
     """Ends this process if a step takes too long, and writes down where each of its threads stood.
 
-    A rank that hangs keeps all others waiting in the next collective, so that every rank's watchdog goes off. The clock runs in
-    a thread of C: it needs neither the interpreter nor its lock.
+    A rank that hangs keeps all others waiting in the next collective, so that every rank's watchdog goes off. A thread of C writes:
+    it needs neither the interpreter nor its lock. They leave a little later, or the first to go would end a collective of others that
+    have not written yet. Who cannot even leave is ended by torchrun when the others have.
     """
+
+    GRACE = 3.0  # seconds between writing and leaving
 
     def __init__(self, folder: Path, seconds: float, say):
         self.seconds, self.path = seconds, folder / f"stacks-rank-{machine.ranks()[0]}.txt"
         if self.path.exists() and self.path.stat().st_size:
             say(f"before, a step took longer than it may; where this process stood then: {self.path}")
         self.file = open(self.path, "a")  # noqa: SIM115 (open as long as it runs)
+        self.ended = threading.Event()
+        self.alive()
+        threading.Thread(target=self.leave, daemon=True).start()
 
     def alive(self) -> None:
-        faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.file)
+        self.until = time.monotonic() + self.seconds + self.GRACE
+        faulthandler.dump_traceback_later(self.seconds, file=self.file)
+
+    def leave(self) -> None:
+        while not self.ended.wait(0.2):
+            if time.monotonic() > self.until:
+                os._exit(1)
 
     def stop(self) -> None:
+        self.ended.set()
         faulthandler.cancel_dump_traceback_later()
         self.file.close()
         if not self.path.stat().st_size:
