@@ -62,7 +62,10 @@ def start_ranks() -> None:
     if device().type == "cuda":
         torch.cuda.set_device(device())
     if not dist.is_initialized():  # by an earlier stage of the same command
-        dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
+        # torchrun keeps its store over restarts: without a prefix a rank may find the address of one that has died
+        store, rank, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device().type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
 
 
 # -- facts ------------------------------------------------------------------------------------------------------------
