@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_nothing_half_written(nanoghost, toy_file, tmp_path, 
 
 
 def test_two_processes_train_like_one(nanoghost, toy_file):
-    common = ("--data", toy_file, "--steps", 8, *TOY, "--context", 160, "--json")
+    common = ("--data", toy_file, "--steps", 8, *TOY, "--context", 160, "--json", "--learning-rate", 0.1)  # small steps: Adam's first ones make much of rounding
     code, out, err = nanoghost("pretrain", "--name", "one", *common)
     assert code == 0, err
     torchrun = [
@@ -229,8 +229,8 @@ def test_two_processes_train_like_one(nanoghost, toy_file):
     assert figures["tokens"] == json.loads(out)["tokens"]
     one, both = losses("one", "pretrain"), losses("two", "pretrain")
     assert len(both) == 8
-    for step, loss in one.items():  # sums in another order, which so few large steps make more of; test_ranks.py holds fp32 to 1e-5
-        assert both[step] == pytest.approx(loss, rel=1e-3 if step < 2 else 2e-2)
+    for step, loss in one.items():  # bf16 sums in another order; test_ranks.py holds fp32 to 1e-5
+        assert both[step] == pytest.approx(loss, rel=5e-3)
     figures = two("rl", "two", "--name", "two-rl", "--steps", 2, "--problems", 4, "--attempts", 4, "--max-tokens", 6,
                   "--held-out", 4, "--json")  # fmt: skip
     assert set(figures["accuracy"]) == {"chain_sum", "spell_backward"}
