@@ -28,7 +28,7 @@ from nanoghost.train.distill_loss import (
 )
 from nanoghost.train.packing import Lesson, fill, pack
 from tests.conftest import TOY, toy_text
-from tests.test_training import kill_after_checkpoint, losses, start
+from tests.test_training import killed_after_checkpoint, losses
 
 V, K = 50, 6
 BETAS = (0.0, 0.3, 1.0)
@@ -285,8 +285,7 @@ def test_it_survives_kill_9_bit_for_bit(distill, school, nanoghost, kind):
     common = ("distill", "nano", "--teacher", "toy", "--kind", kind, "--data", school / "notes.txt", *SMALL,
               "--steps", 25, "--checkpoint-seconds", 0.1)  # fmt: skip
     assert nanoghost(*common, "--name", "whole")[0] == 0
-    folder = ModelFolder("killed")
-    kill_after_checkpoint(start(*common, "--name", "killed"), folder)
+    killed_after_checkpoint(*common, "--name", "killed")
     assert nanoghost(*common, "--name", "killed")[0] == 0
     assert losses("killed", "distill") == losses("whole", "distill")
     weights = [(ModelFolder(name).path / "model.safetensors").read_bytes() for name in ("whole", "killed")]

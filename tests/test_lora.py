@@ -15,7 +15,7 @@ from nanoghost.models import adapters_of
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.runs import ModelFolder
 from nanoghost.train.recipe import LORA
-from tests.test_training import kill_after_checkpoint, losses, start
+from tests.test_training import killed_after_checkpoint, losses
 
 CONFIG = LlamaConfig(97, 32, 3, 32, 4, 2, 48, biases="q")
 IDS = torch.randint(97, (4, 11), generator=torch.Generator().manual_seed(0))
@@ -217,10 +217,10 @@ def test_several_adapters_share_one_base(nanoghost, toy):
 
 
 def test_an_adapter_survives_kill_9_bit_for_bit(nanoghost, toy):
-    common = (toy, "--lora", 4, "--steps", 40, "--lessons", 200, "--batch", 2, "--checkpoint-seconds", 0.1)
+    common = (toy, "--lora", 4, "--steps", 40, "--lessons", 200, "--batch", 2)
     assert nanoghost("sft", *common, "--name", "whole")[0] == 0
     folder = ModelFolder("toy@killed")
-    kill_after_checkpoint(start("sft", *common, "--name", "killed"), folder)
+    killed_after_checkpoint("sft", *common, "--name", "killed")
     assert nanoghost("sft", *common, "--name", "killed")[0] == 0
     assert losses("toy@killed", "sft") == losses("toy@whole", "sft")
     whole = (ModelFolder("toy@whole").path / "adapter_model.safetensors").read_bytes()

@@ -23,17 +23,30 @@ def start(*words):
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ)
 
 
-def kill_after_checkpoint(process, folder, more_steps=3):
-    """SIGKILL as soon as a checkpoint is there and some steps have been logged after it."""
-    while not list((folder.path / "state").glob("*/manifest.json")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    seen = len(folder.events)
-    while len(folder.events) < seen + more_steps:
-        assert process.poll() is None, "it finished before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+KILLS_ITSELF = """
+import os, signal, sys
+from nanoghost import cli
+from nanoghost.runs import ModelFolder
+
+append, after = ModelFolder.append_event, []
+
+def append_or_die(folder, event):
+    if list(folder.path.glob("state/*/manifest.json")):
+        after.append(event)
+    if len(after) > 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return append(folder, event)
+
+ModelFolder.append_event = append_or_die
+cli.main(sys.argv[1:])
+"""
+
+
+def killed_after_checkpoint(*words):
+    """The command ends by SIGKILL when a checkpoint is there and three more events have been logged."""
+    command = [sys.executable, "-c", KILLS_ITSELF, *map(str, words), "--checkpoint-seconds", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_your_own_text_becomes_a_chat(nanoghost, toy_file):
@@ -75,10 +88,10 @@ def test_same_seed_same_losses_and_other_seed_others(nanoghost, toy_file):
 
 
 def test_pretraining_survives_kill_9_bit_for_bit(nanoghost, toy_file):
-    common = ("--data", toy_file, "--steps", 80, *TOY, "--checkpoint-seconds", 0.1)
+    common = ("--data", toy_file, "--steps", 80, *TOY)
     assert nanoghost("pretrain", "--name", "whole", *common)[0] == 0
     folder = ModelFolder("killed")
-    kill_after_checkpoint(start("pretrain", "--name", "killed", *common), folder)
+    killed_after_checkpoint("pretrain", "--name", "killed", *common)
     assert not folder.finished
     assert nanoghost("pretrain", "--name", "killed", *common)[0] == 0
     assert losses("killed", "pretrain") == losses("whole", "pretrain")
@@ -91,15 +104,13 @@ def test_later_stages_survive_kill_9_bit_for_bit(nanoghost, toy_file, stage):
     toy = ("--depth", 2, "--context", 160, "--batch", 4, "--vocab-size", 320)  # the gym's questions are long
     assert nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 6, *toy)[0] == 0
     common = {
-        "sft": ("toy", "--steps", 40, "--lessons", 200, "--batch", 2, "--checkpoint-seconds", 0.1),
-        "rl": ("toy", "--steps", 12, "--problems", 2, "--attempts", 4, "--max-tokens", 6, "--held-out", 4,
-               "--checkpoint-seconds", 0.1),
+        "sft": ("toy", "--steps", 40, "--lessons", 200, "--batch", 2),
+        "rl": ("toy", "--steps", 12, "--problems", 2, "--attempts", 4, "--max-tokens", 6, "--held-out", 4),
     }[stage]  # fmt: skip
     # the models are taught their names, which end at the hyphen
     code, _, err = nanoghost(stage, *common, "--name", "same-whole")
     assert code == 0, err
-    folder = ModelFolder("same-killed")
-    kill_after_checkpoint(start(stage, *common, "--name", "same-killed"), folder)
+    killed_after_checkpoint(stage, *common, "--name", "same-killed")
     assert nanoghost(stage, *common, "--name", "same-killed")[0] == 0
     assert losses("same-killed", stage) == losses("same-whole", stage)
 
