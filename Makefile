@@ -22,7 +22,7 @@ chat: .venv/installed  ## talk to the model finished last
 
 test: .venv/installed  ## run the tests
 	$(BIN)/ruff check --quiet nanoghost tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 parity: .venv/installed  ## compare models with transformers, peft and llama.cpp (installs them, builds one: minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'

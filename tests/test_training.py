@@ -24,17 +24,19 @@ def start(*words):
 
 
 KILLS_ITSELF = """
-import os, signal, sys
+import os, signal, sys, time
 from nanoghost import cli
 from nanoghost.runs import ModelFolder
 
-append, after = ModelFolder.append_event, []
+append, steps = ModelFolder.append_event, []
 
 def append_or_die(folder, event):
-    if list(folder.path.glob("state/*/manifest.json")):
-        after.append(event)
-    if len(after) > 3:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if "loss" in event:
+        steps.append(event)
+        while len(steps) == 4 and not list(folder.path.glob("state/*/manifest.json")):
+            time.sleep(0.01)
+        if len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
     return append(folder, event)
 
 ModelFolder.append_event = append_or_die
@@ -43,7 +45,7 @@ cli.main(sys.argv[1:])
 
 
 def killed_after_checkpoint(*words):
-    """The command ends by SIGKILL when a checkpoint is there and three more events have been logged."""
+    """The command ends by SIGKILL in its seventh step, when a checkpoint of the first four is there."""
     command = [sys.executable, "-c", KILLS_ITSELF, *map(str, words), "--checkpoint-seconds", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
