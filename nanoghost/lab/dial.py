@@ -1,7 +1,8 @@
 """`nanoghost lab dial`: is what the dial chooses for the minutes one has the best that could be chosen?
 
-Every choice of layers and vocabulary is trained for the same minutes by `pretrain` itself, and judged on the validation text. The
-dial's own choice stands among them; how far it is from the best is told in percent of the bits per byte.
+Every choice of layers and vocabulary is trained by `pretrain` itself for as many steps as this machine makes of it in those
+minutes, and judged on the validation text. The dial's own choice stands among them; how far it is from the best is told in percent of
+the bits per byte. Steps are timed beforehand, all choices in turn: what disturbs a run later changes no figure.
 """
 
 import json
@@ -14,12 +15,22 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost import machine
+from nanoghost.bench.pretrain import step_of
+from nanoghost.data.batches import Batches
+from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
 from nanoghost.lists import numbers
+from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, home, read_json, write_json
+from nanoghost.tasks.mix import example_texts
 from nanoghost.train import pretrain
+from nanoghost.train.recipe import groups, model_config
+
+CONTEXT, BATCH = pretrain.PretrainSettings.context, pretrain.PretrainSettings.batch
+TOKENS = CONTEXT * BATCH  # of a step
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -43,31 +54,54 @@ def command(settings: DialSettings) -> None:
     if ",".join(f"{depth}x{vocabulary}" for depth, vocabulary in choices) != settings.choices:
         raise UserError(f"--choices are like 4x4096,6x4096 (layers x vocabulary), not '{settings.choices}'")
     source, display, rows = open_source(settings.data), Display(), []
+    folder = home() / "lab" / "dial" / source.fingerprint[:8]
+    usual = {m: (pretrain.depth_here(m, 1)[0], pretrain.PretrainSettings.vocab_size) for m in minutes}
+    rates = tokens_per_second(source, sorted({*choices, *usual.values()}), folder, display)
     for m in minutes:
-        usual = (pretrain.depth_here(m, 1)[0], pretrain.PretrainSettings.vocab_size)
-        for depth, vocabulary in sorted({*choices, usual}):
-            runs = [run(settings.data, source, m, depth, vocabulary, seed, display) for seed in range(settings.seeds)]
-            mean = {key: statistics.mean(r[key] for r in runs) for key in ("validation_bpb", "bpb", "seconds", "steps")}
-            rows.append({"minutes": m, "depth": depth, "vocabulary": vocabulary, "dial": (depth, vocabulary) == usual, **mean})
+        for choice in sorted({*choices, usual[m]}):
+            steps = max(1, round(m * 60 * rates[choice] / TOKENS))
+            runs = [run(settings.data, folder, *choice, steps, seed, display) for seed in range(settings.seeds)]
+            mean = {key: statistics.mean(r[key] for r in runs) for key in ("validation_bpb", "bpb")}
+            rows.append({"minutes": m, "depth": choice[0], "vocabulary": choice[1], "dial": choice == usual[m], "steps": steps, **mean})
     for row in rows:
         best = min(r["validation_bpb"] for r in rows if r["minutes"] == row["minutes"])
         row["from_best"] = row["validation_bpb"] / best - 1
-    table = Table("minutes", "layers", "vocabulary", "", "validation bpb", "from the best", "test bpb", "seconds", "steps")
+    table = Table("minutes", "layers", "vocabulary", "", "steps", "validation bpb", "from the best", "test bpb")
     for r in rows:
-        figures = f"{r['validation_bpb']:.4f}", f"{r['from_best']:+.1%}", f"{r['bpb']:.4f}", f"{r['seconds']:.0f}", f"{r['steps']:.0f}"
-        table.add_row(f"{r['minutes']:g}", str(r["depth"]), f"{r['vocabulary']:,}", "the dial" if r["dial"] else "", *figures)
+        figures = f"{r['validation_bpb']:.4f}", f"{r['from_best']:+.1%}", f"{r['bpb']:.4f}"
+        table.add_row(f"{r['minutes']:g}", str(r["depth"]), f"{r['vocabulary']:,}", "the dial" if r["dial"] else "", str(r["steps"]), *figures)
     Console(stderr=True).print(table)
     if settings.json:
         print(json.dumps({"rows": rows}))
 
 
-def run(data: str, source, minutes: float, depth: int, vocabulary: int, seed: int, display) -> dict:
+def tokens_per_second(source, choices: list[tuple[int, int]], folder, display) -> dict[tuple[int, int], float]:
+    """Of whole steps; the median of ROUNDS in which all that are not known yet take turns."""
+    path = folder / "rates.json"
+    known = read_json(path) if path.exists() else {}
+    works = {}
+    for depth, vocabulary in choices:
+        if f"{depth}x{vocabulary}" not in known:
+            tokenizer = tokenizer_for(source, vocabulary, display.say, example_texts())
+            text = tokenise(source, tokenizer).tokens("train")
+            model = pretrain.make_model(model_config("ghost", depth, tokenizer.vocab_size, CONTEXT), tokenizer)
+            optimizer = Optimizer(model, groups(model.config.width), machine.compute_dtype())
+            works[f"{depth}x{vocabulary}"] = step_of(model, optimizer, Batches(text, CONTEXT, BATCH, 0), steps=4)
+    display.say("how fast are they? ..." if works else "how fast they are is known")
+    rounds = [{name: work() for name, work in works.items()} for _ in range(ROUNDS + 1)][1:]  # the first one allocates
+    known |= {name: statistics.median(r[name] for r in rounds) for name in works}
+    write_json(path, known)
+    return {(depth, vocabulary): known[f"{depth}x{vocabulary}"] for depth, vocabulary in choices}
+
+
+def run(data: str, folder, depth: int, vocabulary: int, steps: int, seed: int, display) -> dict:
     """Figures of one run; from its file if it was made before. Ctrl-C loses nothing: it goes on where it was."""
-    label = f"{source.fingerprint[:8]}-{minutes:g}-{depth}x{vocabulary}-{seed}"
-    path = home() / "lab" / "dial" / f"{label}.json"
+    label = f"{depth}x{vocabulary}-{steps}-{seed}"
+    path = folder / f"{label}.json"
     if not path.exists():
-        asked = pretrain.PretrainSettings(name=f"dial-{label}", data=data, depth=depth, vocab_size=vocabulary, minutes=minutes, seed=seed)
-        figures = pretrain.main(asked, display) or ModelFolder(asked.name).card["figures"]
+        name = f"dial-{folder.name}-{label}"
+        asked = pretrain.PretrainSettings(name=name, data=data, depth=depth, vocab_size=vocabulary, steps=steps, seed=seed)
+        figures = pretrain.main(asked, display) or ModelFolder(name).card["figures"]
         write_json(path, figures)
-        shutil.rmtree(ModelFolder(asked.name).path)
+        shutil.rmtree(ModelFolder(name).path)
     return read_json(path)
