@@ -1,4 +1,4 @@
-"""The figures of docs/scale.md: python -m tests.scale_figures [gloo] [resume] [checkpoints] [processes]. Minutes each, on an idle machine."""
+"""The figures of docs/scale.md: python -m tests.scale_figures [gloo] [resume] [checkpoints] [processes] [weak]. Minutes each, on an idle machine."""
 
 import json
 import os
@@ -15,9 +15,10 @@ SIZE = ["--arch", "llama", "--depth", "5", "--vocab-size", "5632", "--compile", 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def trained(name: str, *words: str, processes: int = 1) -> dict:
+def trained(name: str, *words: str, processes: int = 1, **environment: str) -> dict:
     start = [sys.executable, *(TORCHRUN if processes > 1 else []), "-m", "nanoghost"]
-    done = subprocess.run([*start, "pretrain", "--name", name, *words, "--json", "--force"], capture_output=True, text=True)
+    command = [*start, "pretrain", "--name", name, *words, "--json", "--force"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -36,6 +37,18 @@ def processes() -> None:
         one, two = (max(r) for r in rates.values())
         print(f"{what}, {figures['parameters']:,} parameters, {batch} rows of 256: one process {one:,.0f} tokens/s, two {two:,.0f}: {two / one:.2f} times;"
               f" last loss {losses[1]:.4f} and {losses[2]:.4f}", flush=True)  # fmt: skip
+
+
+def weak() -> None:
+    """Tokens a second: one process with one thread and 16 rows, two of them with 32; in turn, the better of two."""
+    rates = {1: [], 2: []}
+    for _ in range(2):
+        for count in rates:
+            sizes = ["--batch", str(16 * count), "--micro-batch", "16", "--steps", "20"]
+            figures = trained(f"w{count}", *SIZE, *sizes, processes=count, OMP_NUM_THREADS="1")
+            rates[count].append(figures["tokens"] / figures["seconds"])
+    one, two = (max(r) for r in rates.values())
+    print(f"16 rows of 256 for each process: one {one:,.0f} tokens/s, two {two:,.0f}: {two / one / 2:.0%} of twice as many")
 
 
 def checkpoints(seconds: float = 30.0, pairs: int = 4) -> None:
@@ -154,6 +167,6 @@ def resume() -> None:
 
 
 if __name__ == "__main__":
-    parts = {"gloo": gloo, "resume": resume, "checkpoints": checkpoints, "processes": processes}  # what forks comes first
+    parts = {"gloo": gloo, "resume": resume, "checkpoints": checkpoints, "processes": processes, "weak": weak}  # what forks comes first
     for part in sys.argv[1:] or parts:
         parts[part]()

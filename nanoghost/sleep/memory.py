@@ -78,7 +78,7 @@ def write(person: Person, settings: MemorySettings) -> None:
         relation = person.row(settings.correct[0])["relation"]
     said = person.say("user", f"My {relation} is {value}.")
     person.write_ledger(extract.merge(person.ledger, [(said, [(relation.strip(), value.strip())])])[0])
-    Display().say(f"written down; the next night learns it: `nanoghost sleep --person {person.name}`")
+    Display().say(f"written down: {statement(relation.strip(), value.strip())} The next night learns it: `nanoghost sleep --person {person.name}`")
 
 
 def forget(person: Person, settings: MemorySettings) -> None:

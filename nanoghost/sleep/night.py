@@ -142,7 +142,8 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
     shutil.rmtree(folder / "state", ignore_errors=True)
     display.say(
         f"night {number}: {'kept' if not reasons else 'rolled back: ' + '; '.join(reasons)}; recalls {after['recall']:.0%} of"
-        f" {len(rows)} facts in wordings kept back ({before['recall']:.0%} before)\nreport: {folder / 'report.html'}"
+        f" {len(rows)} facts in wordings kept back ({before['recall']:.0%} before)"
+        f"{''.join(chr(10) + 'not known on waking: ' + text for text in after['missed'])}\nreport: {folder / 'report.html'}"
     )
     return {k: record[k] for k in ("number", "committed", "reasons", "rows", "thought", "trained", "before", "after")}
 
