@@ -95,8 +95,14 @@ def test_too_long_a_program_is_not_started():
 # ── what it must hold ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture(scope="module")
+def every_character():
+    """Hypothesis makes its table of all characters in 200 MB of this process, once: before memory is looked at."""
+    settings(max_examples=1, database=None)(given(st.text())(lambda text: None))()
+
+
 @pytest.fixture(autouse=True)
-def unharmed(python_sandbox, home, tmp_path, monkeypatch):
+def unharmed(every_character, python_sandbox, home, tmp_path, monkeypatch):
     """Plants secrets, and looks afterwards whether this process is as it was."""
     monkeypatch.setenv("NANOGHOST_SECRET", SECRET)
     (tmp_path / "secret.txt").write_text(SECRET)
