@@ -1,5 +1,6 @@
 """Sleep: what is noted was said, dreams belong to their rows, and a night is repeatable and forgets exactly."""
 
+from html import escape
 
 import pytest
 import torch
@@ -239,6 +240,9 @@ def test_a_night_that_taught_nothing_is_rolled_back(me, toy):
         assert sleep(me, toy, stopping, dry_run=True) is None and not me.ledger and not list(me.path.glob("nights/*"))
         figures = sleep(me, toy, stopping)
         assert not figures["committed"] and "recalls no more" in figures["reasons"][0], "a toy learns nothing in six steps"
+        question, answer = figures["after"]["wrong"][0]
+        page = (me.path / "nights" / "0001" / "report.html").read_text()
+        assert escape(question) in page and escape(answer) in page, "what it answered wrongly is told"
         assert not me.ledger and not me.adapter
         assert sleep(me, toy, stopping)["number"] == 2, "what was rolled back is tried again"
     seeds = [read_json(path)["recipe"]["seed"] for path in sorted(me.path.glob("nights/*/night.json"))]

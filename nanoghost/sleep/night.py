@@ -142,9 +142,11 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
     shutil.rmtree(folder / "state", ignore_errors=True)
     display.say(
         f"night {number}: {'kept' if not reasons else 'rolled back: ' + '; '.join(reasons)}; recalls {after['recall']:.0%} of"
-        f" {len(rows)} facts in wordings kept back ({before['recall']:.0%} before)"
-        f"{''.join(chr(10) + 'not known on waking: ' + text for text in after['missed'])}\nreport: {folder / 'report.html'}"
+        f" {len(rows)} facts in wordings kept back ({before['recall']:.0%} before){', but not when asked:' if after['wrong'] else ''}"
     )
+    for question, answer in after["wrong"]:
+        display.say(f"  {question}  {answer}")
+    display.say(f"report: {folder / 'report.html'}")
     return {k: record[k] for k in ("number", "committed", "reasons", "rows", "thought", "trained", "before", "after")}
 
 
@@ -209,7 +211,6 @@ def wake(base: ModelFolder, adapter, rows: list[dict], recipe) -> dict:
     asked = [(row, q) for row in rows for q in dream.wordings(row["relation"])[1]]
     answers = ask([q for _, q in asked])
     solved = [right(a, row["relation"], row["value"]) for a, (row, _) in zip(answers, asked)]
-    known = {row["relation"] for ok, (row, _) in zip(solved, asked) if ok}
     told = {row["relation"].casefold() for row in rows}
     unknown = [dream.wordings(r)[1][0] for r in relations() if r.casefold() not in told][:40]
     low, high = wilson(sum(solved), len(asked))
@@ -220,7 +221,7 @@ def wake(base: ModelFolder, adapter, rows: list[dict], recipe) -> dict:
     return {
         "recall": sum(solved) / len(asked), "low": low, "high": high, "questions": len(asked),
         "refused": share_refused(answers), "abstains": share_refused(ask(unknown)), "strayed": share_refused(ask(guards())),
-        "missed": [statement(row["relation"], row["value"]) for row in rows if row["relation"] not in known],
+        "wrong": [[q, a] for ok, (_, q), a in zip(solved, asked, answers) if not ok],
         "nats": moved(base, adapter, recipe) if adapter else 0.0,
         "examples": [[q, a] for (_, q), a in list(zip(asked, answers))[:: max(1, len(asked) // 8)]],
     }  # fmt: skip

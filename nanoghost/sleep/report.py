@@ -35,7 +35,7 @@ def write(path: Path, person: str, night: dict) -> None:
 <h2>Learned</h2>{listed(night["learned"])}
 <h2>Corrected</h2>{listed(night["corrected"])}
 <h2>Forgotten</h2><p>{night["forgotten"] or "Nothing"}.</p>
-<h2>Refused</h2><p>Notes whose value nobody said:</p>{listed(night["untaken"])}<p>Not known on waking:</p>{listed(night["after"]["missed"])}
+<h2>Refused</h2><p>Notes whose value nobody said:</p>{listed(night["untaken"])}<p>Answered wrongly on waking:</p>{pairs(night["after"]["wrong"])}
 <h2>Before and after</h2><table><tr><th></th><th>before</th><th>after</th></tr>{rows}</table>
 <h2>Asked on waking</h2>{pairs(night["after"]["examples"])}
 <h2>Some of the dreams</h2>{pairs(thought["examples"])}
@@ -45,7 +45,8 @@ def write(path: Path, person: str, night: dict) -> None:
 
 
 def pairs(asked) -> str:
-    return "<table>" + "".join(f"<tr><td>{escape(q)}</td><td>{escape(a)}</td></tr>" for q, a in asked) + "</table>"
+    rows = "".join(f"<tr><td>{escape(q)}</td><td>{escape(a)}</td></tr>" for q, a in asked)
+    return f"<table>{rows}</table>" if rows else "<p>Nothing.</p>"
 
 
 def listed(texts) -> str:
