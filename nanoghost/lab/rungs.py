@@ -50,6 +50,8 @@ class Rung:
     """NorMuon's scaling of rows, and decay where it agrees with the update; False: plain Muon."""
     momentum: bool = True
     """Muon's momentum grows over the first 30%."""
+    iterations: int = 5
+    """Of Newton-Schulz in a step of Muon."""
     untied: bool = True
     """The head is not the embedding, and each has its own learning rate and start."""
     shortcut: bool = True
@@ -63,8 +65,9 @@ class Rung:
     pointers: int = 2
     """1: the next token may be copied from the context; 2: it may also be a letter of a word there."""
     vocab_size: int = 4096
-    depth: int = 4
-    width: int = 256
+    depth: int = 2
+    """What the dial chooses for runs as short as the ledger's."""
+    width: int = 128
     head_width: int = 64
     context: int = 256
     rows: int = 16
@@ -118,9 +121,11 @@ SYSTEM = ("2019", "+ products in bf16")  # rungs that change the time of a step 
 TRIED = {  # each on top of today's recipe
     "vocabulary of 2,048": {"vocab_size": 2048},
     "vocabulary of 8,192": {"vocab_size": 8192},
-    "2 layers of 384": {"depth": 2, "width": 384},
-    "6 layers of 192": {"depth": 6, "width": 192},
-    "heads of 128": {"head_width": 128},
+    "1 layer of 192": {"depth": 1, "width": 192},
+    "2 layers of 256": {"width": 256},
+    "3 layers of 192": {"depth": 3, "width": 192},
+    "4 layers of 128": {"depth": 4},
+    "a head of 128": {"head_width": 128},
     "8 rows a step": {"rows": 8},
     "32 rows a step": {"rows": 32},
     "more and more rows": {"row_ramp": True},
@@ -129,6 +134,7 @@ TRIED = {  # each on top of today's recipe
     "the rate falls from the start": {"cooldown": 1.0},
     "the rate falls over 40%": {"cooldown": 0.4},
     "the rate falls to a tenth": {"floor": 0.1},
+    "3 iterations of Newton-Schulz": {"iterations": 3},
     "softcap of 15": {"softcap": 15.0},
     "decay on tables": {"table_decay": 0.1},
     "65,536 pairs": {"ngrams": 65536},
@@ -336,13 +342,15 @@ class PlainMuon(Bucket):
 
     def _muon(self, g, momentum, time):
         self.moment1.lerp_(g, 1 - momentum)
-        return orthogonalize(g.lerp_(self.moment1, momentum).to(self.compute_dtype)).float()
+        return orthogonalize(g.lerp_(self.moment1, momentum).to(self.compute_dtype), self.iterations).float()
 
 
 class RungOptimizer(Optimizer):
     def __init__(self, model: RungModel, scale: float):
         self.bucket = Bucket if model.rung.rows_alike else PlainMuon
         super().__init__(model, groups(model.rung, scale), getattr(torch, model.rung.dtype))
+        for bucket in self.buckets.values():
+            bucket.iterations = model.rung.iterations
 
 
 def groups(rung: Rung, scale: float) -> dict[str, Group]:

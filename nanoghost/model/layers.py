@@ -191,26 +191,20 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, targets_N):
         probs_NV = torch.empty(len(hidden_ND), len(head_VD), dtype=hidden_ND.dtype, device=hidden_ND.device)
-        for i in range(0, len(hidden_ND), CHUNK):
-            s = slice(i, i + CHUNK)
-            probs_NV[s] = torch.softmax(hidden_ND[s] @ head_VD.T, 1)
+        for h, probs in zip(hidden_ND.split(CHUNK), probs_NV.split(CHUNK)):
+            torch.mm(h, head_VD.T, out=probs)
+            torch.softmax(probs, 1, out=probs)
         ctx.save_for_backward(hidden_ND, head_VD, targets_N, probs_NV)
         return probs_NV.gather(1, targets_N[:, None])[:, 0].float().clamp_min_(1e-30).log_()
 
     @staticmethod
     def backward(ctx, grad_N):
         hidden_ND, head_VD, targets_N, probs_NV = ctx.saved_tensors
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        head_learns = ctx.needs_input_grad[1]
-        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if head_learns else None
-        for i in range(0, len(hidden_ND), CHUNK):
-            s = slice(i, i + CHUNK)
-            g = grad_N[s, None].to(hidden_ND.dtype)
-            grad_logits = (probs_NV[s] * -g).scatter_add_(1, targets_N[s, None], g)  # g (onehot - p)
-            grad_hidden_ND[s] = grad_logits @ head_VD
-            if head_learns:
-                grad_head_VD += grad_logits.T @ hidden_ND[s]
-        return grad_hidden_ND, grad_head_VD.to(head_VD.dtype) if head_learns else None, None
+        g = grad_N[:, None].to(hidden_ND.dtype)
+        # g (onehot - p), where p was: a fresh tensor of this size costs as much as the arithmetic
+        grad_logits_NV = probs_NV.mul_(-g).scatter_add_(1, targets_N[:, None], g)
+        grad_head_VD = grad_logits_NV.T @ hidden_ND if ctx.needs_input_grad[1] else None
+        return grad_logits_NV @ head_VD, grad_head_VD, None
 
 
 def token_logprobs(hidden_ND, head_VD, targets_N):

@@ -41,11 +41,11 @@ class Group:
     """Per step, times the learning rate."""
 
 
-def orthogonalize(g_NRC):
+def orthogonalize(g_NRC, iterations: int = len(POLAR_EXPRESS)):
     """Each (R, C) matrix U S V^T becomes nearly U V^T: its singular values go to about 1. Works in the given dtype."""
     x = g_NRC.mT if g_NRC.size(-2) > g_NRC.size(-1) else g_NRC
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in POLAR_EXPRESS[:iterations]:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if g_NRC.size(-2) > g_NRC.size(-1) else x
@@ -53,6 +53,8 @@ def orthogonalize(g_NRC):
 
 class Bucket:
     """Parameters of one kind and row shape as one flat tensor, updated together, sharded over the ranks."""
+
+    iterations = len(POLAR_EXPRESS)
 
     def __init__(self, parameters, group: Group, rank: int, world: int, compute_dtype):
         self.parameters, self.group, self.rank, self.world = parameters, group, rank, world
@@ -122,7 +124,7 @@ class Bucket:
 
     def _muon(self, g, momentum, time):
         self.moment1.lerp_(g, 1 - momentum)
-        u = orthogonalize(g.lerp_(self.moment1, momentum).to(self.compute_dtype)).float()  # Nesterov
+        u = orthogonalize(g.lerp_(self.moment1, momentum).to(self.compute_dtype), self.iterations).float()  # Nesterov
         size = u.norm(dim=(-2, -1), keepdim=True)
         self.moment2.lerp_(u.square().mean(-1, keepdim=True), 1 - self.group.beta2)
         u = u * torch.rsqrt(self.moment2 / (1 - self.group.beta2**time) + 1e-10)

@@ -19,11 +19,11 @@ def depth_for(minutes: float | None, gflops_per_second: float = REFERENCE) -> tu
 
 
 def model_config(arch: str, depth: int, vocab_size: int, context: int):
-    """Width is 64 x depth, rounded up to whole heads of 128 (ghost) or 64 (llama)."""
+    """Width is 64 x depth, in heads of 64."""
+    width = 64 * depth
     if arch == "llama":
-        width = 64 * depth
         return architecture("llama")[0](vocab_size, context, depth, width, depth, depth, -(-width * 8 // 3 // 64) * 64)
-    return GhostConfig(vocab_size=vocab_size, context=context, depth=depth, width=-(-64 * depth // 128) * 128)
+    return GhostConfig(vocab_size=vocab_size, context=context, depth=depth, width=width)
 
 
 LORA = Group("adamw", 5e-4, beta1=0.9, beta2=0.99)
