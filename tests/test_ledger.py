@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from nanoghost import machine
 from nanoghost.lab import dial, ledger, rungs
-from nanoghost.lab.ledger_page import shares_of
+from nanoghost.lab.ledger_page import factors_of
 from nanoghost.lab.rungs import Rung, RungModel, RungOptimizer
 from nanoghost.model import letters
 from nanoghost.model.ghost import Ghost, GhostConfig
@@ -148,23 +148,28 @@ def test_a_part_that_saves_half_of_the_tokens_counts_twice():
 
 def test_the_ladder_counts_from_its_first_rung():
     whole = rungs.ladder()
-    laws = {name: (5.0 - 0.1 * i, 2e-4) for i, name in enumerate(whole)}
-    laws |= dict.fromkeys(rungs.SYSTEM, (laws[ledger.FIRST][0], 4e-4))
-    target, climb = ledger.climbed(Lawful(laws), whole, [1, 2])
-    first = climb[ledger.FIRST]["seconds"]["mean"]
-    assert first <= ledger.LONGEST and math.isclose(climb["2019"]["seconds"]["mean"], 2 * first, rel_tol=1e-6), "its step takes twice as long"
-    assert all(r["seconds"]["mean"] > 0 for r in climb.values())
-    assert math.isclose(sum(shares_of(climb).values()), 1.0)
+    laws = {name: (5.0 - 0.1 * i, 5e-5) for i, name in enumerate(whole)}
+    laws |= dict.fromkeys(rungs.SYSTEM, (laws[ledger.FIRST][0], 1e-4))
+    marks, climb = ledger.climbed(Lawful(laws), whole, [1, 2])
+    first = climb[ledger.FIRST]["seconds"][0]["mean"]
+    assert first <= ledger.LONGEST and math.isclose(climb["2019"]["seconds"][0]["mean"], 2 * first, rel_tol=1e-6), "its step takes twice as long"
+    half = list(whole).index(ledger.HALF)
+    for i, r in enumerate(climb.values()):
+        assert [s is not None for s in r["seconds"]] == [i <= half, i >= half]
+    assert marks[1] < marks[0] and math.isclose(climb[ledger.HALF]["bpb"]["mean"] - marks[1], 0.2 * math.log(2), rel_tol=1e-6)
+    # by the law a rung saves as many tokens everywhere, so the factors multiply to the whole, but for the mean over two seeds
+    steps = math.exp(0.5 * (len(whole) - 1 - list(whole).index(ledger.FIRST)))
+    assert math.isclose(math.prod(factors_of(climb).values()), 2 * steps, rel_tol=1e-3)
 
 
 def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypatch, home):
-    small = {ledger.FIRST: toy(rungs.ladder()[ledger.FIRST]), "+ Muon": toy(rungs.ladder()["+ Muon"]), "today": toy(Rung())}
+    small = {ledger.FIRST: toy(rungs.ladder()[ledger.FIRST]), ledger.HALF: toy(rungs.ladder()[ledger.HALF]), "today": toy(Rung())}
     monkeypatch.setattr(ledger, "ladder", lambda: small)
     monkeypatch.setattr(ledger, "left_out", lambda: {"without values": replace(small["today"], values=False)})
     monkeypatch.setattr(ledger, "tried", lambda: {"more and more rows": replace(small["today"], row_ramp=True, rows=8)})
     step = TOY["rows"] * TOY["context"]
     monkeypatch.setattr(ledger, "example_texts", list)
-    for name, value in {"LENGTHS": tuple(step * n for n in (2, 4, 8, 16)), "LENGTH": step * 8, "TUNING": step * 4}.items():
+    for name, value in {"LENGTHS": tuple(step * n for n in (2, 4, 8, 16)), "LENGTH": step * 8, "SLOW": step * 16}.items():
         monkeypatch.setattr(ledger, name, value)
     words = ("lab", "ledger", "--data", toy_file, "--seeds", 2, "--json")
     code, out, err = nanoghost(*words, "--out", tmp_path / "ledger.md")

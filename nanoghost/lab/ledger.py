@@ -3,8 +3,8 @@
 Every rung (rungs.py) learns from the start, in runs of 45 seconds or less; its learning rate is chosen on the validation text with
 one seed, what is told is of the test text. Three groups:
 
-    the ladder   from a GPT-2 of 2019 to today's recipe, a part at a time: how long until the bits per byte that the first
-                 rung has after them
+    the ladder   from a GPT-2 of 2019 to today's recipe, a part at a time: how long until the bits per byte at which the first
+                 rung ends, and where that takes a few steps only, until those of the rung at half height
     left out     today's recipe without one part each, and how much sooner the whole recipe is where that ends
     tried        today's recipe with something else: the same
 
@@ -41,13 +41,15 @@ from nanoghost.progress import Display
 from nanoghost.runs import home, read_json, write_json
 from nanoghost.tasks.mix import example_texts
 
-TODAY, FIRST = "today", "+ loss in chunks"  # FIRST: what a step teaches is as in 2019, and it is as fast as today
+TODAY = "today"
+FIRST = "+ loss in chunks"  # what a step teaches is as in 2019, and it is as fast as today
+HALF = "+ momentum grows"  # the second mark is its own
 LONGEST = 45.0  # seconds of a run
-LENGTHS = tuple(STEP * n for n in (12, 24, 48, 96, 192))  # in tokens
+LENGTHS = tuple(STEP * n for n in (6, 12, 24, 48, 96, 192))  # in tokens
 LENGTH = STEP * 48  # of what is left out or tried
-TUNING = STEP * 24  # of a run that only chooses a learning rate
+SLOW = STEP * 192  # to choose a learning rate without Muon: after LENGTH it has hardly begun to learn
 RATIO = 1.6  # between learning rates that are tried
-ROUNDS = 4  # times that the steps of all rungs are timed, in turn
+ROUNDS = 6  # times that the steps of all rungs are timed, in turn
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Runs:
             return self.scale(FIRST, ladder()[FIRST])
 
         def bpb(power: int) -> float:
-            return self.run(name, rung, TUNING, RATIO**power, 0, "val")["bpb"]
+            return self.run(name, rung, LENGTH if rung.muon else SLOW, RATIO**power, 0, "val")["bpb"]
 
         best = 0
         for direction in (1, -1):
@@ -206,22 +208,24 @@ def mean_and_spread(values: list[float]) -> dict:
     return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
-def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[float, dict[str, dict]]:
-    """(bits per byte that all are to reach, figures of each rung of the ladder)."""
-    first = ladder()[FIRST]
-    longest = runs.longest(FIRST, first)
-    target = statistics.mean(runs.at(FIRST, first, longest, seed)["bpb"] for seed in seeds)
-    found = {}
+def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[list[float], dict[str, dict]]:
+    """(the two marks in bits per byte, figures of each rung of the ladder; its seconds to a mark that is not its own are None)."""
+    whole, marks, found = ladder(), [], {}
     for name, rung in asked.items():
         length = runs.longest(name, rung, LENGTH)
         some = seeds[:1] if name in SYSTEM else seeds
         bpb = mean_and_spread([runs.at(name, rung, length, seed)["bpb"] for seed in some])
-        of = (FIRST, first) if name in SYSTEM else (name, rung)  # what a step teaches is the same: only its time is measured
-        tokens = [longest if of[0] == FIRST else runs.tokens_to(target, *of, seed) for seed in seeds]
-        rate = runs.rate(name, rung)
-        seconds = mean_and_spread([n * rate for n in tokens]) if None not in tokens else None
-        found[name] = {"seconds": seconds, "bpb": bpb, "length": length, "rate": rate, "scale": runs.scale(name, rung)}
-    return target, found
+        found[name] = {"seconds": [None, None], "bpb": bpb, "length": length, "rate": runs.rate(name, rung), "scale": runs.scale(name, rung)}
+    half = list(whole).index(HALF)
+    for i, (mark, most, names) in enumerate(((FIRST, LENGTHS[-1], list(whole)[: half + 1]), (HALF, LENGTHS[-2], list(whole)[half:]))):
+        length = runs.longest(mark, whole[mark], most)
+        marks.append(statistics.mean(runs.at(mark, whole[mark], length, seed)["bpb"] for seed in seeds))
+        for name in (name for name in names if name in asked):
+            of = FIRST if name in SYSTEM else name  # what a step teaches is the same: only its time is measured
+            tokens = [length if of == mark else runs.tokens_to(marks[i], of, whole[of], seed) for seed in seeds]
+            if None not in tokens:
+                found[name]["seconds"][i] = mean_and_spread([n * found[name]["rate"] for n in tokens])
+    return marks, found
 
 
 def compared(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> dict[str, dict]:
@@ -253,9 +257,9 @@ def command(settings: LedgerSettings) -> None:
     runs, seeds = Runs(settings.data, Display()), list(range(1, settings.seeds + 1))  # seed 0 chose the learning rates
     whole = ladder()
     runs.time_all({FIRST: whole[FIRST], TODAY: list(whole.values())[-1]} | asked(whole | left_out() | tried()))
-    target, climb = climbed(runs, asked(ladder()), seeds) if asked(ladder()) else (None, {})
+    marks, climb = climbed(runs, asked(ladder()), seeds) if asked(ladder()) else ([], {})
     figures = {
-        "target": target, "ladder": climb, "left_out": compared(runs, asked(left_out()), seeds),
+        "marks": marks, "ladder": climb, "left_out": compared(runs, asked(left_out()), seeds),
         "tried": compared(runs, asked(tried()), seeds),
     }  # fmt: skip
     tell(figures)

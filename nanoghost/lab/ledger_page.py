@@ -14,13 +14,18 @@ def tables_of(figures: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """(what it shows, heads, rows) of each group that was run."""
     found, climb = [], figures["ladder"]
     if climb:
-        shares = shares_of(climb)
+        factors = factors_of(climb)
+        whole = sum(map(math.log, factors.values()))
         rows = [
-            [name, number(r["seconds"], ".1f"), f"{shares[name]:.0%}" if name in shares else "", number(r["bpb"], ".3f"), f"{r['rate'] * 1e6:.0f}", f"{r['scale']:.2f}"]
+            [
+                name, *(number(s, ".1f") if s else "" for s in r["seconds"]), f"{factors[name]:.2f}" if name in factors else "",
+                f"{math.log(factors[name]) / whole:.0%}" if name in factors else "", number(r["bpb"], ".3f"), f"{r['rate'] * 1e6:.0f}", f"{r['scale']:.2f}",
+            ]
             for name, r in climb.items()
-        ]
+        ]  # fmt: skip
         length = max(r["length"] for r in climb.values())
-        heads = ["on top of the one before", f"seconds to {figures['target']:.3f} bpb", "share", f"bpb after {length:,} tokens", "microseconds a token", "learning rate"]
+        marks = (f"seconds to {mark:.3f} bpb" for mark in figures["marks"])
+        heads = ["on top of the one before", *marks, "times as fast", "share", f"bpb after {length:,} tokens", "microseconds a token", "learning rate"]
         found.append(("The ladder", heads, rows))
     for group, title in (("left_out", "Today's recipe without"), ("tried", "Today's recipe with")):
         rows = [
@@ -33,13 +38,14 @@ def tables_of(figures: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     return found
 
 
-def shares_of(climb: dict) -> dict[str, float]:
-    """What part of the whole factor, by its logarithm, each rung brings over the one before."""
-    known = [(name, r["seconds"]["mean"]) for name, r in climb.items() if r["seconds"]]
-    if len(known) < 2 or known[0][1] == known[-1][1]:
-        return {}
-    whole = math.log(known[0][1] / known[-1][1])
-    return {name: math.log(before / after) / whole for (_, before), (name, after) in zip(known, known[1:])}
+def factors_of(climb: dict) -> dict[str, float]:
+    """How many times as fast as the one before each rung is, to the later mark that both reach."""
+    found, rungs = {}, list(climb.items())
+    for (_, before), (name, after) in zip(rungs, rungs[1:]):
+        both = [b["mean"] / a["mean"] for b, a in zip(before["seconds"], after["seconds"]) if b and a]
+        if both:
+            found[name] = both[-1]
+    return found
 
 
 def number(value: dict | None, form: str) -> str:
@@ -49,9 +55,8 @@ def number(value: dict | None, form: str) -> str:
 def summary(figures: dict) -> list[str]:
     """What follows from the tables, in sentences."""
     climb, left, said = figures["ladder"], figures["left_out"], []
-    known = [r["seconds"]["mean"] for r in climb.values() if r["seconds"]]
-    if len(known) > 1:
-        said.append(f"From the first rung to the last: {known[0] / known[-1]:.1f} times as fast to {figures['target']:.3f} bits per byte.")
+    if factors := factors_of(climb):
+        said.append(f"From the first rung to the last: {math.prod(factors.values()):.0f} times as fast.")
     times = [r["times"]["mean"] for r in left.values() if r["times"]]
     if times and len(times) == len(left):
         said.append(f"The product of what is lost by leaving out one part each: {math.prod(times):.1f}.")
@@ -81,9 +86,10 @@ def write(path: Path, figures: dict, command: str) -> None:
 
 def picture(figures: dict) -> str:
     charts = []
-    seconds = {name: r["seconds"] for name, r in figures["ladder"].items() if r["seconds"]}
-    if seconds:
-        charts.append((f"Seconds to {figures['target']:.2f} bits per byte", seconds, 1.0, "{:.1f}"))
+    for i, mark in enumerate(figures["marks"]):
+        seconds = {name: r["seconds"][i] for name, r in figures["ladder"].items() if r["seconds"][i]}
+        if seconds:
+            charts.append((f"Seconds to {mark:.2f} bits per byte", seconds, 1.0, "{:.1f}"))
     for group, title in (("left_out", "Times as long"), ("tried", "Times as long")):
         times = {name: r["times"] for name, r in figures[group].items() if r["times"]}
         if times:

@@ -95,20 +95,20 @@ OF_2019 = Rung(
     muon=False, rows_alike=False, momentum=False, untied=False, shortcut=False, values=False, ngrams=0, letters=False, pointers=0,
 )  # fmt: skip
 
-LADDER = {  # each on top of those before; together they make today's recipe
+LADDER = {  # each on top of those before; together they make today's recipe. What makes it learn sooner comes first
     "2019": {},
     "+ products in bf16": {"dtype": "bfloat16"},  # where that is fast
     "+ loss in chunks": {"chunks": True},
+    "+ Muon": {"muon": True},
+    "+ start at 0": {"zeros": True},
+    "+ a head of its own": {"untied": True},
     "+ the rate falls to 0": {"decline": True},
+    "+ NorMuon, cautious decay": {"rows_alike": True},
+    "+ momentum grows": {"momentum": True},
     "+ RMSNorm, no biases": {"rms": True},
     "+ rotary positions": {"rotary": True},
     "+ QK-norm": {"qk_norm": True},
     "+ ReLU squared": {"relu_squared": True},
-    "+ start at 0": {"zeros": True},
-    "+ Muon": {"muon": True},
-    "+ NorMuon, cautious decay": {"rows_alike": True},
-    "+ momentum grows": {"momentum": True},
-    "+ a head of its own": {"untied": True},
     "+ embedding shortcut": {"shortcut": True},
     "+ value embeddings": {"values": True},
     "+ table of pairs": {"ngrams": 32768},

@@ -31,6 +31,8 @@ class PretrainSettings(stage.StageSettings):
     """Text to learn: plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, or a mixture (plays=0.7,notes/=0.3)."""
     depth: int | None = None
     """The dial: layers; sets width, heads and learning rates. Default: what learns most in the given minutes."""
+    dial_minutes: float | None = None
+    """Choose the layers for this many minutes instead: more training will follow."""
     arch: Literal["ghost", "llama"] = "ghost"
     """A ghost learns fastest, a llama runs in other engines."""
     vocab_size: int = 4096
@@ -78,7 +80,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         clock = stage.Clock(0.0)
         passes = Fitting(settings.micro_batch, display.say)
         if "depth" not in run.card:
-            depth, reason = (settings.depth, "as asked") if settings.depth else depth_here(minutes, world)
+            depth, reason = (settings.depth, "as asked") if settings.depth else depth_here(settings.dial_minutes or minutes, world)
             run.note(depth=depth, depth_reason=reason)
         config = model_config(settings.arch, run.card["depth"], tokenizer.vocab_size, settings.context)
 
@@ -148,6 +150,8 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
 def check(settings: PretrainSettings, world: int) -> None:
     if settings.batch % world:
         raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
+    if settings.dial_minutes is not None and settings.dial_minutes <= 0:
+        raise UserError("--dial-minutes must be positive")
 
 
 def depth_here(minutes: float | None, world: int) -> tuple[int, str]:
