@@ -47,7 +47,7 @@ HALF = "+ momentum grows"  # the second mark is its own
 LONGEST = 45.0  # seconds of a run
 LENGTHS = tuple(STEP * n for n in (6, 12, 24, 48, 96, 192))  # in tokens
 LENGTH = STEP * 48  # of what is left out or tried
-SLOW = STEP * 192  # to choose a learning rate without Muon: after LENGTH it has hardly begun to learn
+SLOW = STEP * 192  # to choose a learning rate for FIRST, which has hardly begun to learn after LENGTH
 RATIO = 1.6  # between learning rates that are tried
 ROUNDS = 6  # times that the steps of all rungs are timed, in turn
 
@@ -172,7 +172,7 @@ class Runs:
             return self.scale(FIRST, ladder()[FIRST])
 
         def bpb(power: int) -> float:
-            return self.run(name, rung, LENGTH if rung.muon else SLOW, RATIO**power, 0, "val")["bpb"]
+            return self.run(name, rung, SLOW if name == FIRST else LENGTH, RATIO**power, 0, "val")["bpb"]
 
         best = 0
         for direction in (1, -1):
