@@ -45,9 +45,10 @@ TODAY = "today"
 FIRST = "+ loss in chunks"  # what a step teaches is as in 2019, and it is as fast as today
 HALF = "+ momentum grows"  # the second mark is its own
 LONGEST = 45.0  # seconds of a run
-LENGTHS = tuple(STEP * n for n in (6, 12, 24, 48, 96, 192))  # in tokens
-LENGTH = STEP * 48  # of what is left out or tried
-SLOW = STEP * 192  # to choose a learning rate for FIRST, which has hardly begun to learn after LENGTH
+LENGTHS = tuple(STEP * n for n in (6, 12, 24, 48, 96, 144, 192))  # in tokens
+LENGTH = STEP * 96  # of what is left out or tried: after half of that, layers do not matter yet
+TUNING = STEP * 48  # to choose a learning rate
+SLOW = STEP * 192  # to choose a learning rate for FIRST, which has hardly begun to learn after TUNING
 RATIO = 1.6  # between learning rates that are tried
 ROUNDS = 6  # times that the steps of all rungs are timed, in turn
 
@@ -172,7 +173,7 @@ class Runs:
             return self.scale(FIRST, ladder()[FIRST])
 
         def bpb(power: int) -> float:
-            return self.run(name, rung, SLOW if name == FIRST else LENGTH, RATIO**power, 0, "val")["bpb"]
+            return self.run(name, rung, SLOW if name == FIRST else TUNING, RATIO**power, 0, "val")["bpb"]
 
         best = 0
         for direction in (1, -1):
@@ -217,7 +218,7 @@ def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[list[
         bpb = mean_and_spread([runs.at(name, rung, length, seed)["bpb"] for seed in some])
         found[name] = {"seconds": [None, None], "bpb": bpb, "length": length, "rate": runs.rate(name, rung), "scale": runs.scale(name, rung)}
     half = list(whole).index(HALF)
-    for i, (mark, most, names) in enumerate(((FIRST, LENGTHS[-1], list(whole)[: half + 1]), (HALF, LENGTHS[-2], list(whole)[half:]))):
+    for i, (mark, most, names) in enumerate(((FIRST, LENGTHS[-1], list(whole)[: half + 1]), (HALF, LENGTH, list(whole)[half:]))):
         length = runs.longest(mark, whole[mark], most)
         marks.append(statistics.mean(runs.at(mark, whole[mark], length, seed)["bpb"] for seed in seeds))
         for name in (name for name in names if name in asked):
