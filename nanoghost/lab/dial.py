@@ -19,6 +19,7 @@ from nanoghost.bench.pretrain import step_of
 from nanoghost.data.batches import Batches
 from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
+from nanoghost.doctor import matmul_gflops_per_second
 from nanoghost.errors import UserError
 from nanoghost.lists import numbers
 from nanoghost.optim.optimizer import Optimizer
@@ -26,7 +27,7 @@ from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, home, read_json, write_json
 from nanoghost.tasks.mix import example_texts
 from nanoghost.train import pretrain
-from nanoghost.train.recipe import groups, model_config
+from nanoghost.train.recipe import depth_for, groups, model_config
 
 CONTEXT, BATCH = pretrain.PretrainSettings.context, pretrain.PretrainSettings.batch
 TOKENS = CONTEXT * BATCH  # of a step
@@ -55,7 +56,7 @@ def command(settings: DialSettings) -> None:
         raise UserError(f"--choices are like 4x4096,6x4096 (layers x vocabulary), not '{settings.choices}'")
     source, display, rows = open_source(settings.data), Display(), []
     folder = home() / "lab" / "dial" / source.fingerprint[:8]
-    usual = {m: (pretrain.depth_here(m, 1)[0], pretrain.PretrainSettings.vocab_size) for m in minutes}
+    usual = {m: (depth_for(m, products(folder))[0], pretrain.PretrainSettings.vocab_size) for m in minutes}
     rates = tokens_per_second(source, sorted({*choices, *usual.values()}), folder, display)
     for m in minutes:
         for choice in sorted({*choices, usual[m]}):
@@ -73,6 +74,14 @@ def command(settings: DialSettings) -> None:
     Console(stderr=True).print(table)
     if settings.json:
         print(json.dumps({"rows": rows}))
+
+
+def products(folder) -> float:
+    """GFLOP/s of matrix products, as they were when the dial was first asked here."""
+    path = folder / "products.json"
+    if not path.exists():
+        write_json(path, {"gflops_per_second": matmul_gflops_per_second(machine.compute_dtype(), 1.0)})
+    return read_json(path)["gflops_per_second"]
 
 
 def tokens_per_second(source, choices: list[tuple[int, int]], folder, display) -> dict[tuple[int, int], float]:
