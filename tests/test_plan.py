@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanoghost import doctor, speedrun
 from nanoghost.errors import UserError
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
@@ -129,3 +130,12 @@ def test_a_minute_is_worth_what_the_machine_does_in_it():
     assert depth_for(4.0, 380.0)[0] == depth_for(10.0, 152.0)[0] == depth_for(0.4, 3800.0)[0]
     depths = [depth_for(minutes, rate)[0] for rate in (40.0, 400.0, 4e5) for minutes in (0.5, 4.0, 60.0, 600.0)]
     assert all(depths[i : i + 4] == sorted(depths[i : i + 4]) for i in (0, 4, 8)) and depths[1] < depths[5] < depths[9]
+
+
+def test_a_speedrun_chooses_its_layers_for_all_of_its_minutes(nanoghost, toy_file, home, monkeypatch):
+    monkeypatch.setattr(doctor, "matmul_gflops_per_second", lambda *_: 380.0)
+    base = speedrun.recipe(speedrun.SpeedrunSettings())[0][1]
+    assert base.dial_minutes > base.minutes and depth_for(base.dial_minutes)[0] > depth_for(base.minutes)[0]
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--steps", 1, "--dial-minutes", base.dial_minutes, "--vocab-size", 320)
+    assert code == 0, err
+    assert json.loads((home / "models" / "ghost-base" / "card.json").read_text())["depth"] == depth_for(base.dial_minutes)[0]

@@ -43,7 +43,7 @@ from nanoghost.tasks.mix import example_texts
 
 TODAY = "today"
 FIRST = "+ loss in chunks"  # what a step teaches is as in 2019, and it is as fast as today
-HALF = "+ momentum grows"  # the second mark is its own
+HALF = "+ momentum grows"  # where it ends is the second mark, for the rungs from there on
 LONGEST = 45.0  # seconds of a run
 LENGTHS = tuple(STEP * n for n in (6, 12, 24, 48, 96, 144, 192))  # in tokens
 LENGTH = STEP * 96  # of what is left out or tried: after half of that, layers do not matter yet
@@ -210,7 +210,7 @@ def mean_and_spread(values: list[float]) -> dict:
 
 
 def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[list[float], dict[str, dict]]:
-    """(the two marks in bits per byte, figures of each rung of the ladder; its seconds to a mark that is not its own are None)."""
+    """(the two marks in bits per byte, figures of each rung of the ladder; its seconds to a mark that is not its own are None, {} if LONGEST is too short)."""
     whole, marks, found = ladder(), [], {}
     for name, rung in asked.items():
         length = runs.longest(name, rung, LENGTH)
@@ -224,8 +224,7 @@ def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[list[
         for name in (name for name in names if name in asked):
             of = FIRST if name in SYSTEM else name  # what a step teaches is the same: only its time is measured
             tokens = [length if of == mark else runs.tokens_to(marks[i], of, whole[of], seed) for seed in seeds]
-            if None not in tokens:
-                found[name]["seconds"][i] = mean_and_spread([n * found[name]["rate"] for n in tokens])
+            found[name]["seconds"][i] = mean_and_spread([n * found[name]["rate"] for n in tokens]) if None not in tokens else {}
     return marks, found
 
 

@@ -18,7 +18,7 @@ def tables_of(figures: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         whole = sum(map(math.log, factors.values()))
         rows = [
             [
-                name, *(number(s, ".1f") if s else "" for s in r["seconds"]), f"{factors[name]:.2f}" if name in factors else "",
+                name, *("" if s is None else number(s, ".1f") for s in r["seconds"]), f"{factors[name]:.2f}" if name in factors else "",
                 f"{math.log(factors[name]) / whole:.0%}" if name in factors else "", number(r["bpb"], ".3f"), f"{r['rate'] * 1e6:.0f}", f"{r['scale']:.2f}",
             ]
             for name, r in climb.items()
