@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanoghost.data.batches import Batches, windows
+from nanoghost.data.mixture import MixedBatches
 from nanoghost.errors import UserError
 
 TOKENS = np.arange(1003, dtype=np.uint16)
@@ -36,6 +37,19 @@ def test_the_number_of_ranks_does_not_change_the_batch(world):
         for rank, batches in enumerate(ranks):
             parts[rank::world] = batches.at(step)[0]
         assert torch.equal(parts, whole.at(step)[0])
+
+
+def test_a_run_knows_how_often_it_reads_its_text():
+    batches = Batches(TOKENS, context=16, rows=4, seed=0)
+    for epoch in (1, 2, 5):
+        steps = round(epoch * batches.rows_per_epoch / 4)
+        seen = np.concatenate([batches.positions(step) // 16 for step in range(steps)])
+        assert batches.epochs_in(steps) == pytest.approx(epoch, abs=0.05)
+        assert np.bincount(seen)[1:-1].mean() == pytest.approx(epoch, abs=0.1)
+    parts = [{"tokens": 200, "weight": 1.0}, {"tokens": 803, "weight": 1.0}]
+    mixed = MixedBatches(TOKENS, parts, 16, 4, 0)
+    rows = np.array([part.rows_per_epoch for part in mixed.parts])
+    assert mixed.epochs_in(100) == pytest.approx(np.mean(200 / rows)), "half of the rows are from the short text"
 
 
 def test_an_epoch_visits_each_window_once():

@@ -59,7 +59,7 @@ def test_with_all_switches_on_it_is_the_ghost(tokenizer, text):
         for step in range(3):
             loss = -model.logprobs(*step_of(text, 4, 32, step)).mean()
             loss.backward()
-            optimizer.step(1.0, 0.9)
+            optimizer.step(1.0)
         models.append((loss, dict(model.named_parameters())))
     assert torch.equal(models[0][0], models[1][0])
     for name, p in models[0][1].items():
@@ -101,7 +101,8 @@ def lessons(rung: Rung, tokenizer, text) -> torch.Tensor:
         loss.backward()
         for group in model.parameter_groups().values():
             assert all(p.grad is not None for p in group)
-        optimizer.step(rungs.rate(rung, step / 4), 0.85 + 0.03 * step if rung.momentum else 0.95)
+        optimizer.momentum(rungs.momentum(rung, step / 4))
+        optimizer.step(rungs.rate(rung, step / 4))
         losses.append(loss.item())
     with torch.no_grad():
         return torch.tensor([*losses, -model.logprobs(*step_of(text, 4, 32, 9)).mean().item()])
@@ -183,6 +184,11 @@ def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypa
     code, again, err = nanoghost(*words)
     assert code == 0 and json.loads(again) == figures
     assert made == {path: path.stat().st_mtime_ns for path in (home / "lab" / "ledger").iterdir()}
+    code, out, err = nanoghost(*words, "--steps", 12, "--depth", 3)
+    assert code == 0, err
+    again = json.loads(out)["again"]
+    assert list(again) == ["today", "without values", "more and more rows"]
+    assert again["today"]["more_bpb"] == {"mean": 0, "spread": 0} and again["without values"]["more_bpb"]["mean"] != 0
     code, _, err = nanoghost(*words, "--rungs", "nonsense")
     assert code == 2 and "nonsense" in err
 

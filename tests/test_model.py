@@ -245,6 +245,26 @@ def tokenizer():
     return Tokenizer.train([toy_text(200)], V)
 
 
+def test_of_a_text_that_is_read_again_the_tables_meet_each_line_about_once():
+    model, tokens = fresh(GHOST).requires_grad_(False), torch.randint(V, (4, 24))
+    model.ngrams.normal_()
+    whole, found = model.looked_up(model.ngrams, tokens % 101), []
+    for seed in range(2000):
+        model.thin(4.0, seed)
+        found.append(model.looked_up(model.ngrams, tokens % 101) / whole)
+    found = torch.stack(found)
+    assert set(found.round().unique().tolist()) == {0.0, 4.0}, "left out, or scaled up by as much as others are left out"
+    assert_close(found.mean(0), torch.ones_like(whole), atol=0.25, rtol=0)
+    thinned = model.logprobs(tokens[:, :-1], tokens[:, 1:])
+    model.thin(4.0, 1999)
+    assert torch.equal(model.logprobs(tokens[:, :-1], tokens[:, 1:]), thinned), "the same seed leaves out the same rows"
+    with torch.no_grad():
+        tested = model.logprobs(tokens[:, :-1], tokens[:, 1:])
+        model.thin(1.0, 0)
+        assert torch.equal(model.logprobs(tokens[:, :-1], tokens[:, 1:]), tested), "who does not learn looks everything up"
+    assert not torch.equal(tested, thinned)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_model_comes_back_bit_for_bit(model, tokenizer, tmp_path, dtype):
     model.cast(dtype)

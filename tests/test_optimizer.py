@@ -13,7 +13,7 @@ from nanoghost.data.batches import Batches
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.optim.optimizer import POLAR_EXPRESS, Bucket, Group, Optimizer, orthogonalize
 from nanoghost.optim.ranks import volume
-from nanoghost.optim.schedule import learning_rate, momentum
+from nanoghost.optim.schedule import learning_rate
 from nanoghost.train.pretrain import train_step
 from nanoghost.train.recipe import groups
 from tests.ranks import in_ranks
@@ -74,12 +74,12 @@ def slow_orthogonalize(g):
 
 
 @torch.no_grad()
-def follow(bucket: Bucket, gradients, scales, momentums):
+def follow(bucket: Bucket, gradients, scales):
     """The bucket's parameters after each step on given gradients."""
-    for time, (gs, scale, mu) in enumerate(zip(gradients, scales, momentums), 1):
+    for time, (gs, scale) in enumerate(zip(gradients, scales), 1):
         for p, g in zip(bucket.parameters, gs):
             p.grad = g.clone()
-        bucket.step(scale, mu, time)
+        bucket.step(scale, time)
         yield [p.detach().clone() for p in bucket.parameters]
 
 
@@ -94,7 +94,7 @@ def test_adamw_is_torchs_adamw():
     theirs = [p.clone().requires_grad_() for p in start]
     optimizer = torch.optim.AdamW(theirs, lr=0.02, betas=(0.8, 0.95), eps=1e-10, weight_decay=0)
     scales = torch.linspace(1, 0, 100).tolist()
-    for step, after in enumerate(follow(ours, gradients, scales, [0.0] * 100)):
+    for step, after in enumerate(follow(ours, gradients, scales)):
         optimizer.param_groups[0]["lr"] = 0.02 * scales[step]
         for p, g in zip(theirs, gradients[step]):
             p.grad = g.clone()
@@ -109,16 +109,15 @@ def test_muon_is_a_loop_over_matrices(rows, columns):
     start = [torch.randn(3, rows, columns), torch.randn(1, rows, columns)]
     gradients = [[torch.randn_like(p) for p in start] for _ in range(100)]
     scales = torch.linspace(1, 0.1, 100).tolist()
-    momentums = [momentum(t / 100) for t in range(100)]
-    group = Group("muon", 0.02, beta2=0.9, weight_decay=0.5)
+    group = Group("muon", 0.02, beta1=0.9, beta2=0.9, weight_decay=0.5)
     bucket = Bucket([p.clone().requires_grad_() for p in start], group, 0, 1, torch.float32)
 
     weights = [m.double() for p in start for m in p]
     moments = [torch.zeros(rows, columns, dtype=torch.float64) for _ in weights]
     row_sizes = [torch.zeros(rows, 1, dtype=torch.float64) for _ in weights]
-    for step, after in enumerate(follow(bucket, gradients, scales, momentums)):
+    for step, after in enumerate(follow(bucket, gradients, scales)):
         for i, g in enumerate(m.double() for p in gradients[step] for m in p):
-            mu, rate = momentums[step], 0.02 * scales[step] * max(1, rows / columns) ** 0.5
+            mu, rate = 0.9, 0.02 * scales[step] * max(1, rows / columns) ** 0.5
             moments[i] = mu * moments[i] + (1 - mu) * g
             update = slow_orthogonalize(mu * moments[i] + (1 - mu) * g)  # Nesterov
             row_sizes[i] = 0.9 * row_sizes[i] + 0.1 * update.square().mean(1, keepdim=True)
@@ -137,7 +136,7 @@ def train(model, optimizer, batches, steps) -> list[float]:
     for step in steps:
         loss = train_step(model, *batches.at(step), micro_batch=4)
         losses.append(machine.mean_over_ranks(loss))
-        optimizer.step(learning_rate(step / STEPS), momentum(step / STEPS))
+        optimizer.step(learning_rate(step / STEPS))
     return losses
 
 
@@ -295,11 +294,7 @@ def test_learning_rate_goes_up_stays_and_comes_down():
     assert {learning_rate(p / 10, cooldown=0) for p in range(11)} == {1.0}
 
 
-def test_momentum_grows_then_stays():
-    assert [round(momentum(p), 9) for p in (0, 0.15, 0.3, 0.9)] == [0.85, 0.9, 0.95, 0.95]
-
-
-@pytest.mark.parametrize("schedule", [learning_rate, momentum, lambda p: learning_rate(p, 0.1, 0.5, 0.2)])
+@pytest.mark.parametrize("schedule", [learning_rate, lambda p: learning_rate(p, 0.1, 0.5, 0.2)])
 def test_schedules_do_not_jump(schedule):
     values = [schedule(i / 1000) for i in range(1001)]
     assert max(abs(a - b) for a, b in zip(values, values[1:])) <= 0.0100001

@@ -38,6 +38,10 @@ class Batches:
         window = torch.from_numpy(self.tokens[starts[:, None] + np.arange(self.context + 1)].astype("i8"))
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
+    def epochs_in(self, steps: int) -> float:
+        """How often so many steps read the text."""
+        return steps * self.rows / self.rows_per_epoch
+
     def positions(self, step: int) -> np.ndarray:
         """Where this rank's rows of a step begin in the token stream, [B]."""
         return self.starts(step * self.rows + np.arange(self.rank, self.rows, self.world))

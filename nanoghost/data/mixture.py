@@ -93,6 +93,11 @@ class MixedBatches(Batches):
             found[part == p] = self.offsets[p] + self.parts[p].starts(index[part == p])
         return found
 
+    def epochs_in(self, steps: int) -> float:
+        """How often so many steps read what a row is from, on average over the rows."""
+        shares = self.quotas / BLOCK
+        return sum(share * steps * self.rows * share / part.rows_per_epoch for share, part in zip(shares, self.parts))
+
     def dealt(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """For each row of a block its part, and its number among all rows of that part, [BLOCK] each."""
         part = np.random.Generator(np.random.PCG64([self.seed, block])).permutation(np.repeat(np.arange(len(self.quotas)), self.quotas))

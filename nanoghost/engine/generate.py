@@ -289,8 +289,7 @@ def runner_for(model: torch.nn.Module, seats: int, capacity: int):
     if model.config.model_type != "nanoghost" and model.head.dtype == torch.bfloat16:
         from nanoghost.engine.paged import paged
 
-        if runner := paged(model, seats, capacity):
-            return runner
+        return paged(model, seats, capacity) or PlainRunner(model, seats, capacity)
     return PlainRunner(model, seats, capacity)
 
 

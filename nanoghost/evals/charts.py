@@ -14,7 +14,7 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], x_label: str,
         return ""
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points] + ([level[1]] if level else [])
-    y0, y1 = (0.0, 1.0) if percent else padded(min(ys), trimmed_high(ys))
+    y0, y1 = (0.0, 1.0) if percent else padded(min(ys), sorted(ys)[int(len(ys) * 0.97) if len(ys) > 40 else -1])  # the first steps fall from far above
     x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
 
     def place(x, y):
@@ -51,12 +51,6 @@ def smooth(points: list[tuple[float, float]], over: int = 9) -> list[tuple[float
     ys = [y for _, y in points]
     half = over // 2
     return [(x, sorted(w := ys[max(0, i - half) : i + half + 1])[len(w) // 2]) for i, (x, _) in enumerate(points)]
-
-
-def trimmed_high(ys: list[float]) -> float:
-    """The first few steps fall from far above; they would flatten everything else."""
-    ordered = sorted(ys)
-    return ordered[int(len(ordered) * 0.97)] if len(ordered) > 40 else ordered[-1]
 
 
 def padded(low: float, high: float) -> tuple[float, float]:

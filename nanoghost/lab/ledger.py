@@ -8,6 +8,9 @@ one seed, what is told is of the test text. Three groups:
     left out     today's recipe without one part each, and how much sooner the whole recipe is where that ends
     tried        today's recipe with something else: the same
 
+What pays in half a minute may not in four, and the other way round: `--steps` and `--depth` ask the last two groups again in longer
+runs, at the recipe's own learning rates, on the validation text.
+
 Time is tokens (by interpolation over the logarithm of the lengths of two runs) times the seconds that the rung takes for one, which
 are measured beforehand, all rungs in turn: so whatever disturbs a run changes no figure, and several commands may share the runs.
 A run is a file in $NANOGHOST_HOME/lab/ledger: Ctrl-C loses one run, and the same command goes on.
@@ -19,7 +22,7 @@ import shlex
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -36,14 +39,13 @@ from nanoghost.lab import rungs
 from nanoghost.lab.ledger_page import tell, write
 from nanoghost.lab.rungs import STEP, SYSTEM, Rung, RungModel, RungOptimizer, ladder, left_out, tried
 from nanoghost.lists import matching
-from nanoghost.optim.schedule import momentum
 from nanoghost.progress import Display
 from nanoghost.runs import home, read_json, write_json
 from nanoghost.tasks.mix import example_texts
 
 TODAY = "today"
 FIRST = "+ loss in chunks"  # what a step teaches is as in 2019, and it is as fast as today
-HALF = "+ momentum grows"  # where it ends is the second mark, for the rungs from there on
+HALF = "+ NorMuon, cautious decay"  # where it ends is the second mark, for the rungs from there on
 LONGEST = 45.0  # seconds of a run
 LENGTHS = tuple(STEP * n for n in (6, 12, 24, 48, 96, 144, 192))  # in tokens
 LENGTH = STEP * 96  # of what is left out or tried: after half of that, layers do not matter yet
@@ -59,6 +61,10 @@ class LedgerSettings:
     """Runs of each rung and length."""
     rungs: str = ""
     """Only those whose name has one of these words in it, with commas between; default: all."""
+    steps: int | None = None
+    """Ask again what is left out and what is tried, after so many steps."""
+    depth: int = Rung.depth
+    """Layers, where --steps asks again."""
     data: str = "plays"
     """Text to learn, as in `pretrain`."""
     out: Path | None = None
@@ -88,7 +94,8 @@ def train(rung: Rung, tokenizer, shards, tokens: int, scale: float, seed: int, s
         x_BT, y_BT = batches[rows, context].at(round(read / (rows * context)))
         loss = -model.logprobs(x_BT, y_BT).mean()
         loss.backward()
-        optimizer.step(rungs.rate(rung, progress), momentum(progress) if rung.momentum else 0.95)
+        optimizer.momentum(rungs.momentum(rung, progress))
+        optimizer.step(rungs.rate(rung, progress))
         if rung.averaged:
             masters = {key: bucket.master for key, bucket in optimizer.buckets.items()}
             average = average or {key: master.clone() for key, master in masters.items()}
@@ -245,23 +252,43 @@ def compared(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> dict[str, 
     return found
 
 
+def asked_again(runs: Runs, asked: dict[str, Rung], seeds: list[int], steps: int) -> dict[str, dict]:
+    """Bits per byte of the validation text after this many steps, and how much less today's recipe has; the first of `asked`."""
+    tokens = steps * asked[TODAY].rows * asked[TODAY].context
+    ends = {name: [runs.run(name, rung, tokens, 1.0, seed, "val")["bpb"] for seed in seeds] for name, rung in asked.items()}
+    return {
+        name: {
+            "bpb": mean_and_spread(ends[name]), "more_bpb": mean_and_spread([b - t for b, t in zip(ends[name], ends[TODAY])]),
+            "rate": runs.rate(name, rung),
+        }
+        for name, rung in asked.items()
+    }  # fmt: skip
+
+
 def command(settings: LedgerSettings) -> None:
     machine.prepare()
-    if settings.seeds < 1:
-        raise UserError("--seeds must be at least 1")
+    for name in ("seeds", "steps", "depth"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
     chosen = matching(settings.rungs, [*ladder(), *left_out(), *tried()])
 
     def asked(group: dict[str, Rung]) -> dict[str, Rung]:
         return {name: rung for name, rung in group.items() if name in chosen}
 
     runs, seeds = Runs(settings.data, Display()), list(range(1, settings.seeds + 1))  # seed 0 chose the learning rates
-    whole = ladder()
-    runs.time_all({FIRST: whole[FIRST], TODAY: list(whole.values())[-1]} | asked(whole | left_out() | tried()))
-    marks, climb = climbed(runs, asked(ladder()), seeds) if asked(ladder()) else ([], {})
-    figures = {
-        "marks": marks, "ladder": climb, "left_out": compared(runs, asked(left_out()), seeds),
-        "tried": compared(runs, asked(tried()), seeds),
-    }  # fmt: skip
+    whole, figures = ladder(), {"marks": [], "ladder": {}, "left_out": {}, "tried": {}, "again": {}}
+    today = list(whole.values())[-1]
+    if settings.steps:
+        size = {"depth": settings.depth, "width": 64 * settings.depth}
+        same = {name: rung for name, rung in asked(left_out() | tried()).items() if (rung.depth, rung.width) == (today.depth, today.width)}
+        larger = {name: replace(rung, **size) for name, rung in ({TODAY: today} | same).items()}
+        runs.time_all(larger)
+        figures["again"] = asked_again(runs, larger, seeds, settings.steps)
+    else:
+        runs.time_all({FIRST: whole[FIRST], TODAY: today} | asked(whole | left_out() | tried()))
+        if asked(whole):
+            figures["marks"], figures["ladder"] = climbed(runs, asked(whole), seeds)
+        figures["left_out"], figures["tried"] = (compared(runs, asked(group), seeds) for group in (left_out(), tried()))
     tell(figures)
     if settings.out:
         write(settings.out, figures, shlex.join(["nanoghost", *sys.argv[1:]]))

@@ -35,6 +35,9 @@ def tables_of(figures: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         if rows:
             heads = ["", "times as long", "more bpb", "bpb", "microseconds a token", "learning rate"]
             found.append((title, heads, rows))
+    if again := figures["again"]:
+        rows = [[name, number(r["more_bpb"], "+.4f"), number(r["bpb"], ".4f"), f"{r['rate'] * 1e6:.0f}"] for name, r in again.items()]
+        found.append(("Asked again", ["", "more bpb", "validation bpb", "microseconds a token"], rows))
     return found
 
 

@@ -48,8 +48,6 @@ class Rung:
     """False: AdamW for the matrices too."""
     rows_alike: bool = True
     """NorMuon's scaling of rows, and decay where it agrees with the update; False: plain Muon."""
-    momentum: bool = True
-    """Muon's momentum grows over the first 30%."""
     iterations: int = 5
     """Of Newton-Schulz in a step of Muon."""
     untied: bool = True
@@ -78,6 +76,8 @@ class Rung:
     """Half the context, and twice the rows, in the first 40% of the steps."""
     cooldown: float = 0.6
     """Share of the run in which the rate falls."""
+    momentum: float = 0.95
+    """Of Muon at first; over the first 30% it goes to 0.95."""
     floor: float = 0.0
     """What it falls to, as a share of the top."""
     softcap: float = 0.0
@@ -92,7 +92,7 @@ class Rung:
 
 OF_2019 = Rung(
     dtype="float32", chunks=False, decline=False, rms=False, rotary=False, qk_norm=False, relu_squared=False, zeros=False,
-    muon=False, rows_alike=False, momentum=False, untied=False, shortcut=False, values=False, ngrams=0, letters=False, pointers=0,
+    muon=False, rows_alike=False, untied=False, shortcut=False, values=False, ngrams=0, letters=False, pointers=0,
 )  # fmt: skip
 
 LADDER = {  # each on top of those before; together they make today's recipe. What makes it learn sooner comes first
@@ -104,7 +104,6 @@ LADDER = {  # each on top of those before; together they make today's recipe. Wh
     "+ a head of its own": {"untied": True},
     "+ the rate falls to 0": {"decline": True},
     "+ NorMuon, cautious decay": {"rows_alike": True},
-    "+ momentum grows": {"momentum": True},
     "+ RMSNorm, no biases": {"rms": True},
     "+ rotary positions": {"rotary": True},
     "+ QK-norm": {"qk_norm": True},
@@ -134,6 +133,7 @@ TRIED = {  # each on top of today's recipe
     "the rate falls from the start": {"cooldown": 1.0},
     "the rate falls over 40%": {"cooldown": 0.4},
     "the rate falls to a tenth": {"floor": 0.1},
+    "momentum grows from 0.85": {"momentum": 0.85},
     "3 iterations of Newton-Schulz": {"iterations": 3},
     "softcap of 15": {"softcap": 15.0},
     "decay on tables": {"table_decay": 0.1},
@@ -340,9 +340,9 @@ class RungModel(Ghost):
 class PlainMuon(Bucket):
     """Muon as it first was: no scaling of rows."""
 
-    def _muon(self, g, momentum, time):
-        self.moment1.lerp_(g, 1 - momentum)
-        return orthogonalize(g.lerp_(self.moment1, momentum).to(self.compute_dtype), self.iterations).float()
+    def _muon(self, g, time):
+        self.moment1.lerp_(g, 1 - self.group.beta1)
+        return orthogonalize(g.lerp_(self.moment1, self.group.beta1).to(self.compute_dtype), self.iterations).float()
 
 
 class RungOptimizer(Optimizer):
@@ -351,6 +351,12 @@ class RungOptimizer(Optimizer):
         super().__init__(model, groups(model.rung, scale), getattr(torch, model.rung.dtype))
         for bucket in self.buckets.values():
             bucket.iterations = model.rung.iterations
+
+    def momentum(self, value: float) -> None:
+        """Of Muon, from now on."""
+        for bucket in self.buckets.values():
+            if bucket.group.kind == "muon":
+                bucket.group = replace(bucket.group, beta1=value)
 
 
 def groups(rung: Rung, scale: float) -> dict[str, Group]:
@@ -369,6 +375,10 @@ def rate(rung: Rung, progress: float) -> float:
     if rung.decline:
         return schedule.learning_rate(progress, cooldown=rung.cooldown, floor=rung.floor)
     return min(1.0, (progress + 1e-3) / 0.05) * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def momentum(rung: Rung, progress: float) -> float:
+    return rung.momentum + (0.95 - rung.momentum) * min(1.0, progress / 0.3)
 
 
 def steps_of(rung: Rung, tokens: int) -> int:

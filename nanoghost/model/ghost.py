@@ -118,6 +118,7 @@ class Ghost(nn.Module):
         cos, sin = rope_table(config.context, config.head_width, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        self.kept = None
         self.register_buffer("letters", torch.zeros(V, 3 + letters.KEPT, dtype=torch.int32))
         self.register_buffer("letter_tokens", torch.full((letters.SYMBOLS,), -1))
 
@@ -134,11 +135,24 @@ class Ghost(nn.Module):
         self.head.data, self.pointer.data = self.head.data.to(dtype), self.pointer.data.to(dtype)
         return self
 
+    def thin(self, epochs: float, seed: int) -> None:
+        """From now on, while learning, look up only one row of `epochs` in the tables of pairs and of values, scaled up.
+
+        These learn a text by heart that is read more than once; now they meet each of its lines about once.
+        """
+        draw = torch.Generator().manual_seed(seed)
+        rows, device = (self.config.ngrams, self.config.vocab_size), self.head.device
+        self.kept = {n: (torch.rand(n, generator=draw) * epochs < 1).to(device) * epochs for n in rows} if epochs > 1 else None
+
+    def looked_up(self, table_ND, rows_BT):
+        x_BTD = F.embedding(rows_BT, table_ND)
+        return x_BTD * self.kept[len(table_ND)][rows_BT][..., None] if self.kept and torch.is_grad_enabled() else x_BTD
+
     def embed(self, tokens_BT, layout: Layout, rows_BTP, tokens_BS):
         """(B, T, D) in the compute dtype, of the new tokens `tokens_BT` among all that were read, `tokens_BS`."""
         x_BTD = F.embedding(tokens_BT, self.embedding)
         pair_BT = (layout.previous(tokens_BS) * 9973 + tokens_BT * 31337) % self.config.ngrams
-        x_BTD = x_BTD + F.embedding(pair_BT, self.ngrams)
+        x_BTD = x_BTD + self.looked_up(self.ngrams, pair_BT)
         rows_NP = rows_BTP.flatten(0, 1)
         x_BTD = x_BTD + F.embedding_bag(rows_NP, self.spelling, mode="sum", padding_idx=letters.NOTHING).view_as(x_BTD)
         return norm(x_BTD.to(self.head.dtype))
@@ -152,7 +166,7 @@ class Ghost(nn.Module):
         values = iter(self.values)
         x_BTD = embedding_BTD
         for layer, block in enumerate(self.blocks):
-            v = None if block.value_mix is None else F.embedding(tokens_BT, next(values)).to(x_BTD.dtype)
+            v = None if block.value_mix is None else self.looked_up(next(values), tokens_BT).to(x_BTD.dtype)
             x_BTD = block(x_BTD, embedding_BTD, v, cos, sin, layout.mask_BTS, layer, cache)
         symbols_BTP = torch.where(rows_BTP == letters.NOTHING, letters.END, rows_BTP % letters.SYMBOLS)
         return norm(x_BTD), self.letter_tokens[symbols_BTP]

@@ -194,6 +194,9 @@ class Llama(nn.Module):
     def learn_letters(self, tokenizer) -> None:
         """A Llama's tokens have no letters."""
 
+    def thin(self, epochs: float, seed: int) -> None:
+        """A Llama has no tables."""
+
     def cast(self, dtype: torch.dtype) -> "Llama":
         """Matrices (and the head) to the compute dtype; an untied embedding and the norms stay fp32."""
         for p in [*self.own_parameters()["matrices"], self.head]:

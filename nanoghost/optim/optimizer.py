@@ -34,7 +34,7 @@ class Group:
     learning_rate: float
     """At the top of the schedule."""
     beta1: float = 0.8
-    """AdamW's first moment; Muon's momentum comes with each step."""
+    """First moment; of Muon, the momentum."""
     beta2: float = 0.95
     """Second moment."""
     weight_decay: float = 0.0
@@ -99,12 +99,12 @@ class Bucket:
             p.grad = None
         return flat
 
-    def step(self, scale: float, momentum: float, time: int):
+    def step(self, scale: float, time: int):
         """Update the own shard, and let the new weights travel."""
         g = self.gradient().float() if self.world == 1 else self.arriving.wait()
         g = g.view(self.master.shape)
         rate = self.group.learning_rate * scale
-        update = self._muon(g, momentum, time) if self.group.kind == "muon" else self._adamw(g, time)
+        update = self._muon(g, time) if self.group.kind == "muon" else self._adamw(g, time)
         if self.group.kind == "muon":
             rate *= max(1, self.row_shape[0] / self.row_shape[1]) ** 0.5
         if self.group.weight_decay:
@@ -122,9 +122,9 @@ class Bucket:
 
             self.arriving = all_gather(self.work, self.master.to(self.work.dtype), self.rank, self.world)
 
-    def _muon(self, g, momentum, time):
-        self.moment1.lerp_(g, 1 - momentum)
-        u = orthogonalize(g.lerp_(self.moment1, momentum).to(self.compute_dtype), self.iterations).float()  # Nesterov
+    def _muon(self, g, time):
+        self.moment1.lerp_(g, 1 - self.group.beta1)
+        u = orthogonalize(g.lerp_(self.moment1, self.group.beta1).to(self.compute_dtype), self.iterations).float()  # Nesterov
         size = u.norm(dim=(-2, -1), keepdim=True)
         self.moment2.lerp_(u.square().mean(-1, keepdim=True), 1 - self.group.beta2)
         u = u * torch.rsqrt(self.moment2 / (1 - self.group.beta2**time) + 1e-10)
@@ -157,14 +157,14 @@ class Optimizer:
             for key, same in kinds.items():
                 self.buckets[key] = self.bucket(same, groups[name], rank, world, compute_dtype)
 
-    def step(self, scale: float = 1.0, momentum: float = 0.95):
+    def step(self, scale: float = 1.0):
         """Update every parameter from its .grad and clear it. `scale` multiplies all learning rates (the schedule)."""
         self.time += 1
         with torch.no_grad():
             for bucket in self.buckets.values():
                 bucket.send()
             for bucket in self.buckets.values():
-                bucket.step(scale, momentum, self.time)
+                bucket.step(scale, self.time)
             self.wait()
 
     def wait(self) -> None:

@@ -6,8 +6,3 @@ def learning_rate(progress: float, warmup: float = 0.0, cooldown: float = 0.6, f
     up = 1.0 if progress >= warmup else progress / warmup
     down = min(1.0, (1 - progress) / cooldown) if cooldown else 1.0
     return up * (floor + (1 - floor) * down)
-
-
-def momentum(progress: float, start: float = 0.85, end: float = 0.95, over: float = 0.3) -> float:
-    """Muon's momentum grows while the gradient's direction settles."""
-    return start + (end - start) * min(1.0, progress / over)

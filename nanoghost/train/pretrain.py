@@ -15,7 +15,7 @@ from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
 from nanoghost.model.weights import architecture, load_tokenizer
-from nanoghost.optim.schedule import learning_rate, momentum
+from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
 from nanoghost.runs import open_model
 from nanoghost.tasks.mix import example_texts
@@ -84,40 +84,39 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
             run.note(depth=depth, depth_reason=reason)
         config = model_config(settings.arch, run.card["depth"], tokenizer.vocab_size, settings.context)
 
-        def build():
+        def build(epochs: float = 1.0):
             torch.manual_seed(settings.seed)
-            return stage.with_optimizer(make_model(config, tokenizer), groups(config.width, settings.learning_rate), settings)
+            return stage.with_optimizer(make_model(config, tokenizer), groups(config.width, settings.learning_rate, 1 / epochs), settings)
 
-        model, optimizer = build()
         if "steps" not in run.card:
             from nanoghost.doctor import compile_decision
 
             compiled = compile_decision("off" if settings.shard else settings.compile, minutes)
             steps = settings.steps or rehearsed_steps(minutes, build, batches, passes, compiled, clock)
-            run.note(
-                data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps,
-                config=model.settings(), parameters=sum(model.parameter_counts().values()),
-                parameter_counts=model.parameter_counts(), vocab_size=tokenizer.vocab_size,
-            )  # fmt: skip
+            run.note(data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps, vocab_size=tokenizer.vocab_size)
         steps, compiled = run.card["steps"], run.card["compile"]
+        epochs = max(1.0, batches.epochs_in(steps))
+        model, optimizer = build(epochs)
+        counts = model.parameter_counts()
+        run.note(config=model.settings(), parameters=sum(counts.values()), parameter_counts=counts)
         start, notes = run.resume(optimizer)
-        display.say(describe(run.card, model, settings, start))
+        display.say(describe(run.card, batches.epochs_in(steps), settings, start))
         if compiled["on"]:
             compile_model(model)
 
         clock = stage.Clock(notes.get("seconds", clock.seconds), settings.checkpoint_seconds)
         tokens_per_step = settings.batch * settings.context
         rate = stage.Rate()
-        every = max(1, steps // 500)
         for step in run.steps():
             progress, number = step / steps, run.batch(step)
+            model.thin(epochs, number)
             part = passes(lambda rows: train_step(model, *batches.at(number), rows), model)  # noqa: B023
             loss = run.ready(step, part, batches.positions(number).tolist(), clock)
             if loss is None:
                 continue
-            optimizer.step(learning_rate(progress), momentum(progress))
+            optimizer.step(learning_rate(progress))
             rate.count(tokens_per_step)
-            if step % every == 0 or step == steps - 1:
+            if step % max(1, steps // 500) == 0 or step == steps - 1:
                 run.event(
                     step, steps=steps, loss=loss, learning_rate=learning_rate(progress), tokens=(step + 1) * tokens_per_step,
                     tokens_per_second=rate.per_second, seconds=clock.seconds,
@@ -198,13 +197,13 @@ def rehearsed_steps(minutes: float, build, batches, passes, compiled: dict, cloc
     return stage.steps_within(minutes * 60 - clock.seconds, one_step)
 
 
-def describe(card: dict, model, settings: PretrainSettings, start: int) -> str:
-    goes_on = f"; going on at step {start}" if start else ""
+def describe(card: dict, epochs: float, settings: PretrainSettings, start: int) -> str:
     return (
         f"pretraining {settings.name}: {card['parameters'] / 1e6:.1f}M parameters"
         f" ({(card['parameter_counts']['matrices'] + card['parameter_counts']['head']) / 1e6:.1f}M in matrix products),"
-        f" {card['depth_reason']}; {card['steps']} steps of {settings.batch} x {settings.context} tokens;"
-        f" compiling is {'on' if card['compile']['on'] else 'off'}: {card['compile']['reason']}{goes_on}"
+        f" {card['depth_reason']}; {card['steps']} steps of {settings.batch} x {settings.context} tokens, the text {epochs:.1f} times;"
+        f" compiling is {'on' if card['compile']['on'] else 'off'}: {card['compile']['reason']}"
+        + (f"; going on at step {start}" if start else "")
     )
 
 

@@ -56,7 +56,7 @@ def groups(width: int, scale: float = 1.0, tables: float = 1.0) -> dict[str, Gro
     """
     adam = scale * tables * (256 / width) ** 0.5
     return {
-        "matrices": Group("muon", 0.03 * scale, weight_decay=0.1),
+        "matrices": Group("muon", 0.03 * scale, beta1=0.95, weight_decay=0.1),
         "head": Group("adamw", 0.012 * adam),
         "embeddings": Group("adamw", 0.3 * adam),
         "ngrams": Group("adamw", 0.15 * adam),
