@@ -184,8 +184,9 @@ def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypa
     code, again, err = nanoghost(*words)
     assert code == 0 and json.loads(again) == figures
     assert made == {path: path.stat().st_mtime_ns for path in (home / "lab" / "ledger").iterdir()}
-    code, out, err = nanoghost(*words, "--steps", 12, "--depth", 3)
+    code, out, err = nanoghost(*words, "--steps", 12, "--depth", 3, "--out", tmp_path / "again.md")
     assert code == 0, err
+    assert "without values" in (tmp_path / "again.svg").read_text() and "validation bpb" in (tmp_path / "again.md").read_text()
     again = json.loads(out)["again"]
     assert list(again) == ["today", "without values", "more and more rows"]
     assert again["today"]["more_bpb"] == {"mean": 0, "spread": 0} and again["without values"]["more_bpb"]["mean"] != 0

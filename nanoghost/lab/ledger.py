@@ -9,7 +9,8 @@ one seed, what is told is of the test text. Three groups:
     tried        today's recipe with something else: the same
 
 What pays in half a minute may not in four, and the other way round: `--steps` and `--depth` ask the last two groups again in longer
-runs, at the recipe's own learning rates, on the validation text.
+runs, at the recipe's own learning rates, judged on the validation text. They are for one epoch or less: what `pretrain` does about
+later ones is not done here.
 
 Time is tokens (by interpolation over the logarithm of the lengths of two runs) times the seconds that the rung takes for one, which
 are measured beforehand, all rungs in turn: so whatever disturbs a run changes no figure, and several commands may share the runs.

@@ -97,6 +97,8 @@ def picture(figures: dict) -> str:
         times = {name: r["times"] for name, r in figures[group].items() if r["times"]}
         if times:
             charts.append((title, times, 0.8, "{:.2f}"))
+    if again := figures["again"]:
+        charts.append(("Bits per byte", {name: r["bpb"] for name, r in again.items()}, math.inf, "{:.4f}"))
     columns = [bars(LEFT + i * (LEFT + WIDE + GAP), *chart) for i, chart in enumerate(charts)]
     width = len(charts) * (LEFT + WIDE + GAP)
     height = 60 + ROW * max((len(chart[1]) for chart in charts), default=0)
