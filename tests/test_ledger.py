@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from nanoghost import machine
+from nanoghost.data.sources import open_source
+from nanoghost.evals.kneser_ney import kneser_ney_bpb
 from nanoghost.lab import dial, ledger, rungs
 from nanoghost.lab.ledger_page import factors_of
 from nanoghost.lab.rungs import Rung, RungModel, RungOptimizer
@@ -179,6 +181,8 @@ def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypa
     assert figures["ladder"]["today"]["bpb"]["mean"] < figures["ladder"][ledger.FIRST]["bpb"]["mean"]
     assert set(figures["left_out"]) == {"without values"} and set(figures["tried"]) == {"more and more rows"}
     text = (tmp_path / "ledger.md").read_text()
+    counted = kneser_ney_bpb(*([d.text for d in open_source(str(toy_file)).documents() if d.split == part] for part in ("train", "test")))
+    assert figures["counting"] == counted and text.count(f"{counted:.3f}") >= 3, "counting stands in every table"
     assert "ledger.svg" in text and "without values" in text and (tmp_path / "ledger.svg").read_text().startswith("<svg")
     made = {path: path.stat().st_mtime_ns for path in (home / "lab" / "ledger").iterdir()}
     code, again, err = nanoghost(*words)
@@ -192,6 +196,8 @@ def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypa
     assert again["today"]["more_bpb"] == {"mean": 0, "spread": 0} and again["without values"]["more_bpb"]["mean"] != 0
     code, _, err = nanoghost(*words, "--rungs", "nonsense")
     assert code == 2 and "nonsense" in err
+    code, _, err = nanoghost(*words, "--depth", 3)
+    assert code == 2 and "--steps" in err
 
 
 def test_the_dial_is_measured_among_its_neighbours(nanoghost, toy_file, home, monkeypatch):

@@ -120,7 +120,6 @@ def command(settings: ServeBenchSettings) -> None:
         raise UserError("--tokens and --rounds are at least 1")
     streams, folder = numbers("--streams", settings.streams, 1), open_model(settings.model)
     engine = open_engine(folder, max(streams), settings.tokens + 64)
-    engine.runner.drafts = False
     asked = [KINDS["story"].format(word=f"{WORDS[i % len(WORDS)]} and the number {i}") for i in range(max(streams))]
 
     def alone(count: int) -> float:

@@ -71,6 +71,7 @@ def command(settings: DialSettings) -> None:
     for r in rows:
         figures = f"{r['validation_bpb']:.4f}", f"{r['from_best']:+.1%}", f"{r['bpb']:.4f}"
         table.add_row(f"{r['minutes']:g}", str(r["depth"]), f"{r['vocabulary']:,}", "the dial" if r["dial"] else "", str(r["steps"]), *figures)
+    table.add_row("", "", "", "", "", "", "counting bytes", f"{runs[0]['kneser_ney_bpb']:.4f}")
     Console(stderr=True).print(table)
     if settings.json:
         print(json.dumps({"rows": rows}))

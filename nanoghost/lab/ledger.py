@@ -36,6 +36,7 @@ from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
 from nanoghost.evals.bits import bits_per_byte
+from nanoghost.evals.kneser_ney import kneser_ney_bpb
 from nanoghost.lab import rungs
 from nanoghost.lab.ledger_page import tell, write
 from nanoghost.lab.rungs import STEP, SYSTEM, Rung, RungModel, RungOptimizer, ladder, left_out, tried
@@ -64,8 +65,8 @@ class LedgerSettings:
     """Only those whose name has one of these words in it, with commas between; default: all."""
     steps: int | None = None
     """Ask again what is left out and what is tried, after so many steps."""
-    depth: int = Rung.depth
-    """Layers, where --steps asks again."""
+    depth: int | None = None
+    """Layers, where --steps asks again; default: as many as elsewhere."""
     data: str = "plays"
     """Text to learn, as in `pretrain`."""
     out: Path | None = None
@@ -146,6 +147,16 @@ class Runs:
         if not path.exists():
             write_json(path, what | make())
         return read_json(path)
+
+    def counting(self, split: str) -> float:
+        """What counting bytes reaches, the floor of every table."""
+
+        def make():
+            self.display.say("counting bytes ...")
+            texts = {part: [d.text for d in self.source.documents() if d.split == part] for part in ("train", split)}
+            return {"bpb": kneser_ney_bpb(texts["train"], texts[split])}
+
+        return self.kept({"counted": self.source.fingerprint, "split": split}, make)["bpb"]
 
     def run(self, name: str, rung: Rung, tokens: int, scale: float, seed: int, split: str = "test") -> dict:
         tokenizer, shards = self.text(rung.vocab_size)
@@ -271,16 +282,20 @@ def command(settings: LedgerSettings) -> None:
     for name in ("seeds", "steps", "depth"):
         if getattr(settings, name) is not None and getattr(settings, name) < 1:
             raise UserError(f"--{name} must be at least 1")
+    if settings.depth and not settings.steps:
+        raise UserError("--depth is for --steps: the ledger itself has a size of its own")
     chosen = matching(settings.rungs, [*ladder(), *left_out(), *tried()])
 
     def asked(group: dict[str, Rung]) -> dict[str, Rung]:
         return {name: rung for name, rung in group.items() if name in chosen}
 
     runs, seeds = Runs(settings.data, Display()), list(range(1, settings.seeds + 1))  # seed 0 chose the learning rates
-    whole, figures = ladder(), {"marks": [], "ladder": {}, "left_out": {}, "tried": {}, "again": {}}
+    counted = runs.counting("val" if settings.steps else "test")
+    whole, figures = ladder(), {"marks": [], "ladder": {}, "left_out": {}, "tried": {}, "again": {}, "counting": counted}
     today = list(whole.values())[-1]
     if settings.steps:
-        size = {"depth": settings.depth, "width": 64 * settings.depth}
+        depth = settings.depth or today.depth
+        size = {"depth": depth, "width": 64 * depth}
         same = {name: rung for name, rung in asked(left_out() | tried()).items() if (rung.depth, rung.width) == (today.depth, today.width)}
         larger = {name: replace(rung, **size) for name, rung in ({TODAY: today} | same).items()}
         runs.time_all(larger)
