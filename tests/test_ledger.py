@@ -136,7 +136,7 @@ def test_time_to_a_level_is_found_between_two_lengths():
     for tokens in (40_000, 150_000, 380_000):
         bpb = 4.0 - 0.2 * math.log(tokens) + 0.01
         assert math.isclose(runs.tokens_to(bpb, "today", Rung(), 1), tokens, rel_tol=1e-6)
-    assert runs.tokens_to(4.0 - 0.2 * math.log(700_000), "today", Rung(), 0) is None, "that takes 70 s"
+    assert runs.tokens_to(4.0 - 0.2 * math.log(700_000), "today", Rung(), 0, runs.longest("today", Rung())) is None, "that takes 70 s"
 
 
 def test_a_part_that_saves_half_of_the_tokens_counts_twice():
@@ -160,9 +160,18 @@ def test_the_ladder_counts_from_its_first_rung():
     for i, r in enumerate(climb.values()):
         assert [s is not None for s in r["seconds"]] == [i <= half, i >= half]
     assert marks[1] < marks[0] and marks[1] == climb[ledger.HALF]["bpb"]["mean"]
+    assert "+ start at 0" in factors_of(climb) and "+ start at 0" not in factors_of({n: r for n, r in climb.items() if n != "+ Muon"})
     # by the law a rung saves as many tokens everywhere, so the factors multiply to the whole, but for the mean over two seeds
     steps = math.exp(0.5 * (len(whole) - 1 - list(whole).index(ledger.FIRST)))
     assert math.isclose(math.prod(factors_of(climb).values()), 2 * steps, rel_tol=1e-3)
+
+
+def test_other_layers_are_asked_only_of_what_has_todays_size():
+    asked = {"today": Rung()} | rungs.left_out() | rungs.tried()
+    for depth in (1, 3, 4):
+        found = ledger.resized(asked, depth)
+        assert "without rotary positions" in found and "4 layers of 128" not in found and ("a head of 128" in found) == (depth == 4)
+        assert all((rung.depth, rung.width, rung.width % rung.head_width) == (depth, 64 * depth, 0) for rung in found.values())
 
 
 def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypatch, home):
@@ -198,6 +207,9 @@ def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypa
     assert code == 2 and "nonsense" in err
     code, _, err = nanoghost(*words, "--depth", 3)
     assert code == 2 and "--steps" in err
+    code, out, err = nanoghost(*words, "--rungs", "values", "--force")
+    again = json.loads(out)["left_out"]["without values"]["bpb"]
+    assert code == 0 and again == figures["left_out"]["without values"]["bpb"] and "timing without values" in err
 
 
 def test_the_dial_is_measured_among_its_neighbours(nanoghost, toy_file, home, monkeypatch):

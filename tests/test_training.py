@@ -175,6 +175,10 @@ def test_mistakes_end_in_one_clear_line(nanoghost, toy_file, tmp_path):
         (("report", "nobody"), ["nobody"]),
         (("chat", "../etc", "--prompt", "hello"), ["../etc"]),
         (("pretrain", "--data", toy_file, "--minutes", -1), ["--minutes"]),
+        (("pretrain", "--data", toy_file, "--steps", 0), ["--steps"]),
+        (("pretrain", "--data", toy_file, "--steps", 2, "--depth", 0), ["--depth"]),
+        (("pretrain", "--data", toy_file, "--steps", 2, "--batch", 0), ["--batch"]),
+        (("pretrain", "--data", toy_file, "--steps", 2, "--micro-batch", 0), ["--micro-batch"]),
         (("pretrain", "--data", toy_file, "--steps", 2, "--dial-minutes", 0), ["--dial-minutes"]),
     ):
         code, _, err = nanoghost(*words)

@@ -59,7 +59,7 @@ def tell(settings, measured: dict, works: list, limit: Callable[[str, int], floa
             rate = run()
             found += [rate] if i else []
     key = unit.replace("/s", "_per_second").replace("/min", "_per_minute")
-    columns = {"streams": "streams", unit: key, "from": "lowest", "to": "highest"}
+    columns = {"at once": "streams", unit: key, "from": "lowest", "to": "highest"}
     columns |= {"limit": "limit", "share": "share"} if limit else {}
     rows = []
     for (engine, work, streams, _), found in zip(works, rates):

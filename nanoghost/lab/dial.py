@@ -2,7 +2,8 @@
 
 Every choice of layers and vocabulary is trained by `pretrain` itself for as many steps as this machine makes of it in those
 minutes, and judged on the validation text. The dial's own choice stands among them; how far it is from the best is told in percent of
-the bits per byte. Steps are timed beforehand, all choices in turn: what disturbs a run later changes no figure.
+the bits per byte. Steps are timed beforehand, the new choices of a command in turn: what disturbs a run later changes no figure.
+Rehearsals are not subtracted and nothing is compiled: `pretrain --minutes` makes a few steps fewer, and in runs over 15 minutes more.
 """
 
 import json
@@ -44,6 +45,8 @@ class DialSettings:
     """Runs of each choice."""
     data: str = "plays"
     """Text, as in `pretrain`."""
+    force: bool = False
+    """Forget what was measured: after a change of the recipe it no longer holds. After Ctrl-C go on without it."""
     json: bool = False
     """Print the figures as JSON on standard output."""
 
@@ -51,17 +54,21 @@ class DialSettings:
 def command(settings: DialSettings) -> None:
     machine.prepare()
     minutes = numbers("--minutes", settings.minutes, 0.01, float)
-    choices = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)x(\d+)", settings.choices)]
+    choices = [tuple(map(int, pair)) for pair in re.findall(r"([1-9]\d*)x(\d+)", settings.choices)]
     if ",".join(f"{depth}x{vocabulary}" for depth, vocabulary in choices) != settings.choices:
         raise UserError(f"--choices are like 4x4096,6x4096 (layers x vocabulary), not '{settings.choices}'")
+    if settings.seeds < 1:
+        raise UserError("--seeds must be at least 1")
     source, display, rows = open_source(settings.data), Display(), []
     folder = home() / "lab" / "dial" / source.fingerprint[:8]
+    if settings.force:
+        shutil.rmtree(folder, ignore_errors=True)
     usual = {m: (depth_for(m, products(folder))[0], pretrain.PretrainSettings.vocab_size) for m in minutes}
     rates = tokens_per_second(source, sorted({*choices, *usual.values()}), folder, display)
     for m in minutes:
         for choice in sorted({*choices, usual[m]}):
             steps = max(1, round(m * 60 * rates[choice] / TOKENS))
-            runs = [run(settings.data, folder, *choice, steps, seed, display) for seed in range(settings.seeds)]
+            runs = [run(settings, folder, *choice, steps, seed, display) for seed in range(settings.seeds)]
             mean = {key: statistics.mean(r[key] for r in runs) for key in ("validation_bpb", "bpb")}
             rows.append({"minutes": m, "depth": choice[0], "vocabulary": choice[1], "dial": choice == usual[m], "steps": steps, **mean})
     for row in rows:
@@ -104,13 +111,14 @@ def tokens_per_second(source, choices: list[tuple[int, int]], folder, display) -
     return {(depth, vocabulary): known[f"{depth}x{vocabulary}"] for depth, vocabulary in choices}
 
 
-def run(data: str, folder, depth: int, vocabulary: int, steps: int, seed: int, display) -> dict:
+def run(settings: DialSettings, folder, depth: int, vocabulary: int, steps: int, seed: int, display) -> dict:
     """Figures of one run; from its file if it was made before. Ctrl-C loses nothing: it goes on where it was."""
     label = f"{depth}x{vocabulary}-{steps}-{seed}"
     path = folder / f"{label}.json"
     if not path.exists():
         name = f"dial-{folder.name}-{label}"
-        asked = pretrain.PretrainSettings(name=name, data=data, depth=depth, vocab_size=vocabulary, steps=steps, seed=seed)
+        data, force = settings.data, settings.force
+        asked = pretrain.PretrainSettings(name=name, data=data, depth=depth, vocab_size=vocabulary, steps=steps, seed=seed, force=force)
         figures = pretrain.main(asked, display) or ModelFolder(name).card["figures"]
         write_json(path, figures)
         shutil.rmtree(ModelFolder(name).path)

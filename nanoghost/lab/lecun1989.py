@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -269,14 +270,16 @@ def command(settings: Lecun1989Settings) -> None:
     first_test = None
     if settings.mnist:
         digits, labels, first_test = mnist(settings.mnist)
+        kind = f"mnist-{sha256(digits.numpy().tobytes()).hexdigest()[:8]}"
     else:
         digits, labels = bundled()
+        kind = "digits"
     asked = {name: rungs()[name] for name in matching(settings.rungs, rungs())}
     folder = home() / "lab" / "lecun1989"
     results = {}
     for name, rung in asked.items():
         slug = "".join(c if c.isalnum() else "-" for c in name)
-        path = folder / f"{'mnist' if settings.mnist else 'digits'}-{settings.seeds}-{slug}.json"
+        path = folder / f"{kind}-{settings.seeds}-{slug}.json"
         if settings.force or not path.exists():
             write_json(path, climb(name, rung, digits, labels, splits(len(digits), first_test), settings.seeds, display))
         results[name] = read_json(path)
@@ -319,12 +322,12 @@ HEADS = ("", "wrong", "of the one before", "weights", "learning rate", "seconds"
 
 
 def rows_of(results: dict) -> list[tuple[str, ...]]:
-    rows, before = [], None
+    rows, before = [], dict(zip(list(LADDER)[1:], LADDER))
     for name, r in results.items():
         spread = f" ±{r['spread']:.2%}" if r["spread"] is not None else ""
-        change = f"{r['error'] / before - 1:+.0%}" if before and name in LADDER else ""
+        last = results.get(before.get(name))
+        change = f"{r['error'] / last['error'] - 1:+.0%}" if last else ""
         rows.append((name, f"{r['error']:.2%}{spread}", change, f"{r['weights']:,}", f"{r['learning_rate']:g}", f"{r['seconds']:.0f}"))
-        before = r["error"] if name in LADDER else before
     return rows
 
 
@@ -341,6 +344,6 @@ def write(path: Path, results: dict, digits: str, seeds: int) -> None:
     parts = ["# 1989 to now: a network that reads digits", f"Made by `{shlex.join(['nanoghost', *sys.argv[1:]])}`: {digits}, {seeds} seeds."]
     parts += [f"![Bars of the same figures]({path.stem}.svg)", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
     write_atomic(path, "\n\n".join(parts) + "\n")
-    wrong_of_1000 = {name: {"mean": 1000 * r["error"], "spread": 1000 * (r["spread"] or 0.0)} for name, r in results.items()}
+    wrong_of_1000 = {name: {"mean": 1000 * r["error"], "spread": r["spread"] and 1000 * r["spread"]} for name, r in results.items()}
     picture = standalone(LEFT + WIDE + GAP, 60 + ROW * len(results), [bars(LEFT, "Wrong of 1,000 held-out digits", wrong_of_1000, 5.0, "{:.1f}")])
     write_atomic(path.with_suffix(".svg"), picture)

@@ -1,11 +1,12 @@
 """`nanoghost lab ledger`: what each part of the recipe is worth, in seconds on this computer.
 
-Every rung (rungs.py) learns from the start, in runs of 45 seconds or less; its learning rate is chosen on the validation text with
-one seed, what is told is of the test text. Three groups:
+Every rung (rungs.py) learns from the start, in runs of 45 seconds or less (today's recipe, the yardstick, up to LENGTHS' end); its
+learning rate is chosen on the validation text with one seed, what is told is of the test text. Three groups:
 
     the ladder   from a GPT-2 of 2019 to today's recipe, a part at a time: how long until the bits per byte at which the first
                  rung ends, and where that takes a few steps only, until those of the rung at half height
-    left out     today's recipe without one part each, and how much sooner the whole recipe is where that ends
+    left out     today's recipe without one part each, and how much sooner the whole recipe is where that ends ("off the scale": LENGTHS
+                 do not go so far)
     tried        today's recipe with something else: the same
 
 What pays in half a minute may not in four, and the other way round: `--steps` and `--depth` ask the last two groups again in longer
@@ -14,12 +15,14 @@ later ones is not done here.
 
 Time is tokens (by interpolation over the logarithm of the lengths of two runs) times the seconds that the rung takes for one, which
 are measured beforehand, all rungs in turn: so whatever disturbs a run changes no figure, and several commands may share the runs.
-A run is a file in $NANOGHOST_HOME/lab/ledger: Ctrl-C loses one run, and the same command goes on.
+A run is a file in $NANOGHOST_HOME/lab/ledger: Ctrl-C loses one run, and the same command goes on. Files do not know the code that made
+them: after a change of the recipe, --force (once) forgets them.
 """
 
 import json
 import math
 import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -31,7 +34,6 @@ from pathlib import Path
 import torch
 
 from nanoghost import machine
-from nanoghost.data.batches import Batches
 from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
@@ -44,6 +46,7 @@ from nanoghost.lists import matching
 from nanoghost.progress import Display
 from nanoghost.runs import home, read_json, write_json
 from nanoghost.tasks.mix import example_texts
+from nanoghost.train.pretrain import train_step
 
 TODAY = "today"
 FIRST = "+ loss in chunks"  # what a step teaches is as in 2019, and it is as fast as today
@@ -69,6 +72,8 @@ class LedgerSettings:
     """Layers, where --steps asks again; default: as many as elsewhere."""
     data: str = "plays"
     """Text to learn, as in `pretrain`."""
+    force: bool = False
+    """Forget all runs that are kept, and begin again; after Ctrl-C go on without it."""
     out: Path | None = None
     """Write the tables into this file too, and the picture beside it."""
     json: bool = False
@@ -79,49 +84,51 @@ def made(rung: Rung, tokenizer, scale: float, seed: int) -> tuple[RungModel, Run
     torch.manual_seed(seed)
     model = RungModel(rung)
     model.learn_letters(tokenizer)
-    model = model.cast(getattr(torch, rung.dtype))
+    model = model.cast(getattr(torch, rung.dtype)).to(machine.device())
     return model, RungOptimizer(model, scale)
+
+
+def teach(rung: Rung, model, optimizer, batch, progress: float, average: dict) -> float:
+    """One step; its loss. `average` is that of the weights, if the rung has one."""
+    loss = train_step(model, *batch, len(batch[0]))
+    optimizer.momentum(rungs.momentum(rung, progress))
+    optimizer.step(rungs.rate(rung, progress))
+    if rung.averaged:
+        for key, bucket in optimizer.buckets.items():
+            if key not in average:
+                average[key] = bucket.master.clone()
+            average[key].lerp_(bucket.master, 1 - rung.averaged)
+    return loss
 
 
 def train(rung: Rung, tokenizer, shards, tokens: int, scale: float, seed: int, split: str, show) -> dict:
     """One run from the start: bits per byte of the held-out text."""
     model, optimizer = made(rung, tokenizer, scale, seed)
-    text, steps = shards.tokens("train"), rungs.steps_of(rung, tokens)
+    steps = rungs.steps_of(rung, tokens)
     batches, read, average = {}, 0, {}
     for step in range(steps):
         progress = step / steps
         rows, context = rungs.rows_at(rung, progress)
         if (rows, context) not in batches:
-            batches[rows, context] = Batches(text, context, rows, seed)
-        x_BT, y_BT = batches[rows, context].at(round(read / (rows * context)))
-        loss = -model.logprobs(x_BT, y_BT).mean()
-        loss.backward()
-        optimizer.momentum(rungs.momentum(rung, progress))
-        optimizer.step(rungs.rate(rung, progress))
-        if rung.averaged:
-            masters = {key: bucket.master for key, bucket in optimizer.buckets.items()}
-            average = average or {key: master.clone() for key, master in masters.items()}
-            for key, master in masters.items():
-                average[key].lerp_(master, 1 - rung.averaged)
+            batches[rows, context] = shards.batches(context, rows, seed)
+        loss = teach(rung, model, optimizer, batches[rows, context].at(round(read / (rows * context))), progress, average)
         read += rows * context
-        show(step, steps, loss.item())
+        show(step, steps, loss)
     for key in average:
         optimizer.buckets[key].work.copy_(average[key])
     return {"bpb": bits_per_byte(model, shards.tokens(split), rung.context, shards.bytes(split)), "tokens": read}
 
 
-def seconds_a_token(rung: Rung, tokenizer, text, steps: int = 6) -> float:
+def seconds_a_token(rung: Rung, tokenizer, shards, steps: int = 6) -> float:
     """Where nothing is learned: the fastest of a few steps of each size that the rung has, since whatever disturbs makes them slower."""
     model, optimizer = made(rung, tokenizer, 0.0, 0)
     sizes = [rungs.rows_at(rung, i / 20) for i in range(20)]
-    times = {}
+    times, average = {}, {}
     for rows, context in dict.fromkeys(sizes):
-        batches, found = Batches(text, context, rows, 0), []
+        batches, found = shards.batches(context, rows, 0), []
         for step in range(steps):
             start = time.perf_counter()
-            loss = -model.logprobs(*batches.at(step)).mean()
-            loss.backward()
-            optimizer.step(0.0)
+            teach(rung, model, optimizer, batches.at(step), 0.5, average)
             found.append(time.perf_counter() - start)
         times[rows, context] = min(found)
     return sum(times[size] for size in sizes) / sum(rows * context for rows, context in sizes)
@@ -178,7 +185,7 @@ class Runs:
 
         def make():
             self.display.say(f"timing {name}, round {turn + 1}")
-            return {"seconds": seconds_a_token(rung, tokenizer, shards.tokens("train"))}
+            return {"seconds": seconds_a_token(rung, tokenizer, shards)}
 
         return self.kept({"timed": asdict(rung), "round": turn}, make)["seconds"]
 
@@ -207,9 +214,9 @@ class Runs:
         """The largest length of at most `most` tokens that takes LONGEST or less."""
         return max(n for n in LENGTHS if n <= most and (n == LENGTHS[0] or n * self.rate(name, rung) <= LONGEST))
 
-    def tokens_to(self, bpb: float, name: str, rung: Rung, seed: int) -> float | None:
-        """Tokens until this many bits per byte, between two lengths; None if LONGEST is too short for them."""
-        fits = [n for n in LENGTHS if n <= self.longest(name, rung)]
+    def tokens_to(self, bpb: float, name: str, rung: Rung, seed: int, most: int = LENGTHS[-1]) -> float | None:
+        """Tokens until this many bits per byte, between two lengths; None if it takes more than `most`."""
+        fits = [n for n in LENGTHS if n <= most]
         i = min(LENGTHS.index(LENGTH), len(fits) - 1)
         while i > 0 and self.at(name, rung, fits[i], seed)["bpb"] <= bpb:
             i -= 1
@@ -225,24 +232,33 @@ class Runs:
 
 
 def mean_and_spread(values: list[float]) -> dict:
-    return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0}
+    """Of one value there is no spread."""
+    return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[list[float], dict[str, dict]]:
     """(the two marks in bits per byte, figures of each rung of the ladder; its seconds to a mark that is not its own are None, {} if LONGEST is too short)."""
     whole, marks, found = ladder(), [], {}
+    before = dict(zip(list(whole)[1:], whole))
     for name, rung in asked.items():
         length = runs.longest(name, rung, LENGTH)
         some = seeds[:1] if name in SYSTEM else seeds
         bpb = mean_and_spread([runs.at(name, rung, length, seed)["bpb"] for seed in some])
-        found[name] = {"seconds": [None, None], "bpb": bpb, "length": length, "rate": runs.rate(name, rung), "scale": runs.scale(name, rung)}
+        found[name] = {
+            "before": before.get(name), "seconds": [None, None], "bpb": bpb, "length": length,
+            "rate": runs.rate(name, rung), "scale": runs.scale(name, rung),
+        }  # fmt: skip
     half = list(whole).index(HALF)
     for i, (mark, most, names) in enumerate(((FIRST, LENGTHS[-1], list(whole)[: half + 1]), (HALF, LENGTH, list(whole)[half:]))):
         length = runs.longest(mark, whole[mark], most)
         marks.append(statistics.mean(runs.at(mark, whole[mark], length, seed)["bpb"] for seed in seeds))
         for name in (name for name in names if name in asked):
             of = FIRST if name in SYSTEM else name  # what a step teaches is the same: only its time is measured
-            tokens = [length if of == mark else runs.tokens_to(marks[i], of, whole[of], seed) for seed in seeds]
+            if of == mark:
+                tokens = [length]
+            else:
+                most = runs.longest(of, whole[of])
+                tokens = [runs.tokens_to(marks[i], of, whole[of], seed, most) for seed in seeds]
             found[name]["seconds"][i] = mean_and_spread([n * found[name]["rate"] for n in tokens]) if None not in tokens else {}
     return marks, found
 
@@ -277,6 +293,15 @@ def asked_again(runs: Runs, asked: dict[str, Rung], seeds: list[int], steps: int
     }  # fmt: skip
 
 
+def resized(asked: dict[str, Rung], depth: int) -> dict[str, Rung]:
+    """With other layers, those that are as large as today's recipe and whose heads fit."""
+    width, today = 64 * depth, asked[TODAY]
+    return {
+        name: replace(rung, depth=depth, width=width) for name, rung in asked.items()
+        if (rung.depth, rung.width) == (today.depth, today.width) and width % rung.head_width == 0
+    }  # fmt: skip
+
+
 def command(settings: LedgerSettings) -> None:
     machine.prepare()
     for name in ("seeds", "steps", "depth"):
@@ -290,18 +315,17 @@ def command(settings: LedgerSettings) -> None:
         return {name: rung for name, rung in group.items() if name in chosen}
 
     runs, seeds = Runs(settings.data, Display()), list(range(1, settings.seeds + 1))  # seed 0 chose the learning rates
+    if settings.force:
+        shutil.rmtree(runs.folder, ignore_errors=True)
     counted = runs.counting("val" if settings.steps else "test")
     whole, figures = ladder(), {"marks": [], "ladder": {}, "left_out": {}, "tried": {}, "again": {}, "counting": counted}
     today = list(whole.values())[-1]
     if settings.steps:
-        depth = settings.depth or today.depth
-        size = {"depth": depth, "width": 64 * depth}
-        same = {name: rung for name, rung in asked(left_out() | tried()).items() if (rung.depth, rung.width) == (today.depth, today.width)}
-        larger = {name: replace(rung, **size) for name, rung in ({TODAY: today} | same).items()}
+        larger = resized({TODAY: today} | asked(left_out() | tried()), settings.depth or today.depth)
         runs.time_all(larger)
         figures["again"] = asked_again(runs, larger, seeds, settings.steps)
     else:
-        runs.time_all({FIRST: whole[FIRST], TODAY: today} | asked(whole | left_out() | tried()))
+        runs.time_all({FIRST: whole[FIRST], HALF: whole[HALF], TODAY: today} | asked(whole | left_out() | tried()))
         if asked(whole):
             figures["marks"], figures["ladder"] = climbed(runs, asked(whole), seeds)
         figures["left_out"], figures["tried"] = (compared(runs, asked(group), seeds) for group in (left_out(), tried()))

@@ -1,4 +1,4 @@
-"""The ledger for eyes: tables, and a picture of two charts of bars (for ledger.py)."""
+"""The ledger for eyes: tables, and a picture of charts of bars (for ledger.py)."""
 
 import math
 from pathlib import Path
@@ -10,9 +10,10 @@ from nanoghost.lab.pictures import GAP, LEFT, ROW, WIDE, bars, standalone
 from nanoghost.runs import write_atomic
 
 COUNTING = "counting bytes (Kneser-Ney of order 6)"
+SPREAD = "± is the standard deviation over seeds."
 NOISE = (
-    "± is the standard deviation over seeds. Learning rates are chosen between factors of 1.6, with one seed and in shorter runs: that alone "
-    "moves bits per byte by up to 0.005, so smaller differences mean nothing."
+    "Learning rates are chosen between factors of 1.6, with one seed and in shorter runs, and that moves "
+    "bits per byte by some thousandths, too: differences under 0.005 mean nothing."
 )
 
 
@@ -25,23 +26,22 @@ def tables_of(figures: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         rows = [
             [
                 name, *("" if s is None else number(s, ".1f") for s in r["seconds"]), f"{factors[name]:.2f}" if name in factors else "",
-                f"{math.log(factors[name]) / whole:.0%}" if name in factors else "", number(r["bpb"], ".3f"), f"{r['rate'] * 1e6:.0f}", f"{r['scale']:.2f}",
+                f"{math.log(factors[name]) / whole:.0%}" if name in factors else "", number(r["bpb"], ".3f"), *of_run(r),
             ]
             for name, r in climb.items()
         ]  # fmt: skip
-        rows.append([COUNTING, "", "", "", "", counted, "", ""])
-        length = max(r["length"] for r in climb.values())
+        rows.append([COUNTING, *[""] * (2 + len(figures["marks"])), counted, "", "", ""])
         marks = (f"seconds to {mark:.3f} bpb" for mark in figures["marks"])
-        heads = ["on top of the one before", *marks, "times as fast", "share", f"bpb after {length:,} tokens", "microseconds a token", "learning rate"]
+        heads = ["on top of the one before", *marks, "times as fast", "share", "bpb", *OF_RUN]
         found.append(("The ladder", heads, rows))
     for group, title in (("left_out", "Today's recipe without"), ("tried", "Today's recipe with")):
         rows = [
-            [name, number(r["times"], ".2f"), number(r["more_bpb"], "+.3f"), number(r["bpb"], ".3f"), f"{r['rate'] * 1e6:.0f}", f"{r['scale']:.2f}"]
+            [name, number(r["times"], ".2f", "off the scale"), number(r["more_bpb"], "+.3f"), number(r["bpb"], ".3f"), *of_run(r)]
             for name, r in figures[group].items()
         ]
         if rows:
-            rows.append([COUNTING, "", "", counted, "", ""])
-            heads = ["", "times as long", "more bpb", "bpb", "microseconds a token", "learning rate"]
+            rows.append([COUNTING, "", "", counted, "", "", ""])
+            heads = ["", "times as long", "more bpb", "bpb", *OF_RUN]
             found.append((title, heads, rows))
     if again := figures["again"]:
         rows = [[name, number(r["more_bpb"], "+.4f"), number(r["bpb"], ".4f"), f"{r['rate'] * 1e6:.0f}"] for name, r in again.items()]
@@ -50,25 +50,37 @@ def tables_of(figures: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     return found
 
 
+OF_RUN = ("after tokens", "microseconds a token", "factor on learning rates")
+
+
+def of_run(r: dict) -> tuple[str, ...]:
+    return f"{r['length']:,}", f"{r['rate'] * 1e6:.0f}", f"{r['scale']:.2f}"
+
+
 def factors_of(climb: dict) -> dict[str, float]:
-    """How many times as fast as the one before each rung is, to the later mark that both reach."""
-    found, rungs = {}, list(climb.items())
-    for (_, before), (name, after) in zip(rungs, rungs[1:]):
-        both = [b["mean"] / a["mean"] for b, a in zip(before["seconds"], after["seconds"]) if b and a]
+    """How many times as fast as the one before each rung is, to the later mark that both reach; of rungs without that one, none."""
+    found = {}
+    for name, after in climb.items():
+        seconds = climb[after["before"]]["seconds"] if after["before"] in climb else ()
+        both = [b["mean"] / a["mean"] for b, a in zip(seconds, after["seconds"]) if b and a]
         if both:
             found[name] = both[-1]
     return found
 
 
-def number(value: dict | None, form: str) -> str:
-    return f"{value['mean']:{form}} ±{value['spread']:{form.removeprefix('+')}}" if value else "over 45 s"
+def number(value: dict | None, form: str, missing: str = "over 45 s") -> str:
+    if not value:
+        return missing
+    spread = "" if value["spread"] is None else f" ±{value['spread']:{form.removeprefix('+')}}"
+    return f"{value['mean']:{form}}{spread}"
 
 
 def summary(figures: dict) -> list[str]:
     """What follows from the tables, in sentences."""
     climb, left, said = figures["ladder"], figures["left_out"], []
-    if factors := factors_of(climb):
-        said.append(f"From the first rung to the last: {math.prod(factors.values()):.0f} times as fast.")
+    factors, names = factors_of(climb), list(climb)
+    if factors and len(factors) == len(names) - 1:
+        said.append(f"From '{names[0]}' to '{names[-1]}': {math.prod(factors.values()):.0f} times as fast.")
     times = [r["times"]["mean"] for r in left.values() if r["times"]]
     if times and len(times) == len(left):
         said.append(f"The product of what is lost by leaving out one part each: {math.prod(times):.1f}.")
@@ -87,7 +99,7 @@ def tell(figures: dict) -> None:
 
 def write(path: Path, figures: dict, command: str) -> None:
     """The tables as Markdown, and the picture as an SVG of the same name beside it."""
-    parts = ["# Ledger: what each part of the recipe is worth", f"Made by `{command}`.", *summary(figures), NOISE]
+    parts = ["# Ledger: what each part of the recipe is worth", f"Made by `{command}`.", *summary(figures), SPREAD if figures["again"] else f"{SPREAD} {NOISE}"]
     parts.append(f"![Bars of the same figures]({path.stem}.svg)")
     for title, heads, rows in tables_of(figures):
         lines = [heads, ["---"] * len(heads), *rows]
@@ -102,13 +114,14 @@ def picture(figures: dict) -> str:
         seconds = {name: r["seconds"][i] for name, r in figures["ladder"].items() if r["seconds"][i]}
         if seconds:
             charts.append((f"Seconds to {mark:.2f} bits per byte", seconds, 1.0, "{:.1f}"))
-    for group, title in (("left_out", "Times as long"), ("tried", "Times as long")):
+    for group, title in (("left_out", "Times as long as today's recipe"), ("tried", "Times as long as today's recipe")):
         times = {name: r["times"] for name, r in figures[group].items() if r["times"]}
         if times:
             charts.append((title, times, 0.8, "{:.2f}"))
     if again := figures["again"]:
         charts.append(("Bits per byte", {name: r["bpb"] for name, r in again.items()}, math.inf, "{:.4f}"))
-    columns = [bars(LEFT + i * (LEFT + WIDE + GAP), *chart) for i, chart in enumerate(charts)]
-    width = len(charts) * (LEFT + WIDE + GAP)
-    height = 60 + ROW * max((len(chart[1]) for chart in charts), default=0)
-    return standalone(width, height, columns)
+    parts, top, wide = [], 0, LEFT + WIDE + GAP
+    for pair in (charts[i : i + 2] for i in range(0, len(charts), 2)):
+        parts += [f'<g transform="translate({i * wide} {top})">{bars(LEFT, *chart)}</g>' for i, chart in enumerate(pair)]
+        top += 60 + ROW * max(len(values) for _, values, *_ in pair)
+    return standalone(min(2, len(charts)) * wide, top, parts)

@@ -5,7 +5,7 @@ from html import escape
 
 from nanoghost.evals.charts import ticks
 
-ROW, LEFT, WIDE, GAP = 20, 210, 300, 60
+ROW, LEFT, WIDE, GAP = 20, 220, 300, 60
 STYLE = """text { font: 12px system-ui, sans-serif; fill: #333 } .title { font-weight: 600; font-size: 14px }
 .bar, .dot.c0 { fill: #3b6ea8 }
 .dot.c1 { fill: #b8572b } .dot.c2 { fill: #4f8a4f } .line { fill: none; stroke-width: 2 } .line.c0 { stroke: #3b6ea8 }
@@ -22,9 +22,9 @@ def standalone(width: int, height: int, parts: list[str]) -> str:
 
 
 def bars(left: float, title: str, values: dict[str, dict], low: float, form: str) -> str:
-    """Horizontal bars on a logarithmic scale from `low` on, with their spread."""
+    """Horizontal bars on a logarithmic scale from `low` on, with their spread, where it is not None."""
     low = min(low, *(v["mean"] for v in values.values())) * 0.98
-    high = max(v["mean"] + v["spread"] for v in values.values())
+    high = max(v["mean"] + (v["spread"] or 0.0) for v in values.values())
 
     def across(value: float) -> float:
         return left + WIDE * max(0.0, math.log(value / low) / math.log(high / low))
@@ -34,7 +34,7 @@ def bars(left: float, title: str, values: dict[str, dict], low: float, form: str
         y = 40 + i * ROW
         parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
         parts.append(f'<rect class="bar" x="{left}" y="{y + 2}" width="{across(v["mean"]) - left:.1f}" height="{ROW - 5}"/>')
-        ends = across(max(low, v["mean"] - v["spread"])), across(v["mean"] + v["spread"])
+        ends = [across(max(low, v["mean"] + side * (v["spread"] or 0.0))) for side in (-1, 1)]
         parts.append(f'<line class="noise" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y + ROW / 2}" y2="{y + ROW / 2}"/>')
         parts.append(f'<text x="{ends[1] + 6:.1f}" y="{y + 13}">{form.format(v["mean"])}</text>')
     if low < 1:

@@ -1,8 +1,9 @@
 """`nanoghost lab race`: other people's small trainers beside ours, on this machine, the same text and the same split.
 
-Every point is a run of its own, to the end of its schedule: seconds of training (compiling included, evaluation and reading the
-text not) and bits per byte of the test text. Peers run in a clone that you name, unchanged, as their own pages tell for a CPU, with
-the Python that runs nanoghost (install what they need beside it).
+Every point is a run of its own, to the end of its schedule: seconds of training (compiling included, reading the text and the last
+evaluation not; ours with the rehearsal and nine looks at the validation text, theirs without any) and bits per byte of the test text.
+Peers run in a clone that you name, unchanged, as their own pages tell for a CPU, with the Python that runs nanoghost (install what they
+need beside it).
 
     nanochat   depth 4, heads of 64, whole attention, 256 tokens, 16 rows at once, 8,192 tokens a step, vocabulary of 4,096 by its own
                tokenizer. It drops what does not fit into its rows, so texts are handed over in pieces of about 700 characters.
@@ -19,6 +20,8 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +64,8 @@ class RaceSettings:
     """Text, as in `pretrain`."""
     seeds: int = 1
     """Our runs of each length; the peers have one seed."""
+    force: bool = False
+    """Forget what was measured, ours and theirs: after a change of the recipe it no longer holds. After Ctrl-C go on without it."""
     out: Path | None = None
     """Draw the curves into this SVG file."""
     json: bool = False
@@ -71,16 +76,28 @@ def command(settings: RaceSettings) -> None:
     machine.prepare()
     source, display = open_source(settings.data), Display()
     folder = home() / "lab" / "race" / f"{source.name}-{source.fingerprint[:8]}"
-    runs = [("nanoghost", f"{m}-{seed}", lambda m=m, seed=seed: ours(settings.data, m, seed)) for m in numbers("--minutes", settings.minutes, 0.01, float) for seed in range(settings.seeds)]
-    for name, clone, lengths, run in (("nanochat", settings.nanochat, settings.nanochat_steps, nanochat), ("nanogpt", settings.nanogpt, settings.nanogpt_steps, nanogpt)):
-        if clone and not (clone / ("scripts/base_train.py" if name == "nanochat" else "train.py")).exists():
+    if settings.seeds < 1:
+        raise UserError("--seeds must be at least 1")
+    runs = []
+    for minutes in numbers("--minutes", settings.minutes, 0.01, float):
+        for seed in range(settings.seeds):
+            label = f"{minutes}-{seed}"
+            name = f"race-{source.fingerprint[:8]}-{label}"
+            run = partial(ours, pretrain.PretrainSettings(name=name, data=settings.data, minutes=minutes, seed=seed, force=settings.force))
+            runs.append(("nanoghost", folder / f"nanoghost-{label}.json", run))
+    for name, script, train in (("nanochat", "scripts/base_train.py", nanochat), ("nanogpt", "train.py", nanogpt)):
+        clone, lengths = getattr(settings, name), numbers(f"--{name}-steps", getattr(settings, f"{name}_steps"))
+        if clone and not (clone / script).exists():
             raise UserError(f"{clone} is no clone of {name}")
-        runs += [(name, str(n), lambda clone=clone, n=n, run=run: run(clone.resolve(), source, folder, n)) for n in numbers(f"--{name}-steps", lengths) if clone]
+        if clone:
+            place = folder / f"{name}-{sha256(str(clone.resolve()).encode()).hexdigest()[:8]}"
+            runs += [(name, place.with_name(f"{place.name}-{n}.json"), partial(train, clone.resolve(), source, place, n)) for n in lengths]
+    if settings.force:
+        shutil.rmtree(folder, ignore_errors=True)
     points: dict[str, list] = {}
-    for name, length, run in runs:
-        path = folder / f"{name}-{length}.json"
+    for name, path, run in runs:
         if not path.exists():
-            display.say(f"{name}, {length} ...")
+            display.say(f"{path.stem} ...")
             write_json(path, dict(zip(("seconds", "bpb"), run())))
         found = read_json(path)
         points.setdefault(name, []).append((found["seconds"], found["bpb"]))
@@ -96,10 +113,9 @@ def command(settings: RaceSettings) -> None:
         print(json.dumps({"points": points}))
 
 
-def ours(data: str, minutes: float, seed: int) -> tuple[float, float]:
-    name = f"race-{os.getpid()}"
-    figures = pretrain.main(pretrain.PretrainSettings(name=name, data=data, minutes=minutes, seed=seed))
-    shutil.rmtree(ModelFolder(name).path)
+def ours(settings: pretrain.PretrainSettings) -> tuple[float, float]:
+    figures = pretrain.main(settings) or ModelFolder(settings.name).card["figures"]
+    shutil.rmtree(ModelFolder(settings.name).path)
     return figures["seconds"], figures["bpb"]
 
 
@@ -111,11 +127,10 @@ def told(words: list, folder: Path, **environment) -> str:
     return found.stdout
 
 
-def nanochat(clone: Path, source: Source, folder: Path, steps: int) -> tuple[float, float]:
+def nanochat(clone: Path, source: Source, place: Path, steps: int) -> tuple[float, float]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    place = folder / "nanochat"
     kept = {"NANOCHAT_BASE_DIR": str(place), "PYTHONPATH": str(clone), "WANDB_MODE": "disabled"}
     texts = place / "base_data_climbmix"
     if not (place / "tokenizer" / "token_bytes.pt").exists():
@@ -141,10 +156,8 @@ def pieces(source: Source, split: str) -> list[str]:
     return [piece for piece in found if piece]
 
 
-def nanogpt(clone: Path, source: Source, folder: Path, steps: int) -> tuple[float, float]:
-    place = folder / "nanogpt"
-    if not place.exists():
-        shutil.copytree(clone, place, ignore=shutil.ignore_patterns(".git"))
+def nanogpt(clone: Path, source: Source, place: Path, steps: int) -> tuple[float, float]:
+    shutil.copytree(clone, place, ignore=shutil.ignore_patterns(".git"), dirs_exist_ok=True)
     texts = {split: "".join(d.text for d in source.documents() if d.split == split) for split in ("train", "test")}
     letters = {letter: i for i, letter in enumerate(sorted(set("".join(texts.values()))))}
     data = place / "data" / "race"

@@ -44,14 +44,16 @@ class Rung:
     """False: GELU."""
     zeros: bool = True
     """What writes into the stream starts at 0, the rest uniform by width; False: all normal, 0.02 (less for what writes)."""
+    kinds: bool = True
+    """Head, embeddings, pairs and scalars have a learning rate each, and AdamW a short memory; False: they share one, as in 2019."""
     muon: bool = True
-    """False: AdamW for the matrices too."""
+    """False: AdamW for the matrices too, at that one learning rate."""
     rows_alike: bool = True
     """NorMuon's scaling of rows, and decay where it agrees with the update; False: plain Muon."""
     iterations: int = 5
     """Of Newton-Schulz in a step of Muon."""
     untied: bool = True
-    """The head is not the embedding, and each has its own learning rate and start."""
+    """The head is not the embedding, and each has its own start."""
     shortcut: bool = True
     """The embedding is mixed back into the stream before each layer."""
     values: bool = True
@@ -92,7 +94,7 @@ class Rung:
 
 OF_2019 = Rung(
     dtype="float32", chunks=False, decline=False, rms=False, rotary=False, qk_norm=False, relu_squared=False, zeros=False,
-    muon=False, rows_alike=False, untied=False, shortcut=False, values=False, ngrams=0, letters=False, pointers=0,
+    kinds=False, muon=False, rows_alike=False, untied=False, shortcut=False, values=False, ngrams=0, letters=False, pointers=0,
 )  # fmt: skip
 
 LADDER = {  # each on top of those before; together they make today's recipe. What makes it learn sooner comes first
@@ -102,6 +104,7 @@ LADDER = {  # each on top of those before; together they make today's recipe. Wh
     "+ Muon": {"muon": True},
     "+ start at 0": {"zeros": True},
     "+ a head of its own": {"untied": True},
+    "+ learning rates by kind": {"kinds": True},
     "+ the rate falls to 0": {"decline": True},
     "+ NorMuon, cautious decay": {"rows_alike": True},
     "+ RMSNorm, no biases": {"rms": True},
@@ -115,7 +118,7 @@ LADDER = {  # each on top of those before; together they make today's recipe. Wh
     "+ pointer to tokens": {"pointers": 1},
     "+ pointer to letters": {"pointers": 2},
 }
-STEP = Rung().rows * Rung().context  # tokens
+STEP = Rung.rows * Rung.context  # tokens
 SYSTEM = ("2019", "+ products in bf16")  # rungs that change the time of a step and not what it teaches
 TRIED = {  # each on top of today's recipe
     "vocabulary of 2,048": {"vocab_size": 2048},
@@ -158,11 +161,10 @@ def ladder() -> dict[str, Rung]:
 
 def left_out() -> dict[str, Rung]:
     """Today's recipe without one of its parts each."""
-    found = {}
-    for name, change in list(steps_up().items())[1:]:
-        missing = {key: 1 if name == "+ pointer to letters" else getattr(OF_2019, key) for key in change}
-        found["without " + name.removeprefix("+ ")] = replace(Rung(), **missing)
-    return found
+    missing = {name: {key: getattr(OF_2019, key) for key in change} for name, change in list(steps_up().items())[1:]}
+    missing["+ pointers"] = missing.pop("+ pointer to tokens")
+    del missing["+ pointer to letters"]  # without it the recipe is the ladder's last rung but one
+    return {"without " + name.removeprefix("+ "): replace(Rung(), **change) for name, change in missing.items()}
 
 
 def tried() -> dict[str, Rung]:
@@ -183,7 +185,7 @@ class RungBlock(Block):
             self.residual_mix = None
         self.vectors = None if rung.rms else vectors({"norm1": D, "norm2": D}, {"qkv": 3 * D, "out": D, "up": 4 * D, "down": D})
 
-    def forward(self, x_BTD, embedding_BTD, values_BTD, cos_TK, sin_TK, mask_BTS, layer=0, cache=None):
+    def forward(self, x_BTD, embedding_BTD, values_BTD, cos_TK, sin_TK, mask_BTS):
         (B, T, D), rung = x_BTD.shape, self.rung
         if rung.shortcut:
             keep, again = self.residual_mix.to(x_BTD.dtype)
@@ -279,7 +281,7 @@ class RungModel(Ghost):
             logits_NV = self.rung.softcap * torch.tanh(logits_NV / self.rung.softcap)
         return -F.cross_entropy(logits_NV, targets_N, reduction="none")
 
-    def logprobs(self, tokens_BT, targets, segments_BT=None, layout: Layout | None = None, places=None):
+    def logprobs(self, tokens_BT, targets):
         """log P(target | tokens so far) in fp32, (B, T); while learning, also what the second head is to learn."""
         layout = text_layout(tokens_BT, self.dtype)
         h_BTD, spelled_BTP = self.hidden(tokens_BT, layout)
@@ -360,10 +362,13 @@ class RungOptimizer(Optimizer):
 
 
 def groups(rung: Rung, scale: float) -> dict[str, Group]:
-    """Today's learning rates, times `scale`; with AdamW alone there is one for all."""
-    if not rung.muon:
-        return dict.fromkeys(("matrices", "head", "embeddings", "ngrams", "scalars"), Group("adamw", 2e-3 * scale, beta1=0.9, beta2=0.95))
+    """Today's learning rates, times `scale`."""
     found = recipe.groups(rung.width, scale)
+    one = Group("adamw", found["head"].learning_rate / 3, beta1=0.9, beta2=0.95)
+    if not rung.kinds:
+        found = {name: group if group.kind == "muon" else one for name, group in found.items()}
+    if not rung.muon:
+        found["matrices"] = one
     if not rung.rows_alike:
         found["matrices"] = replace(found["matrices"], weight_decay=0.0)
     for name in ("embeddings", "ngrams"):

@@ -81,7 +81,7 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
-    stage.check_length(settings)
+    stage.check_numbers(settings)
     parent, teacher = stage.parent_of(settings, "distill"), open_model(settings.teacher)
     settings = stage.named(settings, parent)
     check(settings, parent, teacher, world)

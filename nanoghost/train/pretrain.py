@@ -61,7 +61,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
-    stage.check_length(settings)
+    stage.check_numbers(settings)
     check(settings, world)
     source = open_source(settings.data)
     if settings.tokenizer:
@@ -106,7 +106,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
 
         clock = stage.Clock(notes.get("seconds", clock.seconds), settings.checkpoint_seconds)
         tokens_per_step = settings.batch * settings.context
-        rate = stage.Rate()
+        rate, tenth = stage.Rate(), max(1, steps // 10)
         for step in run.steps():
             progress, number = step / steps, run.batch(step)
             model.thin(epochs, number)
@@ -122,11 +122,11 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
                     tokens_per_second=rate.per_second, seconds=clock.seconds,
                     seconds_left=(steps - step - 1) * tokens_per_step / rate.per_second,
                 )  # fmt: skip
-            if (step + 1) % max(1, steps // 10) == 0 and step + 1 < steps:
+            if (step + 1) % tenth == 0 and step + 1 < min(steps, 10 * tenth):
                 sample = shards.tokens("val")[: 32 * settings.context]
-                share = len(sample) / len(shards.tokens("val"))
-                bpb = bits_per_byte(model, sample, settings.context, shards.bytes("val") * share)
+                bpb = bits_per_byte(model, sample, settings.context, shards.bytes("val") * len(sample) / len(shards.tokens("val")))
                 run.event(step + 0.5, validation_bpb=bpb)
+                rate = stage.Rate()  # of training alone
 
         seconds = clock.seconds  # what follows is evaluation
         stage.save(run, model, tokenizer)
@@ -149,8 +149,6 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
 def check(settings: PretrainSettings, world: int) -> None:
     if settings.batch % world:
         raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
-    if settings.dial_minutes is not None and settings.dial_minutes <= 0:
-        raise UserError("--dial-minutes must be positive")
 
 
 def depth_here(minutes: float | None, world: int) -> tuple[int, str]:

@@ -6,14 +6,14 @@ from nanoghost.model.ghost import GhostConfig
 from nanoghost.model.weights import architecture
 from nanoghost.optim.optimizer import Group
 
-MINUTES_OF_DEPTH = {2: 0.0, 3: 1.6, 4: 6.0, 6: 60.0, 8: 240.0, 12: 3000.0}  # at REFERENCE, as two Zen 4 cores have it
+MINUTES_OF_DEPTH = {2: 0.0, 3: 2.2, 4: 8.0, 6: 60.0, 8: 240.0, 12: 3000.0}  # at REFERENCE, as two Zen 4 cores have it; measured to 4
 REFERENCE = 380.0  # GFLOP/s of matrix products
 
 
 def depth_for(minutes: float | None, gflops_per_second: float = REFERENCE) -> tuple[int, str]:
     """(depth, reason) for the time one is willing to wait, where matrix products run at this rate."""
     if minutes is None:
-        return 4, "depth 4 is the default without --minutes"
+        return 4, "depth 4 is the default where no minutes are given"
     depth = max(d for d, least in MINUTES_OF_DEPTH.items() if least <= minutes * gflops_per_second / REFERENCE)
     return depth, f"depth {depth} learns most in {minutes:g} minutes at {gflops_per_second:.0f} GFLOP/s"
 
@@ -30,13 +30,13 @@ LORA = Group("adamw", 5e-4, beta1=0.9, beta2=0.99)
 ADOPTED = Group("adamw", 3e-5, beta1=0.9, beta2=0.99)
 
 
-def later_groups(base: dict, width: int, scale: float, tables: float = 1.0) -> dict[str, Group]:
+def later_groups(base: dict, width: int, scale: float, adamw: float = 1.0) -> dict[str, Group]:
     """For what grows from the base model of that card: ours go on as they were pretrained; what others trained, and
     adapters, take AdamW's small steps."""
     if base["stage"] == "adopt":
         own = dict.fromkeys(("matrices", "head", "embeddings", "scalars"), scaled(ADOPTED, scale))
     else:
-        own = groups(width, scale, tables)
+        own = groups(width, scale, adamw)
     return own | {"lora": scaled(LORA, scale)}
 
 
@@ -49,16 +49,16 @@ def row_length(context: int, asked: int | None = None) -> int:
     return min(context, asked or 512)
 
 
-def groups(width: int, scale: float = 1.0, tables: float = 1.0) -> dict[str, Group]:
-    """Learning rates: tuned at width 256; AdamW's shrink with the root of the width. Matrices need no such care.
+def groups(width: int, scale: float = 1.0, adamw: float = 1.0) -> dict[str, Group]:
+    """Learning rates: tuned at width 256; those of the head and of tables shrink with the root of the width, the others need no such care.
 
-    `tables` is a further factor on what AdamW updates.
+    `adamw` is a further factor on what AdamW updates.
     """
-    adam = scale * tables * (256 / width) ** 0.5
+    adam = scale * adamw * (256 / width) ** 0.5
     return {
         "matrices": Group("muon", 0.03 * scale, beta1=0.95, weight_decay=0.1),
         "head": Group("adamw", 0.012 * adam),
         "embeddings": Group("adamw", 0.3 * adam),
         "ngrams": Group("adamw", 0.15 * adam),
-        "scalars": Group("adamw", 0.02 * scale * tables),
+        "scalars": Group("adamw", 0.02 * scale * adamw),
     }

@@ -65,7 +65,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
-    stage.check_length(settings)
+    stage.check_numbers(settings)
     check(settings, world)
     parent = stage.parent_of(settings, "rl")
     settings = stage.named(settings, parent)
@@ -77,7 +77,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         clock = stage.Clock(0.0)
         model, tokenizer = stage.load_parent(parent, settings)
         base = stage.base_card(parent.card)
-        rates = later_groups(base, model.config.width, settings.learning_rate, tables=TABLES)
+        rates = later_groups(base, model.config.width, settings.learning_rate, adamw=TABLES)
         every = all_tasks(base, settings.name)
         tasks = {task: every[task] for task in settings.tasks.split(",")}
         lessons = repeated_lessons(conversations, settings, parent, model, tokenizer) if settings.repeat else None

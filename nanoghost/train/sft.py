@@ -46,7 +46,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     machine.start_ranks()
     rank, world = machine.ranks()
     display = display or Display()
-    stage.check_length(settings)
+    stage.check_numbers(settings)
     if settings.shard and settings.batch % world:
         raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
     parent = stage.parent_of(settings, "sft")

@@ -21,6 +21,7 @@ from nanoghost.runs import ModelFolder, Stopped, Stopping, open_model, writing
 
 # these do not change what a stage computes, or may be changed on the way
 NOT_SETTINGS = ("name", "json", "force", "parent", "checkpoint_seconds", "keep_last", "keep_every", "bad_loss", "hang_minutes")
+POSITIVE = ("minutes", "steps", "dial_minutes", "depth", "vocab_size", "context", "batch", "micro_batch", "problems", "max_tokens")
 INHERITED = ("data", "arch", "config", "parameters", "vocab_size")  # what a child's card takes from its parent's
 
 
@@ -203,9 +204,7 @@ def load_parent(parent: ModelFolder, settings):
     if settings.lora is not None:
         from nanoghost.model import lora
 
-        lora.attach(
-            model, [lora.new_adapter(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)]
-        )
+        lora.attach(model, [lora.new_adapter(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)])
     return model, tokenizer
 
 
@@ -225,12 +224,13 @@ def save(run: Run, model, tokenizer) -> None:
         save_model(run.folder.path, model, tokenizer)
 
 
-def check_length(settings) -> None:
+def check_numbers(settings) -> None:
     """To be called before any work is done."""
     if settings.minutes and settings.steps:
         raise UserError("--minutes and --steps exclude each other")
-    if (settings.minutes or 1) <= 0 or (settings.steps or 1) <= 0:
-        raise UserError("--minutes and --steps must be positive")
+    for name in POSITIVE:
+        if (value := getattr(settings, name, None)) is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive")
 
 
 def steps_within(seconds: float, one_step, rehearsals: int = 12) -> int:
@@ -292,4 +292,4 @@ class Rate:
     @property
     def per_second(self) -> float:
         (t0, n0), (t1, n1) = self.marks[0], self.marks[-1]
-        return round((n1 - n0) / (t1 - t0), 1)
+        return round((n1 - n0) / max(t1 - t0, 1e-9), 1)
