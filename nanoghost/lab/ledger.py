@@ -57,7 +57,7 @@ LENGTH = STEP * 96  # of what is left out or tried: after half of that, layers d
 TUNING = STEP * 48  # to choose a learning rate
 SLOW = STEP * 192  # to choose a learning rate for FIRST, which has hardly begun to learn after TUNING
 RATIO = 1.6  # between learning rates that are tried
-ROUNDS = 6  # times that the steps of all rungs are timed, in turn
+ROUNDS = 12  # times that the steps of all rungs are timed, in turn
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class Runs:
         return self.kept({"timed": asdict(rung), "round": turn}, make)["seconds"]
 
     def _rate(self, name: str, rung: Rung) -> float:
-        """Seconds a token, of the fastest round."""
-        return min(self.time(name, rung, turn) for turn in range(ROUNDS))
+        """Seconds a token, the mean of the fastest third of the rounds: one single round may have had luck."""
+        return statistics.mean(sorted(self.time(name, rung, turn) for turn in range(ROUNDS))[: math.ceil(ROUNDS / 3)])
 
     def _scale(self, name: str, rung: Rung) -> float:
         """The factor on all learning rates that is best on the validation text, seed 0; neighbours of the best were tried."""
