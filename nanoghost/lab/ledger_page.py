@@ -79,11 +79,15 @@ def summary(figures: dict) -> list[str]:
     """What follows from the tables, in sentences."""
     climb, left, said = figures["ladder"], figures["left_out"], []
     factors, names = factors_of(climb), list(climb)
-    if factors and len(factors) == len(names) - 1:
-        said.append(f"From '{names[0]}' to '{names[-1]}': {math.prod(factors.values()):.0f} times as fast.")
     times = [r["times"]["mean"] for r in left.values() if r["times"]]
-    if times and len(times) == len(left):
-        said.append(f"The product of what is lost by leaving out one part each: {math.prod(times):.1f}.")
+    total = math.prod(factors.values()) if factors and len(factors) == len(names) - 1 else None
+    product = math.prod(times) if times and len(times) == len(left) else None
+    if total:
+        said.append(f"From '{names[0]}' to '{names[-1]}': {total:.0f} times as fast.")
+    if product:
+        said.append(f"The product of what is lost by leaving out one part each: {product:.1f}.")
+    if total and product:
+        said.append(f"Counted in doublings, that product is {math.log(product) / math.log(total):.0%} of the total.")
     return said
 
 

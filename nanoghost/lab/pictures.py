@@ -22,7 +22,8 @@ def standalone(width: int, height: int, parts: list[str]) -> str:
 
 
 def bars(left: float, title: str, values: dict[str, dict], low: float, form: str) -> str:
-    """Horizontal bars on a logarithmic scale from `low` on, with their spread, where it is not None."""
+    """Horizontal bars on a logarithmic scale with their spread, where it is not None: from 1 to either side if `low` is less, otherwise from `low` on."""
+    from_one = low < 1
     low = min(low, *(v["mean"] for v in values.values())) * 0.98
     high = max(v["mean"] + (v["spread"] or 0.0) for v in values.values())
 
@@ -30,15 +31,16 @@ def bars(left: float, title: str, values: dict[str, dict], low: float, form: str
         return left + WIDE * max(0.0, math.log(value / low) / math.log(high / low))
 
     parts = [f'<text class="title" x="{left}" y="24">{escape(title)}</text>']
+    start = across(1.0) if from_one else left
     for i, (name, v) in enumerate(values.items()):
-        y = 40 + i * ROW
+        y, end = 40 + i * ROW, across(v["mean"])
         parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<rect class="bar" x="{left}" y="{y + 2}" width="{across(v["mean"]) - left:.1f}" height="{ROW - 5}"/>')
+        parts.append(f'<rect class="bar" x="{min(start, end):.1f}" y="{y + 2}" width="{abs(end - start):.1f}" height="{ROW - 5}"/>')
         ends = [across(max(low, v["mean"] + side * (v["spread"] or 0.0))) for side in (-1, 1)]
         parts.append(f'<line class="noise" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y + ROW / 2}" y2="{y + ROW / 2}"/>')
-        parts.append(f'<text x="{ends[1] + 6:.1f}" y="{y + 13}">{form.format(v["mean"])}</text>')
-    if low < 1:
-        parts.append(f'<line class="one" x1="{across(1):.1f}" x2="{across(1):.1f}" y1="34" y2="{44 + ROW * len(values)}"/>')
+        parts.append(f'<text x="{max(start, ends[1]) + 6:.1f}" y="{y + 13}">{form.format(v["mean"])}</text>')
+    if from_one:
+        parts.append(f'<line class="one" x1="{start:.1f}" x2="{start:.1f}" y1="34" y2="{44 + ROW * len(values)}"/>')
     return "".join(parts)
 
 
