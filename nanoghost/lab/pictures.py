@@ -25,7 +25,7 @@ def bars(left: float, title: str, values: dict[str, dict], low: float, form: str
     """Horizontal bars on a logarithmic scale with their spread, where it is not None: from 1 to either side if `low` is less, otherwise from `low` on."""
     from_one = low < 1
     low = min(low, *(v["mean"] for v in values.values())) * 0.98
-    high = max(v["mean"] + (v["spread"] or 0.0) for v in values.values())
+    high = max(1.0 if from_one else low, *(v["mean"] + (v["spread"] or 0.0) for v in values.values()))
 
     def across(value: float) -> float:
         return left + WIDE * max(0.0, math.log(value / low) / math.log(high / low))
