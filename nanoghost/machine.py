@@ -3,6 +3,7 @@
 Nothing happens at import. A stage calls `prepare()` once, and `start_ranks()` if it can run under torchrun.
 """
 
+import atexit
 import ctypes
 import gc
 import os
@@ -66,6 +67,8 @@ def start_ranks() -> None:
         store, rank, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device().type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+        # gloo's threads hold tensors: freed when Python is half gone, they abort the process (pytorch/pytorch#179291)
+        atexit.register(dist.destroy_process_group)
 
 
 # -- facts ------------------------------------------------------------------------------------------------------------

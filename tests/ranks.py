@@ -51,7 +51,7 @@ def in_ranks(function: str, worlds, argument, timeout: float = 600) -> None:
     """Run MODULE:FUNCTION in as many processes as each of `worlds` says, one world after the other."""
     command = [sys.executable, "-m", "tests.ranks", function, ",".join(map(str, worlds)), str(argument)]
     done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr
 
 
 if __name__ == "__main__":
