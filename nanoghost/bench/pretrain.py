@@ -6,6 +6,7 @@ A step is what the stage does: a batch, forward, backward, the optimizer with it
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanoghost import machine
 from nanoghost.bench.table import limits, tell
@@ -13,9 +14,11 @@ from nanoghost.data.batches import Batches
 from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
+from nanoghost.lab.pictures import curves
 from nanoghost.lists import numbers
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
+from nanoghost.runs import write_atomic
 from nanoghost.tasks.mix import example_texts
 from nanoghost.train.pretrain import make_model, train_step
 from nanoghost.train.recipe import groups, model_config
@@ -39,6 +42,8 @@ class PretrainBenchSettings:
     """Steps in a measurement."""
     rounds: int = 3
     """Times that everything is measured."""
+    out: Path | None = None
+    """Draw the shares into this SVG file."""
     json: bool = False
     """Print the figures as JSON on standard output."""
 
@@ -53,16 +58,21 @@ def command(settings: PretrainBenchSettings) -> None:
     source = open_source(settings.data)
     tokenizer = tokenizer_for(source, settings.vocab_size, Display().say, example_texts())
     text = tokenise(source, tokenizer).tokens("train")
-    works, operations = [], {}
+    works, operations, millions = [], {}, {}
     for depth in depths:
         model = make_model(model_config(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
         optimizer = Optimizer(model, groups(model.config.width), machine.compute_dtype())
         counts = model.parameter_counts()
-        name = f"depth {depth}: {(counts['matrices'] + counts['head']) / 1e6:.1f}M of {sum(counts.values()) / 1e6:.1f}M in products"
-        operations[name] = model.flops_per_token(settings.context)
+        in_products = (counts["matrices"] + counts["head"]) / 1e6
+        name = f"depth {depth}: {in_products:.1f}M of {sum(counts.values()) / 1e6:.1f}M in products"
+        operations[name], millions[name] = model.flops_per_token(settings.context), in_products
         works += [(settings.arch, name, n, step_of(model, optimizer, Batches(text, settings.context, n, 0), settings.steps)) for n in rows]
     measured = limits()
-    tell(settings, measured, works, lambda work, _: measured["matrix_gflops_per_second"] * 1e9 / operations[work])
+    figures = tell(settings, measured, works, lambda work, _: measured["matrix_gflops_per_second"] * 1e9 / operations[work])
+    if settings.out:
+        lines = {f"{n} rows": [(millions[f["work"]], 100 * f["share"]) for f in figures if f["streams"] == n] for n in rows}
+        title = f"Percent of the peak in {measured['dtype']}, by parameters in products"
+        write_atomic(settings.out, curves(title, lines, "M"))
 
 
 def step_of(model, optimizer: Optimizer, batches: Batches, steps: int):

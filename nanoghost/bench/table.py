@@ -51,8 +51,8 @@ def peers(against: str, folder: ModelFolder, known, beside=()) -> list[str]:
     return asked
 
 
-def tell(settings, measured: dict, works: list, limit: Callable[[str, int], float] | None, unit: str = "tokens/s") -> None:
-    """Run everything in turn, once to warm up, and print medians, beside the limits of (work, streams) where these are known."""
+def tell(settings, measured: dict, works: list, limit: Callable[[str, int], float] | None, unit: str = "tokens/s") -> list[dict]:
+    """Run everything in turn, once to warm up, and print medians, beside the limits of (work, streams) where these are known; the rows of that table."""
     rates = [[] for _ in works]
     for i in range(settings.rounds + 1):
         for found, (_, _, _, run) in zip(rates, works):
@@ -84,3 +84,4 @@ def tell(settings, measured: dict, works: list, limit: Callable[[str, int], floa
         )
     if settings.json:
         print(json.dumps({"limits": measured, "rows": rows}))
+    return rows

@@ -44,11 +44,12 @@ def bars(left: float, title: str, values: dict[str, dict], low: float, form: str
     return "".join(parts)
 
 
-def curves(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
-    """An SVG of its own with a line through the points of each entry; seconds across, on a logarithmic scale."""
+def curves(title: str, lines: dict[str, list[tuple[float, float]]], unit: str) -> str:
+    """An SVG of its own with a line through the points of each entry; across, in `unit`, on a logarithmic scale."""
     width, height, left, bottom = 640, 360, 56, 40
     xs, ys = ([p[i] for points in lines.values() for p in points] for i in (0, 1))
-    x0, x1, y0, y1 = min(xs) * 0.9, max(xs) * 1.25, min(ys) - 0.05, max(ys) + 0.05
+    margin = 0.05 * (max(ys) - min(ys)) or 0.05
+    x0, x1, y0, y1 = min(xs) * 0.9, max(xs) * 1.25, min(ys) - margin, max(ys) + margin
 
     def place(x: float, y: float) -> tuple[float, float]:
         return left + math.log(x / x0) / math.log(x1 / x0) * (width - left - 110), 40 + (y1 - y) / (y1 - y0) * (height - 40 - bottom)
@@ -60,7 +61,7 @@ def curves(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
     for x in (n * 10**power for power in range(-1, 5) for n in (1, 2, 5)):
         if x0 <= x <= x1:
             at, _ = place(x, y0)
-            parts.append(f'<text x="{at:.1f}" y="{height - 16}" text-anchor="middle">{x:g} s</text>')
+            parts.append(f'<text x="{at:.1f}" y="{height - 16}" text-anchor="middle">{x:g} {unit}</text>')
     for i, (name, points) in enumerate(lines.items()):
         at = [place(*p) for p in sorted(points)]
         parts.append(f'<polyline class="line c{i}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in at)}"/>')

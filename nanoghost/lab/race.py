@@ -103,7 +103,7 @@ def command(settings: RaceSettings) -> None:
         points.setdefault(name, []).append((found["seconds"], found["bpb"]))
         display.say(f"{name}: {found['bpb']:.3f} bits per byte after {found['seconds']:.0f} s")
     if settings.out:
-        write_atomic(settings.out, curves("Bits per byte of held-out text, by seconds of training", points))
+        write_atomic(settings.out, curves("Bits per byte of held-out text, by seconds of training", points, "s"))
     table = Table("", "seconds", "bits per byte")
     for name, found in points.items():
         for seconds, bpb in found:
