@@ -14,7 +14,7 @@ from nanoghost.data.batches import Batches
 from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
-from nanoghost.lab.pictures import curves
+from nanoghost.evals.pictures import curves
 from nanoghost.lists import numbers
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display

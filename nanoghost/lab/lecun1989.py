@@ -32,7 +32,7 @@ from rich.table import Table
 
 from nanoghost import machine
 from nanoghost.errors import UserError
-from nanoghost.lab.pictures import GAP, LEFT, ROW, WIDE, bars, standalone
+from nanoghost.evals.pictures import GAP, LEFT, ROW, WIDE, bars, standalone
 from nanoghost.lists import matching
 from nanoghost.progress import Display
 from nanoghost.runs import home, read_json, write_atomic, write_json

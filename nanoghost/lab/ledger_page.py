@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost.lab.pictures import GAP, LEFT, ROW, WIDE, bars, standalone
+from nanoghost.evals.pictures import GAP, LEFT, ROW, WIDE, bars, standalone
 from nanoghost.runs import write_atomic
 
 COUNTING = "counting bytes (Kneser-Ney of order 6)"

@@ -31,7 +31,7 @@ from rich.table import Table
 from nanoghost import machine
 from nanoghost.data.sources import Source, open_source
 from nanoghost.errors import UserError
-from nanoghost.lab.pictures import curves
+from nanoghost.evals.pictures import curves
 from nanoghost.lists import numbers
 from nanoghost.progress import Display
 from nanoghost.runs import ModelFolder, home, read_json, write_atomic, write_json
