@@ -29,7 +29,8 @@ def possible() -> str:
         return "network namespaces need root"
     if not os.path.exists("/dev/net/tun"):
         return "there is no /dev/net/tun"
-    done = subprocess.run("ip netns add ghost-try && ip netns del ghost-try", shell=True, capture_output=True, text=True)
+    name = f"ghost-try-{os.getpid()}"  # all processes of the tests ask at once
+    done = subprocess.run(f"ip netns add {name} && ip netns del {name}", shell=True, capture_output=True, text=True)
     return "" if done.returncode == 0 else f"no network namespaces: {done.stderr.strip()}"
 
 
