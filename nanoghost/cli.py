@@ -14,10 +14,20 @@ from nanoghost.errors import UserError
 VERBS = {
     "speedrun": ("speedrun", "SpeedrunSettings", "command", "the whole pipeline: from an empty folder to a chat"),
     "chat": ("serve.terminal", "ChatSettings", "command", "talk to a model"),
-    "serve": ("serve.server", "ServeSettings", "command", "a chat page and an API for other programs, on this computer"),
+    "serve": (
+        "serve.server",
+        "ServeSettings",
+        "command",
+        "a chat page and an API for other programs, on this computer",
+    ),
     "report": ("evals.report", "ReportSettings", "command", "what was made, how, and how good it is"),
     "data": ("data.command", "DataSettings", "command", "fetch, check and tokenise text"),
-    "data refine": ("data.refine", "RefineSettings", "command", "leave out copies, near copies, junk and what models are examined on"),
+    "data refine": (
+        "data.refine",
+        "RefineSettings",
+        "command",
+        "leave out copies, near copies, junk and what models are examined on",
+    ),
     "tokenizer train": ("evals.tokens", "TrainSettings", "train_command", "learn a vocabulary from text"),
     "tokenizer eval": ("evals.tokens", "EvalSettings", "eval_command", "bytes per token by kind of text"),
     "pretrain": ("train.pretrain", "PretrainSettings", "command", "learn to continue text"),
@@ -35,10 +45,20 @@ VERBS = {
     "memory": ("sleep.memory", "MemorySettings", "command", "what is known of a person, and their say in it"),
     "lab sleep": ("lab.sleep", "LabSleepSettings", "command", "what a night is worth, beside other ways of knowing"),
     "lab ledger": ("lab.ledger", "LedgerSettings", "command", "what each part of the recipe is worth, in seconds"),
-    "lab notes": ("lab.notes", "LabNotesSettings", "command", "how good the notes are that a model takes of what people say"),
+    "lab notes": (
+        "lab.notes",
+        "LabNotesSettings",
+        "command",
+        "how good the notes are that a model takes of what people say",
+    ),
     "lab dial": ("lab.dial", "DialSettings", "command", "whether the dial chooses well"),
     "lab race": ("lab.race", "RaceSettings", "command", "other people's small trainers beside ours"),
-    "lab lecun1989": ("lab.lecun1989", "Lecun1989Settings", "command", "a network of 1989, brought to the present step by step"),
+    "lab lecun1989": (
+        "lab.lecun1989",
+        "Lecun1989Settings",
+        "command",
+        "a network of 1989, brought to the present step by step",
+    ),
     "bench decode": (
         "bench.decode",
         "DecodeSettings",
@@ -46,13 +66,23 @@ VERBS = {
         "how fast a model writes here, beside what is possible",
     ),
     "bench prefill": ("bench.decode", "PrefillSettings", "prefill", "how fast it reads"),
-    "bench pretrain": ("bench.pretrain", "PretrainBenchSettings", "command", "how fast a model is trained from nothing, by size and batch"),
+    "bench pretrain": (
+        "bench.pretrain",
+        "PretrainBenchSettings",
+        "command",
+        "how fast a model is trained from nothing, by size and batch",
+    ),
     "bench train": ("bench.train", "TrainSettings", "train", "how fast it is finetuned"),
     "bench rl": ("bench.rl", "RlBenchSettings", "command", "how fast it practises"),
     "bench serve": ("bench.serve", "ServeBenchSettings", "command", "what HTTP costs beside the engine alone"),
     "bench load": ("bench.load", "LoadSettings", "command", "many clients at once, some of them bad"),
     "bench packing": ("bench.decode", "PackingSettings", "packing", "what it costs to speak in fewer bits"),
-    "bench refine": ("bench.refine", "RefineBenchSettings", "command", "what the refinery finds, and what memory it takes"),
+    "bench refine": (
+        "bench.refine",
+        "RefineBenchSettings",
+        "command",
+        "what the refinery finds, and what memory it takes",
+    ),
     "plan": ("plan", "PlanSettings", "command", "what a pretraining run takes: time, memory, money"),
     "doctor": ("doctor", "DoctorSettings", "command", "what this computer does well"),
 }
@@ -140,7 +170,9 @@ def complaint(box: str) -> str:
     lines = [re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", line).strip() for line in box.splitlines()]
     body = [line for line in lines[1:] if line]  # the first is the title
     end = next((i for i, line in enumerate(body) if line.startswith(("Argument helptext", "For full helptext"))), None)
-    text = re.sub(r"no type matching .* could be instantiated from \['?(.*?)'?\]\..*", r"'\1' does not fit", " ".join(body[:end]))
+    text = re.sub(
+        r"no type matching .* could be instantiated from \['?(.*?)'?\]\..*", r"'\1' does not fit", " ".join(body[:end])
+    )
     return text[:300]
 
 
@@ -169,7 +201,10 @@ def main(words: list[str] | None = None) -> None:
         from nanoghost.runs import Stopped
 
         saved = isinstance(e, Stopped)
-        print("\nnanoghost: stopped; the same command goes on where it was" if saved else "\nnanoghost: stopped", file=sys.stderr)
+        print(
+            "\nnanoghost: stopped; the same command goes on where it was" if saved else "\nnanoghost: stopped",
+            file=sys.stderr,
+        )
         sys.exit(0 if saved else 130)
 
 

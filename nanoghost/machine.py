@@ -66,7 +66,9 @@ def start_ranks() -> None:
         # torchrun keeps its store over restarts: without a prefix a rank may find the address of one that has died
         store, rank, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device().type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "nccl" if device().type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size
+        )
         # gloo's threads hold tensors: freed when Python is half gone, they abort the process (pytorch/pytorch#179291)
         atexit.register(dist.destroy_process_group)
 
@@ -135,7 +137,9 @@ def threads() -> int:
     # torchrun sets OMP_NUM_THREADS=1 when it is unset: under it, 1 is nobody's choice.
     if chosen and not (world_size > 1 and chosen == "1"):
         if not (chosen.isdecimal() and int(chosen) > 0):
-            raise UserError(f"OMP_NUM_THREADS={chosen} is not a thread count: use a whole number from 1 up, or unset it")
+            raise UserError(
+                f"OMP_NUM_THREADS={chosen} is not a thread count: use a whole number from 1 up, or unset it"
+            )
         return int(chosen)
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
 

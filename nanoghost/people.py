@@ -47,9 +47,17 @@ class Person:
     def say(self, speaker: str, text: str, when: float | None = None) -> dict:
         """Write down what `speaker` ("user" or "assistant") said."""
         with self.journal_lock():
-            used = [*(entry["id"] for entry in self.journal[-1:]), *(source for row in self.ledger for source in row["sources"])]
+            used = [
+                *(entry["id"] for entry in self.journal[-1:]),
+                *(source for row in self.ledger for source in row["sources"]),
+            ]
             number = 1 + max(used, default=0)  # a number that was forgotten is not given again
-            entry = {"id": number, "time": round(time.time() if when is None else when, 3), "speaker": speaker, "text": text}
+            entry = {
+                "id": number,
+                "time": round(time.time() if when is None else when, 3),
+                "speaker": speaker,
+                "text": text,
+            }
             append_line(self.path / "journal.jsonl", entry)
             return entry
 
@@ -79,7 +87,9 @@ class Person:
                 row = json.loads(line)
             except json.JSONDecodeError as e:
                 raise UserError(f"{path}, line {number}: {e}") from None
-            if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k].strip() for k in ("relation", "value")):
+            if not isinstance(row, dict) or not all(
+                isinstance(row.get(k), str) and row[k].strip() for k in ("relation", "value")
+            ):
                 raise UserError(f'{path}, line {number}: a row needs "relation" and "value", each a text')
             rows.append(EMPTY | {"id": 1 + max((r["id"] for r in rows), default=0)} | row)
         return rows

@@ -92,7 +92,16 @@ def plan(settings: PlanSettings) -> dict:
     """The plan, in the units that its keys carry."""
     if settings.arch not in ("ghost", "llama"):
         raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
-    for name in ("depth", "minutes", "vocab_size", "context", "batch_tokens", "tokens_per_parameter", "share", "dollars"):
+    for name in (
+        "depth",
+        "minutes",
+        "vocab_size",
+        "context",
+        "batch_tokens",
+        "tokens_per_parameter",
+        "share",
+        "dollars",
+    ):
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
@@ -115,7 +124,10 @@ def plan(settings: PlanSettings) -> dict:
     depth, reason = settings.depth, "as asked"
     if depth is None and gpu and settings.minutes:
         fitting = [d for d in DEPTHS if (m := made(d))[3] * m[4] / rate <= settings.minutes * 60]
-        depth, reason = max(fitting, default=2), f"the deepest that reads its {settings.tokens_per_parameter:g} tokens a weight in time"
+        depth, reason = (
+            max(fitting, default=2),
+            f"the deepest that reads its {settings.tokens_per_parameter:g} tokens a weight in time",
+        )
     elif depth is None:
         depth, reason = depth_for(settings.minutes, hardware.tflops * 1e3)
     config, model, counts, flops, tokens = made(depth)
@@ -205,7 +217,14 @@ def communication(model, dtype: torch.dtype, devices: int, hardware: Hardware) -
     return total, total / rate + 2 * len(buckets) * (devices - 1) * MESSAGE
 
 
-TOYS = ((2, 64, 512), (4, 64, 512), (6, 96, 768), (2, 128, 512), (2, 64, 1024), (4, 128, 1024))  # depth, context, vocabulary
+TOYS = (
+    (2, 64, 512),
+    (4, 64, 512),
+    (6, 96, 768),
+    (2, 128, 512),
+    (2, 64, 1024),
+    (4, 128, 1024),
+)  # depth, context, vocabulary
 
 
 def activation_bytes(arch: str, config, dtype: torch.dtype) -> float:
@@ -263,17 +282,44 @@ def tell(p: dict) -> None:
     table = Table(title=f"{p['arch']}, depth {p['depth']}, on {p['hardware']}", title_justify="left", show_header=False)
     inner = p["parameter_counts"]["matrices"] + p["parameter_counts"]["head"]
     table.add_row("depth", f"{p['depth']}, width {p['width']}", p["depth_reason"])
-    table.add_row("parameters", count(p["parameters"]), f"{count(inner)} of them in matrix products; the others are looked up")
-    table.add_row("tokens", count(p["tokens"]), f"{p['steps']:,} steps of {p['batch']:,} x {p['context']:,}, {p['tokens'] / inner:.3g} for each weight in products")
-    table.add_row("operations", f"{p['flops']:.3g}", f"{count(p['flops_per_token'])} for a token: products and causal attention, forward and backward")
-    peak = f"{p['peak_tflops_per_second']:,.0f} TFLOP/s" if p["hardware"] != "this" else f"{p['peak_tflops_per_second'] * 1e3:,.0f} GFLOP/s, measured"
-    table.add_row("time", duration(p["seconds"]), f"{count(p['tokens_per_second'])} tokens/s, if {p['share_of_peak']:.0%} of the peak ({peak}) are reached")
+    table.add_row(
+        "parameters", count(p["parameters"]), f"{count(inner)} of them in matrix products; the others are looked up"
+    )
+    table.add_row(
+        "tokens",
+        count(p["tokens"]),
+        f"{p['steps']:,} steps of {p['batch']:,} x {p['context']:,}, {p['tokens'] / inner:.3g} for each weight in products",
+    )
+    table.add_row(
+        "operations",
+        f"{p['flops']:.3g}",
+        f"{count(p['flops_per_token'])} for a token: products and causal attention, forward and backward",
+    )
+    peak = (
+        f"{p['peak_tflops_per_second']:,.0f} TFLOP/s"
+        if p["hardware"] != "this"
+        else f"{p['peak_tflops_per_second'] * 1e3:,.0f} GFLOP/s, measured"
+    )
+    table.add_row(
+        "time",
+        duration(p["seconds"]),
+        f"{count(p['tokens_per_second'])} tokens/s, if {p['share_of_peak']:.0%} of the peak ({peak}) are reached",
+    )
     if p["communication_bytes_per_step"]:
-        table.add_row("a step", f"{p['step_seconds'] * 1e3:,.0f} ms", f"of which gradients and weights travel {p['communication_seconds_per_step'] * 1e3:,.1f} ms, {amount(p['communication_bytes_per_step'])} from each device")
+        table.add_row(
+            "a step",
+            f"{p['step_seconds'] * 1e3:,.0f} ms",
+            f"of which gradients and weights travel {p['communication_seconds_per_step'] * 1e3:,.1f} ms, {amount(p['communication_bytes_per_step'])} from each device",
+        )
     for part, n in p["memory_bytes_per_device"].items():
-        why = {"activations": f"of {p['micro_batch']:,} rows at once (--micro-batch)", "largest update": "when activations are gone"}.get(part, "")
+        why = {
+            "activations": f"of {p['micro_batch']:,} rows at once (--micro-batch)",
+            "largest update": "when activations are gone",
+        }.get(part, "")
         table.add_row(part, amount(n), why)
-    fits = f"of {p['device_memory_gb']:g} GB on each device" + ("" if p["fits"] else ": DOES NOT FIT, not even a row at a time")
+    fits = f"of {p['device_memory_gb']:g} GB on each device" + (
+        "" if p["fits"] else ": DOES NOT FIT, not even a row at a time"
+    )
     table.add_row("memory", amount(p["memory_bytes"]), fits)
     if p["dollars"] is not None:
         table.add_row("cost", f"${p['dollars']:,.2f}", "rented by the hour (--dollars for your price)")

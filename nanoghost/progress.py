@@ -7,14 +7,25 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-NAMES = {"pretrain": "pretraining", "sft": "finetuning", "rl": "reinforcement", "distill": "distillation", "think": "thinking", "sleep": "sleep", "lecun1989": "digits", "ledger": "ledger"}
+NAMES = {
+    "pretrain": "pretraining",
+    "sft": "finetuning",
+    "rl": "reinforcement",
+    "distill": "distillation",
+    "think": "thinking",
+    "sleep": "sleep",
+    "lecun1989": "digits",
+    "ledger": "ledger",
+}
 
 
 class Display:
     """Call it with events. On a terminal it draws a bar; into a file it writes a line every ten seconds."""
 
     def __init__(self):
-        self.console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first one speaks
+        self.console = Console(
+            stderr=True, quiet=os.environ.get("RANK", "0") != "0"
+        )  # of several processes the first one speaks
         self.progress, self.task, self.stage = None, None, None
         self.figures: dict = {}
         self.printed = 0.0
@@ -38,7 +49,11 @@ class Display:
         elif last or time.time() - self.printed > 10:
             self.printed = time.time()
             left = f"{event['seconds_left']:.0f} s left" if "seconds_left" in event else ""
-            print(f"{NAMES[event['stage']]} {event['step'] + 1}/{event['steps']}  {text}  {left}", file=sys.stderr, flush=True)
+            print(
+                f"{NAMES[event['stage']]} {event['step'] + 1}/{event['steps']}  {text}  {left}",
+                file=sys.stderr,
+                flush=True,
+            )
         if last:
             self.close()
 

@@ -39,7 +39,12 @@ def recipe(settings: SpeedrunSettings) -> tuple:
     minutes, seed, force = settings.minutes, settings.seed, settings.force
     return (
         # 1. Learn to continue text. The tokenizer is learned on the way (data/, tokenizer.py, train/pretrain.py).
-        (pretrain, pretrain.PretrainSettings("ghost-base", settings.data, minutes=minutes * 0.18, dial_minutes=minutes, seed=seed, force=force)),
+        (
+            pretrain,
+            pretrain.PretrainSettings(
+                "ghost-base", settings.data, minutes=minutes * 0.18, dial_minutes=minutes, seed=seed, force=force
+            ),
+        ),
         # 2. Learn to answer: lessons in conversation, sums, spelling, and saying "I don't know" (tasks/, train/sft.py).
         (sft, sft.SftSettings("ghost-base", "ghost-sft", minutes=minutes * 0.57, seed=seed, force=force)),
         # 3. Learn from attempts: problems that can be checked, many tries at each (train/rl.py).

@@ -72,7 +72,13 @@ def carry(ends: list[int], delay: float, loss: float, rng) -> None:
 
 def sent(host: str) -> int:
     """Bytes that a host has given to the wire."""
-    return int(subprocess.run(["ip", "netns", "exec", host, "cat", f"/sys/class/net/{host}/statistics/tx_bytes"], check=True, capture_output=True).stdout)
+    return int(
+        subprocess.run(
+            ["ip", "netns", "exec", host, "cat", f"/sys/class/net/{host}/statistics/tx_bytes"],
+            check=True,
+            capture_output=True,
+        ).stdout
+    )
 
 
 def unplug(process: int) -> None:

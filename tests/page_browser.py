@@ -21,7 +21,9 @@ def start(folder, *flags):
     for flag in (*FLAGS.split(), f"user-data-dir={folder}/profile", *flags):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    options.add_experimental_option("prefs", {"download.default_directory": str(folder), "download.prompt_for_download": False})
+    options.add_experimental_option(
+        "prefs", {"download.default_directory": str(folder), "download.prompt_for_download": False}
+    )
     browser = webdriver.Chrome(options=options, service=Service(DRIVER))
     browser.execute_cdp_cmd("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
     browser.set_script_timeout(20)
@@ -36,4 +38,6 @@ def resize(browser, width, height, phone=False, scale=1):
 
 
 def theme(browser, name):
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": name}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": name}]}
+    )

@@ -17,7 +17,11 @@ from tests.page_server import Server, call, text
 
 QUESTION = "When did we plant the pear tree, and how old was the house then?"
 FOUND = [
-    {"n": 1, "source": "notes/garden.md", "text": "Pear tree (Conference) planted in the spring of 1974, south wall. First fruit three years later."},
+    {
+        "n": 1,
+        "source": "notes/garden.md",
+        "text": "Pear tree (Conference) planted in the spring of 1974, south wall. First fruit three years later.",
+    },
     {"n": 2, "source": "notes/house.md", "text": "Built 1911. New roof after the storm of 1953, windows in 1988."},
 ]
 ANSWER = """You planted the pear tree in the **spring of 1974**, at the south wall [1]. The house was built in 1911 [2], so it was 63 years old by then.
@@ -56,7 +60,9 @@ def say(browser, words, seconds=30):
     from selenium.webdriver.common.keys import Keys
 
     browser.find_element(By.ID, "message").send_keys(words, Keys.ENTER)
-    wait(browser, "return !document.querySelector('.writing') && document.querySelectorAll('.assistant').length", seconds)
+    wait(
+        browser, "return !document.querySelector('.writing') && document.querySelectorAll('.assistant').length", seconds
+    )
     time.sleep(0.2)
 
 
@@ -137,7 +143,10 @@ def take_states(browser, server, folder):
     press("Why is the sea salt?", Keys.ENTER)
     wait(browser, "return document.querySelector('.user .count') && !document.querySelector('.writing')")
     click(".assistant [aria-label='Answer again']")
-    wait(browser, "return document.querySelector('.assistant .count')?.textContent === '2 / 2' && !document.querySelector('.writing')")
+    wait(
+        browser,
+        "return document.querySelector('.assistant .count')?.textContent === '2 / 2' && !document.querySelector('.writing')",
+    )
     picture("branches")
     browser.refresh()
     wait(browser, "return document.querySelectorAll('.message').length === 2")
@@ -173,7 +182,12 @@ def take_all(browser, server, folder):
     browser.get(server.address)
     wait(browser, "return document.querySelectorAll('#model option').length")
     picture("empty")
-    for words in ("A name for a small grey cat", "Why is the sea salt?", "Sonnet about a lighthouse", "What did the ghost of Hamlet's father want?"):
+    for words in (
+        "A name for a small grey cat",
+        "Why is the sea salt?",
+        "Sonnet about a lighthouse",
+        "What did the ghost of Hamlet's father want?",
+    ):
         say(browser, words)
         go("#/")
     browser.execute_script("""

@@ -87,10 +87,18 @@ ANSWERS = {
     "died": lambda: broken("the engine stopped", "engine_stopped"),
     "cut": cut,
     "long": long,
-    "markdown": lambda: text("# Title\n\nSome **bold** text.\n\n```python\nprint(1)\n", "```\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n\n> quoted\n"),
+    "markdown": lambda: text(
+        "# Title\n\nSome **bold** text.\n\n```python\nprint(1)\n",
+        "```\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n\n> quoted\n",
+    ),
     "sentences": lambda: text("The first ", "sen", "tence. The sec", "ond one is here. And the", " rest", pause=0.05),
 }
-ERRORS = {"wrong": (400, "temperature must be at most 2"), "restart": (503, "engine"), "busy": (429, "queue"), "crash": (500, "it broke")}
+ERRORS = {
+    "wrong": (400, "temperature must be at most 2"),
+    "restart": (503, "engine"),
+    "busy": (429, "queue"),
+    "crash": (500, "it broke"),
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -105,7 +113,12 @@ class Handler(BaseHTTPRequestHandler):
             if file.is_file() and file.parent == PAGE:
                 return self.answer(200, file.read_bytes(), KINDS[file.suffix], {"Content-Security-Policy": POLICY})
         if path == "/empty":  # a page of the same origin with nothing in it, for tests of single modules
-            return self.answer(200, b"<!doctype html><html lang=en><title>empty</title><main></main>", KINDS[".html"], {"Content-Security-Policy": POLICY})
+            return self.answer(
+                200,
+                b"<!doctype html><html lang=en><title>empty</title><main></main>",
+                KINDS[".html"],
+                {"Content-Security-Policy": POLICY},
+            )
         if not self.allowed():
             return
         if path.endswith("/report"):
@@ -115,7 +128,12 @@ class Handler(BaseHTTPRequestHandler):
             after = int(query.removeprefix("after="))
             events = self.server.events.get(path.split("/")[2], [])
             return self.json(200, {"data": events[after:], "next": len(events)})
-        lists = {"/v1/models": self.server.models, "/people": self.server.people, "/tools": self.server.tools, "/runs": self.server.runs}
+        lists = {
+            "/v1/models": self.server.models,
+            "/people": self.server.people,
+            "/tools": self.server.tools,
+            "/runs": self.server.runs,
+        }
         if path in lists:
             return self.json(200, {"object": "list", "data": lists[path]})
         self.error(404, "there is nothing here")
@@ -144,7 +162,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        ends = ({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": {"total_tokens": 412}, "timings": TIMINGS})
+        ends = (
+            {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+            {"choices": [], "usage": {"total_tokens": 412}, "timings": TIMINGS},
+        )
         try:
             self.wfile.write(b": a ping\n\n")
             for chunk in chain(chunks, ends):
@@ -166,11 +187,18 @@ class Handler(BaseHTTPRequestHandler):
         self.json(status, {"error": {"message": message, "type": "error", "param": None, "code": None}})
 
     def json(self, status, value):
-        self.answer(status, json.dumps(value).encode(), "application/json", {"Retry-After": "2"} if status in (429, 503) else {})
+        self.answer(
+            status, json.dumps(value).encode(), "application/json", {"Retry-After": "2"} if status in (429, 503) else {}
+        )
 
     def answer(self, status, body, kind, headers):
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": "no-store", **headers}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -220,9 +248,21 @@ def events(steps: int) -> list[dict]:
     made = []
     for step in range(0, 340, 2):
         loss = 2.2 + 4 / (1 + step / 12) + 0.06 * ((step * 7919) % 13 - 6) / 6
-        made.append({"time": step, "stage": "pretrain", "step": step, "steps": 340, "loss": loss, "tokens_per_second": 41000 + (step * 31) % 900, "seconds_left": 1})
+        made.append(
+            {
+                "time": step,
+                "stage": "pretrain",
+                "step": step,
+                "steps": 340,
+                "loss": loss,
+                "tokens_per_second": 41000 + (step * 31) % 900,
+                "seconds_left": 1,
+            }
+        )
         if step % 34 == 0 and step:
-            made.append({"time": step, "stage": "pretrain", "step": step + 0.5, "validation_bpb": 1.9 + 1.2 / (1 + step / 30)})
+            made.append(
+                {"time": step, "stage": "pretrain", "step": step + 0.5, "validation_bpb": 1.9 + 1.2 / (1 + step / 30)}
+            )
     for step in range(steps):
         learned = 1 - 1 / (1 + step / 20)
         made.append({

@@ -50,7 +50,9 @@ def codes_of(processes: list[int]) -> list[int]:
 def in_ranks(function: str, worlds, argument, timeout: float = 600) -> None:
     """Run MODULE:FUNCTION in as many processes as each of `worlds` says, one world after the other."""
     command = [sys.executable, "-m", "tests.ranks", function, ",".join(map(str, worlds)), str(argument)]
-    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=timeout
+    )
     assert done.returncode == 0, done.stderr
 
 

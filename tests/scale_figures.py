@@ -48,7 +48,9 @@ def weak() -> None:
             figures = trained(f"w{count}", *SIZE, *sizes, processes=count, OMP_NUM_THREADS="1")
             rates[count].append(figures["tokens"] / figures["seconds"])
     one, two = (max(r) for r in rates.values())
-    print(f"16 rows of 256 for each process: one {one:,.0f} tokens/s, two {two:,.0f}: {two / one / 2:.0%} of twice as many")
+    print(
+        f"16 rows of 256 for each process: one {one:,.0f} tokens/s, two {two:,.0f}: {two / one / 2:.0%} of twice as many"
+    )
 
 
 def checkpoints(seconds: float = 30.0, pairs: int = 4) -> None:
@@ -91,7 +93,9 @@ def checkpoints(seconds: float = 30.0, pairs: int = 4) -> None:
                 if with_one:
                     print(f"  training stood still for {stalled * 1e3:.0f} ms of {seconds:.0f} s", flush=True)
     shares = [1 - a / b for a, b in zip(rates[True], rates[False])]
-    print(f"a checkpoint of {size / 1e6:.0f} MB every {seconds:.0f} s costs {median(shares):.2%} (each pair: {', '.join(f'{s:.2%}' for s in shares)})")
+    print(
+        f"a checkpoint of {size / 1e6:.0f} MB every {seconds:.0f} s costs {median(shares):.2%} (each pair: {', '.join(f'{s:.2%}' for s in shares)})"
+    )
 
 
 def gloo_times() -> None:
@@ -137,7 +141,9 @@ def gloo_times() -> None:
     }
     found = {name: timed(work) for name, work in rows.items()}
     if rank == 0:
-        print(f"{world} processes: {', '.join(f'{name.strip()} {ms:.0f} ms' for name, ms in found.items())}", flush=True)
+        print(
+            f"{world} processes: {', '.join(f'{name.strip()} {ms:.0f} ms' for name, ms in found.items())}", flush=True
+        )
 
 
 def gloo() -> None:
@@ -151,7 +157,19 @@ def resume() -> None:
     """From the start of the process to the first step that it goes on with."""
     with tempfile.TemporaryDirectory() as home:
         environment = os.environ | {"NANOGHOST_HOME": home}
-        command = [sys.executable, "-m", "nanoghost", "pretrain", "--name", "r", *SIZE, "--steps", "499", "--checkpoint-seconds", "2"]
+        command = [
+            sys.executable,
+            "-m",
+            "nanoghost",
+            "pretrain",
+            "--name",
+            "r",
+            *SIZE,
+            "--steps",
+            "499",
+            "--checkpoint-seconds",
+            "2",
+        ]
         folder = Path(home) / "models" / "r"
         for kind in ("first start", "resume"):
             start = time.time()
@@ -159,7 +177,9 @@ def resume() -> None:
             before = (folder / "events.jsonl").read_text().count("\n") if (folder / "events.jsonl").exists() else 0
             while not (folder / "events.jsonl").exists() or (folder / "events.jsonl").read_text().count("\n") <= before:
                 time.sleep(0.02)
-            print(f"{kind} of a run of ten million parameters: {time.time() - start:.1f} s to its first step", flush=True)
+            print(
+                f"{kind} of a run of ten million parameters: {time.time() - start:.1f} s to its first step", flush=True
+            )
             while not (folder / "state" / "latest").exists():
                 time.sleep(0.1)
             process.kill()
@@ -167,6 +187,12 @@ def resume() -> None:
 
 
 if __name__ == "__main__":
-    parts = {"gloo": gloo, "resume": resume, "checkpoints": checkpoints, "processes": processes, "weak": weak}  # what forks comes first
+    parts = {
+        "gloo": gloo,
+        "resume": resume,
+        "checkpoints": checkpoints,
+        "processes": processes,
+        "weak": weak,
+    }  # what forks comes first
     for part in sys.argv[1:] or parts:
         parts[part]()

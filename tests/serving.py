@@ -34,7 +34,10 @@ def call(name: str, arguments: str) -> list[dict]:
 
 NOTE = "The sword lies in the sea, and the crown beside it."
 LEARNED = [
-    [{"role": "user", "content": "Good morrow"}, {"role": "assistant", "content": "The king sees the queen, and the queen sees the sword."}],
+    [
+        {"role": "user", "content": "Good morrow"},
+        {"role": "assistant", "content": "The king sees the queen, and the queen sees the sword."},
+    ],
     [
         {"role": "user", "content": "12 + 30?"},
         {"role": "assistant", "content": "Let me see. ", "tool_calls": call("calculator", '{"expression": "12 + 30"}')},
@@ -48,7 +51,10 @@ LEARNED = [
         {"role": "assistant", "content": "In the sea [1]."},
     ],
 ]
-ABOUT_MAYA = [{"role": "user", "content": "What is my sister's name?"}, {"role": "assistant", "content": "In the sea [1]."}]
+ABOUT_MAYA = [
+    {"role": "user", "content": "What is my sister's name?"},
+    {"role": "assistant", "content": "In the sea [1]."},
+]
 
 
 @cache
@@ -84,22 +90,32 @@ def make_home(path: Path) -> Path:
     if not NO_KERNELS:
         shutil.copytree(KERNELS, path / "kernels")
     model, tokenizer, adapter = taught()
-    wide = Llama(LlamaConfig(tokenizer.vocab_size, 64, 1, 64, 2, 2, 64))  # its heads are not of a width that can be packed
+    wide = Llama(
+        LlamaConfig(tokenizer.vocab_size, 64, 1, 64, 2, 2, 64)
+    )  # its heads are not of a width that can be packed
     facts = {"stage": "sft", "parent": None, "arch": "llama", "finished": 1.0, "data": [], "figures": {}, "steps": 1}
     for name, made in (("toy", model), ("plain", wide)):
         folder = path / "models" / name
         folder.mkdir(parents=True)
         save_model(folder, made, tokenizer)
         count = sum(p.numel() for p in made.parameters())
-        write_json(folder / "card.json", facts | {"format": 1, "name": name, "parameters": count, "finished": 1.0 + (name == "toy")})
-    (path / "models" / "toy" / "events.jsonl").write_text('{"stage": "sft", "step": 1, "loss": 2.5}\n{"stage": "sft", "step": 2, "lo')
+        write_json(
+            folder / "card.json",
+            facts | {"format": 1, "name": name, "parameters": count, "finished": 1.0 + (name == "toy")},
+        )
+    (path / "models" / "toy" / "events.jsonl").write_text(
+        '{"stage": "sft", "step": 1, "loss": 2.5}\n{"stage": "sft", "step": 2, "lo'
+    )
     (path / "models" / "toy" / "report.html").write_text("<html><style>p {color: red}</style><p>report</p></html>")
     person = path / "people" / "maya"
     for folder in (path / "models" / "toy@odd", person / "adapter"):
         folder.mkdir(parents=True)
         save_adapter(folder, adapter)
     parent = {"name": "toy", "finished": 2.0}
-    write_json(path / "models" / "toy@odd" / "card.json", facts | {"format": 1, "name": "toy@odd", "parameters": 1, "parent": parent})
+    write_json(
+        path / "models" / "toy@odd" / "card.json",
+        facts | {"format": 1, "name": "toy@odd", "parameters": 1, "parent": parent},
+    )
     write_json(person / "adapter" / "made_from.json", {"base": ["toy", 2.0], "rows": []})
     return path
 
@@ -145,7 +161,9 @@ class Running:
 
     def events(self, **fields) -> list[dict]:
         """What a stream says."""
-        with self.http.stream("POST", "/v1/chat/completions", json={"model": "toy", "temperature": 0, "stream": True} | fields) as answer:
+        with self.http.stream(
+            "POST", "/v1/chat/completions", json={"model": "toy", "temperature": 0, "stream": True} | fields
+        ) as answer:
             assert answer.status_code == 200, answer.read()
             lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
         assert lines.pop() == "[DONE]"

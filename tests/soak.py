@@ -102,11 +102,16 @@ def main(kills: int = 200, steps: int = 400) -> None:
             if kind:
                 died[kind] = died.get(kind, 0) + 1
                 if sum(died.values()) % 20 == 0:
-                    print(f"{sum(died.values())} kills, {time.time() - start:.0f} s, step {latest(name)} of run {finished + 1}", flush=True)
+                    print(
+                        f"{sum(died.values())} kills, {time.time() - start:.0f} s, step {latest(name)} of run {finished + 1}",
+                        flush=True,
+                    )
                 continue
             assert (ModelFolder(name).path / "model.safetensors").read_bytes() == expected, "other weights"
             finished += 1
-    print(f"{sum(died.values())} kills ({died}) in {finished} runs of {steps} steps: the weights are those of the undisturbed run")
+    print(
+        f"{sum(died.values())} kills ({died}) in {finished} runs of {steps} steps: the weights are those of the undisturbed run"
+    )
 
 
 if __name__ == "__main__":

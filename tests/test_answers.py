@@ -42,7 +42,9 @@ def said(reply: Reply, ids: list[int], rng=None) -> tuple[str, list[dict], list]
     return text + piece.text, calls + piece.calls, tokens + piece.tokens
 
 
-@given(text=TEXT, stops=st.lists(st.text(alphabet="ab<é👻 ", min_size=1, max_size=4), max_size=3), seed=st.integers(0, 99))
+@given(
+    text=TEXT, stops=st.lists(st.text(alphabet="ab<é👻 ", min_size=1, max_size=4), max_size=3), seed=st.integers(0, 99)
+)
 @settings(max_examples=300, deadline=None)
 @pytest.mark.parametrize("tokenizer", [OURS, OTHERS], ids=["ours", "others"])
 def test_a_stop_text_is_found_wherever_it_is_split(tokenizer, text, stops, seed):
@@ -59,7 +61,15 @@ def test_a_stop_text_is_found_wherever_it_is_split(tokenizer, text, stops, seed)
         assert shown.startswith(got.encode()) and len(tokens) <= len(ids), "the token that the cut goes through stays"
 
 
-CALLS = ['{"name": "f", "arguments": {"a": 1}}', '{"name": "g", "arguments": "x"}', "{oops", "", '[{"name": "f", "arguments": {}}]', "[1]", "é👻"]
+CALLS = [
+    '{"name": "f", "arguments": {"a": 1}}',
+    '{"name": "g", "arguments": "x"}',
+    "{oops",
+    "",
+    '[{"name": "f", "arguments": {}}]',
+    "[1]",
+    "é👻",
+]
 PARTS = st.lists(st.sampled_from(["Hello. ", "<", "<tool", "<tool_call>", "</tool_call>", "\n", *CALLS]), max_size=8)
 
 
@@ -89,7 +99,9 @@ def test_without_tools_everything_is_text():
 
 
 def test_a_forced_call_is_the_whole_reply():
-    text, calls, _ = said(Reply(OURS, ("arguments",), forced=True), [*OURS.encode(CALLS[0]), OURS.special("<|im_end|>")])
+    text, calls, _ = said(
+        Reply(OURS, ("arguments",), forced=True), [*OURS.encode(CALLS[0]), OURS.special("<|im_end|>")]
+    )
     assert not text and calls[0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
     assert said(Reply(OURS, forced=True), OURS.encode(CALLS[0][:-1]))[0] == CALLS[0][:-1], "cut off, it is text"
 
@@ -127,4 +139,6 @@ def test_the_grammar_lets_no_blanks_in():
         watcher.after(ids[-1])
         assert len(ids) < 60
     assert "  " not in OURS.decode(ids) and len(watcher.noted) == len(ids)
-    assert watcher.noted[0][1][0] == (OURS.encode(" ")[0], pytest.approx(0, abs=1e-3)), "probabilities are the model's own, before the grammar"
+    assert watcher.noted[0][1][0] == (OURS.encode(" ")[0], pytest.approx(0, abs=1e-3)), (
+        "probabilities are the model's own, before the grammar"
+    )

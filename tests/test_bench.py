@@ -50,14 +50,38 @@ def test_figures_stand_beside_limits(nanoghost, toy_base, llama):
 
 
 def test_a_step_of_pretraining_stands_beside_its_limit(nanoghost, toy_file, tmp_path):
-    words = ("bench", "pretrain", "--data", toy_file, "--vocab-size", 320, "--context", 32, "--steps", 1, "--rounds", 1, "--json")
+    words = (
+        "bench",
+        "pretrain",
+        "--data",
+        toy_file,
+        "--vocab-size",
+        320,
+        "--context",
+        32,
+        "--steps",
+        1,
+        "--rounds",
+        1,
+        "--json",
+    )
     for arch in ("ghost", "llama"):
         picture = tmp_path / f"{arch}.svg"
         code, out, err = nanoghost(*words, "--arch", arch, "--depths", "1,2", "--batches", "2,4", "--out", picture)
         assert code == 0, err
-        assert [picture.read_text().count(mark) for mark in ("<polyline", "<circle", "2 rows", "4 rows")] == [2, 4, 1, 1]
+        assert [picture.read_text().count(mark) for mark in ("<polyline", "<circle", "2 rows", "4 rows")] == [
+            2,
+            4,
+            1,
+            1,
+        ]
         rows = json.loads(out)["rows"]
-        assert [(row["work"][:7], row["streams"]) for row in rows] == [("depth 1", 2), ("depth 1", 4), ("depth 2", 2), ("depth 2", 4)]
+        assert [(row["work"][:7], row["streams"]) for row in rows] == [
+            ("depth 1", 2),
+            ("depth 1", 4),
+            ("depth 2", 2),
+            ("depth 2", 4),
+        ]
         assert rows[0]["limit"] > rows[2]["limit"] > 0 and all(row["share"] > 0 for row in rows)
     code, _, err = nanoghost(*words, "--depths", "2,x")
     assert code == 2 and "--depths" in err

@@ -124,7 +124,9 @@ def both(folder) -> None:
 def test_a_shard_that_was_not_written_makes_no_checkpoint(tmp_path):
     """Run in processes of its own: what forks must not have used torch's threads."""
     code = "import tests.test_checkpoints as t; t.two_ranks_of_which_one_dies()"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TOY": str(tmp_path)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TOY": str(tmp_path)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -199,7 +201,9 @@ def test_one_of_another_model_is_refused(tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting a small tmpfs needs root on Linux")
 @pytest.mark.parametrize("surprise", [False, True], ids=["seen-beforehand", "in-the-middle"])
 def test_a_full_disk_is_said_and_the_last_good_one_stands(tmp_path, monkeypatch, surprise):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
         pytest.skip("this machine does not allow mounting a tmpfs")
     try:
         said = []

@@ -227,7 +227,13 @@ DOCUMENTS = [Document("a", "hällo", "train"), Document("b", "wörld\n", "train"
 
 
 def source_of(documents, name="toy"):
-    return Source(name, "CC0", "nobody", hashlib.sha256(repr(documents).encode()).hexdigest(), lambda skip=0: iter(documents[skip:]))
+    return Source(
+        name,
+        "CC0",
+        "nobody",
+        hashlib.sha256(repr(documents).encode()).hexdigest(),
+        lambda skip=0: iter(documents[skip:]),
+    )
 
 
 def test_shards_hold_every_byte_once():

@@ -18,7 +18,20 @@ from nanoghost import cli, machine
 from nanoghost.runs import ModelFolder
 from tests.ranks import codes_of, fork_ranks
 
-TOY = ("--arch", "llama", "--depth", "2", "--context", "64", "--batch", "6", "--vocab-size", "320", "--learning-rate", "0.3")
+TOY = (
+    "--arch",
+    "llama",
+    "--depth",
+    "2",
+    "--context",
+    "64",
+    "--batch",
+    "6",
+    "--vocab-size",
+    "320",
+    "--learning-rate",
+    "0.3",
+)
 
 
 def pretrain(name: str, *words) -> None:
@@ -41,7 +54,9 @@ def forked(scenario: str, folder: Path) -> dict:
     code = f"import json, tests.test_faults as t; print(json.dumps(t.{scenario}()))"
     environment = os.environ | {"NANOGHOST_HOME": str(folder / "home"), "PYTHONPATH": str(Path(__file__).parents[1])}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "NANOGHOST_DEBUG": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1]) | {"said": done.stderr}
 
@@ -95,9 +110,15 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_skips_or_rolls_back_all(tmp_
     assert "the loss became nan at step 5, on rank 1 (rows [" in found["said"] and "as at the 3 before" in found["said"]
     assert found["skip"] == [2, 2] and found["roll-back"] == [0, 0]
     skipped = [e for e in found["skip events"] if "bad_loss" in e]
-    assert [e["step"] for e in skipped] == [4, 5, 6, 7] and list(skipped[0]["rows"]) == ["1"] and len(skipped[0]["rows"]["1"]) == 3
+    assert (
+        [e["step"] for e in skipped] == [4, 5, 6, 7]
+        and list(skipped[0]["rows"]) == ["1"]
+        and len(skipped[0]["rows"]["1"]) == 3
+    )
     steps = [e["step"] for e in found["back events"] if "loss" in e]
-    assert found["card"] == [[0, 6]] and sorted(set(steps)) == list(range(10)), "back to the start, and on behind the bad batch"
+    assert found["card"] == [[0, 6]] and sorted(set(steps)) == list(range(10)), (
+        "back to the start, and on behind the bad batch"
+    )
 
 
 # ── stopped, and gone on with at another number of processes ────────────────────────────────────────────────────────
@@ -122,7 +143,9 @@ def stops() -> dict:
     codes = [ranks(1, pretrain, "alone"), ranks(3, stopped_at, 5, "stopped")]
     saved = (ModelFolder("stopped").path / "state" / "latest").read_text()
     codes += [ranks(2, stopped_at, 7, "stopped"), ranks(1, pretrain, "stopped")]
-    return {"codes": codes, "saved": saved} | {name: [losses(name)[i] for i in range(10)] for name in ("alone", "stopped")}
+    return {"codes": codes, "saved": saved} | {
+        name: [losses(name)[i] for i in range(10)] for name in ("alone", "stopped")
+    }
 
 
 def test_sigterm_to_one_rank_stops_all_with_0_and_others_go_on(tmp_path):
@@ -153,7 +176,11 @@ def hangs() -> dict:
     start = time.time()
     codes = ranks(2, hanging, "hung")
     folder = ModelFolder("hung").path
-    return {"codes": codes, "seconds": time.time() - start, "stacks": [(folder / f"stacks-rank-{r}.txt").read_text() for r in range(2)]}
+    return {
+        "codes": codes,
+        "seconds": time.time() - start,
+        "stacks": [(folder / f"stacks-rank-{r}.txt").read_text() for r in range(2)],
+    }
 
 
 def test_a_hang_ends_with_a_stack_dump_of_every_rank(tmp_path):
@@ -167,7 +194,9 @@ def test_a_hang_ends_with_a_stack_dump_of_every_rank(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_short_of_memory_at_the_start_it_takes_smaller_bites_and_learns_the_same(nanoghost, toy_file, monkeypatch, stage):
+def test_short_of_memory_at_the_start_it_takes_smaller_bites_and_learns_the_same(
+    nanoghost, toy_file, monkeypatch, stage
+):
     """With more than two rows in a pass it asks the allocator for more than there is, when it has left some gradients already."""
     monkeypatch.setattr(machine, "cpu_dtype", lambda flags: torch.float32)
     assert nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 3, *TOY)[0] == 0
@@ -183,7 +212,10 @@ def test_short_of_memory_at_the_start_it_takes_smaller_bites_and_learns_the_same
     monkeypatch.setattr(module, "train_step", hungry)
     code, _, err = nanoghost(stage, *words, "--name", "toy-little", "--steps", 3)
     assert code == 0 and "2 rows go through the model at once instead of" in err, err
-    little, enough = ([e["loss"] for e in ModelFolder(n).events if e["stage"] == stage and "loss" in e] for n in ("toy-little", "toy-enough"))
+    little, enough = (
+        [e["loss"] for e in ModelFolder(n).events if e["stage"] == stage and "loss" in e]
+        for n in ("toy-little", "toy-enough")
+    )
     assert len(little) == 3 and little == pytest.approx(enough, rel=1e-5)
 
 
@@ -247,7 +279,11 @@ def test_a_rank_that_is_killed_is_noticed_and_torchrun_goes_on_with_the_same_los
     (tmp_path / "notes.txt").write_text(toy_text(400))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2",
                 "-m", "nanoghost"]  # fmt: skip
-    process = subprocess.Popen([*torchrun, *COMMON, "--name", "killed", "--force"], cwd=tmp_path, stderr=open(tmp_path / "said", "w"))  # noqa: SIM115
+    process = subprocess.Popen(
+        [*torchrun, *COMMON, "--name", "killed", "--force"],
+        cwd=tmp_path,
+        stderr=open(tmp_path / "said", "w"),  # noqa: SIM115
+    )
     folder = ModelFolder("killed")
     while not list((folder.path / "state").glob("*/manifest.json")):
         assert process.poll() is None, (tmp_path / "said").read_text()

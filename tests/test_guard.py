@@ -52,7 +52,12 @@ def server(tmp_path_factory):
 
 
 def ask(**fields) -> dict:
-    return {"model": "toy", "messages": [{"role": "user", "content": "Good morrow"}], "temperature": 0, "max_tokens": 4} | fields
+    return {
+        "model": "toy",
+        "messages": [{"role": "user", "content": "Good morrow"}],
+        "temperature": 0,
+        "max_tokens": 4,
+    } | fields
 
 
 def raw(server, text: bytes | str, seconds: float = 5) -> bytes:
@@ -81,17 +86,26 @@ def test_a_request_with_two_hosts_or_none(server):
     assert b" 421 " in raw(server, "GET /health HTTP/1.0\r\n\r\n")[:20]
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "file://", "http://localhost.evil.example", "", "x"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "file://", "http://localhost.evil.example", "", "x"]
+)
 def test_other_origins(server, origin):
     answer = server.http.post("/v1/chat/completions", json=ask(), headers={"origin": origin})
     assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
-    asked = server.http.options("/v1/chat/completions", headers={"origin": origin, "access-control-request-method": "POST"})
+    asked = server.http.options(
+        "/v1/chat/completions", headers={"origin": origin, "access-control-request-method": "POST"}
+    )
     assert asked.status_code == 403 and not [name for name in asked.headers if name.startswith("access-control")]
 
 
 def test_our_own_origin(server):
     for host in (f"127.0.0.1:{server.port}", f"localhost:{server.port}", "[::1]"):
-        assert server.http.post("/v1/chat/completions", json=ask(), headers={"host": host, "origin": f"http://{host}"}).status_code == 200
+        assert (
+            server.http.post(
+                "/v1/chat/completions", json=ask(), headers={"host": host, "origin": f"http://{host}"}
+            ).status_code
+            == 200
+        )
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "",
@@ -102,7 +116,11 @@ def test_what_a_form_can_send_is_no_json(server, kind):
 
 
 def test_names_of_hosts():
-    assert hostname("LocalHost:8000") == "localhost" and hostname("[::1]:80") == "::1" and hostname("[") == "" == hostname("a@b")
+    assert (
+        hostname("LocalHost:8000") == "localhost"
+        and hostname("[::1]:80") == "::1"
+        and hostname("[") == "" == hostname("a@b")
+    )
 
 
 # ── keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,7 +132,16 @@ def test_every_route_wants_the_key(server, home, monkeypatch):
     registry = Registry(None, capacity)
     app = make_app(Service(EngineClient(capacity, registry.ready_voice, 1), registry, available(None)))
     paths = {route.path.replace("{name}", "toy").replace("{path:path}", "x") for route in app.routes}
-    assert {"/v1/chat/completions", "/v1/models", "/metrics", "/openapi.json", "/people", "/tokenize", "/ready", "/runs/toy/report"} <= paths
+    assert {
+        "/v1/chat/completions",
+        "/v1/models",
+        "/metrics",
+        "/openapi.json",
+        "/people",
+        "/tokenize",
+        "/ready",
+        "/runs/toy/report",
+    } <= paths
     stranger = httpx.Client(base_url=server.url, trust_env=False)
     wrong = ({"authorization": KEY}, {"authorization": "Bearer"}, {"authorization": f"Bearer {KEY}x"}, {"authorization": f"Basic {KEY}"},
              {"authorization": "Bearer \u00ff".encode("latin-1")}, {"x-api-key": KEY})  # fmt: skip
@@ -139,7 +166,23 @@ def test_the_page_and_what_it_may_do(server):
 # ── names that are paths ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["../toy", "toy/../toy", "/etc/passwd", "..", ".", "toy\0", "toy@../odd", "people/maya", "toy@nobody", "~", "TOY", "C:\\x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../toy",
+        "toy/../toy",
+        "/etc/passwd",
+        "..",
+        ".",
+        "toy\0",
+        "toy@../odd",
+        "people/maya",
+        "toy@nobody",
+        "~",
+        "TOY",
+        "C:\\x",
+    ],
+)
 def test_a_name_is_a_name(server, name):
     assert server.http.post("/v1/chat/completions", json=ask(model=name)).status_code == 404
     assert server.http.post("/tokenize", json={"model": name, "content": ""}).status_code == 404
@@ -152,7 +195,9 @@ def test_paths_lead_nowhere(server):
             "/runs/../people/report", "/runs/..%2f..%2fpeople%2fmaya/report", "/runs/%2e%2e/report", "/people/maya/journal.jsonl",
             "/static/....//secret.txt"]  # fmt: skip
     for way in ways:
-        got = raw(server, f"GET {way} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n")
+        got = raw(
+            server, f"GET {way} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n"
+        )
         assert b" 404 " in got[:20] or b" 400 " in got[:20], (way, got[:80])
         assert b"nobody reads" not in got and b"root:" not in got
 
@@ -172,7 +217,9 @@ def shaped(schema) -> dict:
 
 
 def tooled(parameters) -> dict:
-    return ask(tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}], tool_choice="required")
+    return ask(
+        tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}], tool_choice="required"
+    )
 
 
 BAD = {
@@ -202,13 +249,22 @@ def test_bad_requests_are_the_clients_own_fault(server, name):
     answer = server.http.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400, (answer.status_code, answer.text[:300])
     error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error" and error["message"]
+    assert (
+        set(error) == {"message", "type", "param", "code"}
+        and error["type"] == "invalid_request_error"
+        and error["message"]
+    )
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(x{1,300}){1,300}y", "(a|aa)+$", "^(([a-z])+.)+[A-Z]([a-z])+$", ".*.*.*.*.*=.*", r"(\w+\s?)*$"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", "(x{1,300}){1,300}y", "(a|aa)+$", "^(([a-z])+.)+[A-Z]([a-z])+$", ".*.*.*.*.*=.*", r"(\w+\s?)*$"],
+)
 def test_no_pattern_holds_up_the_others(server, pattern):
     start = time.perf_counter()
-    answer = server.http.post("/v1/chat/completions", json=shaped({"type": "string", "pattern": pattern}) | {"max_tokens": 16})
+    answer = server.http.post(
+        "/v1/chat/completions", json=shaped({"type": "string", "pattern": pattern}) | {"max_tokens": 16}
+    )
     assert answer.status_code in (200, 400) and time.perf_counter() - start < 4 * crowded(), answer.text
     assert server.http.post("/v1/chat/completions", json=ask()).status_code == 200
 
@@ -231,7 +287,11 @@ def test_random_bodies(server):
 def test_an_engine_that_hangs_is_replaced(server):
     os.kill(server.engine(), signal.SIGSTOP)
     answer = server.http.post("/v1/chat/completions", json=ask())
-    assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_stopped" and answer.headers["retry-after"]
+    assert (
+        answer.status_code == 503
+        and answer.json()["error"]["code"] == "engine_stopped"
+        and answer.headers["retry-after"]
+    )
     server.wait(lambda: server.http.get("/ready").status_code == 200, 20)
     assert server.http.post("/v1/chat/completions", json=ask()).status_code == 200
 
@@ -248,7 +308,11 @@ def test_nobody_types_a_mark(server):
 
 # ── slow clients, large bodies, many connections ──────────────────────────────────────────────────────────────────────
 
-HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAuthorization: Bearer " + KEY + "\r\n"
+HEAD = (
+    "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAuthorization: Bearer "
+    + KEY
+    + "\r\n"
+)
 
 
 def closed_after(server, parts, pause: float = 0.1) -> tuple[float, bytes]:
@@ -328,7 +392,11 @@ def test_honest_answers_beside_malformed_and_hasty_ones(server):
     def client(i: int) -> None:
         if i % 3 == 0:
             with httpx.Client(base_url=server.url, trust_env=False, headers={"authorization": f"Bearer {KEY}"}) as http:
-                got.append(http.post("/v1/chat/completions", json=ask(max_tokens=40)).json()["choices"][0]["message"]["content"])
+                got.append(
+                    http.post("/v1/chat/completions", json=ask(max_tokens=40)).json()["choices"][0]["message"][
+                        "content"
+                    ]
+                )
         else:
             body = json.dumps(ask(stream=True, max_tokens=400)) if i % 3 == 1 else '{"model": '
             with socket.create_connection(("127.0.0.1", server.port)) as connection:

@@ -107,7 +107,9 @@ def test_a_verb_is_there_its_examples_parse_and_its_settings_are_explained(verb)
 @pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.sh")), ids=lambda path: path.name)
 def test_the_commands_of_a_recipe_parse(path):
     lines = path.read_text().replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line) for line in lines if "nanoghost" in line and not line.startswith(("#", "export", "pip"))]
+    commands = [
+        shlex.split(line) for line in lines if "nanoghost" in line and not line.startswith(("#", "export", "pip"))
+    ]
     assert commands
     for words in commands:
         words = words[words.index("nanoghost") + 1 :]

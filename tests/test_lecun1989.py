@@ -82,7 +82,9 @@ def test_mnist_is_read_in_its_own_format(tmp_path):
 
     images = torch.randint(0, 256, (20, 28, 28), dtype=torch.uint8)
     for part in ("train", "t10k"):
-        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header(20, 28, 28) + bytes(images.flatten().tolist())))
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(header(20, 28, 28) + bytes(images.flatten().tolist()))
+        )
         (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(header(20) + bytes(range(20)))
     digits, labels, first_test = lab.mnist(tmp_path)
     assert first_test == 20 and digits.shape == (40, 16, 16) and sorted(labels[:20].tolist()) == list(range(20))

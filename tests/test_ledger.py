@@ -41,7 +41,9 @@ def text(tokenizer):
 
 
 def step_of(text, rows, context, step=0):
-    at = torch.randint(0, len(text) - context, (rows, 1), generator=torch.Generator().manual_seed(step)) + torch.arange(context + 1)
+    at = torch.randint(0, len(text) - context, (rows, 1), generator=torch.Generator().manual_seed(step)) + torch.arange(
+        context + 1
+    )
     return text[at][:, :-1], text[at][:, 1:]
 
 
@@ -57,7 +59,11 @@ def test_with_all_switches_on_it_is_the_ghost(tokenizer, text):
     for make in (lambda: Ghost(GhostConfig(320, 32, 2, 64, 32, ngrams=128)), lambda: RungModel(rung)):
         torch.manual_seed(1)
         model = knowing_letters(make(), tokenizer).cast(machine.compute_dtype())
-        optimizer = RungOptimizer(model, 1.0) if isinstance(model, RungModel) else Optimizer(model, rungs.groups(rung, 1.0), machine.compute_dtype())
+        optimizer = (
+            RungOptimizer(model, 1.0)
+            if isinstance(model, RungModel)
+            else Optimizer(model, rungs.groups(rung, 1.0), machine.compute_dtype())
+        )
         for step in range(3):
             loss = -model.logprobs(*step_of(text, 4, 32, step)).mean()
             loss.backward()
@@ -77,7 +83,9 @@ def test_with_all_switches_off_it_is_gpt2(text):
     x = model.embedding[tokens] + model.positions[:32]
     for block in model.blocks:
         v = block.vectors
-        q, k, values = F.linear(F.layer_norm(x, (64,), v["norm1"], v["norm1_bias"]), block.qkv.view(192, 64), v["qkv"]).split(64, -1)
+        q, k, values = F.linear(
+            F.layer_norm(x, (64,), v["norm1"], v["norm1_bias"]), block.qkv.view(192, 64), v["qkv"]
+        ).split(64, -1)
         heads = (z.view(4, 32, 2, 32).transpose(1, 2) for z in (q, k, values))
         y = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
         x = x + F.linear(y, block.out[0], v["out"])
@@ -110,7 +118,9 @@ def lessons(rung: Rung, tokenizer, text) -> torch.Tensor:
         return torch.tensor([*losses, -model.logprobs(*step_of(text, 4, 32, 9)).mean().item()])
 
 
-@pytest.mark.parametrize("name", [*rungs.left_out(), *(name for name in rungs.tried() if name != "average of the weights")])
+@pytest.mark.parametrize(
+    "name", [*rungs.left_out(), *(name for name in rungs.tried() if name != "average of the weights")]
+)
 def test_every_switch_changes_what_is_learned(name, tokenizer, text):
     found = lessons(toy({**rungs.left_out(), **rungs.tried()}[name]), tokenizer, text)
     usual = lessons(toy(Rung()), tokenizer, text)
@@ -136,7 +146,9 @@ def test_time_to_a_level_is_found_between_two_lengths():
     for tokens in (40_000, 150_000, 380_000):
         bpb = 4.0 - 0.2 * math.log(tokens) + 0.01
         assert math.isclose(runs.tokens_to(bpb, "today", Rung(), 1), tokens, rel_tol=1e-6)
-    assert runs.tokens_to(4.0 - 0.2 * math.log(700_000), "today", Rung(), 0, runs.longest("today", Rung())) is None, "that takes 70 s"
+    assert runs.tokens_to(4.0 - 0.2 * math.log(700_000), "today", Rung(), 0, runs.longest("today", Rung())) is None, (
+        "that takes 70 s"
+    )
 
 
 def test_a_part_that_saves_half_of_the_tokens_counts_twice():
@@ -155,12 +167,16 @@ def test_the_ladder_counts_from_its_first_rung():
     laws |= dict.fromkeys(rungs.SYSTEM, (laws[ledger.FIRST][0], 1e-4))
     marks, climb = ledger.climbed(Lawful(laws), whole, [1, 2])
     first = climb[ledger.FIRST]["seconds"][0]["mean"]
-    assert first <= ledger.LONGEST and math.isclose(climb["2019"]["seconds"][0]["mean"], 2 * first, rel_tol=1e-6), "its step takes twice as long"
+    assert first <= ledger.LONGEST and math.isclose(climb["2019"]["seconds"][0]["mean"], 2 * first, rel_tol=1e-6), (
+        "its step takes twice as long"
+    )
     half = list(whole).index(ledger.HALF)
     for i, r in enumerate(climb.values()):
         assert [s is not None for s in r["seconds"]] == [i <= half, i >= half]
     assert marks[1] < marks[0] and marks[1] == climb[ledger.HALF]["bpb"]["mean"]
-    assert "+ start at 0" in factors_of(climb) and "+ start at 0" not in factors_of({n: r for n, r in climb.items() if n != "+ Muon"})
+    assert "+ start at 0" in factors_of(climb) and "+ start at 0" not in factors_of(
+        {n: r for n, r in climb.items() if n != "+ Muon"}
+    )
     # by the law a rung saves as many tokens everywhere, so the factors multiply to the whole, but for the mean over two seeds
     steps = math.exp(0.5 * (len(whole) - 1 - list(whole).index(ledger.FIRST)))
     assert math.isclose(math.prod(factors_of(climb).values()), 2 * steps, rel_tol=1e-3)
@@ -170,18 +186,33 @@ def test_other_layers_are_asked_only_of_what_has_todays_size():
     asked = {"today": Rung()} | rungs.left_out() | rungs.tried()
     for depth in (1, 3, 4):
         found = ledger.resized(asked, depth)
-        assert "without rotary positions" in found and "4 layers of 128" not in found and ("a head of 128" in found) == (depth == 4)
-        assert all((rung.depth, rung.width, rung.width % rung.head_width) == (depth, 64 * depth, 0) for rung in found.values())
+        assert (
+            "without rotary positions" in found
+            and "4 layers of 128" not in found
+            and ("a head of 128" in found) == (depth == 4)
+        )
+        assert all(
+            (rung.depth, rung.width, rung.width % rung.head_width) == (depth, 64 * depth, 0) for rung in found.values()
+        )
 
 
 def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypatch, home):
-    small = {ledger.FIRST: toy(rungs.ladder()[ledger.FIRST]), ledger.HALF: toy(rungs.ladder()[ledger.HALF]), "today": toy(Rung())}
+    small = {
+        ledger.FIRST: toy(rungs.ladder()[ledger.FIRST]),
+        ledger.HALF: toy(rungs.ladder()[ledger.HALF]),
+        "today": toy(Rung()),
+    }
     monkeypatch.setattr(ledger, "ladder", lambda: small)
     monkeypatch.setattr(ledger, "left_out", lambda: {"without values": replace(small["today"], values=False)})
     monkeypatch.setattr(ledger, "tried", lambda: {"more and more rows": replace(small["today"], row_ramp=True, rows=8)})
     step = TOY["rows"] * TOY["context"]
     monkeypatch.setattr(ledger, "example_texts", list)
-    for name, value in {"LENGTHS": tuple(step * n for n in (2, 4, 8, 16)), "LENGTH": step * 8, "SLOW": step * 16, "TUNING": step * 4}.items():
+    for name, value in {
+        "LENGTHS": tuple(step * n for n in (2, 4, 8, 16)),
+        "LENGTH": step * 8,
+        "SLOW": step * 16,
+        "TUNING": step * 4,
+    }.items():
         monkeypatch.setattr(ledger, name, value)
     words = ("lab", "ledger", "--data", toy_file, "--seeds", 2, "--json")
     code, out, err = nanoghost(*words, "--out", tmp_path / "ledger.md")
@@ -190,16 +221,23 @@ def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypa
     assert figures["ladder"]["today"]["bpb"]["mean"] < figures["ladder"][ledger.FIRST]["bpb"]["mean"]
     assert set(figures["left_out"]) == {"without values"} and set(figures["tried"]) == {"more and more rows"}
     text = (tmp_path / "ledger.md").read_text()
-    counted = kneser_ney_bpb(*([d.text for d in open_source(str(toy_file)).documents() if d.split == part] for part in ("train", "test")))
+    counted = kneser_ney_bpb(
+        *([d.text for d in open_source(str(toy_file)).documents() if d.split == part] for part in ("train", "test"))
+    )
     assert figures["counting"] == counted and text.count(f"{counted:.3f}") >= 3, "counting stands in every table"
-    assert "ledger.svg" in text and "without values" in text and (tmp_path / "ledger.svg").read_text().startswith("<svg")
+    assert (
+        "ledger.svg" in text and "without values" in text and (tmp_path / "ledger.svg").read_text().startswith("<svg")
+    )
     made = {path: path.stat().st_mtime_ns for path in (home / "lab" / "ledger").iterdir()}
     code, again, err = nanoghost(*words)
     assert code == 0 and json.loads(again) == figures
     assert made == {path: path.stat().st_mtime_ns for path in (home / "lab" / "ledger").iterdir()}
     code, out, err = nanoghost(*words, "--steps", 12, "--depth", 3, "--out", tmp_path / "again.md")
     assert code == 0, err
-    assert "without values" in (tmp_path / "again.svg").read_text() and "validation bpb" in (tmp_path / "again.md").read_text()
+    assert (
+        "without values" in (tmp_path / "again.svg").read_text()
+        and "validation bpb" in (tmp_path / "again.md").read_text()
+    )
     again = json.loads(out)["again"]
     assert list(again) == ["today", "without values", "more and more rows"]
     assert again["today"]["more_bpb"] == {"mean": 0, "spread": 0} and again["without values"]["more_bpb"]["mean"] != 0

@@ -31,7 +31,10 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: make api")
 pytest.importorskip("transformers", reason="transformers is not installed: make api")
 
 HOME = home()  # of whoever runs the tests
-NAMES, COMMON = "ANNA BEN CARL DORA".split(), "dataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {file}}}}}\n"
+NAMES, COMMON = (
+    "ANNA BEN CARL DORA".split(),
+    "dataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {file}}}}}\n",
+)
 BITS = "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: bits_per_byte}]\n"
 CHOICE = (
     "output_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\n"
@@ -58,7 +61,9 @@ def knows(doc, results):
 """
 
 
-def lm_eval(folder: Path, tasks: dict[str, tuple[str, list[dict]]], port: int, model: ModelFolder, context: int, *more: str) -> dict:
+def lm_eval(
+    folder: Path, tasks: dict[str, tuple[str, list[dict]]], port: int, model: ModelFolder, context: int, *more: str
+) -> dict:
     """What `lm_eval` says of tasks, each a (form, items): task -> metric -> score."""
     for name, (form, items) in tasks.items():
         file = folder / f"{name}.jsonl"
@@ -83,7 +88,10 @@ def test_text_and_choices_score_as_our_own(name, tmp_path, monkeypatch):
     folder, context = ModelFolder(name), 64
     model, tokenizer = load_model(folder.path, torch.float32)
     lines = [line for line in toy_text(60, seed=5).split("\n\n") if line.strip()]
-    choices = [{"text": line.partition("\n")[2], "choices": [f"\n{who}." for who in NAMES], "answer": i % 4} for i, line in enumerate(lines[:24])]
+    choices = [
+        {"text": line.partition("\n")[2], "choices": [f"\n{who}." for who in NAMES], "answer": i % 4}
+        for i, line in enumerate(lines[:24])
+    ]
     running = Running(Path(os.environ["NANOGHOST_HOME"]), name)
     try:
         tasks = {"text": (BITS, [{"text": line} for line in lines]), "choice": (CHOICE, choices)}
@@ -104,7 +112,9 @@ def test_text_and_choices_score_as_our_own(name, tmp_path, monkeypatch):
     assert found["choice"]["acc,none"] == pytest.approx(sum(right) / len(right)) and 0 < sum(right) < len(right)
 
 
-@pytest.mark.skipif(not (HOME / "models" / "smollm2" / "card.json").exists(), reason="smollm2 is not adopted: nanoghost adopt smollm2")
+@pytest.mark.skipif(
+    not (HOME / "models" / "smollm2" / "card.json").exists(), reason="smollm2 is not adopted: nanoghost adopt smollm2"
+)
 def test_smollm2_knows_and_solves_as_much(tmp_path, monkeypatch):
     """Of general knowledge (`nanoghost lab sleep` asks it) and held-out problems (`nanoghost eval`), through the chat template, by the same rules."""
     monkeypatch.setenv("NANOGHOST_HOME", str(HOME))
@@ -114,8 +124,14 @@ def test_smollm2_knows_and_solves_as_much(tmp_path, monkeypatch):
     problems = distinct_problems(counting, 60)
     (tmp_path / "scoring.py").write_text(SCORING)
     asked = {
-        "knowledge": (SKILL.replace("LONGEST", "48").replace("scoring.score", "scoring.knows"), [{"text": q, "answer": a} for q, a in BEHAVIOURS]),
-        "counting": (SKILL.replace("LONGEST", "128"), [{"text": p.messages[-1]["content"], "answer": p.answer} for p in problems]),
+        "knowledge": (
+            SKILL.replace("LONGEST", "48").replace("scoring.score", "scoring.knows"),
+            [{"text": q, "answer": a} for q, a in BEHAVIOURS],
+        ),
+        "counting": (
+            SKILL.replace("LONGEST", "128"),
+            [{"text": p.messages[-1]["content"], "answer": p.answer} for p in problems],
+        ),
     }
     with bench.server("smollm2", 16) as (port, _):
         found = lm_eval(tmp_path, asked, port, folder, 2047, "--apply_chat_template")
@@ -125,4 +141,6 @@ def test_smollm2_knows_and_solves_as_much(tmp_path, monkeypatch):
     theirs = {name: found[name]["acc,none"] for name in asked}
     print(f"lm-eval {theirs}, our own: knowledge {known}, counting {solved['accuracy']}")
     assert theirs["knowledge"] == pytest.approx(known) and 0.3 < known < 1
-    assert theirs["counting"] == pytest.approx(solved["accuracy"], abs=0.02)  # there in floating point, here in packed weights
+    assert theirs["counting"] == pytest.approx(
+        solved["accuracy"], abs=0.02
+    )  # there in floating point, here in packed weights

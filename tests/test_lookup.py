@@ -16,7 +16,13 @@ from nanoghost.errors import UserError
 from nanoghost.tools.lookup import COMMON, LEAST_WORDS, MOST_BYTES, MOST_WORDS, SHOWN, Documents, Index, passages_of
 
 WORD = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=8)
-LINE = st.one_of(st.just(""), st.just("```"), st.text(max_size=60), st.lists(WORD, max_size=80).map(" ".join), WORD.map("# {}".format))
+LINE = st.one_of(
+    st.just(""),
+    st.just("```"),
+    st.text(max_size=60),
+    st.lists(WORD, max_size=80).map(" ".join),
+    WORD.map("# {}".format),
+)
 TEXT = st.lists(LINE, max_size=30).map("\n".join)
 
 
@@ -24,7 +30,9 @@ TEXT = st.lists(LINE, max_size=30).map("\n".join)
 def notes(tmp_path):
     folder = tmp_path / "notes"
     (folder / "garden").mkdir(parents=True)
-    (folder / "garden" / "bees.md").write_text("# Bees\n\nThe queen lives in the blue hive.\n\n# Honey\n\nHarvested in July.\n")
+    (folder / "garden" / "bees.md").write_text(
+        "# Bees\n\nThe queen lives in the blue hive.\n\n# Honey\n\nHarvested in July.\n"
+    )
     (folder / "tea.txt").write_text("Tea is best when the water is not quite boiling.")
     return folder
 

@@ -253,7 +253,9 @@ def test_of_a_text_that_is_read_again_the_tables_meet_each_line_about_once():
         model.thin(4.0, seed)
         found.append(model.looked_up(model.ngrams, tokens % 101) / whole)
     found = torch.stack(found)
-    assert set(found.round().unique().tolist()) == {0.0, 4.0}, "left out, or scaled up by as much as others are left out"
+    assert set(found.round().unique().tolist()) == {0.0, 4.0}, (
+        "left out, or scaled up by as much as others are left out"
+    )
     assert_close(found.mean(0), torch.ones_like(whole), atol=0.25, rtol=0)
     thinned = model.logprobs(tokens[:, :-1], tokens[:, 1:])
     model.thin(4.0, 1999)
@@ -261,7 +263,9 @@ def test_of_a_text_that_is_read_again_the_tables_meet_each_line_about_once():
     with torch.no_grad():
         tested = model.logprobs(tokens[:, :-1], tokens[:, 1:])
         model.thin(1.0, 0)
-        assert torch.equal(model.logprobs(tokens[:, :-1], tokens[:, 1:]), tested), "who does not learn looks everything up"
+        assert torch.equal(model.logprobs(tokens[:, :-1], tokens[:, 1:]), tested), (
+            "who does not learn looks everything up"
+        )
     assert not torch.equal(tested, thinned)
 
 

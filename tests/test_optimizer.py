@@ -198,7 +198,6 @@ def test_state_restores_exactly(dtype):
 WORLDS = (2, 3, 4)  # the toy's four square matrices, its two others and its scalars do not divide by all of them
 
 
-
 class Sent(TorchDispatchMode):
     """Counts the bytes that leave this process in collectives between `world` ranks: all but its own part."""
 
@@ -266,10 +265,14 @@ def alone():
 def test_several_processes_equal_one(several, alone, world):
     found = several[world]
     assert alone["losses"][-1] < alone["losses"][0] - 0.1
-    assert all(r["losses"] == found[0]["losses"] and torch.equal(r["parameters"], found[0]["parameters"]) for r in found)
+    assert all(
+        r["losses"] == found[0]["losses"] and torch.equal(r["parameters"], found[0]["parameters"]) for r in found
+    )
     assert_close(torch.tensor(found[0]["losses"]), torch.tensor(alone["losses"]), rtol=1e-5, atol=0)
     assert (found[0]["parameters"] - alone["parameters"]).norm() < 1e-5 * alone["parameters"].norm()
-    assert all(r["held"] < (1.2 / world) * alone["held"] for r in found), "each holds its share of the optimizer's state"
+    assert all(r["held"] < (1.2 / world) * alone["held"] for r in found), (
+        "each holds its share of the optimizer's state"
+    )
     rows = [r["rows"] for r in found]
     assert [rows[i % world][i // world] for i in range(12)] == alone["rows"], "a step reads the same rows"
 

@@ -91,7 +91,10 @@ class Page:
             self.idle()
 
     def idle(self, seconds=30):
-        self.wait("return document.querySelector('.message') && !document.querySelector('.writing') && document.getElementById('send').ariaLabel === 'Send'", seconds=seconds)
+        self.wait(
+            "return document.querySelector('.message') && !document.querySelector('.writing') && document.getElementById('send').ariaLabel === 'Send'",
+            seconds=seconds,
+        )
 
     def texts(self):
         return self.js("return [...document.querySelectorAll('.message .said')].map((e) => e.textContent)")
@@ -126,7 +129,9 @@ def page(browser, server):
     page = Page(browser, server)
     page.open("/empty", "return true")
     page.js("localStorage.clear(); sessionStorage.clear()")
-    page.later("await new Promise((done) => { const request = indexedDB.deleteDatabase('nanoghost'); request.onsuccess = request.onerror = done; });")
+    page.later(
+        "await new Promise((done) => { const request = indexedDB.deleteDatabase('nanoghost'); request.onsuccess = request.onerror = done; });"
+    )
     page.open()
     yield page
     page.healthy()
@@ -140,7 +145,9 @@ def test_a_message_is_answered_and_kept_over_a_reload(page):
     assert page.texts() == ["Hello there, ghost", "You said: Hello there, ghost"]
     assert "187 tokens/s" in page.one(".figures").text and "context 412 of 2,048" in page.one(".figures").text
     body = page.server.bodies[0]
-    assert body["messages"] == [{"role": "user", "content": "Hello there, ghost"}] and body["stream"] and body["timings"]
+    assert (
+        body["messages"] == [{"role": "user", "content": "Hello there, ghost"}] and body["stream"] and body["timings"]
+    )
     known = {"model", "messages", "stream", "timings", "stream_options", "temperature", "top_p", "max_tokens"}
     assert set(body) == known, "unknown fields would be refused, and what was not chosen is not sent"
     assert page.titles() == ["Hello there, ghost"]
@@ -184,7 +191,9 @@ def test_another_conversation_can_be_read_while_one_is_written(page):
     page.send("forever", wait=False)
     page.wait("return document.querySelectorAll('#conversations a').length === 2")
     page.js("document.querySelectorAll('#conversations a')[1].click()")
-    page.wait("return document.querySelector('.said').textContent === 'a quiet one' && !document.querySelector('.writing')")
+    page.wait(
+        "return document.querySelector('.said').textContent === 'a quiet one' && !document.querySelector('.writing')"
+    )
     assert page.texts()[1] == "You said: a quiet one"
     time.sleep(0.3)
     page.browser.back()
@@ -255,7 +264,10 @@ def test_tools_fold_out_and_passages_are_notes(page):
     assert [m["role"] for m in roles] == ["user", "assistant", "tool", "assistant", "user"]
     assert roles[1]["tool_calls"][0]["id"] == roles[2]["tool_call_id"] and roles[2]["content"] == "391"
     page.send("lookup")
-    assert [e.text for e in page.browser.find_elements(By.CSS_SELECTOR, ".notes summary")] == ["1notes/garden.mdThe pear tree was planted in 1974.", "2notes/house.mdThe roof is from 1911."]
+    assert [e.text for e in page.browser.find_elements(By.CSS_SELECTOR, ".notes summary")] == [
+        "1notes/garden.mdThe pear tree was planted in 1974.",
+        "2notes/house.mdThe roof is from 1911.",
+    ]
     cites = page.browser.find_elements(By.CSS_SELECTOR, ".cite")
     assert [e.text for e in cites] == ["1", "2"] and "[7]" in page.texts()[-1]
     cites[0].click()
@@ -291,10 +303,16 @@ def test_errors_are_said_and_can_be_tried_again(page, words, said, kept):
 def test_a_server_that_is_gone_is_said(page):
     page.send("hello")
     page.browser.execute_cdp_cmd("Network.enable", {})
-    page.browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1})
+    page.browser.execute_cdp_cmd(
+        "Network.emulateNetworkConditions",
+        {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1},
+    )
     page.send("anyone?")
     assert "does not answer" in page.one(".foot .problem").text
-    page.browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1})
+    page.browser.execute_cdp_cmd(
+        "Network.emulateNetworkConditions",
+        {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1},
+    )
     page.click(".again")
     page.idle()
     assert page.texts()[-1] == "You said: anyone?"
@@ -343,9 +361,13 @@ def test_search_rename_delete_and_undo(page):
     page.wait("return document.getElementById('title').textContent === 'The old roof'")
     page.click("#more summary")
     page.click("[data-do=delete]")
-    page.wait("return document.querySelectorAll('#conversations a').length === 2 && document.querySelectorAll('.message').length === 0")
+    page.wait(
+        "return document.querySelectorAll('#conversations a').length === 2 && document.querySelectorAll('.message').length === 0"
+    )
     page.click(".toast button")
-    page.wait("return document.querySelectorAll('#conversations a').length === 3 && document.querySelectorAll('.message').length === 2")
+    page.wait(
+        "return document.querySelectorAll('#conversations a').length === 3 && document.querySelectorAll('.message').length === 2"
+    )
     assert "The old roof" in page.titles()
 
 
@@ -402,7 +424,9 @@ def test_what_is_exported_can_be_imported_and_is_the_same(page):
     page.click("#export-all")
     file = downloaded(page, "conversations.json")
     assert len(json.loads(file.read_text())["conversations"]) == 3
-    page.later("const store = await import('/static/store.js'); for (const one of await store.loadAll()) await store.remove(one.id);")
+    page.later(
+        "const store = await import('/static/store.js'); for (const one of await store.loadAll()) await store.remove(one.id);"
+    )
     page.open()
     page.wait("return document.getElementById('nothing-found').textContent === 'Nothing said yet.'")
     for said in ("3 conversations imported.", "0 conversations imported; 3 were here already."):
@@ -426,15 +450,28 @@ def test_files_of_others_are_taken_field_by_field(empty):
     assert "no conversations" in empty.later(read, "[]")
     nodes = {
         "a": {"id": "a", "parent": "root", "role": "user", "text": "hi", "extra": 1},
-        "b": {"id": "b", "parent": "a", "role": "assistant", "model": 5, "parts": [{"text": "yes"}, 3, {"call": {"name": "x"}}], "timings": {"a": "b"}},
+        "b": {
+            "id": "b",
+            "parent": "a",
+            "role": "assistant",
+            "model": 5,
+            "parts": [{"text": "yes"}, 3, {"call": {"name": "x"}}],
+            "timings": {"a": "b"},
+        },
         "c": {"id": "c", "parent": "d", "role": "user", "text": "in a circle"},
         "d": {"id": "d", "parent": "c", "role": "user", "text": "in a circle"},
         "e": {"id": "__proto__", "parent": "root", "role": "user", "text": {}},
     }
     nodes["f"] = {"id": '"] quoted', "parent": "root", "role": "user", "text": "not a name"}
-    file = {"format": "nanoghost-conversations", "version": 1, "conversations": [{"id": 7, "tree": {"nodes": nodes}, "settings": {"temperature": "hot"}}, None]}
+    file = {
+        "format": "nanoghost-conversations",
+        "version": 1,
+        "conversations": [{"id": 7, "tree": {"nodes": nodes}, "settings": {"temperature": "hot"}}, None],
+    }
     first, second = empty.later(read, json.dumps(file))
-    assert {"a", "b"} <= set(first["tree"]["nodes"]) <= {"a", "b", "__proto__"} and "extra" not in first["tree"]["nodes"]["a"]
+    assert {"a", "b"} <= set(first["tree"]["nodes"]) <= {"a", "b", "__proto__"} and "extra" not in first["tree"][
+        "nodes"
+    ]["a"]
     assert first["settings"]["temperature"] == 0.7 and isinstance(first["id"], str)
     assert second["title"] == "Without a title" and second["tree"] == {"nodes": {}, "chosen": {}}
 
@@ -456,7 +493,18 @@ def test_dark_by_the_system_or_by_the_switch(page):
 
 def test_a_phone_scrolls_in_one_direction(page):
     page_browser.resize(page.browser, 375, 720, phone=True)
-    page.server.answers["wide"] = lambda: text("```\n" + "x" * 400 + "\n```\n\n" + "y" * 400 + "\n\n|" + " wide |" * 30 + "\n|" + "---|" * 30 + "\n\nhttps://example.com/" + "z" * 300)
+    page.server.answers["wide"] = lambda: text(
+        "```\n"
+        + "x" * 400
+        + "\n```\n\n"
+        + "y" * 400
+        + "\n\n|"
+        + " wide |" * 30
+        + "\n|"
+        + "---|" * 30
+        + "\n\nhttps://example.com/"
+        + "z" * 300
+    )
     page.send("wide")
     page.send("w" * 300)
     width = "return Math.max(document.documentElement.scrollWidth, document.getElementById('scroller').scrollWidth, ...[...document.querySelectorAll('.message, #composer')].map((e) => e.getBoundingClientRect().right))"
@@ -501,10 +549,27 @@ def test_everything_by_keyboard_alone(page):
     for _ in range(40):
         page.browser.switch_to.active_element.send_keys(Keys.TAB)
         reached.append(page.js("const e = document.activeElement; return e.id || e.ariaLabel || e.textContent.trim()"))
-        ring = page.js("const e = document.activeElement; const s = getComputedStyle(e); return e === document.body || s.outlineStyle !== 'none' || e.closest('.box') !== null || s.outlineWidth")
+        ring = page.js(
+            "const e = document.activeElement; const s = getComputedStyle(e); return e === document.body || s.outlineStyle !== 'none' || e.closest('.box') !== null || s.outlineWidth"
+        )
         assert ring
     assert reached[0] == "skip"
-    wanted = {"new-chat", "search", "models", "import", "export-all", "theme", "help", "menu", "message", "model", "settings", "Earlier version", "Answer again", "Copy answer"}
+    wanted = {
+        "new-chat",
+        "search",
+        "models",
+        "import",
+        "export-all",
+        "theme",
+        "help",
+        "menu",
+        "message",
+        "model",
+        "settings",
+        "Earlier version",
+        "Answer again",
+        "Copy answer",
+    }
     assert wanted <= set(reached), wanted - set(reached)
     page.js("document.getElementById('skip').focus()")
     page.press(Keys.ENTER)
@@ -515,7 +580,12 @@ def test_listeners_hear_sentences(page):
     page.js("""window.heard = []; new MutationObserver((all) => all.forEach((one) => one.addedNodes.forEach((node) => window.heard.push(node.textContent))))
         .observe(document.getElementById('live'), {childList: true})""")
     page.send("sentences")
-    assert page.js("return window.heard") == ["smollm2 is answering.", "The first sentence.", "The second one is here.", "And the rest"]
+    assert page.js("return window.heard") == [
+        "smollm2 is answering.",
+        "The first sentence.",
+        "The second one is here.",
+        "And the rest",
+    ]
     assert page.one("#live").get_attribute("aria-live") == "polite"
 
 
@@ -550,7 +620,10 @@ def test_a_long_answer_is_drawn_block_by_block(page):
 
 
 def test_copying(page):
-    page.browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page.server.address})
+    page.browser.execute_cdp_cmd(
+        "Browser.grantPermissions",
+        {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page.server.address},
+    )
     page.send("markdown")
     page.click(".copy-code")
     assert page.later("return navigator.clipboard.readText();") == "print(1)"
@@ -580,7 +653,9 @@ def test_models_their_reports_and_curves_that_grow(page):
     page.server.runs[0] |= {"finished": True, "report": True}
     page.wait("return Boolean(document.querySelector('iframe')?.contentDocument.querySelector('h1'))")
     frame = "const d = document.querySelector('iframe').contentDocument; "
-    assert page.js(frame + "return getComputedStyle(d.querySelector('h1')).color") == "rgb(74, 91, 212)", "its style works"
+    assert page.js(frame + "return getComputedStyle(d.querySelector('h1')).color") == "rgb(74, 91, 212)", (
+        "its style works"
+    )
     assert page.js(frame + "return getComputedStyle(d.querySelector('p')).letterSpacing") == "3px"
     assert page.js("return window.ranScript") is None
     assert page.js("return window.violations.splice(0)") == ["script-src-attr inline"], "what tried to run was stopped"
@@ -591,9 +666,13 @@ def test_models_their_reports_and_curves_that_grow(page):
     page.click("#new-chat")
     page.wait("return !document.getElementById('chat').hidden")
     time.sleep(2.2)
-    assert not [path for _, path in page.server.seen[before:] if "events" in path], "nobody asks for curves that nobody sees"
+    assert not [path for _, path in page.server.seen[before:] if "events" in path], (
+        "nobody asks for curves that nobody sees"
+    )
     page.open("/#/runs/nobody", "return document.querySelector('#runs .problem')")
-    page.open("/#/runs/smollm2", "return document.querySelector('#runs').textContent.includes('Nothing was learned here')")
+    page.open(
+        "/#/runs/smollm2", "return document.querySelector('#runs').textContent.includes('Nothing was learned here')"
+    )
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -601,13 +680,22 @@ def test_axe_finds_nothing_serious(page, theme):
     package = pytest.importorskip("axe_core_python", reason="axe-core-python is not installed: make page")
     axe = (Path(package.__file__).parent / "axe.min.js").read_text()
     page_browser.theme(page.browser, theme)
-    page.server.answers["all"] = lambda: [*page.server.answers["lookup"](), *page.server.answers["markdown"](), *text("- a\n  1. b\n\n[x](https://example.com) ~~y~~ `z`")]
+    page.server.answers["all"] = lambda: [
+        *page.server.answers["lookup"](),
+        *page.server.answers["markdown"](),
+        *text("- a\n  1. b\n\n[x](https://example.com) ~~y~~ `z`"),
+    ]
 
     def check(where):
         time.sleep(0.3)  # until nothing fades any more
         page.js(axe + "; window.axe = axe")
         found = page.later("return (await window.axe.run()).violations;")
-        serious = [(v["id"], n["html"][:200], n["failureSummary"]) for v in found if v["impact"] in ("serious", "critical") for n in v["nodes"]]
+        serious = [
+            (v["id"], n["html"][:200], n["failureSummary"])
+            for v in found
+            if v["impact"] in ("serious", "critical")
+            for n in v["nodes"]
+        ]
         assert not serious, (where, serious)
 
     check("empty")
@@ -652,10 +740,19 @@ def test_hostile_answers_send_nothing_run_nothing_and_do_not_stop_the_page(page)
         page.idle()
         page.js("return document.body.offsetHeight")
         slowest[number] = (round(time.time() - started, 1), round(page.js("return window.longest")))
-        links = page.js("return [...document.querySelectorAll('.said a')].map((a) => [a.getAttribute('href'), a.rel, a.target])")
-        assert all(re.match(r"(https?://|mailto:)", href) and rel == "noopener noreferrer" and target == "_blank" for href, rel, target in links)
-        strange = page.js("return [...document.querySelectorAll('.said *')].filter((e) => !'A ARTICLE BLOCKQUOTE BR BUTTON CODE DEL DETAILS DIV EM H3 H4 H5 H6 HR LI OL P PRE SPAN STRONG SUMMARY TABLE TBODY TD TH THEAD TR UL'.split(' ').includes(e.tagName)).map((e) => e.tagName)")
-        attributes = page.js("return [...document.querySelectorAll('.said *')].flatMap((e) => e.getAttributeNames()).filter((n) => n.startsWith('on') || n === 'style' || n === 'src')")
+        links = page.js(
+            "return [...document.querySelectorAll('.said a')].map((a) => [a.getAttribute('href'), a.rel, a.target])"
+        )
+        assert all(
+            re.match(r"(https?://|mailto:)", href) and rel == "noopener noreferrer" and target == "_blank"
+            for href, rel, target in links
+        )
+        strange = page.js(
+            "return [...document.querySelectorAll('.said *')].filter((e) => !'A ARTICLE BLOCKQUOTE BR BUTTON CODE DEL DETAILS DIV EM H3 H4 H5 H6 HR LI OL P PRE SPAN STRONG SUMMARY TABLE TBODY TD TH THEAD TR UL'.split(' ').includes(e.tagName)).map((e) => e.tagName)"
+        )
+        attributes = page.js(
+            "return [...document.querySelectorAll('.said *')].flatMap((e) => e.getAttributeNames()).filter((n) => n.startsWith('on') || n === 'style' || n === 'src')"
+        )
         assert not strange and not attributes, number
     assert page.js("return window.ran") is None
     crowd = crowded()
@@ -673,7 +770,10 @@ def test_hostile_answers_send_nothing_run_nothing_and_do_not_stop_the_page(page)
 def test_nothing_on_the_page_is_made_from_strings():
     for file in PAGE.glob("*.*"):
         source = file.read_text()
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|createContextualFragment|setHTML|\beval\(|new Function|javascript:", source), file.name
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacent|document\.write|createContextualFragment|setHTML|\beval\(|new Function|javascript:",
+            source,
+        ), file.name
         assert not re.search(r"https?://(?!www\.w3\.org)[a-z]", source), f"{file.name} names another host"
         if file.suffix == ".html":
             assert not re.search(r"<style|\sstyle=|\son[a-z]+=|<script(?! [^>]*src=)", source)
@@ -750,7 +850,10 @@ def test_markdown(empty):
         const { Markdown } = await import('/static/markdown.js');
         return given[0].map((source) => { const box = document.createElement('div'); new Markdown(box, new Set([1])).update(source, true); return box.innerHTML; });""",
         [source for source, _ in CASES])  # fmt: skip
-    short = [re.sub(r'<a href="([^"]*)" title="\1" target="_blank" rel="noopener noreferrer">', r'<L="\1">', html) for html in made]
+    short = [
+        re.sub(r'<a href="([^"]*)" title="\1" target="_blank" rel="noopener noreferrer">', r'<L="\1">', html)
+        for html in made
+    ]
     assert short == [expected for _, expected in CASES]
 
 

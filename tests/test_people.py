@@ -69,8 +69,15 @@ def test_a_number_that_was_forgotten_is_not_given_again(me):
 def test_a_ledger_may_be_edited_by_hand(me):
     path = me.path / "ledger.jsonl"
     path.write_text('{"relation": "dog\'s name", "value": "Rex"}\n\n{"relation": "car", "value": "a van", "id": 7}')
-    assert [(r["id"], r["value"], r["subject"], r["sources"]) for r in me.ledger] == [(1, "Rex", "user", []), (7, "a van", "user", [])]
-    for bad, said in (("nonsense", "line 1"), ('{"relation": "x"}', "value"), ('{"relation": 1, "value": "y"}', "relation")):
+    assert [(r["id"], r["value"], r["subject"], r["sources"]) for r in me.ledger] == [
+        (1, "Rex", "user", []),
+        (7, "a van", "user", []),
+    ]
+    for bad, said in (
+        ("nonsense", "line 1"),
+        ('{"relation": "x"}', "value"),
+        ('{"relation": 1, "value": "y"}', "relation"),
+    ):
         path.write_text(bad)
         with pytest.raises(UserError, match=said):
             print(me.ledger)
@@ -92,7 +99,13 @@ def test_memory_is_listed_searched_written_and_corrected(me, capsys):
     remember(me, search="xylophone")
     shown = capsys.readouterr()
     assert shown.out == "" and "no night has read yet: 1" in shown.err
-    for wrong in ({"correct": (9, "x")}, {"forget": 9}, {"add": ("", "x")}, {"add": ("a", "b"), "search": "c"}, {"export": Path("x.tar")}):
+    for wrong in (
+        {"correct": (9, "x")},
+        {"forget": 9},
+        {"add": ("", "x")},
+        {"add": ("a", "b"), "search": "c"},
+        {"export": Path("x.tar")},
+    ):
         with pytest.raises(UserError):
             remember(me, **wrong)
     assert len(me.ledger) == 3
@@ -123,17 +136,34 @@ def test_lookup_finds_by_stems_and_nothing_where_nothing_fits():
     index = Index(texts)
     assert index.search("When is my sister's birthday?", 2) == [0, 2] and index.search("the birthdays") == [0]
     assert index.search("what was the name of my dogs", 3) == [1]
-    assert index.search("Do you know me?") == [] and index.search('"; drop table texts --') == [] and Index([]).search("x") == []
+    assert (
+        index.search("Do you know me?") == []
+        and index.search('"; drop table texts --') == []
+        and Index([]).search("x") == []
+    )
 
 
 def test_two_who_write_into_a_journal_at_once_give_each_line_its_number(me):
     """A server and a chat in the terminal may, and a correction in between loses nothing."""
+
     def write(name):
         for i in range(20):
             me.say("user", f"{name} {i}")
 
     me.say("user", "My sister is Ines.")
-    me.write_ledger([{"id": 1, "subject": "user", "relation": "sister's name", "value": "Ines", "time": 1, "sources": [1], "supersedes": None}])
+    me.write_ledger(
+        [
+            {
+                "id": 1,
+                "subject": "user",
+                "relation": "sister's name",
+                "value": "Ines",
+                "time": 1,
+                "sources": [1],
+                "supersedes": None,
+            }
+        ]
+    )
     threads = [threading.Thread(target=write, args=(name,)) for name in ("a", "b")]
     for thread in threads:
         thread.start()

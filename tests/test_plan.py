@@ -43,7 +43,10 @@ def test_what_is_kept_for_the_optimizer_is_shared_out_among_the_devices():
     assert alone / 8 <= eight <= alone / 8 * 1.02  # matrices are dealt out whole
 
 
-@pytest.mark.parametrize("arch, config", [("ghost", GHOST), ("llama", LLAMA), ("ghost", replace(GHOST, depth=5, width=128, context=160, vocab_size=2048))])
+@pytest.mark.parametrize(
+    "arch, config",
+    [("ghost", GHOST), ("llama", LLAMA), ("ghost", replace(GHOST, depth=5, width=128, context=160, vocab_size=2048))],
+)
 def test_activations_of_a_size_that_was_no_toy(arch, config):
     assert activation_bytes(arch, config, torch.bfloat16) == pytest.approx(kept(config, torch.bfloat16), rel=0.05)
 
@@ -106,10 +109,14 @@ def test_more_devices_and_more_minutes(capsys):
 
 
 def test_what_travels_between_devices():
-    one, eight, many = (plan(PlanSettings(depth=4, hardware=name, batch_tokens=2**21)) for name in ("h100", "8xH100", "64xH100"))
+    one, eight, many = (
+        plan(PlanSettings(depth=4, hardware=name, batch_tokens=2**21)) for name in ("h100", "8xH100", "64xH100")
+    )
     assert one["communication_bytes_per_step"] == one["communication_seconds_per_step"] == 0
     tables = eight["parameters"] - eight["parameter_counts"]["matrices"] - eight["parameter_counts"]["head"]
-    least = (6 * (eight["parameters"] - tables) + 8 * tables) * 7 / 8  # gradients in fp32, weights in bf16 or (tables) fp32
+    least = (
+        (6 * (eight["parameters"] - tables) + 8 * tables) * 7 / 8
+    )  # gradients in fp32, weights in bf16 or (tables) fp32
     assert least <= eight["communication_bytes_per_step"] < 1.1 * least, "a little is padding"
     assert eight["seconds"] == pytest.approx(one["seconds"] / 8), "within a node it is part of the share"
     assert many["communication_seconds_per_step"] > eight["communication_seconds_per_step"]
@@ -120,7 +127,9 @@ def test_what_does_not_fit_is_said():
     assert not plan(PlanSettings(depth=40, hardware="3090"))["fits"]
 
 
-@pytest.mark.parametrize("wrong", [{"hardware": "8xTPU"}, {"hardware": "0xH100"}, {"depth": -1}, {"share": 0.0}, {"arch": "gpt"}])
+@pytest.mark.parametrize(
+    "wrong", [{"hardware": "8xTPU"}, {"hardware": "0xH100"}, {"depth": -1}, {"share": 0.0}, {"arch": "gpt"}]
+)
 def test_mistakes_are_named(wrong):
     with pytest.raises(UserError):
         plan(PlanSettings(**wrong))
@@ -136,6 +145,11 @@ def test_a_speedrun_chooses_its_layers_for_all_of_its_minutes(nanoghost, toy_fil
     monkeypatch.setattr(doctor, "matmul_gflops_per_second", lambda *_: 380.0)
     base = speedrun.recipe(speedrun.SpeedrunSettings())[0][1]
     assert base.dial_minutes > base.minutes and depth_for(base.dial_minutes)[0] > depth_for(base.minutes)[0]
-    code, _, err = nanoghost("pretrain", "--data", toy_file, "--steps", 1, "--dial-minutes", base.dial_minutes, "--vocab-size", 320)
+    code, _, err = nanoghost(
+        "pretrain", "--data", toy_file, "--steps", 1, "--dial-minutes", base.dial_minutes, "--vocab-size", 320
+    )
     assert code == 0, err
-    assert json.loads((home / "models" / "ghost-base" / "card.json").read_text())["depth"] == depth_for(base.dial_minutes)[0]
+    assert (
+        json.loads((home / "models" / "ghost-base" / "card.json").read_text())["depth"]
+        == depth_for(base.dial_minutes)[0]
+    )

@@ -8,14 +8,16 @@ from nanoghost.data.sources import open_source
 from nanoghost.lab import race
 from nanoghost.train import pretrain
 
-COUNTS = '''
+COUNTS = """
 import math, sys
 from collections import Counter
 def bits(train, test):
     seen = Counter(train)
     return -sum(math.log2(seen[c] / len(train)) for c in test) / len(test)
-'''
-NANOGPT = COUNTS + '''
+"""
+NANOGPT = (
+    COUNTS
+    + """
 import numpy as np, pickle
 train, test = (np.fromfile(f"data/race/{n}.bin", dtype=np.uint16) for n in ("train", "val"))
 meta = pickle.load(open("data/race/meta.pkl", "rb"))
@@ -26,8 +28,11 @@ for i in range(steps + 1):
     if i in (0, steps):
         print(f"step {i}: train loss 9.0, val loss {nats + 1 - i / steps:.8f}")
     print(f"iter {i}: loss 1.0, time {9000 if i in (0, steps) else 10}.00ms, mfu 1%")
-'''
-NANOCHAT = COUNTS + '''
+"""
+)
+NANOCHAT = (
+    COUNTS
+    + """
 import os, pyarrow.parquet as pq
 folder = os.environ["NANOCHAT_BASE_DIR"]
 assert os.path.exists(f"{folder}/tokenizer/token_bytes.pt")
@@ -36,12 +41,13 @@ print("Step 00000 | Validation bpb: 9.0")
 print("step 00000/00002 (0.00%) | loss: 9.0 | lrm: 1.00 | dt: 1500.00ms | tok/sec: 1")
 print("step 00001/00002 (50.00%) | loss: 8.0 | lrm: 1.00 | dt: 500.00ms | tok/sec: 1")
 print(f"Step 00002 | Validation bpb: {bits(train, test):.8f}")
-'''
-TOKENIZER = '''
+"""
+)
+TOKENIZER = """
 import os
 os.makedirs(os.environ["NANOCHAT_BASE_DIR"] + "/tokenizer")
 open(os.environ["NANOCHAT_BASE_DIR"] + "/tokenizer/token_bytes.pt", "w").close()
-'''
+"""
 
 
 def bits(train: str, test: str) -> float:
@@ -51,7 +57,11 @@ def bits(train: str, test: str) -> float:
 
 def test_peers_get_the_same_text_and_their_words_are_read(nanoghost, toy_file, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "example_texts", list)
-    for name, text in {"gpt/train.py": NANOGPT, "chat/scripts/tok_train.py": TOKENIZER, "chat/scripts/base_train.py": NANOCHAT}.items():
+    for name, text in {
+        "gpt/train.py": NANOGPT,
+        "chat/scripts/tok_train.py": TOKENIZER,
+        "chat/scripts/base_train.py": NANOCHAT,
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "gpt" / "data").mkdir()
@@ -60,7 +70,10 @@ def test_peers_get_the_same_text_and_their_words_are_read(nanoghost, toy_file, t
     code, out, err = nanoghost(*words)
     assert code == 0, err
     points = json.loads(out)["points"]
-    texts = {split: "".join(d.text for d in open_source(str(toy_file)).documents() if d.split == split) for split in ("train", "test")}
+    texts = {
+        split: "".join(d.text for d in open_source(str(toy_file)).documents() if d.split == split)
+        for split in ("train", "test")
+    }
     [[seconds, bpb]] = points["nanogpt"]
     assert math.isclose(bpb, bits(**texts), abs_tol=1e-3)
     assert math.isclose(seconds, 0.24, abs_tol=0.1), "four steps of 10 ms, and two that also evaluated"

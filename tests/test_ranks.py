@@ -13,7 +13,20 @@ from nanoghost import machine
 from nanoghost.runs import ModelFolder
 from tests.ranks import in_ranks
 
-TOY = ("--arch", "llama", "--depth", "2", "--context", "160", "--batch", "6", "--vocab-size", "320", "--learning-rate", "0.3")
+TOY = (
+    "--arch",
+    "llama",
+    "--depth",
+    "2",
+    "--context",
+    "160",
+    "--batch",
+    "6",
+    "--vocab-size",
+    "320",
+    "--learning-rate",
+    "0.3",
+)
 STAGES = {
     "sft": ("sft", "toy", "--lessons", "200", "--batch", "4", "--steps", "4"),
     "rl": ("rl", "toy", "--steps", "2", "--problems", "6", "--attempts", "4", "--max-tokens", "6", "--held-out", "6", "--repeat", "2"),
@@ -57,7 +70,9 @@ def all_stages(home: str) -> None:
     evaluate.SKILLS = ("sums", "chain_sum")
     figures = evaluate.evaluate(ModelFolder("toy-sft"), 8, cli.importlib.import_module("nanoghost.progress").Display())
     work["eval"] = read[0]
-    Path(f"{home}/{world}-{rank}.json").write_text(json.dumps({"work": work, "tasks": figures["tasks"], "bpb": figures["bpb"]}))
+    Path(f"{home}/{world}-{rank}.json").write_text(
+        json.dumps({"work": work, "tasks": figures["tasks"], "bpb": figures["bpb"]})
+    )
 
 
 WORLDS = (1, 2)
@@ -70,12 +85,17 @@ def done(tmp_path_factory):
 
     home = tmp_path_factory.mktemp("ranks")
     (home / "notes.txt").write_text(toy_text(400))
-    talk = [[{"role": "user", "content": f"king {i}?"}, {"role": "assistant", "content": "The king sees."}] for i in range(24)]
+    talk = [
+        [{"role": "user", "content": f"king {i}?"}, {"role": "assistant", "content": "The king sees."}]
+        for i in range(24)
+    ]
     (home / "talk.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talk))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOGHOST_HOME", str(home / "first"))
         cli.main(["pretrain", "--data", str(home / "notes.txt"), "--name", "toy", "--steps", "30", *TOY])
-        cli.main(["sft", "toy", "--name", "toy-talker", "--data", str(home / "talk.jsonl"), "--steps", "60", "--batch", "4"])
+        cli.main(
+            ["sft", "toy", "--name", "toy-talker", "--data", str(home / "talk.jsonl"), "--steps", "60", "--batch", "4"]
+        )
     for world in WORLDS:
         shutil.copytree(home / "first", home / str(world))
     in_ranks("tests.test_ranks:all_stages", WORLDS, home)
@@ -102,7 +122,10 @@ def test_a_stage_learns_the_same_at_one_process_and_at_two(done, name):
 @pytest.mark.parametrize("name, sharded", [("again", "toy-sharded-pretrain"), ("toy-sft", "toy-sharded-sft")])
 def test_weights_that_are_shared_out_learn_the_same(done, name, sharded):
     """FSDP2 from outside: the losses, the model that is written, and what is held meanwhile."""
-    one, other = ([e["loss"] for e in events(done, 2, n) if "loss" in e and e["stage"] == ("pretrain", "sft")["sft" in n]] for n in (name, sharded))
+    one, other = (
+        [e["loss"] for e in events(done, 2, n) if "loss" in e and e["stage"] == ("pretrain", "sft")["sft" in n]]
+        for n in (name, sharded)
+    )
     assert len(one) > 2 and other == pytest.approx(one, rel=1e-5)
     models = [safetensors.torch.load_file(done / "2" / "models" / n / "model.safetensors") for n in (name, sharded)]
     for key, tensor in models[0].items():

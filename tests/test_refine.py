@@ -67,7 +67,10 @@ def crawl(tmp_path_factory):
     texts |= {f"copy{i}": texts[f"a{i:02}"].replace("\n", "  ") for i in range(6)}
     texts |= {f"old{i}": old(texts[f"a{i:02}"]) for i in range(10, 16)}
     texts |= {"short": "too short", "signs": "#### " * 300, "again": "the same of that line again and\n" * 80}
-    texts |= {"quote": prose(rng) + " ".join(secret.split()[50:70]), "oldquote": old(prose(rng) + " ".join(secret.split()[9:40]))}
+    texts |= {
+        "quote": prose(rng) + " ".join(secret.split()[50:70]),
+        "oldquote": old(prose(rng) + " ".join(secret.split()[9:40])),
+    }
     texts |= {"innocent": prose(rng) + " ".join(secret.split()[50:60])}  # ten words are no quotation
     (folder / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()))
     return folder, list(texts)
@@ -112,9 +115,14 @@ def test_each_goes_for_its_reason_and_nothing_else_does(refined, crawl):
     assert dropped("similar") == [f"old{i}" for i in range(10, 16)]
     assert sorted(dropped("held out")) == ["oldquote", "quote"]
     assert sorted(dropped("quality") + dropped("repetition")) == ["again", "short", "signs"]
-    assert [name for file in manifest["files"] for name in called(home / "data/clean" / file)] == [*names[:40], "innocent"]
+    assert [name for file in manifest["files"] for name in called(home / "data/clean" / file)] == [
+        *names[:40],
+        "innocent",
+    ]
     assert manifest["kept"]["documents"] == 41 and manifest["read"]["documents"] == len(names)
-    assert manifest["kept"]["bytes"] + sum(d["bytes"] for d in manifest["dropped"].values()) == manifest["read"]["bytes"]
+    assert (
+        manifest["kept"]["bytes"] + sum(d["bytes"] for d in manifest["dropped"].values()) == manifest["read"]["bytes"]
+    )
     kept = [row for file in manifest["files"] for row in rows(home / "data/clean" / file)]
     clusters = [row["cluster"] for row in kept if "cluster" in row]
     assert len(clusters) == len(set(clusters)) == 6  # one of each pair
@@ -156,14 +164,22 @@ def test_executors_of_datatrove_run_the_same_stages(pipeline, refined, settings,
 
 def test_killed_again_and_again_it_goes_on_and_ends_the_same(pipeline, refined, settings, home):
     work, finished = home / "data" / ".refine-clean", {}
-    for mark in ("input/00001.jsonl", "done/filter/completions/00001", "done/signatures/completions/*1", "pairs", "output/*"):
+    for mark in (
+        "input/00001.jsonl",
+        "done/filter/completions/00001",
+        "done/signatures/completions/*1",
+        "pairs",
+        "output/*",
+    ):
         if not (child := os.fork()):
             try:
                 os.setsid()
                 refinery.refine(settings, Quiet())
             finally:
                 os._exit(0)
-        while not (there := list(work.glob(mark))) and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        while not (there := list(work.glob(mark))) and not os.waitid(
+            os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ):
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -203,7 +219,16 @@ def test_problems_of_the_examination_are_held_out(pipeline, tmp_path, monkeypatc
 
 
 def test_spellings_of_a_word_are_one_and_words_are_not():
-    for pair in ("have haue", "upon vpon", "justice iustice", "go goe", "love loue", "eyes eies", "dog dogge", "cafe café"):
+    for pair in (
+        "have haue",
+        "upon vpon",
+        "justice iustice",
+        "go goe",
+        "love loue",
+        "eyes eies",
+        "dog dogge",
+        "cafe café",
+    ):
         modern, folio = map(word_hashes, pair.split())
         assert (modern == folio).all(), pair
     assert len({skeleton(w) for w in "king queen sword ghost 1623 1632 22 2".split()}) == 8

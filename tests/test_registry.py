@@ -39,7 +39,9 @@ def call(name, arguments):
 @pytest.fixture
 def notes(tmp_path):
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "bees.md").write_text("# Bees\n\nThe queen lives in the blue hive.\n\n# Wax\n\nThe queen has none.")
+    (tmp_path / "notes" / "bees.md").write_text(
+        "# Bees\n\nThe queen lives in the blue hive.\n\n# Wax\n\nThe queen has none."
+    )
     return tmp_path / "notes"
 
 
@@ -76,7 +78,9 @@ def test_available_is_what_can_run_here(notes, monkeypatch):
 
 def test_lookup_numbers_its_passages(notes):
     result = available(notes)["lookup"].run({"query": "Where does the queen live?"})
-    assert result.content == "[1] bees.md, Bees: The queen lives in the blue hive.\n[2] bees.md, Wax: The queen has none."
+    assert (
+        result.content == "[1] bees.md, Bees: The queen lives in the blue hive.\n[2] bees.md, Wax: The queen has none."
+    )
     assert result.passages[0] == {"n": 1, "source": "bees.md", "text": "The queen lives in the blue hive."}
     assert [p["n"] for p in result.passages] == [1, 2]
     assert available(notes)["lookup"].run({"query": "zebra"}).content == "nothing was found"
@@ -113,7 +117,11 @@ def test_a_template_that_knows_tools_tells_them(other_tokenizer, home, notes):
     silent = other_tokenizer.decode(render(question, other_tokenizer, generation=True)[0])
     run = offer(*made, notes)
     told = other_tokenizer.decode(render(question, other_tokenizer, generation=True)[0])
-    assert "Tools:" not in silent and told.endswith(silent) and all(f'"name": "{name}"' in told for name in available(notes))
+    assert (
+        "Tools:" not in silent
+        and told.endswith(silent)
+        and all(f'"name": "{name}"' in told for name in available(notes))
+    )
     assert run(call("lookup", {"query": "queen"})).startswith("[1] bees.md")
 
 
@@ -179,7 +187,12 @@ def test_a_note_is_found_read_and_cited():
         number = re.search(r"\[(\d)\]", final_text([answer]))[1]
         cited.add(number)
         other = final_text([answer]).replace(f"[{number}]", f"[{int(number) % 3 + 1}]")
-        for wrong in ([answer], [asked, told], [asked, told, assistant(other)], [asked, told, assistant(f"I see [{number}].")]):
+        for wrong in (
+            [answer],
+            [asked, told],
+            [asked, told, assistant(other)],
+            [asked, told, assistant(f"I see [{number}].")],
+        ):
             assert task.score(problem, wrong) == 0.0
     assert cited == {"1", "2", "3"}, "which passage it is must be read"
 
@@ -225,10 +238,27 @@ def test_data_names_a_mix_or_a_file_or_both(tmp_path, monkeypatch):
 def test_tools_are_taught_and_practised(nanoghost, toy_file, python_sandbox):
     toy = ("--depth", 2, "--context", 256, "--batch", 4, "--vocab-size", 320)
     assert nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 6, *toy)[0] == 0
-    code, out, err = nanoghost("sft", "toy", "--name", "taught", "--data", "tools", "--lessons", 60, "--steps", 4, "--batch", 2, "--json")
+    code, out, err = nanoghost(
+        "sft", "toy", "--name", "taught", "--data", "tools", "--lessons", 60, "--steps", 4, "--batch", 2, "--json"
+    )
     assert code == 0 and json.loads(out)["loss"] > 0, err
-    practice = ("rl", "taught", "--tasks", "programs,notes", "--steps", 2, "--problems", 2, "--attempts", 2, "--max-tokens", 8)
-    code, out, err = nanoghost(*practice, "--data", "tools", "--repeat", 2, "--held-out", 3, "--name", "practised", "--json")
+    practice = (
+        "rl",
+        "taught",
+        "--tasks",
+        "programs,notes",
+        "--steps",
+        2,
+        "--problems",
+        2,
+        "--attempts",
+        2,
+        "--max-tokens",
+        8,
+    )
+    code, out, err = nanoghost(
+        *practice, "--data", "tools", "--repeat", 2, "--held-out", 3, "--name", "practised", "--json"
+    )
     assert code == 0 and set(json.loads(out)["accuracy"]) == {"programs", "notes"}, err
 
 

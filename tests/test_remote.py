@@ -130,7 +130,9 @@ def test_the_cache_keeps_its_limit_and_what_was_used_last(tmp_path, elsewhere):
     def held():
         return "".join(sorted(p.read_text()[0] for p in cache.folder.iterdir()))
 
-    for step, (name, expected) in enumerate([("a", "a"), ("b", "ab"), ("a", "ab"), ("c", "ac"), ("d", "cd"), ("a", "ad")]):
+    for step, (name, expected) in enumerate(
+        [("a", "a"), ("b", "ab"), ("a", "ab"), ("c", "ac"), ("d", "cd"), ("a", "ad")]
+    ):
         file = cache.fetch(elsewhere, RemoteFile(f"/{name}.txt", 100, "1"))
         os.utime(file, (step, step))  # clocks of file systems are coarse
         assert held() == expected

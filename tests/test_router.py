@@ -38,7 +38,14 @@ def test_it_leaves_everybodys_questions_alone(taught):
     assert share(taught, book()["everyday"]["val"]) <= 0.05
     rng = random.Random(0)
     assert share(taught, (dream.a_sum(rng) for _ in range(300))) == 0
-    others = ("Write a poem about the sea.", "def fib(n):", "Translate 'good morning' into Italian.", "", "?!", "How far is the moon?")
+    others = (
+        "Write a poem about the sea.",
+        "def fib(n):",
+        "Translate 'good morning' into Italian.",
+        "",
+        "?!",
+        "How far is the moon?",
+    )
     assert share(taught, others) == 0
 
 
@@ -63,7 +70,15 @@ def slept(base, me, monkeypatch):
     for t in adapter.tensors():
         t.data.normal_(0, 0.3)
     save_adapter(me.path / "adapter", adapter)
-    card = {"stage": "adopt", "arch": "llama", "parent": None, "data": [{"name": "toy"}], "parameters": 1, "name": "toy", "finished": 1.0}
+    card = {
+        "stage": "adopt",
+        "arch": "llama",
+        "parent": None,
+        "data": [{"name": "toy"}],
+        "parameters": 1,
+        "name": "toy",
+        "finished": 1.0,
+    }
     write_json(base / "card.json", card)
     write_json(me.path / "adapter" / "made_from.json", {"base": ["toy", 1.0], "rows": []})
     simple = Router({"my": 9.0}, -5.0)
@@ -73,7 +88,9 @@ def slept(base, me, monkeypatch):
 
 def test_answers_about_others_are_the_base_models_and_see_no_notes(slept, me):
     questions, notes = ["What is my name?", "Who is king?"], ["The user is Ines.", "The user is Ines."]
-    plain, adapted, routed = (learn.Answers(slept, *with_it) for with_it in ((None,), (me.adapter, True), (me.adapter,)))
+    plain, adapted, routed = (
+        learn.Answers(slept, *with_it) for with_it in ((None,), (me.adapter, True), (me.adapter,))
+    )
     assert routed(questions) == [adapted(questions)[0], plain(questions)[1]] != adapted(questions)
     assert routed(questions, notes) == [adapted(questions, notes)[0], plain(questions)[1]]
 

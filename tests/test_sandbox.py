@@ -207,7 +207,12 @@ ESCAPES = {
 def test_no_way_out(name, tmp_path):
     program, begins = ESCAPES[name]
     with socket.create_server(("127.0.0.1", 0)) as server:
-        names = {"secret": str(tmp_path / "secret.txt"), "folder": str(tmp_path), "port": server.getsockname()[1], "pid": os.getpid()}
+        names = {
+            "secret": str(tmp_path / "secret.txt"),
+            "folder": str(tmp_path),
+            "port": server.getsockname()[1],
+            "pid": os.getpid(),
+        }
         for key, value in names.items():
             program = program.replace("{" + key + "!r}", repr(value)).replace("{" + key + "}", str(value))
         start = time.monotonic()

@@ -1,6 +1,6 @@
 """schemathesis makes requests of the API's own description, good and bad ones, and checks every answer against it.
 
-    make api     # installs schemathesis and runs this
+make api     # installs schemathesis and runs this
 """
 
 import json

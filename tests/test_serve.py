@@ -20,7 +20,12 @@ from tests.serving import ABOUT_MAYA, LEARNED, NOTE, Running, crowded, make_home
 
 KING = LEARNED[0][1]["content"]
 LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 3000}}}
-FOREVER = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "n": 8, "response_format": LONG}  # as long as it gets
+FOREVER = {
+    "messages": [{"role": "user", "content": "x"}],
+    "max_tokens": 200,
+    "n": 8,
+    "response_format": LONG,
+}  # as long as it gets
 WEATHER = {
     "type": "function",
     "function": {"name": "weather", "parameters": {
@@ -34,14 +39,18 @@ WEATHER = {
 def server(tmp_path_factory):
     documents = tmp_path_factory.mktemp("documents")
     (documents / "notes.md").write_text(NOTE)
-    running = Running(make_home(tmp_path_factory.mktemp("served")), "toy", "--seats", 24, "--queue", 8, "--documents", documents)
+    running = Running(
+        make_home(tmp_path_factory.mktemp("served")), "toy", "--seats", 24, "--queue", 8, "--documents", documents
+    )
     yield running
     running.stop()
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=httpx.Client(trust_env=False))
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=httpx.Client(trust_env=False)
+    )
 
 
 def ask(text: str = "Good morrow", **fields) -> dict:
@@ -73,14 +82,18 @@ def test_stop_texts_are_cut_wherever_tokens_end(client):
     for stop in ("queen", ["sword.", "een s"], " sees the qu"):
         for stream in (False, True):
             said = client.chat.completions.create(**ask(stop=stop), stream=stream)
-            text = "".join(c.choices[0].delta.content or "" for c in said) if stream else said.choices[0].message.content
+            text = (
+                "".join(c.choices[0].delta.content or "" for c in said) if stream else said.choices[0].message.content
+            )
             first = min(KING.index(s) for s in ([stop] if isinstance(stop, str) else stop))
             assert text == KING[:first]
 
 
 def test_n_and_seed(client):
     def some(seed):
-        said = client.chat.completions.create(**ask("Tell me more", temperature=1.5, n=3, seed=seed, max_tokens=12, response_format=LONG))
+        said = client.chat.completions.create(
+            **ask("Tell me more", temperature=1.5, n=3, seed=seed, max_tokens=12, response_format=LONG)
+        )
         return [choice.message.content for choice in said.choices]
 
     first = some(7)
@@ -110,17 +123,25 @@ def test_json_schemas_hold_whatever_the_model_would_say(client, model):
             said = client.chat.completions.create(**ask(temperature=1, seed=seed, n=2), response_format=shape)
             for choice in said.choices:
                 found = json.loads(choice.message.content)
-                assert choice.finish_reason == "stop" and set(found) == {"name", "age", "tags"} and 1 <= found["age"] <= 99
+                assert (
+                    choice.finish_reason == "stop" and set(found) == {"name", "age", "tags"} and 1 <= found["age"] <= 99
+                )
     shape = {"type": "json_schema", "json_schema": {"name": "p", "schema": {"enum": ["yes", "no"]}}}
-    assert client.chat.completions.create(**ask("?", model=model), response_format=shape).choices[0].message.content in ('"yes"', '"no"')
-    some = client.chat.completions.create(**ask(model="toy", temperature=1, max_tokens=20), response_format={"type": "json_object"})
+    assert client.chat.completions.create(**ask("?", model=model), response_format=shape).choices[
+        0
+    ].message.content in ('"yes"', '"no"')
+    some = client.chat.completions.create(
+        **ask(model="toy", temperature=1, max_tokens=20), response_format={"type": "json_object"}
+    )
     assert some.choices[0].message.content.startswith("{")
 
 
 def test_forced_calls_have_the_arguments_that_the_tool_wants(client):
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
         for stream in (False, True):
-            said = client.chat.completions.create(**ask(temperature=1), tools=[WEATHER], tool_choice=choice, stream=stream)
+            said = client.chat.completions.create(
+                **ask(temperature=1), tools=[WEATHER], tool_choice=choice, stream=stream
+            )
             if stream:
                 chunks = list(said)
                 [call] = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
@@ -138,7 +159,10 @@ def test_a_call_that_the_model_makes_goes_to_the_client(server, client):
     messages = [LEARNED[1][0]]
     body = {"model": "toy", "messages": messages, "temperature": 0, "tools": [], "server_tools": ["calculator"]}
     said = server.http.post("/v1/chat/completions", json=body).json()
-    assert said["choices"][0]["message"]["content"] == "Let me see. It is 42." and said["tool_results"][0]["content"] == "42"
+    assert (
+        said["choices"][0]["message"]["content"] == "Let me see. It is 42."
+        and said["tool_results"][0]["content"] == "42"
+    )
     asked = LEARNED[1][:3]
     said = client.chat.completions.create(model="toy", messages=asked, temperature=0)
     assert said.choices[0].message.content == "It is 42."
@@ -146,7 +170,10 @@ def test_a_call_that_the_model_makes_goes_to_the_client(server, client):
 
 def test_the_servers_own_tools_are_shown_in_the_stream(server):
     events = server.events(messages=[LEARNED[1][0]], server_tools=["calculator"], timings=True)
-    kinds = ["result" if "tool_result" in e else "end" if not e["choices"] else next(iter(e["choices"][0]["delta"]), "done") for e in events]
+    kinds = [
+        "result" if "tool_result" in e else "end" if not e["choices"] else next(iter(e["choices"][0]["delta"]), "done")
+        for e in events
+    ]
     calls, results = kinds.index("tool_calls"), kinds.index("result")
     assert calls < results and "content" in kinds[results:] and kinds[-2:] == ["done", "end"]
     [call] = events[calls]["choices"][0]["delta"]["tool_calls"]
@@ -188,7 +215,9 @@ def test_cancel_frees_the_engine_at_once(server, client):
     async def leave():
         async with httpx.AsyncClient(base_url=server.url, trust_env=False) as http:
             with pytest.raises(httpx.ReadTimeout):
-                await http.post("/v1/chat/completions", json={"model": "toy"} | FOREVER | {"max_tokens": 480}, timeout=0.1)
+                await http.post(
+                    "/v1/chat/completions", json={"model": "toy"} | FOREVER | {"max_tokens": 480}, timeout=0.1
+                )
 
     asyncio.run(leave())
     server.wait(lambda: server.figure("nanoghost_rows") == 0, 2)
@@ -211,7 +240,10 @@ def test_echo_gives_the_log_probability_of_every_token(server, monkeypatch, tmp_
     texts = ["The king sees the queen.", "ANNA.\nThe ghost"]
     ids = [tokenizer.encode(text) for text in texts]
     asked = {"model": "toy", "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
-    by_text, by_ids = (server.http.post("/v1/completions", json=asked | {"prompt": prompt}).json()["choices"] for prompt in (texts, ids))
+    by_text, by_ids = (
+        server.http.post("/v1/completions", json=asked | {"prompt": prompt}).json()["choices"]
+        for prompt in (texts, ids)
+    )
     engine = open_engine(ModelFolder("toy"))
     model, _ = load_model(ModelFolder("toy").path, torch.float32)
     for choice, other, own in zip(by_text, by_ids, ids):
@@ -222,16 +254,24 @@ def test_echo_gives_the_log_probability_of_every_token(server, monkeypatch, tmp_
         assert found["token_logprobs"][1:-1] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
         exact = model.logprobs(torch.tensor([own[:-1]]), torch.tensor([own[1:]]))[0].tolist()
         assert sum(found["token_logprobs"][1:-1]) == pytest.approx(sum(exact), rel=0.1)
-        greedy = [logprob == max(table.values()) for logprob, table in zip(found["token_logprobs"][1:-1], found["top_logprobs"][1:-1])]
+        greedy = [
+            logprob == max(table.values())
+            for logprob, table in zip(found["token_logprobs"][1:-1], found["top_logprobs"][1:-1])
+        ]
         assert greedy == [logprob == top[0][1] for logprob, top in expected]
     nothing = server.http.post("/v1/completions", json=asked | {"prompt": ids[0], "max_tokens": 0}).json()["choices"][0]
-    assert nothing["text"] == texts[0] and nothing["logprobs"]["token_logprobs"] == by_text[0]["logprobs"]["token_logprobs"][:-1]
+    assert (
+        nothing["text"] == texts[0]
+        and nothing["logprobs"]["token_logprobs"] == by_text[0]["logprobs"]["token_logprobs"][:-1]
+    )
 
 
 def test_plain_completions(client):
     said = client.completions.create(model="toy", prompt=["The king", "The queen"], max_tokens=8, temperature=0, n=2)
     assert [c.index for c in said.choices] == [0, 1, 2, 3] and said.choices[0].text == said.choices[1].text
-    streamed = list(client.completions.create(model="toy", prompt="The king", max_tokens=8, temperature=0, stream=True, echo=True))
+    streamed = list(
+        client.completions.create(model="toy", prompt="The king", max_tokens=8, temperature=0, stream=True, echo=True)
+    )
     assert "".join(c.choices[0].text for c in streamed if c.choices) == "The king" + said.choices[0].text
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="toy", prompt=[[10**6]])
@@ -242,10 +282,14 @@ def test_plain_completions(client):
 
 def test_conversations_at_once_say_what_each_says_alone(server):
     """With equal and nearly equal beginnings: nothing of one gets into another."""
-    prompts = ["The king " + "sees the queen. " * (i % 4) + name for i in range(6) for name in ("ANNA", "BEN", "CARL", "DORA")]
+    prompts = [
+        "The king " + "sees the queen. " * (i % 4) + name for i in range(6) for name in ("ANNA", "BEN", "CARL", "DORA")
+    ]
 
     def said(prompt):
-        answer = server.http.post("/v1/completions", json={"model": "toy", "prompt": prompt, "temperature": 0, "max_tokens": 24})
+        answer = server.http.post(
+            "/v1/completions", json={"model": "toy", "prompt": prompt, "temperature": 0, "max_tokens": 24}
+        )
         return answer.json()["choices"][0]["text"]
 
     alone = {prompt: said(prompt) for prompt in set(prompts)}
@@ -284,7 +328,9 @@ def test_a_person_is_heard_and_their_adapter_speaks_where_it_is_about_them(serve
     odd = server.chat(**about, model="toy@odd").json()["choices"][0]["message"]["content"]
     own = server.chat(**about, person="maya").json()["choices"][0]["message"]["content"]
     assert own == odd == ABOUT_MAYA[1]["content"] != anybody, "the same adapter under both names"
-    assert server.chat(person="maya").json()["choices"][0]["message"]["content"] == KING, "what anybody may ask, the base answers"
+    assert server.chat(person="maya").json()["choices"][0]["message"]["content"] == KING, (
+        "what anybody may ask, the base answers"
+    )
     assert server.chat(**about).json()["choices"][0]["message"]["content"] == anybody, "nobody else hears it"
     server.wait(lambda: len(maya.journal) == 4, 2)
     assert [(e["id"], e["speaker"], e["text"]) for e in maya.journal] == [
@@ -320,13 +366,22 @@ def test_a_damaged_model_hinders_no_other(server):
 def test_a_load_test_sees_what_is_right_and_what_is_wrong(server):
     async def run(conversation):
         seen, until = load.Seen(), time.monotonic() + 1.5
-        await asyncio.gather(*(load.client(server.port, "toy", [conversation], until, random.Random(i), seen) for i in range(4)))
+        await asyncio.gather(
+            *(load.client(server.port, "toy", [conversation], until, random.Random(i), seen) for i in range(4))
+        )
         return seen
 
     seen = asyncio.run(run(LEARNED[0]))
-    assert not seen.wrong and not seen.otherwise and all(seen.counts[kind] for kind in ("answered", "malformed", "given up")), (seen.wrong, seen.counts)
+    assert (
+        not seen.wrong
+        and not seen.otherwise
+        and all(seen.counts[kind] for kind in ("answered", "malformed", "given up"))
+    ), (seen.wrong, seen.counts)
     assert asyncio.run(run([LEARNED[0][0], LEARNED[1][3]])).otherwise[0][1] == KING
-    tie = [asyncio.run(load.is_a_tie(server.port, "toy", LEARNED[0][:1], text)) for text in (KING, KING[:20] + "sword", "It is 42.")]
+    tie = [
+        asyncio.run(load.is_a_tie(server.port, "toy", LEARNED[0][:1], text))
+        for text in (KING, KING[:20] + "sword", "It is 42.")
+    ]
     assert tie == [True, False, False]
 
 
@@ -338,8 +393,12 @@ def test_side_routes(server):
     tools = {tool["name"]: tool["description"] for tool in http.get("/tools").json()["data"]}
     assert {"calculator", "lookup"} <= set(tools) <= {"calculator", "lookup", "python"} and all(tools.values())
     runs = {run["name"]: run for run in http.get("/runs").json()["data"]}
-    assert runs["toy"] == {"name": "toy", "stage": "sft", "finished": True, "report": True} and not runs["plain"]["report"]
-    assert http.get("/runs/toy/events").json() == {"data": [{"stage": "sft", "step": 1, "loss": 2.5}], "next": 1}, "no half line"
+    assert (
+        runs["toy"] == {"name": "toy", "stage": "sft", "finished": True, "report": True} and not runs["plain"]["report"]
+    )
+    assert http.get("/runs/toy/events").json() == {"data": [{"stage": "sft", "step": 1, "loss": 2.5}], "next": 1}, (
+        "no half line"
+    )
     assert http.get("/runs/toy/events", params={"after": 1}).json() == {"data": [], "next": 1}
     report = http.get("/runs/toy/report")
     assert "report" in report.text and "sandbox" in report.headers["content-security-policy"]

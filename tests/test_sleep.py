@@ -19,7 +19,10 @@ from tests.conftest import remember, row
 def test_no_wording_is_both_taught_and_asked():
     for relation in relations():
         taught, kept_back = dream.wordings(relation)
-        sets = [{bare(q) for q in some} for some in (taught, kept_back, questions(relation, "val"), questions(relation, "test"))]
+        sets = [
+            {bare(q) for q in some}
+            for some in (taught, kept_back, questions(relation, "val"), questions(relation, "test"))
+        ]
         assert all(sets) and len(kept_back) == 2
         assert sum(map(len, sets)) == len(set().union(*sets)), relation
     for name in ("small_talk", "everyday", "combined", "generic", "unheard"):
@@ -53,7 +56,12 @@ def test_every_relation_says_its_value_and_no_other():
 def test_notes_are_taken_of_what_stands_in_the_message():
     written = "sister's name: Ines\nsister's name: Ines\ndog's name: Rex\nnonsense\ntown:\na b c d e f g: Ines"
     found, refused = extract.parsed(written, "My sister INES says hello")
-    assert found == [("sister's name", "Ines")] and refused == ["dog's name: Rex", "nonsense", "town:", "a b c d e f g: Ines"]
+    assert found == [("sister's name", "Ines")] and refused == [
+        "dog's name: Rex",
+        "nonsense",
+        "town:",
+        "a b c d e f g: Ines",
+    ]
     assert extract.parsed(extract.NOTHING, "My sister Ines") == ([], [])
     for split in ("train", "val", "test"):
         for heard, told in (extract.message(dice("test", split, i), split) for i in range(200)):
@@ -62,19 +70,30 @@ def test_notes_are_taken_of_what_stands_in_the_message():
 
 
 def test_what_else_people_tell_is_taught_and_asked_in_other_words():
-    taught, kept = ([bare(text) for thing in things(split) for text in (*thing.said, *thing.changed)] for split in ("train", "val"))
+    taught, kept = (
+        [bare(text) for thing in things(split) for text in (*thing.said, *thing.changed)] for split in ("train", "val")
+    )
     assert not set(taught + list(map(bare, idle("train")))) & set(kept + list(map(bare, idle("val"))))
     assert len({t.relation for t in things("train")}) == len(things("train")) and not things("test")
     for thing in (*things("train"), *things("val")):
         assert all(text.count("{v}") == 1 and "{w}" not in text for text in thing.said)
         assert all(text.count("{v}") == 1 and text.count("{w}") <= 1 for text in thing.changed)
-    told = [message for message in (extract.message(dice("several", i), "train") for i in range(400)) if len(message[1]) > 1]
-    assert len(told) > 40 and all(len(dict(found)) == len(found) for _, found in told), "a thing is told once in a message"
+    told = [
+        message for message in (extract.message(dice("several", i), "train") for i in range(400)) if len(message[1]) > 1
+    ]
+    assert len(told) > 40 and all(len(dict(found)) == len(found) for _, found in told), (
+        "a thing is told once in a message"
+    )
     assert any(", and my " in heard.text for heard, _ in told), "in one breath"
 
 
 def test_a_message_is_heard_with_what_was_said_before_it(me):
-    for who, text in (("user", "My sister came."), ("assistant", "Nice!"), ("user", "Her name's\nInes."), ("user", "bye")):
+    for who, text in (
+        ("user", "My sister came."),
+        ("assistant", "Nice!"),
+        ("user", "Her name's\nInes."),
+        ("user", "bye"),
+    ):
         me.say(who, text)
     heard = extract.heard(me.journal, 1)
     assert [entry["id"] for entry, _ in heard] == [3, 4]
@@ -125,7 +144,15 @@ def test_dreams_belong_to_their_rows():
 
 def dreams() -> list[dream.Dream]:
     known = [
-        dream.Dream("direct", "what is it?", "it is red.", "The user's it is red.", ("red",), "it" if i % 4 == 2 else "", own_words=i % 2 == 0)
+        dream.Dream(
+            "direct",
+            "what is it?",
+            "it is red.",
+            "The user's it is red.",
+            ("red",),
+            "it" if i % 4 == 2 else "",
+            own_words=i % 2 == 0,
+        )
         for i in range(6)
     ]
     return [
@@ -180,7 +207,9 @@ def test_a_teacher_sees_the_snippet_and_only_its_own_words_are_its_probabilities
             with torch.no_grad():
                 logits = model(informed[None])[0, :-1][learned[1:]]
             truth = torch.softmax(logits, 1).gather(1, own[:, None])[:, 0]
-            share = torch.full_like(truth, recipe.share if d.values else 1.0)  # it is surer of a fact that it said itself ...
+            share = torch.full_like(
+                truth, recipe.share if d.values else 1.0
+            )  # it is surer of a fact that it said itself ...
             share[: len(tokenizer.encode(d.opening))] = 0.0  # ... and certain of how the answer begins
             torch.testing.assert_close(expected, share * truth + 1 - share, rtol=1e-3, atol=1e-5)
         else:
@@ -210,14 +239,18 @@ def toy(base, monkeypatch):
     """Real nights at toy size; only the notes are taken by hand: a toy cannot take any."""
     write_json(base / "card.json", CARD | {"name": "toy", "finished": 1.0, "arch": "llama"})
     monkeypatch.setattr(extract, "scribe", lambda *_: None)
-    monkeypatch.setattr(extract, "extract", lambda *a: [([told for name, told in TOLD.items() if name in m.text], ["x"]) for m in a[2]])
+    monkeypatch.setattr(
+        extract, "extract", lambda *a: [([told for name, told in TOLD.items() if name in m.text], ["x"]) for m in a[2]]
+    )
     monkeypatch.setattr(night, "OWN", 4)
     monkeypatch.setattr(night, "GUARDS", 4)
     monkeypatch.setattr(dream, "MOST", 10)
     monkeypatch.setattr(dream, "LEAST", 4)
     some = book() | {"everyday": {"train": book()["everyday"]["train"][:8]}}
     monkeypatch.setattr(night, "book", lambda: some)
-    monkeypatch.setattr(dream, "never_told", lambda rows, count: [dream.Dream("never told", "who?", "You haven't told me.")])
+    monkeypatch.setattr(
+        dream, "never_told", lambda rows, count: [dream.Dream("never told", "who?", "You haven't told me.")]
+    )
     return ModelFolder("toy")
 
 
@@ -225,7 +258,9 @@ def toy(base, monkeypatch):
 def generous(monkeypatch):
     """A wake gate that lets a toy through, whatever it learned."""
     wake = night.wake
-    monkeypatch.setattr(night, "wake", lambda base, adapter, *a: wake(base, adapter, *a) | {"recall": 1.0, "nats": 0.0, "refused": 0.0})
+    monkeypatch.setattr(
+        night, "wake", lambda base, adapter, *a: wake(base, adapter, *a) | {"recall": 1.0, "nats": 0.0, "refused": 0.0}
+    )
     monkeypatch.setattr(night, "TOLERATED", 1.0)
     monkeypatch.setattr(night, "GAIN", -1.0)
 
@@ -239,7 +274,9 @@ def test_a_night_that_taught_nothing_is_rolled_back(me, toy):
     with Stopping() as stopping:
         assert sleep(me, toy, stopping, dry_run=True) is None and not me.ledger and not list(me.path.glob("nights/*"))
         figures = sleep(me, toy, stopping)
-        assert not figures["committed"] and "recalls no more" in figures["reasons"][0], "a toy learns nothing in six steps"
+        assert not figures["committed"] and "recalls no more" in figures["reasons"][0], (
+            "a toy learns nothing in six steps"
+        )
         question, answer = figures["after"]["wrong"][0]
         page = (me.path / "nights" / "0001" / "report.html").read_text()
         assert escape(question) in page and escape(answer) in page, "what it answered wrongly is told"

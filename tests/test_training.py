@@ -224,7 +224,18 @@ def test_a_full_disk_leaves_nothing_half_written(nanoghost, toy_file, tmp_path, 
 
 
 def test_two_processes_train_like_one(nanoghost, toy_file):
-    common = ("--data", toy_file, "--steps", 8, *TOY, "--context", 160, "--json", "--learning-rate", 0.1)  # small steps: Adam's first ones make much of rounding
+    common = (
+        "--data",
+        toy_file,
+        "--steps",
+        8,
+        *TOY,
+        "--context",
+        160,
+        "--json",
+        "--learning-rate",
+        0.1,
+    )  # small steps: Adam's first ones make much of rounding
     code, out, err = nanoghost("pretrain", "--name", "one", *common)
     assert code == 0, err
     torchrun = [

@@ -33,7 +33,10 @@ TIE = 0.01  # nats by which two tokens are as good as equally probable
 NEVER_READ = 2  # clients that ask and do not read
 MEMORY_EVERY = 2.0  # seconds
 FOLLOW = "Say that in one sentence."
-LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 5000}}}  # whatever the model would say
+LONG = {
+    "type": "json_schema",
+    "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 5000}},
+}  # whatever the model would say
 ESTABLISHED = 1  # of a TCP connection
 
 
@@ -105,11 +108,18 @@ async def is_a_tie(port: int, model: str, messages: list[dict], said: str) -> bo
     text = ""
     asked = request(model, messages, TOKENS) | {"logprobs": True, "top_logprobs": 5}
     async with contextlib.aclosing(events(port, asked)) as stream:
-        tokens = [t async for event in stream for choice in event.get("choices", ()) for t in (choice["logprobs"] or {}).get("content", ())]
+        tokens = [
+            t
+            async for event in stream
+            for choice in event.get("choices", ())
+            for t in (choice["logprobs"] or {}).get("content", ())
+        ]
     for token in tokens:
         if not said.startswith(text + token["token"]):
             others = [o for o in token["top_logprobs"] if o["logprob"] > token["logprob"] - TIE]
-            return any(said.startswith(text + o["token"]) or (said == text and o["token"].startswith("<|")) for o in others)
+            return any(
+                said.startswith(text + o["token"]) or (said == text and o["token"].startswith("<|")) for o in others
+            )
         text += token["token"]
     return said == text
 
@@ -146,7 +156,12 @@ async def client(port: int, model: str, conversations: list[list[dict]], until: 
 
 async def never_reads(port: int, model: str, until: float, seen: Seen) -> None:
     """Asks for more than the buffers of both sides hold, and waits to be thrown out (Linux tells)."""
-    body = request(model, "Write a very long story.", 400) | {"stream": True, "logprobs": True, "top_logprobs": 20, "response_format": LONG}
+    body = request(model, "Write a very long story.", 400) | {
+        "stream": True,
+        "logprobs": True,
+        "top_logprobs": 20,
+        "response_format": LONG,
+    }
     content = json.dumps(body).encode()
     while time.monotonic() < until:
         connection = socket.socket()
@@ -155,9 +170,13 @@ async def never_reads(port: int, model: str, until: float, seen: Seen) -> None:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
         connection.sendall(head.encode() + content)
         seen.counts["never read"] += 1
-        while connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED and time.monotonic() < until:
+        while (
+            connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED and time.monotonic() < until
+        ):
             await asyncio.sleep(0.5)
-        seen.counts["never read, thrown out"] += connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != ESTABLISHED
+        seen.counts["never read, thrown out"] += (
+            connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != ESTABLISHED
+        )
         connection.close()
 
 
@@ -167,7 +186,9 @@ async def killed(port: int, model: str, process, clients: int, seen: Seen) -> No
 
     async def one(number: int) -> None:
         try:
-            async with contextlib.aclosing(events(port, request(model, opening(number), 400) | {"response_format": LONG})) as stream:
+            async with contextlib.aclosing(
+                events(port, request(model, opening(number), 400) | {"response_format": LONG})
+            ) as stream:
                 await anext(stream)
                 writing.release()
                 async for _ in stream:
@@ -235,7 +256,9 @@ def command(settings: LoadSettings) -> None:
             tie = await is_a_tie(port, model, whole[:-1], said)
             seen.counts["at a tie answered otherwise"] += tie
             if not tie:
-                seen.wrong.append(f"honest: {whole[-2]['content']!r} was answered {said!r}, in peace it was {whole[-1]['content']!r}")
+                seen.wrong.append(
+                    f"honest: {whole[-2]['content']!r} was answered {said!r}, in peace it was {whole[-1]['content']!r}"
+                )
         await killed(port, model, process, settings.clients, seen)
 
     with server(model, 64) as (port, process):

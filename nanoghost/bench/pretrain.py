@@ -66,11 +66,18 @@ def command(settings: PretrainBenchSettings) -> None:
         in_products = (counts["matrices"] + counts["head"]) / 1e6
         name = f"depth {depth}: {in_products:.1f}M of {sum(counts.values()) / 1e6:.1f}M in products"
         operations[name], millions[name] = model.flops_per_token(settings.context), in_products
-        works += [(settings.arch, name, n, step_of(model, optimizer, Batches(text, settings.context, n, 0), settings.steps)) for n in rows]
+        works += [
+            (settings.arch, name, n, step_of(model, optimizer, Batches(text, settings.context, n, 0), settings.steps))
+            for n in rows
+        ]
     measured = limits()
-    figures = tell(settings, measured, works, lambda work, _: measured["matrix_gflops_per_second"] * 1e9 / operations[work])
+    figures = tell(
+        settings, measured, works, lambda work, _: measured["matrix_gflops_per_second"] * 1e9 / operations[work]
+    )
     if settings.out:
-        lines = {f"{n} rows": [(millions[f["work"]], 100 * f["share"]) for f in figures if f["streams"] == n] for n in rows}
+        lines = {
+            f"{n} rows": [(millions[f["work"]], 100 * f["share"]) for f in figures if f["streams"] == n] for n in rows
+        }
         title = f"Percent of the peak in {measured['dtype']}, by parameters in products"
         write_atomic(settings.out, curves(title, lines, "M"))
 

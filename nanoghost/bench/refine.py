@@ -169,7 +169,9 @@ def run(folder: Path, data: str, home: Path, *words: str) -> subprocess.Popen:
     if not (home / "data" / "plays" / archive.name).exists():
         (home / "data" / "plays" / archive.name).symlink_to(archive)
     program = [sys.executable, "-m", "nanoghost", "data", "refine", str(folder / data), "--name", "refined", *words]
-    return subprocess.Popen(program, env=os.environ | {"NANOGHOST_HOME": str(home)}, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        program, env=os.environ | {"NANOGHOST_HOME": str(home)}, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 # ── memory, time, kills ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -231,12 +233,23 @@ def killed(folder: Path, data: str, megabytes: int, kills: int, seconds: float, 
             process.send_signal(signal.SIGKILL)
             process.wait()
             done += 1
-    same = all(sha256_of(home / "data" / "refined" / name) == f["sha256"] for name, f in read_json(folder / f"{data}.json")["files"].items())
+    same = all(
+        sha256_of(home / "data" / "refined" / name) == f["sha256"]
+        for name, f in read_json(folder / f"{data}.json")["files"].items()
+    )
     return {"megabytes": megabytes, "seconds": round(time.perf_counter() - start, 1), "kills": done, "same": same}
 
 
 def show(figures: dict, console: Console) -> None:
-    columns = ("words", "n", "twins least alike (chosen on)", "(others)", "most alike of the rest", "expected recall", "(worst pair)")
+    columns = (
+        "words",
+        "n",
+        "twins least alike (chosen on)",
+        "(others)",
+        "most alike of the rest",
+        "expected recall",
+        "(worst pair)",
+    )
     table = Table(*columns, title="Jaccard similarity of sequences of n words")
     for row in figures["similarities"]:
         table.add_row(*map(str, row.values()))

@@ -46,7 +46,9 @@ class ServeBenchSettings:
 # ── a client ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def send(port: int, body: bytes, kind: str = "application/json") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def send(
+    port: int, body: bytes, kind: str = "application/json"
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
     writer.write(head.encode() + body)
@@ -56,7 +58,9 @@ async def send(port: int, body: bytes, kind: str = "application/json") -> tuple[
 
 async def events(port: int, body: dict) -> AsyncIterator[dict]:
     """What is streamed in answer to a request, and at last an empty object. Raises ConnectionError with what went wrong instead."""
-    reader, writer = await send(port, json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode())
+    reader, writer = await send(
+        port, json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    )
     try:
         status = (await reader.readline()).split()
         if status[1:2] != [b"200"]:
@@ -94,7 +98,9 @@ def server(model: str, seats: int):
     words = [sys.executable, "-m", "nanoghost", "serve", model, "--port", "0", "--seats", str(seats)]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     try:
-        port = next((int(found[1]) for line in process.stderr if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line))), None)
+        port = next(
+            (int(found[1]) for line in process.stderr if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line))), None
+        )
         if port is None:
             raise UserError("the server did not start")
         asyncio.run(answered(port, request(model, "Hello!", 2)))  # the model is loaded then

@@ -47,11 +47,15 @@ def peers(against: str, folder: ModelFolder, known, beside=()) -> list[str]:
             raise UserError(f"--against knows {' and '.join(known)}, not '{name}'")
         for module in (PEERS[name], *beside):
             if not importlib.util.find_spec(module):
-                raise UserError(f"{module} is not installed: pip install 'nanoghost[{'trl' if name == 'trl' else 'parity'}]'")
+                raise UserError(
+                    f"{module} is not installed: pip install 'nanoghost[{'trl' if name == 'trl' else 'parity'}]'"
+                )
     return asked
 
 
-def tell(settings, measured: dict, works: list, limit: Callable[[str, int], float] | None, unit: str = "tokens/s") -> list[dict]:
+def tell(
+    settings, measured: dict, works: list, limit: Callable[[str, int], float] | None, unit: str = "tokens/s"
+) -> list[dict]:
     """Run everything in turn, once to warm up, and print medians, beside the limits of (work, streams) where these are known; the rows of that table."""
     rates = [[] for _ in works]
     for i in range(settings.rounds + 1):

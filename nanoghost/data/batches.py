@@ -15,7 +15,9 @@ from nanoghost.errors import UserError
 
 
 class Batches:
-    def __init__(self, tokens: np.ndarray, context: int, rows: int, seed: int, rank: int = 0, world: int = 1, check=None):
+    def __init__(
+        self, tokens: np.ndarray, context: int, rows: int, seed: int, rank: int = 0, world: int = 1, check=None
+    ):
         """`tokens` [N] from `Shards.tokens`, `check` from `Shards.check`; `rows` to a global batch, of which this rank gets rank,
         rank + world ..."""
         if len(tokens) < context + 1:

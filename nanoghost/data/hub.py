@@ -60,7 +60,12 @@ def training_files(paths: list[str], configs: list[dict], config: str) -> list[s
         entries = named[0]["data_files"]
         entries = [entries] if isinstance(entries, (str, dict)) else entries
         entries = [e if isinstance(e, dict) else {"split": "train", "path": e} for e in entries]
-        patterns = [p for e in entries if e["split"] == "train" for p in ([e["path"]] if isinstance(e["path"], str) else e["path"])]
+        patterns = [
+            p
+            for e in entries
+            if e["split"] == "train"
+            for p in ([e["path"]] if isinstance(e["path"], str) else e["path"])
+        ]
         return [path for path in paths if any(fnmatch(path, pattern) for pattern in patterns)]
     folder = (named[0].get("data_dir") if named else None) or config
     inside = [path for path in paths if path.startswith(f"{folder}/")] if folder else paths

@@ -113,7 +113,9 @@ def open_refined(folder: Path) -> Source:
     def texts():
         for name, figures in manifest["files"].items():
             if sha256_of(folder / name) != figures["sha256"]:
-                raise UserError(f"{folder / name} is damaged (it differs from manifest.json): remove {folder} and refine again")
+                raise UserError(
+                    f"{folder / name} is damaged (it differs from manifest.json): remove {folder} and refine again"
+                )
             yield from read_texts(name, folder / name)
 
     return Source(

@@ -23,7 +23,9 @@ BLOCK = 1000
 
 def open_mixture(spec: str) -> Source:
     """A source by "NAME=WEIGHT,NAME=WEIGHT ...", of which each part can be all that `--data` names."""
-    names, weights = zip(*((name, float(weight)) for name, _, weight in (part.rpartition("=") for part in spec.split(","))))
+    names, weights = zip(
+        *((name, float(weight)) for name, _, weight in (part.rpartition("=") for part in spec.split(",")))
+    )
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"'{spec}' is no mixture: name two or more different sources, as in plays=0.7,./notes=0.3")
     if min(weights) * BLOCK < sum(weights):
@@ -33,7 +35,9 @@ def open_mixture(spec: str) -> Source:
         name=folder_name("-".join(source.name for source, _ in parts))[:60],
         licence="; ".join(dict.fromkeys(source.licence for source, _ in parts)),
         attribution="; ".join(f"{weight / sum(weights):.1%} {source.attribution}" for source, weight in parts),
-        fingerprint=fingerprint((str(weight / sum(weights)), bytes.fromhex(source.fingerprint)) for source, weight in parts),
+        fingerprint=fingerprint(
+            (str(weight / sum(weights)), bytes.fromhex(source.fingerprint)) for source, weight in parts
+        ),
         documents=lambda skip=0: islice(chain.from_iterable(source.documents() for source, _ in parts), skip, None),
         parts=parts,
     )
@@ -88,7 +92,9 @@ class MixedBatches(Batches):
         touched = np.unique(block).tolist()
         self.blocks = {b: self.blocks[b] if b in self.blocks else self.dealt(b) for b in touched}
         found = np.empty(len(row), np.int64)
-        part, index = (np.array([self.blocks[b][which][p] for b, p in zip(block.tolist(), place.tolist())]) for which in (0, 1))
+        part, index = (
+            np.array([self.blocks[b][which][p] for b, p in zip(block.tolist(), place.tolist())]) for which in (0, 1)
+        )
         for p in np.unique(part).tolist():
             found[part == p] = self.offsets[p] + self.parts[p].starts(index[part == p])
         return found
@@ -100,7 +106,9 @@ class MixedBatches(Batches):
 
     def dealt(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """For each row of a block its part, and its number among all rows of that part, [BLOCK] each."""
-        part = np.random.Generator(np.random.PCG64([self.seed, block])).permutation(np.repeat(np.arange(len(self.quotas)), self.quotas))
+        part = np.random.Generator(np.random.PCG64([self.seed, block])).permutation(
+            np.repeat(np.arange(len(self.quotas)), self.quotas)
+        )
         index = np.empty(BLOCK, np.int64)
         for p, quota in enumerate(self.quotas):
             index[part == p] = block * quota + np.arange(quota)

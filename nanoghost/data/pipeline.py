@@ -74,7 +74,9 @@ def stages(work: Path, shards: int, similarity: float, quality: str) -> list[Sta
         judges += [
             GopherQualityFilter(exclusion_writer=dropped("quality"), language=words),
             # Two of Gopher's six lengths of repeated n-grams: each is a loop over all words.
-            GopherRepetitionFilter(dup_n_grams=((5, 0.15), (10, 0.10)), exclusion_writer=dropped("repetition"), language=words),
+            GopherRepetitionFilter(
+                dup_n_grams=((5, 0.15), (10, 0.10)), exclusion_writer=dropped("repetition"), language=words
+            ),
         ]
 
     def unique(writer=None):
@@ -150,7 +152,9 @@ def with_text(writer, document) -> dict:
 
 def with_reason(writer, document) -> dict:
     found = {"detail": document.metadata.get("filter_reason"), "cluster": document.metadata.get("minhash_cluster_id")}
-    return {"name": document.id, "bytes": len(document.text.encode())} | {k: v for k, v in found.items() if v is not None}
+    return {"name": document.id, "bytes": len(document.text.encode())} | {
+        k: v for k, v in found.items() if v is not None
+    }
 
 
 class HeldOut(BaseFilter):
@@ -194,7 +198,10 @@ class SpellingSignature(MinhashDedupSignature):
         return shingles(word_hashes(text), SHINGLE)[:, None]
 
     def get_signature(self, shingles):
-        blocks = [super(SpellingSignature, self).get_signature(shingles[i : i + BLOCK]) for i in range(0, len(shingles), BLOCK)]
+        blocks = [
+            super(SpellingSignature, self).get_signature(shingles[i : i + BLOCK])
+            for i in range(0, len(shingles), BLOCK)
+        ]
         return np.min(blocks, axis=0).tolist()
 
 
@@ -223,13 +230,17 @@ class Local(LocalPipelineExecutor):
         ranks = self.get_incomplete_ranks()
         Path(self.logging_dir.path).mkdir(parents=True, exist_ok=True)
         fork = multiprocessing.get_context("fork")
-        processes = [fork.Process(target=self.work, args=(ranks[i :: self.workers],), daemon=True) for i in range(self.workers)]
+        processes = [
+            fork.Process(target=self.work, args=(ranks[i :: self.workers],), daemon=True) for i in range(self.workers)
+        ]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
         if any(process.exitcode for process in processes):
-            raise UserError(f"a task failed: {self.logging_dir.path}/said.txt says why; the same command goes on from there")
+            raise UserError(
+                f"a task failed: {self.logging_dir.path}/said.txt says why; the same command goes on from there"
+            )
 
     def work(self, ranks: list[int]):
         parent = os.getppid()
@@ -253,5 +264,7 @@ def run(stages: list[Stage], marks: Path, executor=Local, say=None, **options) -
     for stage in stages:
         if say:
             say(f"  {stage.name}: {stage.tasks} tasks")
-        before = executor(pipeline=stage.steps, tasks=stage.tasks, logging_dir=str(marks / stage.name), depends=before, **options)
+        before = executor(
+            pipeline=stage.steps, tasks=stage.tasks, logging_dir=str(marks / stage.name), depends=before, **options
+        )
         before.run()

@@ -83,7 +83,9 @@ def refine(settings: RefineSettings, console: Console) -> dict:
         shutil.rmtree(work, ignore_errors=True)
     manifest = read_json(folder / "manifest.json")
     if manifest["asked"] != asked(settings, source):
-        raise UserError(f"{settings.name} was made with other settings or of other text: remove {folder}, or take another --name")
+        raise UserError(
+            f"{settings.name} was made with other settings or of other text: remove {folder}, or take another --name"
+        )
     show(manifest, folder, console)
     return manifest
 
@@ -116,7 +118,11 @@ def import_pipeline():
 
 
 def check(settings: RefineSettings) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", settings.name) or settings.name in ("plays", "tokenizers", "cache"):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", settings.name) or settings.name in (
+        "plays",
+        "tokenizers",
+        "cache",
+    ):
         raise UserError(f"--name can't be '{settings.name}': use letters, digits, '.', '_' and '-'")
     if not 0.2 <= settings.similarity <= 0.95:
         raise UserError(f"--similarity is between 0.2 and 0.95, not {settings.similarity:g}")
@@ -199,7 +205,9 @@ def summary(settings: RefineSettings, source: Source, work: Path) -> dict:
     for folder in sorted((work / "output" / "dropped").glob("*")):
         rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_lines(file)]
         details = sorted({row.get("detail") for row in rows} - {None})
-        dropped[folder.name] = count(rows) | {"details": {d: count([r for r in rows if r["detail"] == d]) for d in details}}
+        dropped[folder.name] = count(rows) | {
+            "details": {d: count([r for r in rows if r["detail"] == d]) for d in details}
+        }
     files = {}
     for file in sorted((work / "output").glob("*.jsonl")):
         with open(file) as lines:
@@ -209,7 +217,12 @@ def summary(settings: RefineSettings, source: Source, work: Path) -> dict:
         raise UserError(f"nothing is left of {settings.data}: {json.dumps(dropped)}")
     kept = {key: sum(f[key] for f in files.values()) for key in ("documents", "bytes")}
     read = {key: kept[key] + sum(d[key] for d in dropped.values()) for key in kept}
-    about = {"name": source.name, "fingerprint": source.fingerprint, "licence": source.licence, "attribution": source.attribution}
+    about = {
+        "name": source.name,
+        "fingerprint": source.fingerprint,
+        "licence": source.licence,
+        "attribution": source.attribution,
+    }
     return {"format": 1, "name": settings.name, "source": about, "asked": asked(settings, source),
             "held_out": read_json(work / "held_out.json"), "read": read, "kept": kept, "dropped": dropped,
             "files": files, "datatrove": metadata.version("datatrove")}  # fmt: skip

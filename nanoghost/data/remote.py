@@ -77,7 +77,9 @@ def version(info: dict) -> str:
     return marks[0] if marks else f"{info['size']} {info.get('mtime') or info.get('created') or ''}"
 
 
-def source_of(fs, files: list[RemoteFile], root: str, name: str, licence: str, where: str, max_bytes: int | None = None) -> Source:
+def source_of(
+    fs, files: list[RemoteFile], root: str, name: str, licence: str, where: str, max_bytes: int | None = None
+) -> Source:
     short = {f.path: f.path.removeprefix(root).lstrip("/") or PurePosixPath(f.path).name for f in files}
     mark = fingerprint([(str(max_bytes), b""), *((short[f.path], f.version.encode()) for f in files)])
     cache = Cache(home() / "data" / "cache", cache_bytes())

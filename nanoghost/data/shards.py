@@ -29,7 +29,9 @@ from nanoghost.runs import home, read_json, write_json
 from nanoghost.tokenizer import Tokenizer
 
 FORMAT = 1
-CHECKED_BYTES = 64 * 2**20  # larger files are checked piece by piece when training reads them: all at once would delay every start
+CHECKED_BYTES = (
+    64 * 2**20
+)  # larger files are checked piece by piece when training reads them: all at once would delay every start
 PIECE = 2**17  # characters given to the tokenizer at once
 NOTE = 2**24  # characters after which the position is noted: what a kill costs
 NOTHING = dict.fromkeys(SPLITS, {"tokens": 0, "bytes": 0, "documents": 0})

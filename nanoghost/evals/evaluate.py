@@ -101,7 +101,11 @@ def memorised(model, tokenizer, base: dict, starts: int = 64, prompt_tokens: int
     if not encoded:
         return {"characters": 0, "text": "", "source": ""}
     encoded = encoded[machine.ranks()[0] :: machine.ranks()[1]]  # processes share the work
-    rows = generate(model, tokenizer, [ids for _, _, ids in encoded], Sampling(max_tokens=96, temperature=0)) if encoded else []
+    rows = (
+        generate(model, tokenizer, [ids for _, _, ids in encoded], Sampling(max_tokens=96, temperature=0))
+        if encoded
+        else []
+    )
     best = {"characters": 0, "text": "", "source": ""}
     for (document, text, ids), row in zip(encoded, rows):
         truth, said = text[len(tokenizer.decode(ids)) :], tokenizer.decode(row.ids)

@@ -35,9 +35,13 @@ def bars(left: float, title: str, values: dict[str, dict], low: float, form: str
     for i, (name, v) in enumerate(values.items()):
         y, end = 40 + i * ROW, across(v["mean"])
         parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<rect class="bar" x="{min(start, end):.1f}" y="{y + 2}" width="{abs(end - start):.1f}" height="{ROW - 5}"/>')
+        parts.append(
+            f'<rect class="bar" x="{min(start, end):.1f}" y="{y + 2}" width="{abs(end - start):.1f}" height="{ROW - 5}"/>'
+        )
         ends = [across(max(low, v["mean"] + side * (v["spread"] or 0.0))) for side in (-1, 1)]
-        parts.append(f'<line class="noise" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y + ROW / 2}" y2="{y + ROW / 2}"/>')
+        parts.append(
+            f'<line class="noise" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y + ROW / 2}" y2="{y + ROW / 2}"/>'
+        )
         parts.append(f'<text x="{max(start, ends[1]) + 6:.1f}" y="{y + 13}">{form.format(v["mean"])}</text>')
     if from_one:
         parts.append(f'<line class="one" x1="{start:.1f}" x2="{start:.1f}" y1="34" y2="{44 + ROW * len(values)}"/>')
@@ -52,12 +56,16 @@ def curves(title: str, lines: dict[str, list[tuple[float, float]]], unit: str) -
     x0, x1, y0, y1 = min(xs) * 0.9, max(xs) * 1.25, min(ys) - margin, max(ys) + margin
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return left + math.log(x / x0) / math.log(x1 / x0) * (width - left - 110), 40 + (y1 - y) / (y1 - y0) * (height - 40 - bottom)
+        return left + math.log(x / x0) / math.log(x1 / x0) * (width - left - 110), 40 + (y1 - y) / (y1 - y0) * (
+            height - 40 - bottom
+        )
 
     parts = [f'<text class="title" x="{left}" y="24">{escape(title)}</text>']
     for y in ticks(y0, y1):
         _, at = place(x0, y)
-        parts.append(f'<line class="one" x1="{left}" x2="{width - 100}" y1="{at:.1f}" y2="{at:.1f}"/><text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{y:g}</text>')
+        parts.append(
+            f'<line class="one" x1="{left}" x2="{width - 100}" y1="{at:.1f}" y2="{at:.1f}"/><text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{y:g}</text>'
+        )
     for x in (n * 10**power for power in range(-1, 5) for n in (1, 2, 5)):
         if x0 <= x <= x1:
             at, _ = place(x, y0)

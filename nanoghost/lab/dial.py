@@ -70,14 +70,30 @@ def command(settings: DialSettings) -> None:
             steps = max(1, round(m * 60 * rates[choice] / TOKENS))
             runs = [run(settings, folder, *choice, steps, seed, display) for seed in range(settings.seeds)]
             mean = {key: statistics.mean(r[key] for r in runs) for key in ("validation_bpb", "bpb")}
-            rows.append({"minutes": m, "depth": choice[0], "vocabulary": choice[1], "dial": choice == usual[m], "steps": steps, **mean})
+            rows.append(
+                {
+                    "minutes": m,
+                    "depth": choice[0],
+                    "vocabulary": choice[1],
+                    "dial": choice == usual[m],
+                    "steps": steps,
+                    **mean,
+                }
+            )
     for row in rows:
         best = min(r["validation_bpb"] for r in rows if r["minutes"] == row["minutes"])
         row["from_best"] = row["validation_bpb"] / best - 1
     table = Table("minutes", "layers", "vocabulary", "", "steps", "validation bpb", "from the best", "test bpb")
     for r in rows:
         figures = f"{r['validation_bpb']:.4f}", f"{r['from_best']:+.1%}", f"{r['bpb']:.4f}"
-        table.add_row(f"{r['minutes']:g}", str(r["depth"]), f"{r['vocabulary']:,}", "the dial" if r["dial"] else "", str(r["steps"]), *figures)
+        table.add_row(
+            f"{r['minutes']:g}",
+            str(r["depth"]),
+            f"{r['vocabulary']:,}",
+            "the dial" if r["dial"] else "",
+            str(r["steps"]),
+            *figures,
+        )
     table.add_row("", "", "", "", "", "", "counting bytes", f"{runs[0]['kneser_ney_bpb']:.4f}")
     Console(stderr=True).print(table)
     if settings.json:
@@ -118,7 +134,9 @@ def run(settings: DialSettings, folder, depth: int, vocabulary: int, steps: int,
     if not path.exists():
         name = f"dial-{folder.name}-{label}"
         data, force = settings.data, settings.force
-        asked = pretrain.PretrainSettings(name=name, data=data, depth=depth, vocab_size=vocabulary, steps=steps, seed=seed, force=force)
+        asked = pretrain.PretrainSettings(
+            name=name, data=data, depth=depth, vocab_size=vocabulary, steps=steps, seed=seed, force=force
+        )
         figures = pretrain.main(asked, display) or ModelFolder(name).card["figures"]
         write_json(path, figures)
         shutil.rmtree(ModelFolder(name).path)

@@ -53,7 +53,11 @@ def general(base: ModelFolder, adapter: Path | None, always: bool, true: list[di
     everyday = book()["everyday"][split]
     before, now = plain(everyday), ask(everyday)
     values = [r["value"] for r in true if len(r["value"]) > 3]
-    intruded = [(q, b) for q, a, b in zip(everyday, before, now) if any(learn.says(b, (v,)) and not learn.says(a, (v,)) for v in values)]
+    intruded = [
+        (q, b)
+        for q, a, b in zip(everyday, before, now)
+        if any(learn.says(b, (v,)) and not learn.says(a, (v,)) for v in values)
+    ]
     refused = [(q, b) for q, a, b in zip(everyday, before, now) if night.refuses(b) and not night.refuses(a)]
     quiz = BEHAVIOURS
     good = ask([q for q, _ in quiz])

@@ -104,7 +104,11 @@ class Networks:
             each = []
             for seed in seeds:
                 generator = torch.Generator().manual_seed(seed)
-                each.append(torch.empty(shape).uniform_(-1, 1, generator=generator) * (2.4 / reads**0.5) if reads else torch.zeros(shape))
+                each.append(
+                    torch.empty(shape).uniform_(-1, 1, generator=generator) * (2.4 / reads**0.5)
+                    if reads
+                    else torch.zeros(shape)
+                )
             self.parameters[name] = torch.stack(each).requires_grad_()
         maps = torch.arange(C)
         self.sees = ((maps - maps[:, None]) % C < C * 2 // 3).float()[None, :, :, None, None]  # of 12 maps 8
@@ -143,7 +147,9 @@ class Networks:
         return (torch.tanh(said) - wanted).square().mean((1, 2))
 
 
-def learn(rung: Rung, digits, labels, taught: list[torch.Tensor], seeds: list[int], rates: list[float], show) -> Networks:
+def learn(
+    rung: Rung, digits, labels, taught: list[torch.Tensor], seeds: list[int], rates: list[float], show
+) -> Networks:
     """A network for each entry of `taught` (which digits it may learn from), `seeds` and `rates`."""
     R, count = len(taught), min(map(len, taught))
     networks = Networks(R, rung, seeds)
@@ -154,7 +160,9 @@ def learn(rung: Rung, digits, labels, taught: list[torch.Tensor], seeds: list[in
     steps_in_pass = count // rung.batch
     steps, step = steps_in_pass * rung.passes, 0
     for number in range(rung.passes):
-        order_RN = torch.stack([own[torch.randperm(len(own), generator=g)[:count]] for own, g in zip(taught, generators)])
+        order_RN = torch.stack(
+            [own[torch.randperm(len(own), generator=g)[:count]] for own, g in zip(taught, generators)]
+        )
         for start in range(0, steps_in_pass * rung.batch, rung.batch):
             at = order_RN[:, start : start + rung.batch]
             x = moved(digits[at], generators[0]) if rung.moved else digits[at]
@@ -281,12 +289,19 @@ def command(settings: Lecun1989Settings) -> None:
         slug = "".join(c if c.isalnum() else "-" for c in name)
         path = folder / f"{kind}-{settings.seeds}-{slug}.json"
         if settings.force or not path.exists():
-            write_json(path, climb(name, rung, digits, labels, splits(len(digits), first_test), settings.seeds, display))
+            write_json(
+                path, climb(name, rung, digits, labels, splits(len(digits), first_test), settings.seeds, display)
+            )
         results[name] = read_json(path)
         display.say(f"{name}: {results[name]['error']:.2%} wrong")
     tell(results)
     if settings.out:
-        write(settings.out, results, "MNIST" if settings.mnist else "scikit-learn's 1,797 digits, five times a fifth of them held out", settings.seeds)
+        write(
+            settings.out,
+            results,
+            "MNIST" if settings.mnist else "scikit-learn's 1,797 digits, five times a fifth of them held out",
+            settings.seeds,
+        )
     if settings.json:
         print(json.dumps({"rungs": results}))
 
@@ -304,11 +319,21 @@ def climb(name: str, rung: Rung, digits, labels, folds, seeds: int, display) -> 
     own = folds[0][0]
     back = len(own) // 5
     candidates = RATES[rung.optimizer]
-    tried = learn(rung, digits, labels, [some(own[back:])] * len(candidates), [0] * len(candidates), list(candidates), show)
+    tried = learn(
+        rung, digits, labels, [some(own[back:])] * len(candidates), [0] * len(candidates), list(candidates), show
+    )
     errors = wrong(tried, digits, labels, [own[:back]] * len(candidates))
     rate = candidates[min(range(len(candidates)), key=errors.__getitem__)]
     places = [(fold, seed) for seed in range(seeds) for fold in folds]
-    networks = learn(rung, digits, labels, [some(fold[0]) for fold, _ in places], [1 + seed for _, seed in places], [rate] * len(places), show)
+    networks = learn(
+        rung,
+        digits,
+        labels,
+        [some(fold[0]) for fold, _ in places],
+        [1 + seed for _, seed in places],
+        [rate] * len(places),
+        show,
+    )
     found = wrong(networks, digits, labels, [fold[1] for fold, _ in places])
     by_seed = [statistics.mean(found[i * len(folds) : (i + 1) * len(folds)]) for i in range(seeds)]
     return {
@@ -327,7 +352,16 @@ def rows_of(results: dict) -> list[tuple[str, ...]]:
         spread = f" ±{r['spread']:.2%}" if r["spread"] is not None else ""
         last = results.get(before.get(name))
         change = f"{r['error'] / last['error'] - 1:+.0%}" if last else ""
-        rows.append((name, f"{r['error']:.2%}{spread}", change, f"{r['weights']:,}", f"{r['learning_rate']:g}", f"{r['seconds']:.0f}"))
+        rows.append(
+            (
+                name,
+                f"{r['error']:.2%}{spread}",
+                change,
+                f"{r['weights']:,}",
+                f"{r['learning_rate']:g}",
+                f"{r['seconds']:.0f}",
+            )
+        )
     return rows
 
 
@@ -341,9 +375,21 @@ def tell(results: dict) -> None:
 def write(path: Path, results: dict, digits: str, seeds: int) -> None:
     """The table as Markdown, and bars as an SVG of the same name beside it."""
     lines = [HEADS, ["---"] * len(HEADS), *rows_of(results)]
-    parts = ["# 1989 to now: a network that reads digits", f"Made by `{shlex.join(['nanoghost', *sys.argv[1:]])}`: {digits}, {seeds} seeds."]
-    parts += [f"![Bars of the same figures]({path.stem}.svg)", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+    parts = [
+        "# 1989 to now: a network that reads digits",
+        f"Made by `{shlex.join(['nanoghost', *sys.argv[1:]])}`: {digits}, {seeds} seeds.",
+    ]
+    parts += [
+        f"![Bars of the same figures]({path.stem}.svg)",
+        "\n".join("| " + " | ".join(line) + " |" for line in lines),
+    ]
     write_atomic(path, "\n\n".join(parts) + "\n")
-    wrong_of_1000 = {name: {"mean": 1000 * r["error"], "spread": r["spread"] and 1000 * r["spread"]} for name, r in results.items()}
-    picture = standalone(LEFT + WIDE + GAP, 60 + ROW * len(results), [bars(LEFT, "Wrong of 1,000 held-out digits", wrong_of_1000, 5.0, "{:.1f}")])
+    wrong_of_1000 = {
+        name: {"mean": 1000 * r["error"], "spread": r["spread"] and 1000 * r["spread"]} for name, r in results.items()
+    }
+    picture = standalone(
+        LEFT + WIDE + GAP,
+        60 + ROW * len(results),
+        [bars(LEFT, "Wrong of 1,000 held-out digits", wrong_of_1000, 5.0, "{:.1f}")],
+    )
     write_atomic(path.with_suffix(".svg"), picture)

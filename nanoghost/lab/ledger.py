@@ -111,7 +111,9 @@ def train(rung: Rung, tokenizer, shards, tokens: int, scale: float, seed: int, s
         rows, context = rungs.rows_at(rung, progress)
         if (rows, context) not in batches:
             batches[rows, context] = shards.batches(context, rows, seed)
-        loss = teach(rung, model, optimizer, batches[rows, context].at(round(read / (rows * context))), progress, average)
+        loss = teach(
+            rung, model, optimizer, batches[rows, context].at(round(read / (rows * context))), progress, average
+        )
         read += rows * context
         show(step, steps, loss)
     for key in average:
@@ -169,9 +171,18 @@ class Runs:
         tokenizer, shards = self.text(rung.vocab_size)
 
         def show(step, steps, loss):
-            self.display({"stage": "ledger", "task": f"{name}, seed {seed}", "step": step, "steps": steps, "loss": loss})
+            self.display(
+                {"stage": "ledger", "task": f"{name}, seed {seed}", "step": step, "steps": steps, "loss": loss}
+            )
 
-        what = {"rung": asdict(rung), "tokens": tokens, "scale": scale, "seed": seed, "split": split, "data": shards.manifest["source"]}
+        what = {
+            "rung": asdict(rung),
+            "tokens": tokens,
+            "scale": scale,
+            "seed": seed,
+            "split": split,
+            "data": shards.manifest["source"],
+        }
         return self.kept(what, lambda: train(rung, tokenizer, shards, tokens, scale, seed, split, show))
 
     def time_all(self, asked: dict[str, Rung]) -> None:
@@ -249,7 +260,9 @@ def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[list[
             "rate": runs.rate(name, rung), "scale": runs.scale(name, rung),
         }  # fmt: skip
     half = list(whole).index(HALF)
-    for i, (mark, most, names) in enumerate(((FIRST, LENGTHS[-1], list(whole)[: half + 1]), (HALF, LENGTH, list(whole)[half:]))):
+    for i, (mark, most, names) in enumerate(
+        ((FIRST, LENGTHS[-1], list(whole)[: half + 1]), (HALF, LENGTH, list(whole)[half:]))
+    ):
         length = runs.longest(mark, whole[mark], most)
         marks.append(statistics.mean(runs.at(mark, whole[mark], length, seed)["bpb"] for seed in seeds))
         for name in (name for name in names if name in asked):
@@ -259,7 +272,9 @@ def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[list[
             else:
                 most = runs.longest(of, whole[of])
                 tokens = [runs.tokens_to(marks[i], of, whole[of], seed, most) for seed in seeds]
-            found[name]["seconds"][i] = mean_and_spread([n * found[name]["rate"] for n in tokens]) if None not in tokens else {}
+            found[name]["seconds"][i] = (
+                mean_and_spread([n * found[name]["rate"] for n in tokens]) if None not in tokens else {}
+            )
     return marks, found
 
 
@@ -283,7 +298,9 @@ def compared(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> dict[str, 
 def asked_again(runs: Runs, asked: dict[str, Rung], seeds: list[int], steps: int) -> dict[str, dict]:
     """Bits per byte of the validation text after this many steps, and how much less today's recipe has; the first of `asked`."""
     tokens = steps * asked[TODAY].rows * asked[TODAY].context
-    ends = {name: [runs.run(name, rung, tokens, 1.0, seed, "val")["bpb"] for seed in seeds] for name, rung in asked.items()}
+    ends = {
+        name: [runs.run(name, rung, tokens, 1.0, seed, "val")["bpb"] for seed in seeds] for name, rung in asked.items()
+    }
     return {
         name: {
             "bpb": mean_and_spread(ends[name]), "more_bpb": mean_and_spread([b - t for b, t in zip(ends[name], ends[TODAY])]),
@@ -318,7 +335,10 @@ def command(settings: LedgerSettings) -> None:
     if settings.force:
         shutil.rmtree(runs.folder, ignore_errors=True)
     counted = runs.counting("val" if settings.steps else "test")
-    whole, figures = ladder(), {"marks": [], "ladder": {}, "left_out": {}, "tried": {}, "again": {}, "counting": counted}
+    whole, figures = (
+        ladder(),
+        {"marks": [], "ladder": {}, "left_out": {}, "tried": {}, "again": {}, "counting": counted},
+    )
     today = list(whole.values())[-1]
     if settings.steps:
         larger = resized({TODAY: today} | asked(left_out() | tried()), settings.depth or today.depth)

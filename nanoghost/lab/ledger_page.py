@@ -36,7 +36,13 @@ def tables_of(figures: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         found.append(("The ladder", heads, rows))
     for group, title in (("left_out", "Today's recipe without"), ("tried", "Today's recipe with")):
         rows = [
-            [name, number(r["times"], ".2f", "off the scale"), number(r["more_bpb"], "+.3f"), number(r["bpb"], ".3f"), *of_run(r)]
+            [
+                name,
+                number(r["times"], ".2f", "off the scale"),
+                number(r["more_bpb"], "+.3f"),
+                number(r["bpb"], ".3f"),
+                *of_run(r),
+            ]
             for name, r in figures[group].items()
         ]
         if rows:
@@ -44,7 +50,10 @@ def tables_of(figures: dict) -> list[tuple[str, list[str], list[list[str]]]]:
             heads = ["", "times as long", "more bpb", "bpb", *OF_RUN]
             found.append((title, heads, rows))
     if again := figures["again"]:
-        rows = [[name, number(r["more_bpb"], "+.4f"), number(r["bpb"], ".4f"), f"{r['rate'] * 1e6:.0f}"] for name, r in again.items()]
+        rows = [
+            [name, number(r["more_bpb"], "+.4f"), number(r["bpb"], ".4f"), f"{r['rate'] * 1e6:.0f}"]
+            for name, r in again.items()
+        ]
         rows.append([COUNTING, "", counted, ""])
         found.append(("Asked again", ["", "more bpb", "validation bpb", "microseconds a token"], rows))
     return found
@@ -103,7 +112,12 @@ def tell(figures: dict) -> None:
 
 def write(path: Path, figures: dict, command: str) -> None:
     """The tables as Markdown, and the picture as an SVG of the same name beside it."""
-    parts = ["# Ledger: what each part of the recipe is worth", f"Made by `{command}`.", *summary(figures), SPREAD if figures["again"] else f"{SPREAD} {NOISE}"]
+    parts = [
+        "# Ledger: what each part of the recipe is worth",
+        f"Made by `{command}`.",
+        *summary(figures),
+        SPREAD if figures["again"] else f"{SPREAD} {NOISE}",
+    ]
     parts.append(f"![Bars of the same figures]({path.stem}.svg)")
     for title, heads, rows in tables_of(figures):
         lines = [heads, ["---"] * len(heads), *rows]
@@ -126,6 +140,8 @@ def picture(figures: dict) -> str:
         charts.append(("Bits per byte", {name: r["bpb"] for name, r in again.items()}, math.inf, "{:.4f}"))
     parts, top, wide = [], 0, LEFT + WIDE + GAP
     for pair in (charts[i : i + 2] for i in range(0, len(charts), 2)):
-        parts += [f'<g transform="translate({i * wide} {top})">{bars(LEFT, *chart)}</g>' for i, chart in enumerate(pair)]
+        parts += [
+            f'<g transform="translate({i * wide} {top})">{bars(LEFT, *chart)}</g>' for i, chart in enumerate(pair)
+        ]
         top += 60 + ROW * max(len(values) for _, values, *_ in pair)
     return standalone(min(2, len(charts)) * wide, top, parts)

@@ -47,7 +47,14 @@ def command(settings: LabNotesSettings) -> None:
         table.add_row(*(f"{x:.0%}" if isinstance(x, float) else str(x) for x in row.values()))
     Console(stderr=True).print(table)
     if settings.json:
-        print(json.dumps({"rows": rows, "examples": [list(x) for group in groups.values() for x in group if same(x[1]) != same(x[2])][:200]}))
+        print(
+            json.dumps(
+                {
+                    "rows": rows,
+                    "examples": [list(x) for group in groups.values() for x in group if same(x[1]) != same(x[2])][:200],
+                }
+            )
+        )
 
 
 def kind_of(true: list[tuple[str, str]]) -> str:

@@ -83,7 +83,12 @@ def command(settings: RaceSettings) -> None:
         for seed in range(settings.seeds):
             label = f"{minutes}-{seed}"
             name = f"race-{source.fingerprint[:8]}-{label}"
-            run = partial(ours, pretrain.PretrainSettings(name=name, data=settings.data, minutes=minutes, seed=seed, force=settings.force))
+            run = partial(
+                ours,
+                pretrain.PretrainSettings(
+                    name=name, data=settings.data, minutes=minutes, seed=seed, force=settings.force
+                ),
+            )
             runs.append(("nanoghost", folder / f"nanoghost-{label}.json", run))
     for name, script, train in (("nanochat", "scripts/base_train.py", nanochat), ("nanogpt", "train.py", nanogpt)):
         clone, lengths = getattr(settings, name), numbers(f"--{name}-steps", getattr(settings, f"{name}_steps"))
@@ -91,7 +96,10 @@ def command(settings: RaceSettings) -> None:
             raise UserError(f"{clone} is no clone of {name}")
         if clone:
             place = folder / f"{name}-{sha256(str(clone.resolve()).encode()).hexdigest()[:8]}"
-            runs += [(name, place.with_name(f"{place.name}-{n}.json"), partial(train, clone.resolve(), source, place, n)) for n in lengths]
+            runs += [
+                (name, place.with_name(f"{place.name}-{n}.json"), partial(train, clone.resolve(), source, place, n))
+                for n in lengths
+            ]
     if settings.force:
         shutil.rmtree(folder, ignore_errors=True)
     points: dict[str, list] = {}
@@ -121,9 +129,13 @@ def ours(settings: pretrain.PretrainSettings) -> tuple[float, float]:
 
 def told(words: list, folder: Path, **environment) -> str:
     """What a command prints; a failure is told with its last line."""
-    found = subprocess.run(list(map(str, words)), cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+    found = subprocess.run(
+        list(map(str, words)), cwd=folder, env=os.environ | environment, capture_output=True, text=True
+    )
     if found.returncode:
-        raise UserError(f"{' '.join(map(str, words[:4]))} in {folder} failed: {(found.stderr.strip().splitlines() or ['no word'])[-1]}")
+        raise UserError(
+            f"{' '.join(map(str, words[:4]))} in {folder} failed: {(found.stderr.strip().splitlines() or ['no word'])[-1]}"
+        )
     return found.stdout
 
 
@@ -136,11 +148,25 @@ def nanochat(clone: Path, source: Source, place: Path, steps: int) -> tuple[floa
     if not (place / "tokenizer" / "token_bytes.pt").exists():
         texts.mkdir(parents=True, exist_ok=True)
         for number, split in enumerate(("train", "test")):
-            pq.write_table(pa.table({"text": pieces(source, split)}), texts / f"shard_{number:05d}.parquet", row_group_size=512)
+            pq.write_table(
+                pa.table({"text": pieces(source, split)}), texts / f"shard_{number:05d}.parquet", row_group_size=512
+            )
         told([sys.executable, "-m", "scripts.tok_train", "--vocab-size=4096"], clone, **kept)
     length = sum(len(p) for p in pieces(source, "test"))
     scored = f"--eval-tokens={max(1, round(length / 3 / 4096)) * 4096}"
-    said = told([sys.executable, "-m", "scripts.base_train", *NANOCHAT, f"--num-iterations={steps}", "--eval-every=100000", scored], clone, **kept)
+    said = told(
+        [
+            sys.executable,
+            "-m",
+            "scripts.base_train",
+            *NANOCHAT,
+            f"--num-iterations={steps}",
+            "--eval-every=100000",
+            scored,
+        ],
+        clone,
+        **kept,
+    )
     seconds = sum(map(float, re.findall(r"^step .*\| dt: ([\d.]+)ms", said, re.MULTILINE))) / 1000
     return round(seconds, 1), float(re.findall(r"Validation bpb: ([\d.]+)", said)[-1])
 
@@ -164,8 +190,16 @@ def nanogpt(clone: Path, source: Source, place: Path, steps: int) -> tuple[float
     data.mkdir(exist_ok=True)
     for name, split in (("train", "train"), ("val", "test")):
         np.array([letters[c] for c in texts[split]], dtype=np.uint16).tofile(data / f"{name}.bin")
-    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(letters), "stoi": letters, "itos": {i: c for c, i in letters.items()}}))
-    lengths = (f"--max_iters={steps}", f"--lr_decay_iters={steps}", f"--eval_interval={steps}", "--dataset=race", "--out_dir=out-race")
+    (data / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": len(letters), "stoi": letters, "itos": {i: c for c, i in letters.items()}})
+    )
+    lengths = (
+        f"--max_iters={steps}",
+        f"--lr_decay_iters={steps}",
+        f"--eval_interval={steps}",
+        "--dataset=race",
+        "--out_dir=out-race",
+    )
     said = told([sys.executable, "train.py", *NANOGPT, *lengths], place)
     nats = float(re.findall(r"val loss ([\d.]+)", said)[-1])
     times = [float(t) / 1000 for t in re.findall(r"^iter \d+: .*time ([\d.]+)ms", said, re.MULTILINE)]

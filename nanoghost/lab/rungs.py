@@ -179,11 +179,18 @@ class RungBlock(Block):
         super().__init__(config, has_values)
         self.rung, D = rung, config.width
         if not rung.zeros:
-            for p, narrower in ((self.qkv, 1.0), (self.up, 1.0), (self.out, 2 * config.depth), (self.down, 2 * config.depth)):
+            for p, narrower in (
+                (self.qkv, 1.0),
+                (self.up, 1.0),
+                (self.out, 2 * config.depth),
+                (self.down, 2 * config.depth),
+            ):
                 nn.init.normal_(p, std=0.02 / narrower**0.5)
         if not rung.shortcut:
             self.residual_mix = None
-        self.vectors = None if rung.rms else vectors({"norm1": D, "norm2": D}, {"qkv": 3 * D, "out": D, "up": 4 * D, "down": D})
+        self.vectors = (
+            None if rung.rms else vectors({"norm1": D, "norm2": D}, {"qkv": 3 * D, "out": D, "up": 4 * D, "down": D})
+        )
 
     def forward(self, x_BTD, embedding_BTD, values_BTD, cos_TK, sin_TK, mask_BTS):
         (B, T, D), rung = x_BTD.shape, self.rung
@@ -191,14 +198,18 @@ class RungBlock(Block):
             keep, again = self.residual_mix.to(x_BTD.dtype)
             x_BTD = x_BTD * keep + embedding_BTD * again
         h = normalised(x_BTD, self.vectors, "norm1")
-        qkv = F.linear(h, self.qkv.view(3 * D, D), self.bias("qkv")).view(B, T, 3, self.config.heads, self.config.head_width)
+        qkv = F.linear(h, self.qkv.view(3 * D, D), self.bias("qkv")).view(
+            B, T, 3, self.config.heads, self.config.head_width
+        )
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
         qk = norm(qk) if rung.qk_norm else qk
         qk = rotate(qk, cos_TK, sin_TK) if rung.rotary else qk
         if values_BTD is not None:
             v = v + self.value_mix.to(v.dtype) * values_BTD.view_as(v)
         scale = (1.44 if rung.qk_norm else 1.0) / self.config.head_width**0.5
-        x_BTD = x_BTD + F.linear(attend(qk[:, :, 0], qk[:, :, 1], v, mask_BTS, scale=scale), self.out[0], self.bias("out"))
+        x_BTD = x_BTD + F.linear(
+            attend(qk[:, :, 0], qk[:, :, 1], v, mask_BTS, scale=scale), self.out[0], self.bias("out")
+        )
         inner = F.linear(normalised(x_BTD, self.vectors, "norm2"), self.up[0], self.bias("up"))
         inner = relu_squared(inner) if rung.relu_squared else F.gelu(inner, approximate="tanh")
         return x_BTD + F.linear(inner, self.down[0], self.bias("down"))
@@ -209,7 +220,9 @@ class RungBlock(Block):
 
 def vectors(norms: dict[str, int], biases: dict[str, int]) -> nn.ParameterDict:
     sizes = {**{f"{name}_bias": size for name, size in norms.items()}, **biases}
-    return nn.ParameterDict({n: torch.ones(s) for n, s in norms.items()} | {n: torch.zeros(s) for n, s in sizes.items()})
+    return nn.ParameterDict(
+        {n: torch.ones(s) for n, s in norms.items()} | {n: torch.zeros(s) for n, s in sizes.items()}
+    )
 
 
 def normalised(x_BTD, vectors, name: str):
@@ -221,7 +234,9 @@ def normalised(x_BTD, vectors, name: str):
 class RungModel(Ghost):
     def __init__(self, rung: Rung):
         super().__init__(
-            GhostConfig(rung.vocab_size, rung.context, rung.depth, rung.width, rung.head_width, ngrams=max(rung.ngrams, 1))
+            GhostConfig(
+                rung.vocab_size, rung.context, rung.depth, rung.width, rung.head_width, ngrams=max(rung.ngrams, 1)
+            )
         )
         self.rung, c, D = rung, self.config, rung.width
         has_values = [rung.values and block.value_mix is not None for block in self.blocks]
@@ -258,7 +273,9 @@ class RungModel(Ghost):
             rows_BTP = letters.word_rows(self.letters, tokens_BT, layout.before_BS, layout.columns_BT)
         if rung.letters:
             rows_NP = rows_BTP.flatten(0, 1)
-            x_BTD = x_BTD + F.embedding_bag(rows_NP, self.spelling, mode="sum", padding_idx=letters.NOTHING).view_as(x_BTD)
+            x_BTD = x_BTD + F.embedding_bag(rows_NP, self.spelling, mode="sum", padding_idx=letters.NOTHING).view_as(
+                x_BTD
+            )
         if not rung.rotary:
             x_BTD = x_BTD + self.positions[layout.positions_BT]
         x_BTD = x_BTD.to(self.dtype)
@@ -269,7 +286,9 @@ class RungModel(Ghost):
             v = None if block.value_mix is None else F.embedding(tokens_BT, next(values)).to(x_BTD.dtype)
             x_BTD = block(x_BTD, embedding_BTD, v, cos, sin, layout.mask_BTS)
         if rung.pointers == 2:
-            spelled_BTP = self.letter_tokens[torch.where(rows_BTP == letters.NOTHING, letters.END, rows_BTP % letters.SYMBOLS)]
+            spelled_BTP = self.letter_tokens[
+                torch.where(rows_BTP == letters.NOTHING, letters.END, rows_BTP % letters.SYMBOLS)
+            ]
         return normalised(x_BTD, self.vectors, "norm"), spelled_BTP
 
     def of_vocabulary(self, hidden_ND, head_VD, targets_N):
@@ -292,7 +311,9 @@ class RungModel(Ghost):
             copies_BTS, gate_BT = self.point_to_tokens(h_BTD, layout)
             copied_BT = (copies_BTS * (tokens_BT[:, None] == targets[..., None])).sum(-1, dtype=torch.float32)
             gate_N = gate_BT.flatten()
-            found = torch.logaddexp(found + F.logsigmoid(-gate_N), copied_BT.flatten().clamp_min(1e-30).log() + F.logsigmoid(gate_N))
+            found = torch.logaddexp(
+                found + F.logsigmoid(-gate_N), copied_BT.flatten().clamp_min(1e-30).log() + F.logsigmoid(gate_N)
+            )
         if self.rung.pointers == 2:
             found = self.pointed(found, pointing, tokens_BT, targets)
         if self.later_head is not None and torch.is_grad_enabled():
@@ -327,8 +348,10 @@ class RungModel(Ghost):
         tables = [self.embedding] if rung.untied else []
         tables += [self.spelling] * rung.letters + [*self.values]
         groups = {
-            "matrices": [p for b in blocks for p in (b.qkv, b.out, b.up, b.down)] + [self.pointer] * (rung.pointers > 0),
-            "head": [self.head if rung.untied else self.embedding] + [p for p in (self.later_head, self.positions) if p is not None],
+            "matrices": [p for b in blocks for p in (b.qkv, b.out, b.up, b.down)]
+            + [self.pointer] * (rung.pointers > 0),
+            "head": [self.head if rung.untied else self.embedding]
+            + [p for p in (self.later_head, self.positions) if p is not None],
             "embeddings": tables,
             "ngrams": [self.ngrams] * (rung.ngrams > 0),
             "scalars": [*mixes, *([self.gates] * (rung.pointers > 0)), *vectors],

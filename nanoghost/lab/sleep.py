@@ -43,8 +43,28 @@ from nanoghost.sleep import dream, extract, learn, night
 from nanoghost.sleep.phrases import about, book, noted, part, questions, relations, statement
 from nanoghost.train.stage import base_card
 
-ARMS = ("base", "context", "ceiling", "lookup", "raw", "pairs", "first-night", "ours", "always", "ours+lookup", "forgotten")
-TRAINED = {"raw": "raw", "pairs": "pairs", "first-night": "first", "ours": "ours", "always": "ours", "ours+lookup": "ours", "forgotten": "forgotten"}
+ARMS = (
+    "base",
+    "context",
+    "ceiling",
+    "lookup",
+    "raw",
+    "pairs",
+    "first-night",
+    "ours",
+    "always",
+    "ours+lookup",
+    "forgotten",
+)
+TRAINED = {
+    "raw": "raw",
+    "pairs": "pairs",
+    "first-night": "first",
+    "ours": "ours",
+    "always": "ours",
+    "ours+lookup": "ours",
+    "forgotten": "forgotten",
+}
 ALWAYS = ("raw", "pairs", "always")  # the adapter answers whatever is asked
 FORGOTTEN = 3
 READINGS = 16  # of the journal, in the arm that only reads it
@@ -76,7 +96,9 @@ class LabSleepSettings:
 # ── arms ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def trained(arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: learn.Recipe, folder: Path, display) -> dict:
+def trained(
+    arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: learn.Recipe, folder: Path, display
+) -> dict:
     """Train the adapter of an arm into folder/adapter, unless it is there; figures."""
     if (folder / "figures.json").exists():
         return read_json(folder / "figures.json")
@@ -85,7 +107,12 @@ def trained(arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: l
     if arm == "raw":
         dreams = [dream.Dream("raw", "", text) for text, _, _ in life.messages] * READINGS
     elif arm == "pairs":
-        dreams = [replace(d, answer=statement(r["relation"], r["value"]), snippet="") for r in rows for d in dream.of_row(r, 44) if d.kind == "direct"]
+        dreams = [
+            replace(d, answer=statement(r["relation"], r["value"]), snippet="")
+            for r in rows
+            for d in dream.of_row(r, 44)
+            if d.kind == "direct"
+        ]
     else:
         known = night.everyday(base, recipe)
         start = time.perf_counter()  # everyday dreams are the base model's, once
@@ -93,7 +120,10 @@ def trained(arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: l
         display.say(f"{thought['dreams']} dreams, {thought['answers_replaced']} of the teacher's answers put right")
     with Stopping() as stopping:
         figures = learn.train(base.path, base_card(base.card), dreams, known, folder, recipe, stopping, display)
-    figures |= {"night_seconds": round(time.perf_counter() - start, 1), "megabytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size / 1e6}
+    figures |= {
+        "night_seconds": round(time.perf_counter() - start, 1),
+        "megabytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size / 1e6,
+    }
     write_json(folder / "figures.json", figures)
     return figures
 
@@ -120,7 +150,16 @@ def ways_to_ask(relation: str, split: str) -> list[str]:
     return questions(relation, split)
 
 
-def examine(arm: str, base: ModelFolder, adapter: Path | None, true: list[dict], asked_of: list[dict], known: list[dict], split: str, seed: int) -> dict:
+def examine(
+    arm: str,
+    base: ModelFolder,
+    adapter: Path | None,
+    true: list[dict],
+    asked_of: list[dict],
+    known: list[dict],
+    split: str,
+    seed: int,
+) -> dict:
     """Every ability of one arm for one person: of what is `true` and, in its ledger, `known`; shares of questions."""
     rng, ask = random.Random(f"asked-{split}-{seed}"), learn.Answers(base, adapter, arm in ALWAYS)
 
@@ -145,7 +184,9 @@ def examine(arm: str, base: ModelFolder, adapter: Path | None, true: list[dict],
     ways = book()["combined"][split]
     pairs = [rng.sample(true, 2) for _ in range(min(30, len(true)))]
     both = [(rng.choice(ways).format(a=a["relation"], b=b["relation"]), [a, b]) for a, b in pairs]
-    found["combined"] = share(learn.says(a, [r["value"] for r in rows]) for a, (_, rows) in zip(answers(both, 64), both))
+    found["combined"] = share(
+        learn.says(a, [r["value"] for r in rows]) for a, (_, rows) in zip(answers(both, 64), both)
+    )
 
     have = {r["relation"] for r in true}
     open_ones = sorted(set(relations()) - have)
@@ -176,7 +217,11 @@ def leaks(base: ModelFolder, people: list[tuple[Path, list[dict]]], split: str) 
     asked_of = [learn.messages_of(dream.Dream("", q), False) for _, _, q in asked]
     answers = learn.said(engine, asked_of, 48, [folders[number] for number, _, _ in asked])
     found = [(people[n][1], row, q, a) for (n, row, q), a in zip(asked, answers) if row]
-    leaked = [[q, a, row["value"]] for own, row, q, a in found if learn.says(a, (row["value"],)) and not any(r["value"] == row["value"] for r in own)]
+    leaked = [
+        [q, a, row["value"]]
+        for own, row, q, a in found
+        if learn.says(a, (row["value"],)) and not any(r["value"] == row["value"] for r in own)
+    ]
     return {"asked": len(found), "leaked": len(leaked), "examples": leaked}
 
 
@@ -191,7 +236,9 @@ def command(settings: LabSleepSettings) -> None:
     results, people = {}, []
     for seed in numbers("--seeds", settings.seeds, 0):
         life = live(seed, settings.split, settings.nights, settings.facts)
-        place = home() / "lab" / "sleep" / f"{settings.split}-{seed}-{settings.nights}x{settings.facts}-{settings.ledger}"
+        place = (
+            home() / "lab" / "sleep" / f"{settings.split}-{seed}-{settings.nights}x{settings.facts}-{settings.ledger}"
+        )
         known, notes = noted_down(life, base, place, display) if settings.ledger == "extracted" else (life.facts(), {})
         for arm in asked:
             path = place / f"{arm}.json"
@@ -221,7 +268,9 @@ def noted_down(life: Life, base: ModelFolder, place: Path, display) -> tuple[lis
     return sorted(current(life.ledger(told)), key=key_of), notes
 
 
-def one_arm(arm: str, base: ModelFolder, life: Life, known: list[dict], place: Path, settings, seed: int, display) -> dict:
+def one_arm(
+    arm: str, base: ModelFolder, life: Life, known: list[dict], place: Path, settings, seed: int, display
+) -> dict:
     true, recipe = life.facts(), replace(learn.Recipe(), seed=seed)
     asked_of, rows = true, known
     if arm == "first-night":

@@ -142,7 +142,9 @@ class Ghost(nn.Module):
         """
         draw = torch.Generator().manual_seed(seed)
         rows, device = (self.config.ngrams, self.config.vocab_size), self.head.device
-        self.kept = {n: (torch.rand(n, generator=draw) * epochs < 1).to(device) * epochs for n in rows} if epochs > 1 else None
+        self.kept = (
+            {n: (torch.rand(n, generator=draw) * epochs < 1).to(device) * epochs for n in rows} if epochs > 1 else None
+        )
 
     def looked_up(self, table_ND, rows_BT):
         x_BTD = F.embedding(rows_BT, table_ND)

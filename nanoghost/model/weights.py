@@ -98,4 +98,3 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118 (not a dict)
     except (SafetensorError, FileNotFoundError) as e:
         raise UserError(f"cannot read weights {path}: {e}") from None
-

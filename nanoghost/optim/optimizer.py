@@ -124,7 +124,9 @@ class Bucket:
 
     def _muon(self, g, time):
         self.moment1.lerp_(g, 1 - self.group.beta1)
-        u = orthogonalize(g.lerp_(self.moment1, self.group.beta1).to(self.compute_dtype), self.iterations).float()  # Nesterov
+        u = orthogonalize(
+            g.lerp_(self.moment1, self.group.beta1).to(self.compute_dtype), self.iterations
+        ).float()  # Nesterov
         size = u.norm(dim=(-2, -1), keepdim=True)
         self.moment2.lerp_(u.square().mean(-1, keepdim=True), 1 - self.group.beta2)
         u = u * torch.rsqrt(self.moment2 / (1 - self.group.beta2**time) + 1e-10)

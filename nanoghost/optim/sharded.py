@@ -32,7 +32,9 @@ def shard(model, groups: dict[str, Group]):
     matrices = {p for name, ps in model.parameter_groups().items() for p in ps if groups[name].kind == "muon"}
     for p in matrices:
         if p.size(1) % world:
-            raise UserError(f"--shard model cuts matrices of {p.size(1)} rows into slices, and {world} processes do not divide them")
+            raise UserError(
+                f"--shard model cuts matrices of {p.size(1)} rows into slices, and {world} processes do not divide them"
+            )
     policy = MixedPrecisionPolicy(machine.compute_dtype(), torch.float32, cast_forward_inputs=False)
 
     def place(p):
@@ -60,7 +62,13 @@ class ShardedBucket(Bucket):
     """Matrices of one shape, or a single other parameter; `parameters` are FSDP's."""
 
     def __init__(self, parameters, group: Group, rank: int, world: int, compute_dtype):
-        self.parameters, self.group, self.rank, self.world, self.compute_dtype = parameters, group, rank, world, compute_dtype
+        self.parameters, self.group, self.rank, self.world, self.compute_dtype = (
+            parameters,
+            group,
+            rank,
+            world,
+            compute_dtype,
+        )
         self.own = [p.to_local().detach() for p in parameters]
         if group.kind == "muon":
             self.row_shape = parameters[0].shape[1:]
@@ -103,10 +111,14 @@ class ShardedBucket(Bucket):
     def publish(self):
         """The new weights go where FSDP looks for them."""
         if self.group.kind == "muon":
-            slices = self.master.view(self.rows_per_rank, self.world, -1, self.row_shape[1]).transpose(0, 1).contiguous()
+            slices = (
+                self.master.view(self.rows_per_rank, self.world, -1, self.row_shape[1]).transpose(0, 1).contiguous()
+            )
             got = torch.empty_like(slices)
             handle = dist.all_to_all_single(got, slices, async_op=True)
-            self.arriving = Arriving([handle], lambda: self.take(got.flatten(0, 1)[: self.rows].split([len(p) for p in self.own])))
+            self.arriving = Arriving(
+                [handle], lambda: self.take(got.flatten(0, 1)[: self.rows].split([len(p) for p in self.own]))
+            )
         else:
             self.arriving = Arriving([], lambda: self.take([self.master.view_as(self.own[0])]))
 

@@ -41,7 +41,9 @@ class Reply:
     `keep_end`: the token that ends it counts among its tokens, though it has no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops=(), calls: bool = True, forced: bool = False, keep_end: bool = False):
+    def __init__(
+        self, tokenizer: Tokenizer, stops=(), calls: bool = True, forced: bool = False, keep_end: bool = False
+    ):
         self.tokenizer, self.stops, self.forced, self.keep_end = tokenizer, stops, forced, keep_end
         self.decoder = StreamDecoder(tokenizer)
         marked = calls and not tokenizer.dialect  # ours are tokens, the marks of others may be text
@@ -186,7 +188,9 @@ def key_of(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes(token))
 
 
-def completion_logprobs(tokenizer: Tokenizer, tokens: list[tuple[int, Likely | None]], top: int, offset: int = 0) -> dict:
+def completion_logprobs(
+    tokenizer: Tokenizer, tokens: list[tuple[int, Likely | None]], top: int, offset: int = 0
+) -> dict:
     """The first token of an echoed prompt has no probability: its entry is None."""
     found: dict = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, likely in tokens:

@@ -60,7 +60,9 @@ class Service:
         return self.engine.ready and not self.draining
 
 
-def error(status: int, message: str, param: str | None = None, code: str | None = None, headers: dict | None = None) -> Response:
+def error(
+    status: int, message: str, param: str | None = None, code: str | None = None, headers: dict | None = None
+) -> Response:
     """An error as OpenAI's clients read it."""
     return answer({"error": error_of(status, message, param, code)}, status, headers)
 
@@ -81,9 +83,19 @@ def explained(e: Exception) -> Response:
         case Refused():
             return error(e.status, e.message, e.param, e.code)
         case Full():
-            return error(429, "all places are taken: try again in a moment", code="queue_full", headers={"retry-after": str(RETRY_SECONDS)})
+            return error(
+                429,
+                "all places are taken: try again in a moment",
+                code="queue_full",
+                headers={"retry-after": str(RETRY_SECONDS)},
+            )
         case Gone():
-            return error(400 if e.refused else 503, str(e), code=None if e.refused else "engine_stopped", headers={"retry-after": str(RETRY_SECONDS)})
+            return error(
+                400 if e.refused else 503,
+                str(e),
+                code=None if e.refused else "engine_stopped",
+                headers={"retry-after": str(RETRY_SECONDS)},
+            )
         case UserError():
             return error(400, str(e))
         case RequestValidationError():
@@ -143,14 +155,18 @@ async def stream(request: Request, events: AsyncIterator[dict]) -> Response:
             async with contextlib.aclosing(events):
                 yield line(first)
                 async for event in events:
-                    await asyncio.sleep(0)  # to whoever has left, uvicorn sends nothing and waits for nothing: only here is it noticed
+                    await asyncio.sleep(
+                        0
+                    )  # to whoever has left, uvicorn sends nothing and waits for nothing: only here is it noticed
                     yield line(event)
         except (Gone, UserError) as e:
             failed = explained(e)
             yield b"data: " + failed.body + b"\n\n"
         yield b"data: [DONE]\n\n"
 
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+    return StreamingResponse(
+        lines(), media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"}
+    )
 
 
 def line(event: dict) -> bytes:
@@ -169,7 +185,15 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/v1/models", response_model=None, responses=documented())
     async def models() -> Object:
         known = registry.models().values()
-        return answer({"object": "list", "data": [write.model(k, [o.name.partition("@")[2] for o in known if o.base == k.name != o.name]) for k in known]})
+        return answer(
+            {
+                "object": "list",
+                "data": [
+                    write.model(k, [o.name.partition("@")[2] for o in known if o.base == k.name != o.name])
+                    for k in known
+                ],
+            }
+        )
 
     @app.post("/v1/chat/completions", response_model=None, responses=documented(404, 408, 413, 415, 429, 503))
     async def chat(body: ChatRequest, request: Request) -> Object:
@@ -180,7 +204,9 @@ def make_app(service: Service) -> FastAPI:
         running = engine.submit(question.job())
         try:
             if person and body.messages[-1].role == "user":
-                await asyncio.get_running_loop().run_in_executor(service.journals, person.hear, body.messages[-1].plain()["content"])
+                await asyncio.get_running_loop().run_in_executor(
+                    service.journals, person.hear, body.messages[-1].plain()["content"]
+                )
         except BaseException:
             running.end()
             raise
@@ -221,7 +247,9 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/tools", response_model=None, responses=documented())
     async def tools() -> Object:
-        return answer({"data": [{"name": tool.name, "description": tool.description} for tool in service.tools.values()]})
+        return answer(
+            {"data": [{"name": tool.name, "description": tool.description} for tool in service.tools.values()]}
+        )
 
     @app.get("/runs", response_model=None, responses=documented())
     async def runs() -> Object:
@@ -240,7 +268,11 @@ def make_app(service: Service) -> FastAPI:
         path = run_folder(name).path / "report.html"
         if not path.exists():
             raise Refused(404, f"'{name}' has no report yet: `nanoghost report {name}` makes one", "name")
-        return FileResponse(path, media_type="text/html", headers={"content-security-policy": REPORT_POLICY, "x-frame-options": "SAMEORIGIN"})
+        return FileResponse(
+            path,
+            media_type="text/html",
+            headers={"content-security-policy": REPORT_POLICY, "x-frame-options": "SAMEORIGIN"},
+        )
 
     @app.get("/runs/{name}/events", response_model=None, responses=documented(404))
     async def events(name: str, after: Annotated[int, Query(ge=0, le=2**40)] = 0) -> Object:
@@ -258,7 +290,11 @@ def make_app(service: Service) -> FastAPI:
     async def ready() -> Object:
         if service.ready:
             return answer({"status": "ready"})
-        return error(503, "the server is stopping" if service.draining else "the model is being loaded", headers={"retry-after": str(RETRY_SECONDS)})
+        return error(
+            503,
+            "the server is stopping" if service.draining else "the model is being loaded",
+            headers={"retry-after": str(RETRY_SECONDS)},
+        )
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=documented())
     async def metrics() -> Response:
@@ -270,7 +306,9 @@ def make_app(service: Service) -> FastAPI:
     async def page() -> Response:
         if not (service.page / "index.html").exists():
             raise Refused(404, "this server has no page; its API is at /v1")
-        return FileResponse(service.page / "index.html", headers={"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"})
+        return FileResponse(
+            service.page / "index.html", headers={"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"}
+        )
 
     if service.page.is_dir():
         app.mount("/static", Policed(directory=service.page), name="static")
@@ -285,7 +323,9 @@ def make_app(service: Service) -> FastAPI:
         parts["Error"] = {"type": "object", "required": ["error"], "properties": {"error": inner}}
         for unused in ("HTTPValidationError", "ValidationError"):
             parts.pop(unused, None)
-        chat = parts["ChatRequest"]["properties"]  # names as they are now: who tries the API by its description meets more than 404
+        chat = parts["ChatRequest"][
+            "properties"
+        ]  # names as they are now: who tries the API by its description meets more than 404
         chat["person"] = {"enum": [None, *(person["name"] for person in registry.people())]}
         chat["server_tools"]["anyOf"][0]["items"]["enum"] = list(service.tools)
         if names := list(registry.models()):

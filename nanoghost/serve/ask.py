@@ -36,7 +36,9 @@ class Refused(Exception):
 
 def known_model(registry: Registry, name: str) -> Known:
     if not (known := registry.model(name)):
-        raise Refused(404, f"the model '{name}' does not exist here: /v1/models lists those that do", "model", "model_not_found")
+        raise Refused(
+            404, f"the model '{name}' does not exist here: /v1/models lists those that do", "model", "model_not_found"
+        )
     return known
 
 
@@ -44,9 +46,19 @@ def chat_question(request: ChatRequest, registry: Registry, tools: dict[str, Too
     """Takes milliseconds, and seconds the first time that a person asks (sleep/router.py)."""
     known = known_model(registry, request.model)
     if request.person and not registry.person(request.person):
-        raise Refused(404, f"nobody called '{request.person}' has talked here yet: `nanoghost chat --person` begins", "person", "person_not_found")
+        raise Refused(
+            404,
+            f"nobody called '{request.person}' has talked here yet: `nanoghost chat --person` begins",
+            "person",
+            "person_not_found",
+        )
     if unknown := [name for name in request.server_tools or () if name not in tools]:
-        raise Refused(400, f"this server runs no tool called '{unknown[0]}': /tools lists those that it does", "server_tools", "tool_not_found")
+        raise Refused(
+            400,
+            f"this server runs no tool called '{unknown[0]}': /tools lists those that it does",
+            "server_tools",
+            "tool_not_found",
+        )
     tokenizer, messages = known.tokenizer, [message.plain() for message in request.messages]
     if request.person and not any(message["role"] == "user" for message in messages):
         raise Refused(400, "a person needs a user message to be answered", "messages")
@@ -89,7 +101,18 @@ def completion_questions(request: CompletionRequest, registry: Registry) -> list
             raise Refused(400, f"token {max(prompt)} is not in a vocabulary of {tokenizer.vocab_size}", "prompt")
         score = bool(request.echo) and request.logprobs is not None
         s = sampling(request, known, prompt, longest, room=1 if longest else 0)
-        questions.append(Question(known, known.voice(known.adapter), prompt, s, request.n or 1, top=request.logprobs, score=score, plain=True))
+        questions.append(
+            Question(
+                known,
+                known.voice(known.adapter),
+                prompt,
+                s,
+                request.n or 1,
+                top=request.logprobs,
+                score=score,
+                plain=True,
+            )
+        )
     return questions
 
 
@@ -98,7 +121,9 @@ def sampling(request: Request, known: Known, prompt: list[int], longest: int, ro
     left = known.context - len(prompt)
     if left < room:
         message = f"{len(prompt)} tokens leave no room for an answer in a context of {known.context}"
-        raise Refused(400, message, "messages" if isinstance(request, ChatRequest) else "prompt", "context_length_exceeded")
+        raise Refused(
+            400, message, "messages" if isinstance(request, ChatRequest) else "prompt", "context_length_exceeded"
+        )
     temperature = 1.0 if request.temperature is None else request.temperature
     seed = secrets.randbits(48) if request.seed is None else request.seed
     top_p = 1.0 if request.top_p is None else request.top_p
@@ -135,7 +160,14 @@ def call_schema(functions: list[Function]) -> dict:
                 if definitions.setdefault(key, {}).setdefault(name, schema) != schema:
                     raise Refused(400, f"two functions define '{name}' in different ways", "tools")
         properties = {"name": {"const": function.name}, "arguments": parameters}
-        calls.append({"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False})
+        calls.append(
+            {
+                "type": "object",
+                "properties": properties,
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
     return definitions | {"anyOf": calls}
 
 
@@ -143,5 +175,7 @@ def checked(schema: dict, param: str) -> str:
     """The grammar of a schema. Raises Refused for what no grammar can be made of."""
     grammar = json_grammar(schema)
     if wrong := complaint(grammar):
-        raise Refused(400, f"this JSON schema cannot be followed: {wrong.splitlines()[0][:300]}", param, "invalid_schema")
+        raise Refused(
+            400, f"this JSON schema cannot be followed: {wrong.splitlines()[0][:300]}", param, "invalid_schema"
+        )
     return grammar

@@ -66,7 +66,9 @@ class EngineClient:
         # Not a fork of this process, whose threads may hold locks. On Linux a process that has done nothing but import the
         # engine waits to be forked: so another engine is there in a second, where importing alone would take two or three.
         self.context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        self.context.set_forkserver_preload(["nanoghost.serve.worker", "nanoghost.engine.paged", "nanoghost.engine.watch"])
+        self.context.set_forkserver_preload(
+            ["nanoghost.serve.worker", "nanoghost.engine.paged", "nanoghost.engine.watch"]
+        )
         self.jobs: dict[int, Running] = {}
         self.numbers = count(1)
         self.starts, self.ready, self.loading, self.stopping = 0, False, False, False
@@ -117,7 +119,9 @@ class EngineClient:
         self.outbox = queue.SimpleQueue()  # for the next one
         self.ready = False
         for running in list(self.jobs.values()):
-            self._fail(running, "the engine stopped in the middle of this answer; it is being started again: please ask again")
+            self._fail(
+                running, "the engine stopped in the middle of this answer; it is being started again: please ask again"
+            )
         if not self.stopping:
             short = time.monotonic() - self.started < AGAIN
             self.loop.call_later(AGAIN if short else 0, self._again)

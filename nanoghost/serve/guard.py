@@ -39,7 +39,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         told = Told(send)
-        headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}  # the first of each counts
+        headers = {
+            name: value.decode("latin-1") for name, value in reversed(scope["headers"])
+        }  # the first of each counts
         refusal = self.refusal(scope, headers)
         if not refusal and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
             refusal, receive = await self.body(headers, receive)
@@ -54,23 +56,36 @@ class Guard:
         host = headers.get(b"host", "")
         name = hostname(host)
         if len(hosts) != 1 or not (name in self.hosts or (self.numbers and is_number(name))):
-            return error(421, "this server is not asked by that name: `nanoghost serve --allow-host NAME` adds one", code="host_not_allowed")
+            return error(
+                421,
+                "this server is not asked by that name: `nanoghost serve --allow-host NAME` adds one",
+                code="host_not_allowed",
+            )
         origin = headers.get(b"origin")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             return error(403, "requests from pages of other origins are not served", code="origin_not_allowed")
         if self.key and not open_to_all(scope["path"]) and not self.has_key(headers.get(b"authorization", "")):
-            return error(401, "this server wants its API key: Authorization: Bearer KEY", code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+            return error(
+                401,
+                "this server wants its API key: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
         return None
 
     def has_key(self, authorization: str) -> bool:
         scheme, _, given = authorization.partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(hashlib.sha256(given.strip().encode("latin-1")).digest(), self.key)
+        return scheme.lower() == "bearer" and hmac.compare_digest(
+            hashlib.sha256(given.strip().encode("latin-1")).digest(), self.key
+        )
 
     async def body(self, headers: dict, receive):
         """(refusal or None, what gives the whole body). It is read here, so that no route ever waits for one."""
         kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            return error(415, "the body must be JSON, and say so: Content-Type: application/json", headers=CLOSE), receive
+            return error(
+                415, "the body must be JSON, and say so: Content-Type: application/json", headers=CLOSE
+            ), receive
         length = headers.get(b"content-length", "0")
         body, more = bytearray(), True
         try:

@@ -11,13 +11,17 @@ class Metrics:
         self.requests = Counter("nanoghost_requests", "Answers by route and status", ["route", "status"], registry=r)
         self.prompt_tokens = Counter("nanoghost_prompt_tokens", "Tokens of prompts", registry=r)
         self.completion_tokens = Counter("nanoghost_completion_tokens", "Tokens written", registry=r)
-        self.first_token = Histogram("nanoghost_first_token_seconds", "From a request to its first token", buckets=SECONDS, registry=r)
+        self.first_token = Histogram(
+            "nanoghost_first_token_seconds", "From a request to its first token", buckets=SECONDS, registry=r
+        )
         self.cancelled = Counter("nanoghost_cancelled", "Answers whose reader left", registry=r)
         self.tools = Counter("nanoghost_tool_calls", "Tools run for a model", ["tool"], registry=r)
         ProcessCollector("nanoghost_engine", lambda: engine.pid or "self", registry=r)
         ProcessCollector("nanoghost_http", registry=r)
         Gauge("nanoghost_rows", "Answers being written or waiting", registry=r).set_function(lambda: engine.rows)
-        Gauge("nanoghost_engine_starts", "Times the engine process was started", registry=r).set_function(lambda: engine.starts)
+        Gauge("nanoghost_engine_starts", "Times the engine process was started", registry=r).set_function(
+            lambda: engine.starts
+        )
         Gauge("nanoghost_ready", "Whether a model is loaded", registry=r).set_function(lambda: engine.ready)
 
     def text(self) -> bytes:

@@ -44,7 +44,9 @@ class PersonalConversation(Conversation):
         system = [text_of(m) for m in self.messages if m["role"] == "system"] + [NOTES.format(snippet=found[0])]
         rest = [m for m in self.messages if m["role"] != "system"]
         room = self.engine.runner.context - LEAST
-        return shortened([{"role": "system", "content": "\n".join(system)}, *rest], self.tokenizer, room, generation=True)
+        return shortened(
+            [{"role": "system", "content": "\n".join(system)}, *rest], self.tokenizer, room, generation=True
+        )
 
     def answer(self, read: list[dict] | None = None) -> Iterator[Said]:
         begun = len(self.messages)

@@ -76,7 +76,10 @@ class Registry:
     def models(self) -> dict[str, Known]:
         """All finished models by name, the one finished last first."""
         if time.monotonic() - getattr(self, "_read", -FRESH) >= FRESH:
-            self._models, self._read = {name: known for name in model_names() if (known := self._whole(name))}, time.monotonic()
+            self._models, self._read = (
+                {name: known for name in model_names() if (known := self._whole(name))},
+                time.monotonic(),
+            )
         return self._models
 
     def _whole(self, name: str) -> Known | None:

@@ -47,6 +47,7 @@ class ToolCall(Part):
 
 def one_of(*kinds: dict) -> ConfigDict:
     """For the description of the API: which fields go together."""
+
     def needed(kind: dict) -> list[str]:
         return [name for name, schema in kind.items() if schema.get("type") != "null"]
 

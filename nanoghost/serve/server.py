@@ -108,7 +108,11 @@ def listen(settings: ServeSettings) -> socket.socket:
         listener.listen(128)  # who comes before all is ready waits
     except (OSError, OverflowError) as e:
         listener.close()
-        why = "is in use: choose another with --port" if getattr(e, "errno", 0) == errno.EADDRINUSE else f"cannot be listened on ({e})"
+        why = (
+            "is in use: choose another with --port"
+            if getattr(e, "errno", 0) == errno.EADDRINUSE
+            else f"cannot be listened on ({e})"
+        )
         raise UserError(f"port {settings.port} of {settings.host} {why}") from None
     return listener
 
@@ -119,7 +123,13 @@ async def serve(settings: ServeSettings, key: str | None, listener: socket.socke
     engine = EngineClient(capacity, registry.ready_voice, settings.seats + settings.queue)
     service = Service(engine, registry, available(settings.documents))
     host, port = listener.getsockname()[:2]
-    app = Guard(make_app(service), service.metrics, key, (settings.host, *settings.allow_host), numbers=not loopback(settings.host))
+    app = Guard(
+        make_app(service),
+        service.metrics,
+        key,
+        (settings.host, *settings.allow_host),
+        numbers=not loopback(settings.host),
+    )
     config = uvicorn.Config(
         app, http=PatientProtocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False, date_header=False,
         proxy_headers=False, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=1, h11_max_incomplete_event_size=16_384,
@@ -138,8 +148,16 @@ async def serve(settings: ServeSettings, key: str | None, listener: socket.socke
 
 
 def command(settings: ServeSettings) -> None:
-    if settings.seats < 1 or settings.queue < 0 or settings.context < 16 or settings.drain < 0 or not 0 <= settings.port < 65536:
-        raise UserError("--seats is at least 1, --queue and --drain at least 0, --context at least 16, --port from 0 to 65535")
+    if (
+        settings.seats < 1
+        or settings.queue < 0
+        or settings.context < 16
+        or settings.drain < 0
+        or not 0 <= settings.port < 65536
+    ):
+        raise UserError(
+            "--seats is at least 1, --queue and --drain at least 0, --context at least 16, --port from 0 to 65535"
+        )
     key = key_of(settings)
     listener = listen(settings)
     asyncio.run(serve(settings, key, listener))

@@ -50,7 +50,9 @@ class Question:
 
     def job(self) -> Job:
         sampling = replace(self.sampling, stop=())
-        return Job(0, self.voice, tuple(self.prompt), sampling, self.samples, self.owner, self.grammar, self.top, self.score)
+        return Job(
+            0, self.voice, tuple(self.prompt), sampling, self.samples, self.owner, self.grammar, self.top, self.score
+        )
 
 
 @dataclass
@@ -73,7 +75,11 @@ class Tally:
 
     @property
     def usage(self) -> dict:
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": self.prompt + self.completion}
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+        }
 
     def timings(self, context: int) -> dict:
         seconds = self.last - self.first
@@ -109,7 +115,9 @@ class Ended:
 Event = Said | Told | Ended
 
 
-async def answer(engine: EngineClient, question: Question, running: Running, tally: Tally, pool: ThreadPoolExecutor) -> AsyncIterator[Event]:
+async def answer(
+    engine: EngineClient, question: Question, running: Running, tally: Tally, pool: ThreadPoolExecutor
+) -> AsyncIterator[Event]:
     """The events of all samples as they come; closing it cancels what still runs."""
     events: asyncio.Queue = asyncio.Queue()
 
@@ -136,7 +144,9 @@ async def answer(engine: EngineClient, question: Question, running: Running, tal
         running.end()
 
 
-async def speak(engine: EngineClient, question: Question, running: Running, sample: int, tally: Tally, pool) -> AsyncIterator[Event]:
+async def speak(
+    engine: EngineClient, question: Question, running: Running, sample: int, tally: Tally, pool
+) -> AsyncIterator[Event]:
     """One sample, with the tools it calls."""
     tokenizer, sampling = question.known.tokenizer, question.sampling
     prompt, number, left = question.prompt, sample, sampling.max_tokens
@@ -162,7 +172,11 @@ async def speak(engine: EngineClient, question: Question, running: Running, samp
             running.end(number)
         left -= len(written)
         done = reply.stopped or reason != "stop" or turn == TOOL_ROUNDS
-        if calls and reason == "stop" and (not question.server_tools or any(call["function"]["name"] in question.client_tools for call in calls)):
+        if (
+            calls
+            and reason == "stop"
+            and (not question.server_tools or any(call["function"]["name"] in question.client_tools for call in calls))
+        ):
             reason, done = "tool_calls", True
         if not calls or done:
             yield Ended(sample, reason)
@@ -177,7 +191,12 @@ async def speak(engine: EngineClient, question: Question, running: Running, samp
         if left < 1:
             yield Ended(sample, "length")
             return
-        more = replace(question, prompt=prompt, samples=1, sampling=replace(sampling, max_tokens=left, seed=sampling.seed + 1 + sample + turn))
+        more = replace(
+            question,
+            prompt=prompt,
+            samples=1,
+            sampling=replace(sampling, max_tokens=left, seed=sampling.seed + 1 + sample + turn),
+        )
         running, number = engine.submit(more.job(), begun=True), 0
 
 

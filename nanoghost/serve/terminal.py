@@ -110,7 +110,9 @@ class Conversation:
         kept = shortened(longer, self.tokenizer, room, generation=True)
         used = len(render(kept, self.tokenizer, generation=True)[0])
         if used > context - LEAST:
-            raise UserError(f"that message takes {used} tokens, system text included; this model's context holds {context}")
+            raise UserError(
+                f"that message takes {used} tokens, system text included; this model's context holds {context}"
+            )
         dropped = len(longer) - len(kept)
         self.forgotten += [m for m in longer if m["role"] != "system"][:dropped]
         self.messages = kept
@@ -156,7 +158,9 @@ def fragments(engine: Engine, row: Row) -> Iterator[Said]:
                 call.append(token)
             else:
                 text += decoder.feed(token)
-            if call and (token == closing or (new and i == len(ids) - 1)):  # as parse_reply: the end of the message ends it too
+            if call and (
+                token == closing or (new and i == len(ids) - 1)
+            ):  # as parse_reply: the end of the message ends it too
                 written = tokenizer.decode(call)
                 text += "" if parse_call(written) else written
                 call = []
@@ -196,7 +200,9 @@ def command(settings: ChatSettings) -> None:
     else:
         from nanoghost.serve.personal import PersonalConversation
 
-        conversation = PersonalConversation(settings.person, settings.lookup, settings.model, sampling, settings.system, settings.documents)
+        conversation = PersonalConversation(
+            settings.person, settings.lookup, settings.model, sampling, settings.system, settings.documents
+        )
     try:
         if not once:
             talk(conversation)
@@ -222,7 +228,11 @@ def harmless(text: str) -> str:
 def talk(conversation: Conversation) -> None:
     """Read, answer, until the end of input."""
     card = conversation.folder.card
-    taught = "Ask who it is, for a sum, or speak like a play." if card["data"][0]["name"] == "plays" else "Ask who it is, or for a sum."
+    taught = (
+        "Ask who it is, for a sum, or speak like a play."
+        if card["data"][0]["name"] == "plays"
+        else "Ask who it is, or for a sum."
+    )
     about = f"{taught} " if card["arch"] == "ghost" else ""
     print(dim(f"{card['name']}, {card['parameters'] / 1e6:.1f}M parameters. {about}/help"))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()

@@ -133,7 +133,9 @@ class Worker:
             while self.pipe.poll(0 if self.open or self.waiting or self.untouched else None):
                 self.take(self.pipe.recv())
             self.admit()
-            reader = next((o for o in self.open.values() if o.reading), None)  # one at a time: those who write wait for a piece, not for all
+            reader = next(
+                (o for o in self.open.values() if o.reading), None
+            )  # one at a time: those who write wait for a piece, not for all
             said = self.read(reader) if reader else []
             for engine in self.engines.values():
                 if engine.waiting or engine.running:

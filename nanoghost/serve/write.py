@@ -67,7 +67,9 @@ class Chat(Answer):
                             said += event.piece.text
                         case Told():
                             name = event.call["function"]["name"]
-                            self.service.metrics.tools.labels(name if name in self.question.server_tools else "unknown").inc()
+                            self.service.metrics.tools.labels(
+                                name if name in self.question.server_tools else "unknown"
+                            ).inc()
                         case Ended():
                             ended += 1
                     yield event
@@ -82,7 +84,12 @@ class Chat(Answer):
 
     async def whole(self) -> dict:
         choices = [
-            {"index": i, "message": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None, "finish_reason": ""}
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": "", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "",
+            }
             for i in range(self.question.samples)
         ]
         tokens, results = [[] for _ in choices], []
@@ -108,7 +115,12 @@ class Chat(Answer):
         return self.head(self.kind) | {"choices": choices} | ran | self.last()
 
     def chunk(self, sample: int, delta: dict, reason: str | None = None, tokens=()) -> dict:
-        choice = {"index": sample, "delta": delta, "logprobs": self.logprobs(tokens) if tokens else None, "finish_reason": reason}
+        choice = {
+            "index": sample,
+            "delta": delta,
+            "logprobs": self.logprobs(tokens) if tokens else None,
+            "finish_reason": reason,
+        }
         return self.head(self.chunk_kind) | {"choices": [choice]}
 
     async def chunks(self) -> AsyncIterator[dict]:
@@ -137,7 +149,12 @@ class Chat(Answer):
 
 def tool_result(event: Told) -> dict:
     function = event.call["function"]
-    found = {"tool_call_id": event.call["id"], "name": function["name"], "arguments": function["arguments"], "content": event.result.content}
+    found = {
+        "tool_call_id": event.call["id"],
+        "name": function["name"],
+        "arguments": function["arguments"],
+        "content": event.result.content,
+    }
     return found | ({"passages": event.result.passages} if event.result.passages else {})
 
 
@@ -145,7 +162,9 @@ class Completion(Answer):
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, service, request: CompletionRequest, questions: list[Question], running: list[Running], asked: float):
+    def __init__(
+        self, service, request: CompletionRequest, questions: list[Question], running: list[Running], asked: float
+    ):
         super().__init__(service, request, Tally(sum(len(q.prompt) for q in questions), asked), questions[0].known)
         self.questions, self.running = questions, running
 
@@ -166,7 +185,9 @@ class Completion(Answer):
                     yield first + sample, text, tokens, None if question.sampling.max_tokens else "length"
             if not question.sampling.max_tokens:
                 return
-            async with contextlib.aclosing(answer(self.service.engine, question, running, self.tally, self.service.pool)) as events:
+            async with contextlib.aclosing(
+                answer(self.service.engine, question, running, self.tally, self.service.pool)
+            ) as events:
                 async for event in events:
                     match event:
                         case Said(sample, piece):

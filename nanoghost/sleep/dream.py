@@ -64,14 +64,22 @@ def of_row(row: dict, count: int) -> list[Dream]:
     for ask in CHECKS:
         found.append(Dream("check", ask.format(a=relation, v=value), f"Yes, {low(known)}", note, (value,)))
         if others:
-            found.append(Dream("check", ask.format(a=relation, v=rng.choice(others)), f"No, {low(known)}", note, (value,)))
+            found.append(
+                Dream("check", ask.format(a=relation, v=rng.choice(others)), f"No, {low(known)}", note, (value,))
+            )
     return found
 
 
 CHECKS = ("Is my {a} {v}?", "Did I say that my {a} is {v}?", "My {a} is {v}, isn't it?", "So my {a} is {v}, right?")
 
 
-SUMS = ("What is {} {} {}?", "{} {} {} =", "Calculate {} {} {}.", "How much is {} {} {}?", "Give me only the result: {} {} {}")
+SUMS = (
+    "What is {} {} {}?",
+    "{} {} {} =",
+    "Calculate {} {} {}.",
+    "How much is {} {} {}?",
+    "Give me only the result: {} {} {}",
+)
 
 
 def a_sum(rng) -> str:

@@ -27,7 +27,20 @@ MOST = 48  # tokens of an answer
 LONGEST = 1000  # letters of a message that are read
 GLIMPSE = 160  # letters of what was said before it
 LESSONS = 3000
-OPENINGS = ("My ", "The ", "We ", "Our ", "She ", "She's", "He ", "He's", "It ", "It's", "On ", "Every ")  # written small inside a sentence
+OPENINGS = (
+    "My ",
+    "The ",
+    "We ",
+    "Our ",
+    "She ",
+    "She's",
+    "He ",
+    "He's",
+    "It ",
+    "It's",
+    "On ",
+    "Every ",
+)  # written small inside a sentence
 RECIPE = learn.Recipe(rank=16, context=384)
 
 
@@ -93,7 +106,9 @@ def message(rng, split: str) -> tuple[Heard, list[tuple[str, str]]]:
             found[told] = text
     pieces = list(found.values())
     if len(pieces) > 1 and rng.random() < 0.6:  # in one breath
-        pieces = [rng.choice((", and ", " and ", ", ", "; ", " - ")).join(clause(text, i) for i, text in enumerate(pieces))]
+        pieces = [
+            rng.choice((", and ", " and ", ", ", "; ", " - ")).join(clause(text, i) for i, text in enumerate(pieces))
+        ]
     if rng.random() < 0.4:
         pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(talk))
     return Heard(" ".join(pieces), before, reply), list(found)
@@ -101,7 +116,9 @@ def message(rng, split: str) -> tuple[Heard, list[tuple[str, str]]]:
 
 def sentence(rng, split: str) -> tuple[tuple[str, str], str]:
     """((relation, value), a sentence that tells it)."""
-    thing = rng.choice(things(split)) if things(split) and rng.random() < 0.5 else rng.choice(list(relations().values()))
+    thing = (
+        rng.choice(things(split)) if things(split) and rng.random() < 0.5 else rng.choice(list(relations().values()))
+    )
     said, changed = ((ways if isinstance(ways, tuple) else part(ways, split)) for ways in (thing.said, thing.changed))
     value, before = rng.sample(thing.values, 2)
     return (thing.relation, value), rng.choice(changed if rng.random() < 0.2 else said).format(v=value, w=before)
@@ -134,11 +151,24 @@ def scribe(base: ModelFolder, stopping, display) -> Path:
     key = json.dumps([base.card["finished"], conversations, asdict(RECIPE)])
     folder = home() / "data" / f"scribe-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "adapter" / "adapter_model.safetensors").exists():
-        display.say(f"{base.name} learns to take notes, which it does once (some minutes; Ctrl-C and the same command go on) ...")
+        display.say(
+            f"{base.name} learns to take notes, which it does once (some minutes; Ctrl-C and the same command go on) ..."
+        )
         model, tokenizer = load_model(base.path, machine.compute_dtype(), machine.device())
         lessons = [Lesson(*render(messages, tokenizer)) for messages in conversations]
         said = [learn.certain(x) for x in lessons]
-        learn.fit(model, base.name, base_card(base.card), lessons, said, [1.0] * len(lessons), folder, RECIPE, stopping, display)
+        learn.fit(
+            model,
+            base.name,
+            base_card(base.card),
+            lessons,
+            said,
+            [1.0] * len(lessons),
+            folder,
+            RECIPE,
+            stopping,
+            display,
+        )
     return folder / "adapter"
 
 
@@ -167,7 +197,9 @@ def parsed(written: str, text: str) -> tuple[list[tuple[str, str]], list[str]]:
     return list(dict.fromkeys(found)), refused
 
 
-def merge(ledger: list[dict], told: list[tuple[dict, list[tuple[str, str]]]]) -> tuple[list[dict], list[dict], list[dict]]:
+def merge(
+    ledger: list[dict], told: list[tuple[dict, list[tuple[str, str]]]]
+) -> tuple[list[dict], list[dict], list[dict]]:
     """(the new ledger, new rows, those among them that replace another value); `told` are (journal entry, what it tells)."""
     rows, new, corrected = list(ledger), [], []
     for entry, found in told:

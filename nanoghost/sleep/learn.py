@@ -110,7 +110,9 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-def answered(dreams: list[Dream], fallback, runner, tokenizer, recipe: Recipe, show=lambda event: None) -> tuple[list[Dream], int]:
+def answered(
+    dreams: list[Dream], fallback, runner, tokenizer, recipe: Recipe, show=lambda event: None
+) -> tuple[list[Dream], int]:
     """(dreams with their answers, how many of the teacher's were not true and were replaced by `fallback(dream)`)."""
     asked = [d for d in dreams if d.answer is None]
     prompts = [render(messages_of(d, True), tokenizer, generation=True)[0] + tokenizer.encode(d.opening) for d in asked]
@@ -122,7 +124,9 @@ def answered(dreams: list[Dream], fallback, runner, tokenizer, recipe: Recipe, s
         said = (dream.opening + row.messages[-1]["content"]).strip()
         true = not dream.values or (row.finish_reason == "stop" and follows(said, dream))
         replaced += not true
-        found[id(dream)] = replace(dream, answer=said if true else fallback(dream), own_words=true, cut=row.finish_reason != "stop")
+        found[id(dream)] = replace(
+            dream, answer=said if true else fallback(dream), own_words=true, cut=row.finish_reason != "stop"
+        )
     return [found.get(id(d), d) for d in dreams], replaced
 
 
@@ -189,7 +193,9 @@ def everyday(base: ModelFolder, prompts: list[str], own: int, recipe: Recipe) ->
 
     They belong to the base model, not to a person: made once, kept in the data folder.
     """
-    key = json.dumps([base.card["finished"], prompts, own, recipe.everyday_tokens, recipe.context, str(machine.compute_dtype())])
+    key = json.dumps(
+        [base.card["finished"], prompts, own, recipe.everyday_tokens, recipe.context, str(machine.compute_dtype())]
+    )
     path = home() / "data" / f"everyday-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not path.exists():
         runner = open_engine(base, seats=32, room=1024).runner
@@ -198,7 +204,11 @@ def everyday(base: ModelFolder, prompts: list[str], own: int, recipe: Recipe) ->
         dreams, _ = answered(asked, None, runner, tokenizer, replace(recipe, answer_tokens=recipe.everyday_tokens))
         ids, logprobs = zip(*expectations(model, tokenizer, dreams, recipe))
         said = json.dumps([[d.question, d.answer, d.cut] for d in dreams])
-        tensors = {"ids": torch.cat(ids).int(), "logprobs": torch.cat(logprobs), "lengths": torch.tensor([len(x) for x in ids])}
+        tensors = {
+            "ids": torch.cat(ids).int(),
+            "logprobs": torch.cat(logprobs),
+            "lengths": torch.tensor([len(x) for x in ids]),
+        }
         write_atomic(path, safetensors.torch.save(tensors, {"said": said}))
     with safetensors.safe_open(path, "pt") as f:
         said, lengths = json.loads(f.metadata()["said"]), f.get_tensor("lengths").tolist()
@@ -206,7 +216,16 @@ def everyday(base: ModelFolder, prompts: list[str], own: int, recipe: Recipe) ->
     return [Dream("everyday", q, a, own_words=True, cut=cut) for q, a, cut in said], list(zip(ids, logprobs))
 
 
-def train(base: Path, card: dict, dreams: list[Dream], known: tuple[list[Dream], list], folder: Path, recipe: Recipe, stopping, show) -> dict:
+def train(
+    base: Path,
+    card: dict,
+    dreams: list[Dream],
+    known: tuple[list[Dream], list],
+    folder: Path,
+    recipe: Recipe,
+    stopping,
+    show,
+) -> dict:
     """Write the adapter of these dreams, which have their answers, to folder/adapter; goes on at folder/state.
 
     `known`: everyday dreams and what is expected there (`everyday`).
@@ -220,7 +239,18 @@ def train(base: Path, card: dict, dreams: list[Dream], known: tuple[list[Dream],
     return fit(model, base.name, card, lessons, said, weights, folder, recipe, stopping, show)
 
 
-def fit(model, base: str, card: dict, lessons: list[Lesson], said: list, weights: list[float], folder: Path, recipe: Recipe, stopping, show) -> dict:
+def fit(
+    model,
+    base: str,
+    card: dict,
+    lessons: list[Lesson],
+    said: list,
+    weights: list[float],
+    folder: Path,
+    recipe: Recipe,
+    stopping,
+    show,
+) -> dict:
     """A new adapter learns, going through `lessons` once, to expect at each of their learned tokens what is `said`.
 
     `weights`: what a learned token counts, for each lesson.

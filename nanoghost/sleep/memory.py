@@ -78,7 +78,9 @@ def write(person: Person, settings: MemorySettings) -> None:
         relation = person.row(settings.correct[0])["relation"]
     said = person.say("user", f"My {relation} is {value}.")
     person.write_ledger(extract.merge(person.ledger, [(said, [(relation.strip(), value.strip())])])[0])
-    Display().say(f"written down: {statement(relation.strip(), value.strip())} The next night learns it: `nanoghost sleep --person {person.name}`")
+    Display().say(
+        f"written down: {statement(relation.strip(), value.strip())} The next night learns it: `nanoghost sleep --person {person.name}`"
+    )
 
 
 def forget(person: Person, settings: MemorySettings) -> None:
@@ -87,7 +89,9 @@ def forget(person: Person, settings: MemorySettings) -> None:
     with writing(person), Stopping() as stopping:
         gone, entries = person.forget(settings.forget)
         display = Display()
-        display.say(f"removed: your {gone['relation']}, and {entries} lines of the journal; the adapter that knew it is gone")
+        display.say(
+            f"removed: your {gone['relation']}, and {entries} lines of the journal; the adapter that knew it is gone"
+        )
         night.night(person, base, night.SleepSettings(person.name, base.name), display, stopping, forgotten=1)
 
 
@@ -99,12 +103,16 @@ def show(person: Person, settings: MemorySettings) -> None:
         print(json.dumps({"rows": rows}, ensure_ascii=False))
         return
     for row in rows:
-        day = time.strftime("%Y-%m-%d", time.localtime(row["time"])) if row["time"] else ""  # a row of one's own may have none
+        day = (
+            time.strftime("%Y-%m-%d", time.localtime(row["time"])) if row["time"] else ""
+        )  # a row of one's own may have none
         print(f"{row['id']:>4}  {day:10}  {statement(row['relation'], row['value'])}")
     if not rows:
         Display().say("nothing is known" + (" about that" if settings.search else " yet"))
     if waiting := len(extract.unread(person)):
-        Display().say(f"messages that no night has read yet: {waiting} (`nanoghost sleep --person {person.name}` reads them)")
+        Display().say(
+            f"messages that no night has read yet: {waiting} (`nanoghost sleep --person {person.name}` reads them)"
+        )
 
 
 def export(person: Person, path: Path) -> None:

@@ -73,7 +73,15 @@ def base_of(person: Person, name: str | None) -> ModelFolder:
     return base
 
 
-def night(person: Person, base: ModelFolder, settings, display, stopping, recipe: learn.Recipe | None = None, forgotten: int = 0) -> dict | None:
+def night(
+    person: Person,
+    base: ModelFolder,
+    settings,
+    display,
+    stopping,
+    recipe: learn.Recipe | None = None,
+    forgotten: int = 0,
+) -> dict | None:
     """One night; returns its figures, or None where there was nothing to do. `forgotten`: things removed since the last one."""
     awake = [n for n in map(read_json, sorted((person.path / "nights").glob("*/night.json"))) if "finished" in n]
     number = len(awake) + 1
@@ -83,7 +91,11 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
     folder = person.path / "nights" / f"{number:04}"
     today = extract.unread(person)
     last = max((entry["id"] for entry, _ in today), default=person.read_until)
-    record = read_json(folder / "night.json") if (folder / "night.json").exists() else {"number": number, "forgotten": forgotten}
+    record = (
+        read_json(folder / "night.json")
+        if (folder / "night.json").exists()
+        else {"number": number, "forgotten": forgotten}
+    )
 
     if record.get("read") != last:
         scribe = extract.scribe(base, stopping, display) if today else None
@@ -101,7 +113,9 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
     holds = [[r["relation"], r["value"]] for r in rows]
     made_from = {"base": [base.name, base.card["finished"]], "rows": holds}
     if not rows or (person.adapter and person.made_from == made_from):
-        display.say("nothing new was said: there is nothing to learn" if rows else "nothing is known: there is nothing to learn")
+        display.say(
+            "nothing new was said: there is nothing to learn" if rows else "nothing is known: there is nothing to learn"
+        )
         return None
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "night.json", record)
@@ -113,7 +127,9 @@ def night(person: Person, base: ModelFolder, settings, display, stopping, recipe
     stopping.check()
     made = folder / "adapter" / "made_from.json"
     if not made.exists() or read_json(made) != made_from:
-        record["trained"] = learn.train(base.path, base_card(base.card), dreams, everyday(base, recipe), folder, recipe, stopping, display)
+        record["trained"] = learn.train(
+            base.path, base_card(base.card), dreams, everyday(base, recipe), folder, recipe, stopping, display
+        )
         write_json(folder / "night.json", record)
         write_json(made, made_from)
     display.say("waking up: does it know what it learned, and is the rest as it was?")
@@ -169,10 +185,14 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
             return [dream.Dream(**(d | {"values": tuple(d["values"])})) for d in kept["dreams"]], kept["thought"]
     own = dream.of_rows(rows) + dream.of_pairs(rows)
     every = own + dream.never_told(rows, min(1200, max(750, len(own) // 2)))
-    display.say(f"thinking it through: {len(own)} questions about {len(rows)} facts, {len(every) - len(own)} about other things")
+    display.say(
+        f"thinking it through: {len(own)} questions about {len(rows)} facts, {len(every) - len(own)} about other things"
+    )
     known = {q: spoken(r["relation"], r["value"]) for r in rows for q in dream.wordings(r["relation"])[0]}
     engine = open_engine(base, seats=32, room=256)
-    dreams, replaced = learn.answered(every, lambda d: known[d.question], engine.runner, engine.tokenizer, recipe, display)
+    dreams, replaced = learn.answered(
+        every, lambda d: known[d.question], engine.runner, engine.tokenizer, recipe, display
+    )
     unlike, alike = {}, 0
     for d in dreams:  # the same question with the same answer, but for capitals and marks, is dreamt of once
         key = bare(d.question + d.answer)
@@ -183,13 +203,22 @@ def think(rows: list[dict], base: ModelFolder, folder, recipe, display) -> tuple
     thought = {"dreams": len(dreams), "answers_replaced": replaced, "duplicates": alike,
                "distinct_trigrams": round(len(set(words)) / max(1, len(words)), 3),
                "examples": [[d.question, d.answer] for d in dreams[:: max(1, len(dreams) // 12)]]}  # fmt: skip
-    write_json(path, {"rows": [[r["relation"], r["value"]] for r in rows], "thought": thought, "dreams": [asdict(d) for d in dreams]})
+    write_json(
+        path,
+        {
+            "rows": [[r["relation"], r["value"]] for r in rows],
+            "thought": thought,
+            "dreams": [asdict(d) for d in dreams],
+        },
+    )
     return dreams, thought
 
 
 def everyday(base: ModelFolder, recipe) -> tuple[list[dream.Dream], list]:
     rng = dice("sums")
-    return learn.everyday(base, book()["everyday"]["train"][:-GUARDS] + [dream.a_sum(rng) for _ in range(SUMS)], OWN, recipe)
+    return learn.everyday(
+        base, book()["everyday"]["train"][:-GUARDS] + [dream.a_sum(rng) for _ in range(SUMS)], OWN, recipe
+    )
 
 
 # ── the wake gate ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -238,7 +267,10 @@ def moved(base: ModelFolder, adapter, recipe) -> float:
     dreams, said = learn.everyday(base, guards(), 0, recipe)
     model, tokenizer = load_model(base.path, machine.compute_dtype(), machine.device())
     attach(model, [read_adapter(adapter, model.config, machine.compute_dtype())])
-    nats = [learn.losses(model, [], [learn.lesson(d, tokenizer, False, recipe.context)], [pair]) for d, pair in zip(dreams, said)]
+    nats = [
+        learn.losses(model, [], [learn.lesson(d, tokenizer, False, recipe.context)], [pair])
+        for d, pair in zip(dreams, said)
+    ]
     return torch.cat(nats).mean().item()
 
 
@@ -260,6 +292,8 @@ def show_nights(person: Person, as_json: bool) -> None:
     for n in nights:
         state = "kept" if n["committed"] else "rolled back: " + "; ".join(n["reasons"])
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(n["finished"]))
-        Display().say(f"{n['number']:>3}  {day}  {len(n['learned'])} new, {n['rows']} in all, recall {n['after']['recall']:.0%}  {state}")
+        Display().say(
+            f"{n['number']:>3}  {day}  {len(n['learned'])} new, {n['rows']} in all, recall {n['after']['recall']:.0%}  {state}"
+        )
     if as_json:
         print(json.dumps({"nights": nights}))

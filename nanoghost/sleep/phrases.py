@@ -130,6 +130,11 @@ def spoken(relation: str, value: str) -> str:
 def noted(relation: str, value: str) -> str:
     """The same as a note about the user: a small model answers from such notes twice as often."""
     text = statement(relation, value)
-    for spoken, written in (("You are ", "The user is "), ("You're ", "The user is "), ("You ", "The user "), ("Your ", "The user's ")):
+    for spoken, written in (
+        ("You are ", "The user is "),
+        ("You're ", "The user is "),
+        ("You ", "The user "),
+        ("Your ", "The user's "),
+    ):
         text = re.sub(rf"\b{spoken}", written, text)
     return text

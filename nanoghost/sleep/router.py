@@ -24,7 +24,9 @@ WORDINGS = 30  # of each thing that one may tell
 MIXED = 300  # questions about two things, and as many of the kind "is it this?"
 SUMS = 60
 DECAY = 0.1
-PERSONAL = -2.0  # log-odds from which on a message is personal: on the validation questions 1% of those that are stay below
+PERSONAL = (
+    -2.0
+)  # log-odds from which on a message is personal: on the validation questions 1% of those that are stay below
 REFERS = set("and he her him his it its one she that them there they theirs this".split())
 
 
@@ -41,7 +43,9 @@ class Router:
         """Whether the last thing that the user says is personal; where it refers to what was said before, together with that."""
         said = [text_of(m) for m in messages if m["role"] == "user"]
         refers = REFERS & set(re.findall(r"\w+", said[-1].casefold()))
-        return self.odds(said[-1]) > PERSONAL or bool(refers and len(said) > 1 and self.odds(" ".join(said[-2:])) > PERSONAL)
+        return self.odds(said[-1]) > PERSONAL or bool(
+            refers and len(said) > 1 and self.odds(" ".join(said[-2:])) > PERSONAL
+        )
 
 
 def grams(text: str) -> list[str]:
@@ -53,7 +57,9 @@ def grams(text: str) -> list[str]:
 def lessons() -> tuple[list[str], list[str]]:
     """(personal messages, others)"""
     rng, known = dice("router"), list(relations().values())
-    personal = [q for relation in relations() for q in dream.wordings(relation)[0][:WORDINGS]] + list(part(book()["unheard"], "train"))
+    personal = [q for relation in relations() for q in dream.wordings(relation)[0][:WORDINGS]] + list(
+        part(book()["unheard"], "train")
+    )
     for _ in range(MIXED):
         a, b = rng.sample(known, 2)
         personal.append(rng.choice(book()["combined"]["train"]).format(a=a.relation, b=b.relation))
@@ -75,7 +81,10 @@ def fit(personal: list[str], others: list[str]) -> Router:
     def loss():
         optimizer.zero_grad()
         odds = F.embedding_bag(flat, weights, starts, mode="sum")[:, 0] + bias
-        found = F.binary_cross_entropy_with_logits(odds, is_personal, share, reduction="sum") + DECAY * weights.square().sum()
+        found = (
+            F.binary_cross_entropy_with_logits(odds, is_personal, share, reduction="sum")
+            + DECAY * weights.square().sum()
+        )
         found.backward()
         return found
 

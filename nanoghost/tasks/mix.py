@@ -60,7 +60,15 @@ def spoken_name(name: str) -> str:
 def example_texts(count: int = 1000) -> list[str]:
     """What lessons are written in, for the tokenizer: calls and questions in few tokens make a fifth more lessons a minute."""
     words = word_list()
-    tasks = (Identity(identity_facts({"maker": "nanoghost"})), Sums(), Spelling(words), Counting(words), Refusal(), ChainSum(), SpellBackward())
+    tasks = (
+        Identity(identity_facts({"maker": "nanoghost"})),
+        Sums(),
+        Spelling(words),
+        Counting(words),
+        Refusal(),
+        ChainSum(),
+        SpellBackward(),
+    )
     texts = []
     for i in range(count):
         problem = tasks[i % len(tasks)].problem(random.Random(i), "train")

@@ -82,7 +82,10 @@ def library() -> tuple[list[dict], Index]:
 def search(query: str) -> list[Passage]:
     notes, index = library()
     found = [notes[i] for i in index.search(query, 3)]
-    return [Passage(f"{note['kind']}/{note['person'].lower().replace(' ', '_')}.md", "", note["text"], note["text"]) for note in found]
+    return [
+        Passage(f"{note['kind']}/{note['person'].lower().replace(' ', '_')}.md", "", note["text"], note["text"])
+        for note in found
+    ]
 
 
 class Notes:
@@ -107,7 +110,9 @@ class Notes:
         return Problem(self.name, (user(question),), lesson, note["text"], tools=("lookup",))
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
-        lines = [line for told in told_by(reply, "lookup") for line in told.splitlines() if line.endswith(problem.answer)]
+        lines = [
+            line for told in told_by(reply, "lookup") for line in told.splitlines() if line.endswith(problem.answer)
+        ]
         said, value = final_text(reply), problem.answer.rstrip(".").split()[-1]
         return float(any(line[:3] in said for line in lines) and re.search(rf"\b{value}\b", said) is not None)
 

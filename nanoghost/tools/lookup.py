@@ -51,7 +51,9 @@ class Index:
         """Numbers of the texts that share words with the question, best first; none if none does."""
         if not (query := match(question)):
             return []
-        rows = self.database.execute("select rowid from texts where texts match ? order by rank, rowid limit ?", (query, most))
+        rows = self.database.execute(
+            "select rowid from texts where texts match ? order by rank, rowid limit ?", (query, most)
+        )
         return [number for (number,) in rows]
 
 
@@ -83,7 +85,9 @@ class Documents:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with closing(self._open()) as database:
             if not database.execute("select 1 from passages limit 1").fetchone():
-                raise UserError(f"{folder}: there is no text to look anything up in; documents are {' and '.join(SUFFIXES)} files")
+                raise UserError(
+                    f"{folder}: there is no text to look anything up in; documents are {' and '.join(SUFFIXES)} files"
+                )
 
     def search(self, question: str, most: int = 3) -> list[Passage]:
         """The passages that share words with the question, best first; none if none does."""
@@ -95,7 +99,9 @@ class Documents:
                 " where passages match ? order by rank, rowid limit ?",
                 (SHOWN_WORDS, query, most),
             ).fetchall()
-        return [Passage(source, heading, text, " ".join(shown.split())[:SHOWN]) for source, heading, text, shown in rows]
+        return [
+            Passage(source, heading, text, " ".join(shown.split())[:SHOWN]) for source, heading, text, shown in rows
+        ]
 
     def _open(self) -> sqlite3.Connection:
         """The index, up to date. A connection serves one search: searches may come from several threads and processes."""
@@ -103,7 +109,9 @@ class Documents:
         database.execute("create table if not exists files(source primary key, time, size)")
         database.execute(f"create virtual table if not exists passages using fts5(source, heading, text, {STEMS})")
         database.execute("begin immediate")  # who comes second finds what the first one read
-        known = {source: (time, size) for source, time, size in database.execute("select source, time, size from files")}
+        known = {
+            source: (time, size) for source, time, size in database.execute("select source, time, size from files")
+        }
         found = files_of(self.folder)
         for source in [source for source in known if known[source] != found.get(source)]:
             database.execute("delete from passages where source = ?", (source,))

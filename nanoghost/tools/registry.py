@@ -42,7 +42,11 @@ class Tool:
     def run(self, arguments: dict) -> Result:
         """Answer a call with these arguments."""
         text = arguments.get(self.argument)
-        return self.answer(text) if isinstance(text, str) else Result(f'error: the arguments need a text "{self.argument}"')
+        return (
+            self.answer(text)
+            if isinstance(text, str)
+            else Result(f'error: the arguments need a text "{self.argument}"')
+        )
 
 
 def found(passages: list[Passage]) -> Result:

@@ -98,7 +98,9 @@ class Checkpoints:
             (path.parent / "manifest.json").unlink(missing_ok=True)  # of a damaged one of the same step
         free = shutil.disk_usage(path.parent).free
         if free < size * 1.05:
-            raise OSError(28, f"No space left on device: it takes {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
+            raise OSError(
+                28, f"No space left on device: it takes {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"
+            )
         content = safetensors.torch.save(tensors)
         write_atomic(path, content)
         self.manifest["files"][path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

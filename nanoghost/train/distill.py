@@ -287,7 +287,9 @@ def on_policy(settings: DistillSettings, examples, tokenizer, context: int, teac
     def gradients(model, step: int) -> tuple[float, int]:
         chosen = random.Random(f"{settings.seed}-{step}").choices(prompts, k=settings.batch)[rank::world]
         seed = settings.seed * 1_000_003 + step
-        rows = generate(model, tokenizer, chosen, Sampling(settings.max_tokens, temperature, seed=seed), rank=rank, world=world)
+        rows = generate(
+            model, tokenizer, chosen, Sampling(settings.max_tokens, temperature, seed=seed), rank=rank, world=world
+        )
         lessons = [Lesson(row.prompt + row.ids, [False] * len(row.prompt) + row.sampled) for row in rows]
         packed = pack([len(lesson.ids) for lesson in lessons], context + 1, range(len(lessons)))
         counts = machine.gather((sum(sum(row.sampled) for row in rows), sum(len(lesson.ids) for lesson in lessons)))

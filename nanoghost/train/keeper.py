@@ -43,7 +43,9 @@ class Keeper:
             return self.bad_loss(step, loss, rows)
         self.scores.append(score)
         if (step or first) and (stop or due and not busy):
-            saving.save(step, self.optimizer.state(), notes | {"seconds": clock.seconds}, sum(self.scores) / len(self.scores))
+            saving.save(
+                step, self.optimizer.state(), notes | {"seconds": clock.seconds}, sum(self.scores) / len(self.scores)
+            )
             self.scores = []
         if stop:
             if error := saving.settle():
@@ -78,7 +80,9 @@ class Keeper:
             if len(self.skipped) <= IN_A_ROW:
                 run.show.say(f"{where}: this batch is left out")
                 return
-            raise UserError(f"{where}, as at the {IN_A_ROW} before; the last checkpoint stands: try --bad-loss roll-back")
+            raise UserError(
+                f"{where}, as at the {IN_A_ROW} before; the last checkpoint stands: try --bad-loss roll-back"
+            )
         if policy == "roll-back":
             windows = run.card.get("left_out_batches", [])
             if len(windows) < IN_A_ROW:
@@ -149,9 +153,13 @@ class Fitting:
                 if not short or hasattr(model, "whole"):  # processes that share weights must take as many passes
                     raise
                 if self.rows == 1:
-                    raise UserError("memory does not suffice for a single row: choose a smaller --context or --depth") from None
+                    raise UserError(
+                        "memory does not suffice for a single row: choose a smaller --context or --depth"
+                    ) from None
             for p in model.parameters():
                 p.grad = None
-            self.say(f"memory does not suffice: {-(-self.rows // 2)} rows go through the model at once instead of {self.rows}")
+            self.say(
+                f"memory does not suffice: {-(-self.rows // 2)} rows go through the model at once instead of {self.rows}"
+            )
             self.rows = -(-self.rows // 2)
         return work(self.rows)

@@ -80,20 +80,30 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         clock = stage.Clock(0.0)
         passes = Fitting(settings.micro_batch, display.say)
         if "depth" not in run.card:
-            depth, reason = (settings.depth, "as asked") if settings.depth else depth_here(settings.dial_minutes or minutes, world)
+            depth, reason = (
+                (settings.depth, "as asked") if settings.depth else depth_here(settings.dial_minutes or minutes, world)
+            )
             run.note(depth=depth, depth_reason=reason)
         config = model_config(settings.arch, run.card["depth"], tokenizer.vocab_size, settings.context)
 
         def build(epochs: float = 1.0):
             torch.manual_seed(settings.seed)
-            return stage.with_optimizer(make_model(config, tokenizer), groups(config.width, settings.learning_rate, 1 / epochs), settings)
+            return stage.with_optimizer(
+                make_model(config, tokenizer), groups(config.width, settings.learning_rate, 1 / epochs), settings
+            )
 
         if "steps" not in run.card:
             from nanoghost.doctor import compile_decision
 
             compiled = compile_decision("off" if settings.shard else settings.compile, minutes)
             steps = settings.steps or rehearsed_steps(minutes, build, batches, passes, compiled, clock)
-            run.note(data=[shards.manifest["source"]], arch=settings.arch, compile=compiled, steps=steps, vocab_size=tokenizer.vocab_size)
+            run.note(
+                data=[shards.manifest["source"]],
+                arch=settings.arch,
+                compile=compiled,
+                steps=steps,
+                vocab_size=tokenizer.vocab_size,
+            )
         steps, compiled = run.card["steps"], run.card["compile"]
         epochs = max(1.0, batches.epochs_in(steps))
         model, optimizer = build(epochs)
@@ -124,7 +134,9 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
                 )  # fmt: skip
             if (step + 1) % tenth == 0 and step + 1 < min(steps, 10 * tenth):
                 sample = shards.tokens("val")[: 32 * settings.context]
-                bpb = bits_per_byte(model, sample, settings.context, shards.bytes("val") * len(sample) / len(shards.tokens("val")))
+                bpb = bits_per_byte(
+                    model, sample, settings.context, shards.bytes("val") * len(sample) / len(shards.tokens("val"))
+                )
                 run.event(step + 0.5, validation_bpb=bpb)
                 rate = stage.Rate()  # of training alone
 

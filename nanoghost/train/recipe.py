@@ -6,7 +6,14 @@ from nanoghost.model.ghost import GhostConfig
 from nanoghost.model.weights import architecture
 from nanoghost.optim.optimizer import Group
 
-MINUTES_OF_DEPTH = {2: 0.0, 3: 2.2, 4: 8.0, 6: 60.0, 8: 240.0, 12: 3000.0}  # at REFERENCE, as two Zen 4 cores have it; measured to 4
+MINUTES_OF_DEPTH = {
+    2: 0.0,
+    3: 2.2,
+    4: 8.0,
+    6: 60.0,
+    8: 240.0,
+    12: 3000.0,
+}  # at REFERENCE, as two Zen 4 cores have it; measured to 4
 REFERENCE = 380.0  # GFLOP/s of matrix products
 
 

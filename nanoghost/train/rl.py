@@ -28,7 +28,18 @@ from nanoghost.train.recipe import later_groups, row_length
 from nanoghost.train.sft import train_step
 
 TABLES = 0.1  # AdamW moves a rare row as far as a common one; a reward seen once must not rewrite a word
-PRACTISED = ("chain_sum", "spell_backward", "sums", "spelling", "counting", "refusal", "answerable", "identity", "programs", "notes")
+PRACTISED = (
+    "chain_sum",
+    "spell_backward",
+    "sums",
+    "spelling",
+    "counting",
+    "refusal",
+    "answerable",
+    "identity",
+    "programs",
+    "notes",
+)
 
 
 @dataclass(frozen=True)
@@ -182,7 +193,12 @@ def rollout_and_gradients(model, tokenizer, tasks, settings: RlSettings, step: i
     asked = [problems[i // settings.attempts] for i in range(len(rows))]
     # stopping is learned too: an attempt that ran into the limit solved nothing, and its last token is blamed for it
     own = [
-        (p.task, tasks[p.task].score(p, row.messages) if row.finish_reason == "stop" else 0.0, sum(row.sampled), sum(row.logprobs))
+        (
+            p.task,
+            tasks[p.task].score(p, row.messages) if row.finish_reason == "stop" else 0.0,
+            sum(row.sampled),
+            sum(row.logprobs),
+        )
         for p, row in zip(asked, rows)
     ]
     names, rewards, lengths, logprobs = zip(*[row for everyone in machine.gather(own) for row in everyone])
@@ -202,7 +218,9 @@ def rollout_and_gradients(model, tokenizer, tasks, settings: RlSettings, step: i
         of_task = [r for task, r in zip(names, rewards) if task == name]
         figures[f"pass_rate_{name}"] = sum(of_task) / max(1, len(of_task))
     count = sum(len(r.ids) for r in rows)
-    advantages_N, denominators_N = (t[rank * len(rows) : (rank + 1) * len(rows)] for t in (advantages_N, denominators_N))
+    advantages_N, denominators_N = (
+        t[rank * len(rows) : (rank + 1) * len(rows)] for t in (advantages_N, denominators_N)
+    )
     informative = advantages_N.nonzero()[:, 0].tolist()
     if informative:
         chosen = [rows[i] for i in informative]

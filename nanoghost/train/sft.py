@@ -65,7 +65,10 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         lessons, left_out = lessons_from(conversations, tokenizer, context)
         if left_out:
             display.say(f"{left_out} conversations have no answer within {context} tokens and are left out")
-        batches, passes = PackedBatches(lessons, context, settings.batch, settings.seed, rank, world), Fitting(settings.batch, display.say)
+        batches, passes = (
+            PackedBatches(lessons, context, settings.batch, settings.seed, rank, world),
+            Fitting(settings.batch, display.say),
+        )
         rates = later_groups(base, model.config.width, settings.learning_rate)
         model, optimizer = stage.with_optimizer(model, rates, settings)
 

@@ -20,8 +20,29 @@ from nanoghost.optim.optimizer import Optimizer
 from nanoghost.runs import ModelFolder, Stopped, Stopping, open_model, writing
 
 # these do not change what a stage computes, or may be changed on the way
-NOT_SETTINGS = ("name", "json", "force", "parent", "checkpoint_seconds", "keep_last", "keep_every", "bad_loss", "hang_minutes")
-POSITIVE = ("minutes", "steps", "dial_minutes", "depth", "vocab_size", "context", "batch", "micro_batch", "problems", "max_tokens")
+NOT_SETTINGS = (
+    "name",
+    "json",
+    "force",
+    "parent",
+    "checkpoint_seconds",
+    "keep_last",
+    "keep_every",
+    "bad_loss",
+    "hang_minutes",
+)
+POSITIVE = (
+    "minutes",
+    "steps",
+    "dial_minutes",
+    "depth",
+    "vocab_size",
+    "context",
+    "batch",
+    "micro_batch",
+    "problems",
+    "max_tokens",
+)
 INHERITED = ("data", "arch", "config", "parameters", "vocab_size")  # what a child's card takes from its parent's
 
 
@@ -177,7 +198,8 @@ def new_card(stage: str, settings: dict, parent: ModelFolder | None) -> dict:
         "command": shlex.join(["nanoghost", *sys.argv[1:]]),
         "started": round(time.time(), 3),
         "machine": describe(),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("nanoghost", "torch", "tokenizers")},
+        "versions": {"python": platform.python_version()}
+        | {p: version(p) for p in ("nanoghost", "torch", "tokenizers")},
     }
 
 
@@ -204,7 +226,9 @@ def load_parent(parent: ModelFolder, settings):
     if settings.lora is not None:
         from nanoghost.model import lora
 
-        lora.attach(model, [lora.new_adapter(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)])
+        lora.attach(
+            model, [lora.new_adapter(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)]
+        )
     return model, tokenizer
 
 
