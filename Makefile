@@ -29,12 +29,12 @@ parity: .venv/installed  ## compare models with transformers, peft and llama.cpp
 	$(BIN)/python -m pytest -q -rs tests/test_parity.py tests/test_llama_cpp.py tests/test_model.py tests/test_lora.py
 
 soak: .venv/installed  ## kill a toy run 200 times: nothing may be lost (minutes)
-	$(BIN)/python -m tests.soak 200
+	$(BIN)/python -m tests.support.soak 200
 
 page: .venv/installed  ## try the chat page in a real browser, and take pictures of all its states (skipped where chromium and its driver are not installed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[page]'
 	$(BIN)/python -m pytest -q -rs tests/test_page.py
-	$(BIN)/python -m tests.page_screenshots pictures
+	$(BIN)/python -m tests.support.page_screenshots pictures
 
 api: .venv/installed  ## let lm-eval and schemathesis try the API (installs them; minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[api]'
@@ -45,7 +45,7 @@ load: .venv/installed  ## many clients at once, some of them bad, and the engine
 	$(BIN)/nanoghost bench load smollm2
 
 lines: .venv/installed  ## count what one reads from speedrun.py to the chat
-	@$(BIN)/python -m tests.lines
+	@$(BIN)/python -m tests.support.count_lines
 
 clean:  ## remove the virtual environment and caches (models stay in the home folder)
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .hypothesis

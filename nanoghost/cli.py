@@ -21,38 +21,38 @@ VERBS = {
         "a chat page and an API for other programs, on this computer",
     ),
     "report": ("evals.report", "ReportSettings", "command", "what was made, how, and how good it is"),
-    "data": ("data.command", "DataSettings", "command", "fetch, check and tokenise text"),
+    "data": ("commands.data", "DataSettings", "command", "fetch, check and tokenise text"),
     "data refine": (
         "data.refine",
         "RefineSettings",
         "command",
         "leave out copies, near copies, junk and what models are examined on",
     ),
-    "tokenizer train": ("evals.tokens", "TrainSettings", "train_command", "learn a vocabulary from text"),
-    "tokenizer eval": ("evals.tokens", "EvalSettings", "eval_command", "bytes per token by kind of text"),
+    "tokenizer train": ("commands.tokenizer", "TrainSettings", "train_command", "learn a vocabulary from text"),
+    "tokenizer eval": ("commands.tokenizer", "EvalSettings", "eval_command", "bytes per token by kind of text"),
     "pretrain": ("train.pretrain", "PretrainSettings", "command", "learn to continue text"),
     "sft": ("train.sft", "SftSettings", "command", "learn to answer, from conversations"),
     "rl": ("train.rl", "RlSettings", "command", "learn from attempts at problems that can be checked"),
     "distill": ("train.distill", "DistillSettings", "command", "learn what another model answers, or expects"),
     "eval": ("evals.evaluate", "EvalSettings", "command", "bits per byte and accuracy on held-out problems"),
-    "adopt": ("adopt", "AdoptSettings", "command", "take in a model that others trained"),
-    "export": ("export", "ExportSettings", "command", "write a model as a GGUF file"),
-    "list": ("models", "ListSettings", "list_command", "models in the home folder"),
-    "show": ("models", "ShowSettings", "show_command", "a model's card"),
-    "rename": ("models", "RenameSettings", "rename_command", "give a model another name"),
-    "rm": ("models", "RemoveSettings", "remove_command", "remove a model"),
-    "sleep": ("sleep.night", "SleepSettings", "command", "make what a person said part of their model"),
-    "memory": ("sleep.memory", "MemorySettings", "command", "what is known of a person, and their say in it"),
+    "adopt": ("commands.adopt", "AdoptSettings", "command", "take in a model that others trained"),
+    "export": ("commands.export", "ExportSettings", "command", "write a model as a GGUF file"),
+    "list": ("commands.models", "ListSettings", "list_command", "models in the home folder"),
+    "show": ("commands.models", "ShowSettings", "show_command", "a model's card"),
+    "rename": ("commands.models", "RenameSettings", "rename_command", "give a model another name"),
+    "rm": ("commands.models", "RemoveSettings", "remove_command", "remove a model"),
+    "sleep": ("memory.consolidate", "SleepSettings", "command", "make what a person said part of their model"),
+    "memory": ("memory.commands", "MemorySettings", "command", "what is known of a person, and their say in it"),
     "lab sleep": ("lab.sleep", "LabSleepSettings", "command", "what a night is worth, beside other ways of knowing"),
-    "lab ledger": ("lab.ledger", "LedgerSettings", "command", "what each part of the recipe is worth, in seconds"),
+    "lab ledger": ("lab.ablations", "LedgerSettings", "command", "what each part of the recipe is worth, in seconds"),
     "lab notes": (
-        "lab.notes",
+        "lab.fact_extraction",
         "LabNotesSettings",
         "command",
         "how good the notes are that a model takes of what people say",
     ),
-    "lab dial": ("lab.dial", "DialSettings", "command", "whether the dial chooses well"),
-    "lab race": ("lab.race", "RaceSettings", "command", "other people's small trainers beside ours"),
+    "lab dial": ("lab.depth_sweep", "DialSettings", "command", "whether the dial chooses well"),
+    "lab race": ("lab.baselines", "RaceSettings", "command", "other people's small trainers beside ours"),
     "lab lecun1989": (
         "lab.lecun1989",
         "Lecun1989Settings",
@@ -83,8 +83,8 @@ VERBS = {
         "command",
         "what the refinery finds, and what memory it takes",
     ),
-    "plan": ("plan", "PlanSettings", "command", "what a pretraining run takes: time, memory, money"),
-    "doctor": ("doctor", "DoctorSettings", "command", "what this computer does well"),
+    "plan": ("commands.plan", "PlanSettings", "command", "what a pretraining run takes: time, memory, money"),
+    "doctor": ("commands.doctor", "DoctorSettings", "command", "what this computer does well"),
 }
 
 EXAMPLES = {
@@ -198,7 +198,7 @@ def main(words: list[str] | None = None) -> None:
         print(f"nanoghost: {e.strerror}{where}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
-        from nanoghost.runs import Stopped
+        from nanoghost.home import Stopped
 
         saved = isinstance(e, Stopped)
         print(

@@ -10,11 +10,11 @@ import json
 import time
 from dataclasses import dataclass
 
-from nanoghost import machine
+from nanoghost import distributed, hardware
 from nanoghost.evals.evaluate import evaluate
 from nanoghost.evals.report import terminal_report, write_report
+from nanoghost.home import ModelFolder
 from nanoghost.progress import Display
-from nanoghost.runs import ModelFolder
 from nanoghost.train import pretrain, rl, sft
 
 
@@ -59,14 +59,14 @@ def main(settings: SpeedrunSettings) -> dict:
     for stage, stage_settings in recipe(settings):
         stage.main(stage_settings, display)
         folder = ModelFolder(stage_settings.name)
-        machine.release_memory()
+        hardware.release_memory()
         # 4. Measure each on problems and text that no stage has seen (evals/).
         if not any(e["stage"] == f"{folder.card['stage']}-eval" for e in folder.events):
             evaluate(folder, settings.problems if folder.card["parent"] else -(-settings.problems // 4), display)
-        machine.release_memory()
+        hardware.release_memory()
 
     # 5. Tell what was made: report.html, report.md, and a short form here.
-    if machine.ranks()[0] == 0:
+    if distributed.ranks()[0] == 0:
         page = write_report(folder)
         terminal_report(folder)
         display.say(f"\nreport: {page}\ntalk to it: nanoghost chat\n({(time.perf_counter() - start) / 60:.1f} minutes)")
@@ -75,5 +75,5 @@ def main(settings: SpeedrunSettings) -> dict:
 
 def command(settings: SpeedrunSettings) -> None:
     figures = main(settings)
-    if settings.json and machine.ranks()[0] == 0:
+    if settings.json and distributed.ranks()[0] == 0:
         print(json.dumps(figures))

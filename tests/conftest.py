@@ -82,7 +82,7 @@ def toy_base(nanoghost, toy_file):
 
 @pytest.fixture
 def me(home):
-    from nanoghost.people import Person
+    from nanoghost.memory.store import Person
 
     return Person("me").create()
 
@@ -92,10 +92,10 @@ def base(me):
     """A toy Llama's folder, with its tokenizer."""
     import torch
 
+    from nanoghost.formats.model_folder import save_model
+    from nanoghost.home import home
     from nanoghost.model.llama import Llama, LlamaConfig
-    from nanoghost.model.weights import save_model
-    from nanoghost.runs import home
-    from nanoghost.tokenizer import Tokenizer
+    from nanoghost.tokenizer.tokenizer import Tokenizer
 
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([toy_text(300)], 300)
@@ -114,6 +114,6 @@ def row(number, relation, value, sources=(), supersedes=None):
 
 
 def remember(person, **settings):
-    from nanoghost.sleep import memory
+    from nanoghost.memory import commands
 
-    memory.command(memory.MemorySettings(person.name, **settings))
+    commands.command(commands.MemorySettings(person.name, **settings))

@@ -12,15 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from nanoghost import template
-from nanoghost.chat import following, parse_reply, render
 from nanoghost.errors import UserError
-from nanoghost.model.gguf import GGUF
+from nanoghost.formats.gguf_reader import GGUF
+from nanoghost.formats.model_folder import load_model
+from nanoghost.home import ModelFolder, writing
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.rope import kind_of
-from nanoghost.model.weights import load_model
-from nanoghost.runs import ModelFolder, writing
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.tokenizer.chat_format import following, parse_reply, render
+from nanoghost.tokenizer.tokenizer import Tokenizer, jinja_template
 from tests.conftest import toy_text
 
 TEMPLATE = (
@@ -39,7 +38,7 @@ TALK = [
 @pytest.fixture
 def tokenizer():
     t = Tokenizer.train([toy_text()], 400)
-    t.dialect = template.Dialect(TEMPLATE, {"eos_token": "<|im_end|>"}, {t.special("<|im_end|>")})
+    t.dialect = jinja_template.Dialect(TEMPLATE, {"eos_token": "<|im_end|>"}, {t.special("<|im_end|>")})
     return t
 
 
@@ -47,7 +46,7 @@ def test_what_people_type_is_never_a_mark(tokenizer):
     ids, _ = render(TALK, tokenizer)
     end = tokenizer.special("<|im_end|>")
     assert ids.count(end) == 5  # one for the system text that the template adds, one for each message
-    assert tokenizer.decode(ids, skip_special=False) == template.render_text(TEMPLATE, TALK)
+    assert tokenizer.decode(ids, skip_special=False) == jinja_template.render_text(TEMPLATE, TALK)
 
 
 def test_answers_are_learned_with_their_end_and_nothing_else(tokenizer):
@@ -336,7 +335,7 @@ def test_without_the_hubs_library_there_is_a_clear_line(nanoghost, monkeypatch):
 
 
 def test_rows_turned_and_turned_back_are_the_same():
-    from nanoghost.model.gguf_llama import turned, turned_back
+    from nanoghost.formats.gguf_llama import turned, turned_back
 
     x = np.random.default_rng(0).standard_normal((12, 5))
     assert np.array_equal(turned_back(turned(x, 2), 2), x)

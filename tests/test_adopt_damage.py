@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from nanoghost import adopt
+from nanoghost.commands import adopt
 from nanoghost.errors import UserError
-from nanoghost.model.gguf import GGUF
+from nanoghost.formats.gguf_reader import GGUF
+from nanoghost.formats.model_folder import load_model, save_model
+from nanoghost.home import home
 from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.model.weights import load_model, save_model
-from nanoghost.runs import home
-from nanoghost.template import Dialect
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.tokenizer.jinja_template import Dialect
+from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.conftest import toy_text
 from tests.test_adopt import TEMPLATE
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from nanoghost.model.weights import load_model
-from nanoghost.runs import ModelFolder
-from nanoghost.tasks.mix import all_tasks, spoken_name
-from nanoghost.train.recipe import ADOPTED, later_groups, row_length
+from nanoghost.formats.model_folder import load_model
+from nanoghost.home import ModelFolder
+from nanoghost.tasks.registry import all_tasks, spoken_name
+from nanoghost.train.hyperparameters import ADOPTED, later_groups, row_length
 from tests.test_adopt import TEMPLATE
 from tests.test_training import losses
 

@@ -7,12 +7,12 @@ import torch
 
 from nanoghost.bench import decode, pretrain, rl, table, train
 from nanoghost.data.local import open_local
-from nanoghost.engine import kernels, packed
+from nanoghost.engine import kernels, quantized_llama
 from nanoghost.engine.generate import open_engine
-from nanoghost.engine.plain import PlainRunner
+from nanoghost.engine.torch_runner import PlainRunner
+from nanoghost.formats.model_folder import load_tokenizer, save_model
+from nanoghost.home import ModelFolder
 from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.model.weights import load_tokenizer, save_model
-from nanoghost.runs import ModelFolder
 
 
 @pytest.fixture
@@ -141,6 +141,6 @@ def test_mistakes_get_a_line(nanoghost, toy_base, words, said):
 def test_without_a_compiler_everything_works_and_the_reason_is_known(llama, monkeypatch, home):
     monkeypatch.setenv("CXX", "/bin/false")
     assert "compiler" in kernels.unavailable.__wrapped__() or kernels.unavailable()
-    monkeypatch.setattr(packed.kernels, "unavailable", lambda: "there is no C++ compiler")
+    monkeypatch.setattr(quantized_llama.kernels, "unavailable", lambda: "there is no C++ compiler")
     engine = open_engine(ModelFolder(llama))
     assert isinstance(engine.runner, PlainRunner)

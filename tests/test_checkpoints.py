@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nanoghost import machine
+from nanoghost import distributed
 from nanoghost.data.batches import Batches
 from nanoghost.errors import UserError
 from nanoghost.train.checkpoints import Checkpoints
-from tests.ranks import codes_of, fork_ranks
+from tests.support.ranks import codes_of, fork_ranks
 from tests.test_optimizer import everything, recipe, toy_ghost, toy_tokens, train
 
 
@@ -26,7 +26,7 @@ class State:
     def __init__(self, value: float = -1.0, rows: int = 1000):
         self.tensors = {"bucket/master": torch.full((rows,), value), "time": torch.tensor(int(value))}
         self.buckets = {"bucket": self}
-        self.first_row = machine.ranks()[0] * rows
+        self.first_row = distributed.ranks()[0] * rows
 
     def state(self):
         return self.tensors
@@ -77,7 +77,7 @@ def die_at(boundary: int) -> None:
 
 def two_saves(folder, boundary: int | None) -> None:
     """Step 30 beside 10 and 20, and then 40: the oldest has to go."""
-    machine.start_ranks()
+    distributed.init_distributed()
     checkpoints = Checkpoints(folder, keep_last=1)
     if boundary is not None:
         die_at(boundary)
@@ -105,18 +105,18 @@ def test_killed_at_every_write_boundary_it_goes_on_from_the_last_good_one(tmp_pa
 
 
 def one_of_two_dies(folder) -> None:
-    machine.start_ranks()
+    distributed.init_distributed()
     checkpoints = Checkpoints(folder)
     checkpoints.save(10, State(10).state(), {"seconds": 15.0})
     checkpoints.settle()
-    if machine.ranks()[0] == 1:
+    if distributed.ranks()[0] == 1:
         die_at(int(folder.name))
     checkpoints.save(20, State(20).state(), {"seconds": 30.0})
     checkpoints.settle()
 
 
 def both(folder) -> None:
-    machine.start_ranks()
+    distributed.init_distributed()
     step, said = loaded(folder)
     assert not said and (step == 10 or step == 20 and folder.name == "9")  # late enough, the other one could finish it
 
@@ -271,8 +271,8 @@ def some_steps(folder: str, goal: int) -> None:
     from pathlib import Path
 
     torch.set_num_threads(1)
-    machine.start_ranks()
-    rank, world = machine.ranks()
+    distributed.init_distributed()
+    rank, world = distributed.ranks()
     model = toy_ghost(1)
     optimizer = recipe(model, rank=rank, world=world)
     checkpoints = Checkpoints(Path(folder) / f"state-{AT}")

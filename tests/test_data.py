@@ -14,7 +14,7 @@ from nanoghost.data.local import load_conversations, open_local
 from nanoghost.data.shards import pieces_of, tokenise
 from nanoghost.data.sources import Document, Source, open_plays, open_source
 from nanoghost.errors import UserError
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.tokenizer.tokenizer import Tokenizer
 
 TEST = {"hamlet_gut", "tempest_gut", "twelfth_night_gut"}
 VAL = {"macbeth_gut", "much_ado_about_nothing_gut", "richard_ii_gut"}

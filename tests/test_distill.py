@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 from nanoghost import cli
 from nanoghost.data.local import load_conversations
+from nanoghost.home import ModelFolder
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.runs import ModelFolder
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.train.distill import DistillSettings, difference, distill_step, taught
 from nanoghost.train.distill_loss import (
     bucket_logprobs,

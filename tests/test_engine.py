@@ -9,14 +9,14 @@ from torch.testing import assert_close
 
 from nanoghost.engine import kernels
 from nanoghost.engine.generate import Engine, generate
-from nanoghost.engine.packed import LANES, NONE, load_packed, pack, pack_module, unpack
-from nanoghost.engine.paged import PAGE, PagedRunner
+from nanoghost.engine.paged_runner import PAGE, PagedRunner
+from nanoghost.engine.quantized_llama import LANES, NONE, load_packed, pack, pack_module, unpack
 from nanoghost.engine.sampler import Sampling
+from nanoghost.formats.model_folder import save_model
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.lora import Adapter, new_adapter
 from nanoghost.model.rope import rope_table
-from nanoghost.model.weights import save_model
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.conftest import toy_text
 
 # ── packing ─────────────────────────────────────────────────────────────────────────────────────────────────────────

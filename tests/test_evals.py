@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nanoghost.evals.bits import bits_per_byte
+from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
-from nanoghost.evals.skills import wilson
+from nanoghost.evals.task_accuracy import wilson
 from tests.conftest import toy_text
 
 FAST = settings(deadline=None, max_examples=60)

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from nanoghost.chat import render
 from nanoghost.engine.generate import Engine, generate
-from nanoghost.engine.plain import PlainRunner
 from nanoghost.engine.sampler import Sampling, distribution, draw, uniform
+from nanoghost.engine.torch_runner import PlainRunner
 from nanoghost.errors import UserError
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.tokenizer.chat_format import render
+from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.tools import registry
 from tests.conftest import toy_text
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanoghost.errors import UserError
-from nanoghost.model.gguf import GGUF, READABLE
+from nanoghost.formats.gguf_reader import GGUF, READABLE
 
 WRITABLE = [k for k in READABLE if not k.endswith("_K")]
 

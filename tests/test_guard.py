@@ -15,10 +15,10 @@ import pytest
 from nanoghost.serve.app import PAGE_POLICY, Service, make_app
 from nanoghost.serve.client import EngineClient
 from nanoghost.serve.guard import hostname, open_to_all
-from nanoghost.serve.registry import Registry
+from nanoghost.serve.model_registry import Registry
 from nanoghost.serve.worker import Capacity
 from nanoghost.tools.registry import available
-from tests.serving import NO_KERNELS, Running, crowded, make_home
+from tests.support.serving import NO_KERNELS, Running, crowded, make_home
 
 KEY = "0123456789abcdef0123"
 IMPATIENT = """

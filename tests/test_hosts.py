@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nanoghost.runs import ModelFolder
-from tests import hosts
-from tests.test_faults import TOY, losses
+from nanoghost.home import ModelFolder
+from tests.support import hosts
+from tests.test_fault_tolerance import TOY, losses
 
 REASON = hosts.possible()
 DELAY, LOSS = 0.005, 0.01  # seconds one way; share of packets

@@ -13,20 +13,20 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nanoghost import runs
-from nanoghost.chat import render, render_text
-from nanoghost.model.gguf import GGUF, READABLE
-from nanoghost.model.gguf_llama import PRE_TOKENIZERS, begins_with
+from nanoghost import home
+from nanoghost.formats.gguf_llama import PRE_TOKENIZERS, begins_with
+from nanoghost.formats.gguf_reader import GGUF, READABLE
+from nanoghost.formats.model_folder import load_model, save_model
+from nanoghost.home import ModelFolder
 from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.model.weights import load_model, save_model
-from nanoghost.runs import ModelFolder
-from nanoghost.tokenizer import SPECIALS, Tokenizer
+from nanoghost.tokenizer.chat_format import render, render_text
+from nanoghost.tokenizer.tokenizer import SPECIALS, Tokenizer
 from tests.conftest import toy_text
 from tests.test_adopt import LLAMA3, TALK, with_noise
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make parity")
 
-REAL_HOME = runs.home()  # that of the one who runs the tests; each test has its own
+REAL_HOME = home.home()  # that of the one who runs the tests; each test has its own
 
 TEXTS = (
     "The king sees the sea.", "", " ", "\n", "  two\n\n\nlines \t tab  ", "don't I'LL they've", "1066 and 3.14159, 1,000,000",

@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanoghost import machine
+from nanoghost import hardware
 from nanoghost.bench import serve as bench
-from nanoghost.evals.bits import bits_per_byte
-from nanoghost.evals.skills import accuracy
-from nanoghost.lab.general import BEHAVIOURS
-from nanoghost.model.weights import load_model
-from nanoghost.runs import ModelFolder, home
-from nanoghost.sleep import learn
+from nanoghost.evals.bits_per_byte import bits_per_byte
+from nanoghost.evals.task_accuracy import accuracy
+from nanoghost.formats.model_folder import load_model
+from nanoghost.home import ModelFolder, home
+from nanoghost.lab.retention import BEHAVIOURS
+from nanoghost.memory import train_adapter
 from nanoghost.tasks.base import distinct_problems
-from nanoghost.tasks.mix import all_tasks
+from nanoghost.tasks.registry import all_tasks
 from tests.conftest import toy_text
-from tests.serving import Running, make_home
+from tests.support.serving import Running, make_home
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: make api")
 pytest.importorskip("transformers", reason="transformers is not installed: make api")
@@ -45,10 +45,10 @@ SKILL = (
     "generation_kwargs: {until: ['<|im_end|>'], max_gen_toks: LONGEST, temperature: 0}\nmetric_list: [{metric: acc}]\n"
 )
 SCORING = """
-from nanoghost.runs import ModelFolder
-from nanoghost.sleep.learn import says
+from nanoghost.home import ModelFolder
+from nanoghost.memory.train_adapter import says
 from nanoghost.tasks.base import Problem, assistant, user
-from nanoghost.tasks.mix import all_tasks
+from nanoghost.tasks.registry import all_tasks
 
 counting = all_tasks(ModelFolder("smollm2").card, "smollm2")["counting"]
 
@@ -119,7 +119,7 @@ def test_smollm2_knows_and_solves_as_much(tmp_path, monkeypatch):
     """Of general knowledge (`nanoghost lab sleep` asks it) and held-out problems (`nanoghost eval`), through the chat template, by the same rules."""
     monkeypatch.setenv("NANOGHOST_HOME", str(HOME))
     folder = ModelFolder("smollm2")
-    model, tokenizer = load_model(folder.path, machine.compute_dtype())
+    model, tokenizer = load_model(folder.path, hardware.compute_dtype())
     counting = all_tasks(folder.card, "smollm2")["counting"]
     problems = distinct_problems(counting, 60)
     (tmp_path / "scoring.py").write_text(SCORING)
@@ -135,8 +135,8 @@ def test_smollm2_knows_and_solves_as_much(tmp_path, monkeypatch):
     }
     with bench.server("smollm2", 16) as (port, _):
         found = lm_eval(tmp_path, asked, port, folder, 2047, "--apply_chat_template")
-    answers = learn.Answers(folder, None)([question for question, _ in BEHAVIOURS])
-    known = sum(learn.says(a, (word,)) for a, (_, word) in zip(answers, BEHAVIOURS)) / len(BEHAVIOURS)
+    answers = train_adapter.Answers(folder, None)([question for question, _ in BEHAVIOURS])
+    known = sum(train_adapter.says(a, (word,)) for a, (_, word) in zip(answers, BEHAVIOURS)) / len(BEHAVIOURS)
     solved, _ = accuracy(model, tokenizer, counting, problems)
     theirs = {name: found[name]["acc,none"] for name in asked}
     print(f"lm-eval {theirs}, our own: knowledge {known}, counting {solved['accuracy']}")

@@ -6,15 +6,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from nanoghost.chat import render
-from nanoghost.model import lora
+from nanoghost.commands.models import adapters_of
+from nanoghost.errors import UserError
+from nanoghost.formats import peft
+from nanoghost.formats.model_folder import load_adapted, load_model
+from nanoghost.home import ModelFolder
 from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.model.lora import MODULES, attach, load_adapted, merged, new_adapter
-from nanoghost.model.weights import load_model
-from nanoghost.models import adapters_of
+from nanoghost.model.lora import MODULES, attach, merged, new_adapter
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.runs import ModelFolder
-from nanoghost.train.recipe import LORA
+from nanoghost.tokenizer.chat_format import render
+from nanoghost.train.hyperparameters import LORA
 from tests.test_training import killed_after_checkpoint, losses
 
 CONFIG = LlamaConfig(97, 32, 3, 32, 4, 2, 48, biases="q")
@@ -229,26 +230,26 @@ def test_an_adapter_survives_kill_9_bit_for_bit(nanoghost, toy):
 
 def test_what_an_adapter_of_others_has_and_we_cannot_do_is_refused(model, tmp_path):
     folder = tmp_path / "toy@me"
-    lora.save_adapter(folder, noisy(new_adapter(model, 2, 8.0, "q", 0)))
-    assert lora.read_adapter(folder, model.config, torch.float32).pairs[0, "q"][2] == 4.0
+    peft.save_adapter(folder, noisy(new_adapter(model, 2, 8.0, "q", 0)))
+    assert peft.read_adapter(folder, model.config, torch.float32).pairs[0, "q"][2] == 4.0
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 4, "use_rslora": True}))
     safetensors.torch.save_file({n: torch.cat([t, t], "AB".index(n[-8])) for n, t in tensors.items()},
                                 folder / "adapter_model.safetensors")  # fmt: skip
-    assert lora.read_adapter(folder, model.config, torch.float32).pairs[0, "q"][2] == 4.0  # 8 / sqrt(4)
+    assert peft.read_adapter(folder, model.config, torch.float32).pairs[0, "q"][2] == 4.0  # 8 / sqrt(4)
     for change, hint in (
         ({"use_dora": True}, "DoRA"), ({"bias": "all"}, "biases"), ({"modules_to_save": ["lm_head"]}, "whole modules"),
         ({"peft_type": "IA3"}, "IA3"), ({"rank_pattern": {"q_proj": 3}}, "ranks"), ({"r": 3}, "does not fit"),
     ):  # fmt: skip
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(lora.UserError, match=hint):
-            lora.read_adapter(folder, model.config, torch.float32)
+        with pytest.raises(UserError, match=hint):
+            peft.read_adapter(folder, model.config, torch.float32)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     head = {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 32)}
     safetensors.torch.save_file(tensors | head, folder / "adapter_model.safetensors")
-    with pytest.raises(lora.UserError, match="lm_head"):
-        lora.read_adapter(folder, model.config, torch.float32)
+    with pytest.raises(UserError, match="lm_head"):
+        peft.read_adapter(folder, model.config, torch.float32)
 
 
 # ── against PEFT itself ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -277,7 +278,7 @@ def test_an_adapter_that_peft_saved_is_read(nanoghost, toy, tmp_path):
     theirs = peft.get_peft_model(base, config)
     theirs.save_pretrained(tmp_path / "toy@theirs")
     model, _ = load_model(ModelFolder(toy).path, torch.float32)
-    attach(model, [lora.read_adapter(tmp_path / "toy@theirs", model.config, torch.float32)])
+    attach(model, [peft.read_adapter(tmp_path / "toy@theirs", model.config, torch.float32)])
     ids = torch.randint(10, 300, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert (model(ids) - theirs(ids).logits).abs().max() <= 1e-4 * model(ids).abs().max()

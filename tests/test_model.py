@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoghost.errors import UserError
-from nanoghost.model.ghost import POINTER_WIDTH, Ghost, GhostConfig
-from nanoghost.model.letters import (
+from nanoghost.formats.model_folder import load_model, save_model
+from nanoghost.model.character_features import (
     END,
     ENDS,
     KEPT,
@@ -22,9 +22,9 @@ from nanoghost.model.letters import (
     letter_tokens,
     word_rows,
 )
+from nanoghost.model.ghost import POINTER_WIDTH, Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.model.weights import load_model, save_model
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.conftest import toy_text
 
 V = 300

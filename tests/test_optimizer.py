@@ -8,15 +8,15 @@ import torch.distributed as dist
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoghost import machine
+from nanoghost import distributed, hardware
 from nanoghost.data.batches import Batches
 from nanoghost.model.ghost import Ghost, GhostConfig
+from nanoghost.optim.collectives import volume
 from nanoghost.optim.optimizer import POLAR_EXPRESS, Bucket, Group, Optimizer, orthogonalize
-from nanoghost.optim.ranks import volume
 from nanoghost.optim.schedule import learning_rate
+from nanoghost.train.hyperparameters import groups
 from nanoghost.train.pretrain import train_step
-from nanoghost.train.recipe import groups
-from tests.ranks import in_ranks
+from tests.support.ranks import in_ranks
 
 
 def toy_ghost(depth: int = 2) -> Ghost:
@@ -135,7 +135,7 @@ def train(model, optimizer, batches, steps) -> list[float]:
     losses = []
     for step in steps:
         loss = train_step(model, *batches.at(step), micro_batch=4)
-        losses.append(machine.mean_over_ranks(loss))
+        losses.append(distributed.all_reduce_mean(loss))
         optimizer.step(learning_rate(step / STEPS))
     return losses
 
@@ -154,7 +154,7 @@ def test_every_parameter_is_in_one_bucket_and_moves():
     owned = [id(p) for b in optimizer.buckets.values() for p in b.parameters]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
-    model = model.to(machine.device())
+    model = model.to(hardware.device())
     train(model, optimizer, Batches(toy_tokens(), 16, 4, seed=0), range(2))
     assert all((p.cpu() != old).any() for p, old in zip(model.parameters(), before))
     assert all(p.grad is None for p in model.parameters())
@@ -221,8 +221,8 @@ class Sent(TorchDispatchMode):
 def one_of_several(folder: str) -> None:
     """Fifty steps in two micro-batches and more, with all state passed on to a new optimizer half way."""
     torch.set_num_threads(1)
-    machine.start_ranks()
-    rank, world = machine.ranks()
+    distributed.init_distributed()
+    rank, world = distributed.ranks()
     batches = Batches(toy_tokens(), 16, 12, 0, rank, world)
     model = toy_ghost(1)
     optimizer = recipe(model, rank=rank, world=world)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoghost.chat import render
 from nanoghost.errors import UserError
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.tokenizer.chat_format import render
+from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.train.packing import Lesson, PackedBatches, lessons_from, pack
 from tests.conftest import toy_text
 

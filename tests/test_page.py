@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import page_browser
-from tests.page_hostile import HOSTILE
-from tests.page_server import PAGE, Server, events, text
-from tests.serving import crowded
+from tests.support import page_browser
+from tests.support.page_hostile import HOSTILE
+from tests.support.page_server import PAGE, Server, events, text
+from tests.support.serving import crowded
 
 pytest.importorskip("selenium", reason="selenium is not installed: make page")
 from selenium.webdriver.common.by import By  # noqa: E402

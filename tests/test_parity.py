@@ -8,13 +8,13 @@ Tiny random models of each of the family, made and saved by transformers, adopte
 import pytest
 import torch
 
-from nanoghost import runs
-from nanoghost.chat import render
+from nanoghost import home
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
-from nanoghost.model.weights import load_model
-from nanoghost.runs import ModelFolder
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.formats.model_folder import load_model
+from nanoghost.home import ModelFolder
+from nanoghost.tokenizer.chat_format import render
+from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.conftest import toy_text
 from tests.test_adopt import LLAMA3, TALK, TEMPLATE
 
@@ -97,7 +97,7 @@ def test_the_same_prompts_and_the_same_ids(theirs, nanoghost):
 
 # ── SmolLM2 itself ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-REAL_HOME = runs.home()  # that of the one who runs the tests; each test has its own
+REAL_HOME = home.home()  # that of the one who runs the tests; each test has its own
 
 PROMPTS = (
     "What is the capital of France?", "Write a poem about the sea.", "How do I boil an egg?", "Explain gravity to a child.",

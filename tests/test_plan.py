@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanoghost import doctor, speedrun
+from nanoghost import hardware, speedrun
+from nanoghost.commands.plan import PlanSettings, activation_bytes, command, kept, memory, plan
 from nanoghost.errors import UserError
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.plan import PlanSettings, activation_bytes, command, kept, memory, plan
+from nanoghost.train.hyperparameters import depth_for, groups
 from nanoghost.train.pretrain import train_step
-from nanoghost.train.recipe import depth_for, groups
 
 GHOST = GhostConfig(vocab_size=640, context=96, depth=3, width=192)
 LLAMA = LlamaConfig(vocab_size=640, context=96, depth=3, width=192, heads=3, key_value_heads=3, mlp_width=512)
@@ -21,7 +21,7 @@ LLAMA = LlamaConfig(vocab_size=640, context=96, depth=3, width=192, heads=3, key
 
 @pytest.fixture(autouse=True)
 def _one_peak(monkeypatch):
-    monkeypatch.setattr("nanoghost.doctor.matmul_gflops_per_second", lambda dtype: 100.0)
+    monkeypatch.setattr("nanoghost.hardware.matmul_gflops_per_second", lambda dtype: 100.0)
 
 
 @pytest.mark.parametrize("config, made", [(GHOST, Ghost), (LLAMA, Llama)])
@@ -142,7 +142,7 @@ def test_a_minute_is_worth_what_the_machine_does_in_it():
 
 
 def test_a_speedrun_chooses_its_layers_for_all_of_its_minutes(nanoghost, toy_file, home, monkeypatch):
-    monkeypatch.setattr(doctor, "matmul_gflops_per_second", lambda *_: 380.0)
+    monkeypatch.setattr(hardware, "matmul_gflops_per_second", lambda *_: 380.0)
     base = speedrun.recipe(speedrun.SpeedrunSettings())[0][1]
     assert base.dial_minutes > base.minutes and depth_for(base.dial_minutes)[0] > depth_for(base.minutes)[0]
     code, _, err = nanoghost(

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoghost.chat import render
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
 from nanoghost.model.ghost import Ghost, GhostConfig
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.tokenizer.chat_format import render
+from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss
 from nanoghost.train.rl import RlSettings, credit, gradients
 from tests.conftest import toy_text

@@ -29,11 +29,11 @@ class Quiet:
 @pytest.fixture(scope="module")
 def pipeline():
     pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'nanoghost[refine]'")
-    from nanoghost.data import pipeline
+    from nanoghost.data import refine_pipeline
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refinery, "SHARD", 50_000)  # a few tasks
-        patch.setattr(pipeline, "HASHES", 40)  # 8 bands
+        patch.setattr(refine_pipeline, "HASHES", 40)  # 8 bands
         yield pipeline
 
 
@@ -82,7 +82,7 @@ def settings(crawl):
 
 
 @pytest.fixture(scope="module")
-def refined(pipeline, settings, tmp_path_factory):
+def refined(refine_pipeline, settings, tmp_path_factory):
     """The home in which it was done undisturbed, and the manifest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOGHOST_HOME", str(tmp_path_factory.mktemp("home")))
@@ -147,22 +147,22 @@ def test_refined_text_is_a_source_like_any_other(refined, settings, nanoghost, m
     file.write_bytes(whole)
 
 
-def test_the_result_does_not_depend_on_the_number_of_processes(pipeline, refined, settings, home):
+def test_the_result_does_not_depend_on_the_number_of_processes(refine_pipeline, refined, settings, home):
     refinery.refine(replace(settings, workers=1), Quiet())
     assert contents(home) == contents(refined[0])
 
 
-def test_executors_of_datatrove_run_the_same_stages(pipeline, refined, settings, home):
+def test_executors_of_datatrove_run_the_same_stages(refine_pipeline, refined, settings, home):
     """The local one is tried here; Slurm's and Ray's are given the same stages."""
     from datatrove.executor import LocalPipelineExecutor
 
     work, stages = refinery.prepare(settings)
-    pipeline.run(stages, work / "done", LocalPipelineExecutor, workers=1)
+    refine_pipeline.run(stages, work / "done", LocalPipelineExecutor, workers=1)
     refinery.refine(settings, Quiet())
     assert contents(home) == contents(refined[0])
 
 
-def test_killed_again_and_again_it_goes_on_and_ends_the_same(pipeline, refined, settings, home):
+def test_killed_again_and_again_it_goes_on_and_ends_the_same(refine_pipeline, refined, settings, home):
     work, finished = home / "data" / ".refine-clean", {}
     for mark in (
         "input/00001.jsonl",
@@ -205,14 +205,14 @@ def alive(group: int) -> bool:
     return True
 
 
-def test_problems_of_the_examination_are_held_out(pipeline, tmp_path, monkeypatch):
+def test_problems_of_the_examination_are_held_out(refine_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(refinery, "PROBLEMS", 30)
     refinery.build_index("tasks", tmp_path / "index.npz")
-    rng, judge = random.Random(1), pipeline.HeldOut(tmp_path / "index.npz")
+    rng, judge = random.Random(1), refine_pipeline.HeldOut(tmp_path / "index.npz")
     problem = "State the final answer to the following arithmetic problem: 17 + 38 ="
     assert problem in refinery.held_out("tasks")
-    assert judge.filter(pipeline.Document(prose(rng) + problem + prose(rng), "")) == (False, "tasks")
-    assert judge.filter(pipeline.Document(prose(rng) + problem.replace("17", "1234") + prose(rng), "")) is True
+    assert judge.filter(refine_pipeline.Document(prose(rng) + problem + prose(rng), "")) == (False, "tasks")
+    assert judge.filter(refine_pipeline.Document(prose(rng) + problem.replace("17", "1234") + prose(rng), "")) is True
 
 
 # ── shingles ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -248,11 +248,11 @@ def test_shingles_are_the_sets_of_word_sequences():
             assert found_in(found[i : i + 1], known) == (sequences[i] in sequences[:50])
 
 
-def test_bands_find_from_the_similarity_on(pipeline, monkeypatch):
-    monkeypatch.setattr(pipeline, "HASHES", 256)
+def test_bands_find_from_the_similarity_on(refine_pipeline, monkeypatch):
+    monkeypatch.setattr(refine_pipeline, "HASHES", 256)
     for similarity in (0.2, 0.3, 0.5, 0.7, 0.9, 0.95):
-        bands, rows = pipeline.bands_of(similarity)
-        assert bands * rows <= pipeline.HASHES
+        bands, rows = refine_pipeline.bands_of(similarity)
+        assert bands * rows <= refine_pipeline.HASHES
 
         def found(s, b=bands, r=rows):
             return 1 - (1 - s**r) ** b
@@ -260,9 +260,9 @@ def test_bands_find_from_the_similarity_on(pipeline, monkeypatch):
         assert 0.55 < found(similarity) < 0.75 and found(similarity / 3) < 0.15 and found(similarity**0.3) > 0.9
 
 
-def test_signatures_estimate_the_jaccard_similarity(pipeline):
-    config = pipeline.MinhashConfig(3, 32, 5, hash_config=pipeline.HashConfig(hash_fc="sha1"))
-    step = pipeline.SpellingSignature("memory://s", config, pipeline.SpacedWords())
+def test_signatures_estimate_the_jaccard_similarity(refine_pipeline):
+    config = refine_pipeline.MinhashConfig(3, 32, 5, hash_config=refine_pipeline.HashConfig(hash_fc="sha1"))
+    step = refine_pipeline.SpellingSignature("memory://s", config, refine_pipeline.SpacedWords())
     rng = random.Random(0)
     a = prose(rng, 9000)  # more than a block of shingles
     b = a[: len(a) // 2] + prose(rng, 4500)
@@ -270,7 +270,7 @@ def test_signatures_estimate_the_jaccard_similarity(pipeline):
     exact = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
     first, second = (np.array(step.get_signature(step.get_shingles(t))).ravel() for t in (a, b))
     assert abs((first == second).mean() - exact) < 0.12  # 3 standard deviations of 160 draws
-    whole = super(pipeline.SpellingSignature, step).get_signature(step.get_shingles(a))
+    whole = super(refine_pipeline.SpellingSignature, step).get_signature(step.get_shingles(a))
     assert whole == step.get_signature(step.get_shingles(a))  # blocks change nothing
 
 
@@ -288,19 +288,19 @@ def test_signatures_estimate_the_jaccard_similarity(pipeline):
         (["--decontaminate", "nowhere"], "no data called 'nowhere'"),
     ],
 )
-def test_mistakes_are_named(pipeline, nanoghost, toy_file, words, message):
+def test_mistakes_are_named(refine_pipeline, nanoghost, toy_file, words, message):
     code, _, err = nanoghost("data", "refine", toy_file, *([] if "--name" in words else ["--name", "x"]), *words)
     assert code == 2 and message in err
 
 
 def test_without_datatrove_the_extra_is_named(nanoghost, toy_file, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nanoghost.data.pipeline", None)
-    monkeypatch.delattr("nanoghost.data.pipeline", raising=False)
+    monkeypatch.setitem(sys.modules, "nanoghost.data.refine_pipeline", None)
+    monkeypatch.delattr("nanoghost.data.refine_pipeline", raising=False)
     code, _, err = nanoghost("data", "refine", toy_file, "--name", "x")
     assert code == 2 and "pip install 'nanoghost[refine]'" in err
 
 
-def test_nothing_left_is_said(pipeline, nanoghost, tmp_path):
+def test_nothing_left_is_said(refine_pipeline, nanoghost, tmp_path):
     (tmp_path / "d.txt").write_text("short")
     code, _, err = nanoghost("data", "refine", tmp_path / "d.txt", "--name", "x", "--decontaminate", "none")
     assert code == 2 and "nothing is left" in err

@@ -7,7 +7,7 @@ import pytest
 
 from nanoghost.evals.charts import chart, smooth, ticks
 from nanoghost.evals.report import write_report
-from nanoghost.runs import ModelFolder
+from nanoghost.home import ModelFolder
 
 STAGES = ("pretrain", "sft", "rl")
 NAMES = ("ghost-base", "ghost-sft", "ghost")

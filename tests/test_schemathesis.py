@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import NOTE, Running, make_home
+from tests.support.serving import NOTE, Running, make_home
 
 pytest.importorskip("schemathesis", reason="schemathesis is not installed: make api")
 

@@ -15,8 +15,8 @@ import openai
 import pytest
 
 from nanoghost.bench import load
-from nanoghost.people import Person
-from tests.serving import ABOUT_MAYA, LEARNED, NOTE, Running, crowded, make_home
+from nanoghost.memory.store import Person
+from tests.support.serving import ABOUT_MAYA, LEARNED, NOTE, Running, crowded, make_home
 
 KING = LEARNED[0][1]["content"]
 LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 3000}}}
@@ -231,9 +231,9 @@ def test_echo_gives_the_log_probability_of_every_token(server, monkeypatch, tmp_
     import torch
 
     from nanoghost.engine.generate import open_engine
-    from nanoghost.engine.score import score
-    from nanoghost.model.weights import load_model, load_tokenizer
-    from nanoghost.runs import ModelFolder
+    from nanoghost.engine.prompt_logprobs import score
+    from nanoghost.formats.model_folder import load_model, load_tokenizer
+    from nanoghost.home import ModelFolder
 
     monkeypatch.setenv("NANOGHOST_HOME", str(server.home))
     tokenizer = load_tokenizer(ModelFolder("toy").path)

@@ -5,12 +5,12 @@ from html import escape
 import pytest
 import torch
 
-from nanoghost.lab.life import live
-from nanoghost.model.weights import load_model
-from nanoghost.people import Person, current, key_of
-from nanoghost.runs import ModelFolder, Stopping, read_json, write_json
-from nanoghost.sleep import dream, extract, learn, night
-from nanoghost.sleep.phrases import bare, book, dice, idle, noted, part, questions, relations, statement, things
+from nanoghost.formats.model_folder import load_model
+from nanoghost.home import ModelFolder, Stopping, read_json, write_json
+from nanoghost.lab.synthetic_users import live
+from nanoghost.memory import consolidate, extract, synthesize, train_adapter
+from nanoghost.memory.phrases import bare, book, dice, idle, noted, part, questions, relations, statement, things
+from nanoghost.memory.store import Person, current, key_of
 from tests.conftest import remember, row
 
 # ── words ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -18,7 +18,7 @@ from tests.conftest import remember, row
 
 def test_no_wording_is_both_taught_and_asked():
     for relation in relations():
-        taught, kept_back = dream.wordings(relation)
+        taught, kept_back = synthesize.wordings(relation)
         sets = [
             {bare(q) for q in some}
             for some in (taught, kept_back, questions(relation, "val"), questions(relation, "test"))
@@ -31,26 +31,28 @@ def test_no_wording_is_both_taught_and_asked():
 
 
 def test_a_value_is_said_as_a_word():
-    assert learn.says("Take the 42, Mr Ines!", ("42", "ines")) and not learn.says("Take the 42.", ("4",))
+    assert train_adapter.says("Take the 42, Mr Ines!", ("42", "ines")) and not train_adapter.says(
+        "Take the 42.", ("4",)
+    )
 
 
 def test_an_answer_that_says_more_or_less_than_is_known_does_not_follow():
-    d = dream.of_row({"relation": "uncle's job", "value": "an egg farmer"}, 1)[0]
-    assert learn.follows("Your uncle's job is an egg farmer.", d) and d.opening == "Your uncle's job is"
+    d = synthesize.of_row({"relation": "uncle's job", "value": "an egg farmer"}, 1)[0]
+    assert train_adapter.follows("Your uncle's job is an egg farmer.", d) and d.opening == "Your uncle's job is"
     for wrong in ("Your uncle's job is not an egg farmer.", "Your uncle's job is an egg farmer in Ohio.", "Your uncle's job is an egg.",
                   "The user's uncle works as an egg farmer."):  # fmt: skip
-        assert not learn.follows(wrong, d)
+        assert not train_adapter.follows(wrong, d)
 
 
 def test_every_relation_says_its_value_and_no_other():
     for name, relation in relations().items():
         for value in relation.values:
             assert value in statement(name, value) and value in noted(name, value) and "Your" not in noted(name, value)
-            assert night.right(statement(name, value), name, value)
+            assert consolidate.right(statement(name, value), name, value)
         for split in ("train", "test"):
             assert all("{v}" in text for text in (*relation.said[split], *relation.changed[split]))
     rival = relations()["sister's name"].values[:2]
-    assert not night.right(f"Your sister's name is {rival[0]} or {rival[1]}.", "sister's name", rival[0])
+    assert not consolidate.right(f"Your sister's name is {rival[0]} or {rival[1]}.", "sister's name", rival[0])
 
 
 def test_notes_are_taken_of_what_stands_in_the_message():
@@ -131,20 +133,24 @@ def test_a_life_has_corrections_contradictions_and_things_told_in_two_messages()
 
 def test_dreams_belong_to_their_rows():
     rows = [row(1, "sister's name", "Ines"), row(2, "dog's name", "Biscuit"), row(3, "shoe for the moon", "blue")]
-    alone = [dream.of_row(r, 9) for r in rows]
-    assert alone == [dream.of_row(r | {"id": 9, "time": 5.0}, 9) for r in rows]
+    alone = [synthesize.of_row(r, 9) for r in rows]
+    assert alone == [synthesize.of_row(r | {"id": 9, "time": 5.0}, 9) for r in rows]
     for r, dreams in zip(rows, alone):
         assert all(r["value"] in d.snippet and d.values == (r["value"],) for d in dreams)
-    unknown = dream.never_told(rows, 400)
+    unknown = synthesize.never_told(rows, 400)
     assert len({d.question for d in unknown}) == len(unknown) > 300
     assert not any(d.answer.startswith(("Your sister's name", "Your dog's name")) for d in unknown)
-    pairs = dream.of_pairs(rows)
-    assert len(pairs) == 12 and all(learn.says(d.answer, d.values) for d in pairs) and not dream.of_pairs(rows[:1])
+    pairs = synthesize.of_pairs(rows)
+    assert (
+        len(pairs) == 12
+        and all(train_adapter.says(d.answer, d.values) for d in pairs)
+        and not synthesize.of_pairs(rows[:1])
+    )
 
 
-def dreams() -> list[dream.Dream]:
+def dreams() -> list[synthesize.Dream]:
     known = [
-        dream.Dream(
+        synthesize.Dream(
             "direct",
             "what is it?",
             "it is red.",
@@ -157,8 +163,8 @@ def dreams() -> list[dream.Dream]:
     ]
     return [
         *known,
-        dream.Dream("never told", "who?", "You haven't told me."),
-        dream.Dream("everyday", "hello", "hi", own_words=True),
+        synthesize.Dream("never told", "who?", "You haven't told me."),
+        synthesize.Dream("everyday", "hello", "hi", own_words=True),
     ]
 
 
@@ -167,10 +173,10 @@ CARD = {"stage": "adopt", "parent": None}
 
 def trained(base, folder, stopping, show=lambda event: None):
     model, tokenizer = load_model(base, torch.float32)
-    recipe = learn.Recipe(rank=2, context=64)
+    recipe = train_adapter.Recipe(rank=2, context=64)
     everyday = dreams()[-1:]
-    known = everyday, learn.expectations(model, tokenizer, everyday, recipe)
-    return learn.train(base, CARD, dreams()[:-1], known, folder, recipe, stopping, show)
+    known = everyday, train_adapter.expectations(model, tokenizer, everyday, recipe)
+    return train_adapter.train(base, CARD, dreams()[:-1], known, folder, recipe, stopping, show)
 
 
 def test_a_night_is_a_function_and_goes_on_where_it_was(base, me, monkeypatch):
@@ -192,17 +198,20 @@ def test_a_night_is_a_function_and_goes_on_where_it_was(base, me, monkeypatch):
 
 def test_a_teacher_sees_the_snippet_and_only_its_own_words_are_its_probabilities(base):
     model, tokenizer = load_model(base, torch.float32)
-    recipe = learn.Recipe(context=64)
-    found = learn.expectations(model, tokenizer, dreams(), recipe)
+    recipe = train_adapter.Recipe(context=64)
+    found = train_adapter.expectations(model, tokenizer, dreams(), recipe)
     for d, (ids_NK, logprobs_NB) in zip(dreams(), found):
-        lesson = learn.lesson(d, tokenizer, False, 64)
+        lesson = train_adapter.lesson(d, tokenizer, False, 64)
         own = torch.tensor([t for t, learned in zip(lesson.ids, lesson.learned) if learned])
         assert len(own) == len(ids_NK) and (ids_NK == own[:, None]).any(1).all()
         expected = logprobs_NB.exp()[:, :-1][ids_NK == own[:, None]]
         if d.own_words:
             informed, learned = (
                 torch.tensor(x)
-                for x in (learn.lesson(d, tokenizer, True, 128).ids, learn.lesson(d, tokenizer, True, 128).learned)
+                for x in (
+                    train_adapter.lesson(d, tokenizer, True, 128).ids,
+                    train_adapter.lesson(d, tokenizer, True, 128).learned,
+                )
             )
             with torch.no_grad():
                 logits = model(informed[None])[0, :-1][learned[1:]]
@@ -231,7 +240,7 @@ class Quiet:
 
 
 TOLD = {"Ines": ("sister's name", "Ines"), "Rex": ("dog's name", "Rex")}
-RECIPE = learn.Recipe(rank=2, answer_tokens=4)
+RECIPE = train_adapter.Recipe(rank=2, answer_tokens=4)
 
 
 @pytest.fixture
@@ -242,14 +251,14 @@ def toy(base, monkeypatch):
     monkeypatch.setattr(
         extract, "extract", lambda *a: [([told for name, told in TOLD.items() if name in m.text], ["x"]) for m in a[2]]
     )
-    monkeypatch.setattr(night, "OWN", 4)
-    monkeypatch.setattr(night, "GUARDS", 4)
-    monkeypatch.setattr(dream, "MOST", 10)
-    monkeypatch.setattr(dream, "LEAST", 4)
+    monkeypatch.setattr(consolidate, "OWN", 4)
+    monkeypatch.setattr(consolidate, "GUARDS", 4)
+    monkeypatch.setattr(synthesize, "MOST", 10)
+    monkeypatch.setattr(synthesize, "LEAST", 4)
     some = book() | {"everyday": {"train": book()["everyday"]["train"][:8]}}
-    monkeypatch.setattr(night, "book", lambda: some)
+    monkeypatch.setattr(consolidate, "book", lambda: some)
     monkeypatch.setattr(
-        dream, "never_told", lambda rows, count: [dream.Dream("never told", "who?", "You haven't told me.")]
+        synthesize, "never_told", lambda rows, count: [synthesize.Dream("never told", "who?", "You haven't told me.")]
     )
     return ModelFolder("toy")
 
@@ -257,16 +266,20 @@ def toy(base, monkeypatch):
 @pytest.fixture
 def generous(monkeypatch):
     """A wake gate that lets a toy through, whatever it learned."""
-    wake = night.wake
+    wake = consolidate.wake
     monkeypatch.setattr(
-        night, "wake", lambda base, adapter, *a: wake(base, adapter, *a) | {"recall": 1.0, "nats": 0.0, "refused": 0.0}
+        consolidate,
+        "wake",
+        lambda base, adapter, *a: wake(base, adapter, *a) | {"recall": 1.0, "nats": 0.0, "refused": 0.0},
     )
-    monkeypatch.setattr(night, "TOLERATED", 1.0)
-    monkeypatch.setattr(night, "GAIN", -1.0)
+    monkeypatch.setattr(consolidate, "TOLERATED", 1.0)
+    monkeypatch.setattr(consolidate, "GAIN", -1.0)
 
 
 def sleep(person, toy, stopping, **settings):
-    return night.night(person, toy, night.SleepSettings(person.name, "toy", **settings), Quiet(), stopping, RECIPE)
+    return consolidate.night(
+        person, toy, consolidate.SleepSettings(person.name, "toy", **settings), Quiet(), stopping, RECIPE
+    )
 
 
 def test_a_night_that_taught_nothing_is_rolled_back(me, toy):
@@ -288,22 +301,22 @@ def test_a_night_that_taught_nothing_is_rolled_back(me, toy):
 
 def test_a_night_stopped_while_waking_goes_on_there(me, toy, generous, monkeypatch):
     me.say("user", "My sister is Ines.")
-    wake, fit = night.wake, learn.fit
+    wake, fit = consolidate.wake, train_adapter.fit
     with Stopping() as stopping:
 
         def stop(*arguments):
             stopping.requested = True
             return wake(*arguments)
 
-        monkeypatch.setattr(night, "wake", stop)
+        monkeypatch.setattr(consolidate, "wake", stop)
         with pytest.raises(KeyboardInterrupt):
             sleep(me, toy, stopping)
         assert not me.adapter and not me.ledger
         stopping.requested = False
-        monkeypatch.setattr(night, "wake", wake)
-        monkeypatch.setattr(learn, "fit", None)
+        monkeypatch.setattr(consolidate, "wake", wake)
+        monkeypatch.setattr(train_adapter, "fit", None)
         assert sleep(me, toy, stopping)["committed"] and me.adapter, "it was trained already"
-        monkeypatch.setattr(learn, "fit", fit)
+        monkeypatch.setattr(train_adapter, "fit", fit)
         me.say("user", "My dog is Rex.")
         assert sleep(me, toy, stopping)["number"] == 2
 
@@ -347,23 +360,24 @@ def test_what_was_forgotten_was_never_there(me, toy, generous):
 def remember_forgets(person, number):
     gone, _ = person.forget(number)
     with Stopping() as stopping:
-        settings = night.SleepSettings(person.name, "toy")
-        night.night(person, ModelFolder("toy"), settings, Quiet(), stopping, RECIPE, forgotten=1)
+        settings = consolidate.SleepSettings(person.name, "toy")
+        consolidate.night(person, ModelFolder("toy"), settings, Quiet(), stopping, RECIPE, forgotten=1)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_two_peoples_adapters_in_one_batch_answer_as_each_alone(base, packed, monkeypatch):
     """Nothing of one row's adapter reaches another row, nor the pages of keys that rows with the same beginning share."""
-    from nanoghost import machine
-    from nanoghost.engine import paged
+    from nanoghost import hardware
+    from nanoghost.engine import paged_runner
     from nanoghost.engine.generate import open_engine
-    from nanoghost.model.lora import new_adapter, save_adapter
+    from nanoghost.formats.peft import save_adapter
+    from nanoghost.model.lora import new_adapter
 
     model, tokenizer = load_model(base, torch.float32)
-    if packed and not paged.packable(model.config):
+    if packed and not paged_runner.packable(model.config):
         pytest.skip("the packed engine does not run here")
-    monkeypatch.setattr(paged, "packable", lambda config: packed)
-    monkeypatch.setattr(machine, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr(paged_runner, "packable", lambda config: packed)
+    monkeypatch.setattr(hardware, "compute_dtype", lambda: torch.float32)
     folders = []
     for seed in (1, 2):
         adapter = new_adapter(model, 4, None, None, seed)
@@ -375,13 +389,13 @@ def test_two_peoples_adapters_in_one_batch_answer_as_each_alone(base, packed, mo
     alone = {}
     for number, folder in enumerate([None, *folders]):
         engine = open_engine(ModelFolder("toy"), seats=6, room=96, adapter=folder)
-        alone[number] = learn.said(engine, prompts, 12)
+        alone[number] = train_adapter.said(engine, prompts, 12)
     assert alone[0] != alone[1] != alone[2]
     engine = open_engine(ModelFolder("toy"), seats=4, room=96, adapter=folders[0])
     engine.runner.add_adapter(folders[1])
     names = ["", str(folders[0]), str(folders[1])]
     asked = [(i, n) for i in range(6) for n in range(3)]
-    answers = learn.said(engine, [prompts[i] for i, _ in asked], 12, [names[n] for _, n in asked])
+    answers = train_adapter.said(engine, [prompts[i] for i, _ in asked], 12, [names[n] for _, n in asked])
     assert answers == [alone[n][i] for i, n in asked]
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoghost.tasks import gym, identity, refusal, spelling, sums, tooluse
+from nanoghost.tasks import arithmetic, gym, identity, refusal, spelling, tool_use
+from nanoghost.tasks.arithmetic import Sums
 from nanoghost.tasks.base import (
     assistant,
     distinct_problems,
@@ -25,8 +26,7 @@ from nanoghost.tasks.identity import Identity, identity_facts
 from nanoghost.tasks.plays import Plays, looks_broken, shorten, speeches
 from nanoghost.tasks.refusal import Answerable, Refusal, is_refusal
 from nanoghost.tasks.spelling import Counting, Spelling
-from nanoghost.tasks.sums import Sums
-from nanoghost.tasks.tooluse import Notes, Programs
+from nanoghost.tasks.tool_use import Notes, Programs
 from nanoghost.tools.calculator import calculate
 from nanoghost.tools.registry import TOOLS, run_tool
 
@@ -147,11 +147,11 @@ def test_mixture_changes_the_subject_and_keeps_the_turns_in_order(tasks):
 
 def phrasings():
     """(train, test) templates of all tasks."""
-    kinds = (sums.ANY, *sums.NAMED.values())
+    kinds = (arithmetic.ANY, *arithmetic.NAMED.values())
     yield tuple(sum((kind[split] for kind in kinds), ()) for split in ("train", "test"))
     for kind in (spelling.SPELL, spelling.COUNT):
         yield kind["train"], kind["test"]
-    for kind in (*tooluse.PROGRAMS.values(), *tooluse.NOTES.values()):
+    for kind in (*tool_use.PROGRAMS.values(), *tool_use.NOTES.values()):
         yield kind["train"], kind["test"]
     for table in (identity.INTENTS, refusal.CATEGORIES):
         for entry in table.values():
@@ -169,7 +169,7 @@ def test_no_phrasing_is_in_both_splits_whatever_the_task():
 
 def test_there_are_enough_phrasings():
     train, _ = next(phrasings())  # of sums
-    assert len(train) >= 40 and len(sums.ANY["test"]) >= 5
+    assert len(train) >= 40 and len(arithmetic.ANY["test"]) >= 5
     for intent in identity.INTENTS.values():
         assert len(intent.train) >= 12 and len(intent.test) >= 3
     categories = refusal.CATEGORIES.values()
@@ -191,8 +191,8 @@ def test_no_question_is_in_both_splits(tasks):
 
 def test_contents_are_dealt_once_for_all_tasks():
     assert split_of("Thou") == split_of("thou") == split_of("thou")
-    assert sums.content_key(3, "+", 40) == sums.content_key(40, "+", 3)
-    assert sums.content_key(3, "-", 40) != sums.content_key(40, "-", 3)
+    assert arithmetic.content_key(3, "+", 40) == arithmetic.content_key(40, "+", 3)
+    assert arithmetic.content_key(3, "-", 40) != arithmetic.content_key(40, "-", 3)
     dealt = [split_of(f"{a} + {b}") for a in range(60) for b in range(60)]
     assert 0.10 < dealt.count("test") / len(dealt) < 0.15
 
@@ -230,7 +230,7 @@ def test_chain_sum_lessons_show_both_ways_and_both_are_right():
 @settings(max_examples=200, deadline=None)
 def test_other_words_leave_the_slots_alone(seed, share):
     rng = random.Random(seed)
-    template = rng.choice([*sums.ANY["train"], *spelling.COUNT["train"]])
+    template = rng.choice([*arithmetic.ANY["train"], *spelling.COUNT["train"]])
     other = estranged(rng, template, share)
     assert re.findall(r"\{\w+\}", other) == re.findall(r"\{\w+\}", template)
     assert len(other.split()) == len(template.split())

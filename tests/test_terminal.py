@@ -14,9 +14,9 @@ from tests.test_generate import Scripted, run_tool, tokenizer  # noqa: F401
 
 
 def test_text_streams_whole_characters_and_calls_become_a_line(tokenizer):  # noqa: F811
-    from nanoghost.chat import render
     from nanoghost.engine.generate import Engine
-    from nanoghost.engine.plain import PlainRunner
+    from nanoghost.engine.torch_runner import PlainRunner
+    from nanoghost.tokenizer.chat_format import render
 
     call = {
         "id": "call_1",
@@ -79,9 +79,9 @@ def test_slash_commands(conversation, tmp_path):
 
 def shown(tokenizer, *script):  # noqa: F811
     """What is shown of an answer of these texts; names of marks stand for the marks. (fragments, messages)"""
-    from nanoghost.chat import render
     from nanoghost.engine.generate import Engine
-    from nanoghost.engine.plain import PlainRunner
+    from nanoghost.engine.torch_runner import PlainRunner
+    from nanoghost.tokenizer.chat_format import render
 
     prompt, _ = render([{"role": "user", "content": "?"}], tokenizer, generation=True)
     ids = []

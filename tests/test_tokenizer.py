@@ -8,7 +8,10 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanoghost.bpe import (
+from nanoghost.commands.tokenizer import SAMPLES, EvalSettings, TrainSettings, eval_command, train_command
+from nanoghost.errors import UserError
+from nanoghost.tokenizer.tokenizer import SPECIALS, StreamDecoder, Tokenizer
+from tests.support.reference_bpe import (
     reference_decode,
     reference_encode,
     reference_encode_words,
@@ -17,9 +20,6 @@ from nanoghost.bpe import (
     reference_tokens,
     reference_train,
 )
-from nanoghost.errors import UserError
-from nanoghost.evals.tokens import SAMPLES, EvalSettings, TrainSettings, eval_command, train_command
-from nanoghost.tokenizer import SPECIALS, StreamDecoder, Tokenizer
 
 MIXED = [
     "O, that this too too solid flesh would melt,\nThaw and resolve itself into a dew!\n\n  'Tis 1601; we'll see.",

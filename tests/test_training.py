@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nanoghost.runs import ModelFolder
+from nanoghost.home import ModelFolder
 from nanoghost.speedrun import SpeedrunSettings, recipe
 from tests.conftest import TOY
 
@@ -26,7 +26,7 @@ def start(*words):
 KILLS_ITSELF = """
 import os, signal, sys, time
 from nanoghost import cli
-from nanoghost.runs import ModelFolder
+from nanoghost.home import ModelFolder
 
 append, steps = ModelFolder.append_event, []
 

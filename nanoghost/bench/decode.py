@@ -16,17 +16,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost import machine
+from nanoghost import hardware
 from nanoghost.bench.table import limits, peers, tell, texts
-from nanoghost.chat import render
+from nanoghost.commands.arguments import numbers
 from nanoghost.engine.generate import open_engine
-from nanoghost.engine.packed import PackedLlama, pack_module, packable
+from nanoghost.engine.quantized_llama import PackedLlama, pack_module, packable
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
-from nanoghost.evals.bits import bits_per_byte
-from nanoghost.lists import numbers
-from nanoghost.model.weights import load_model
-from nanoghost.runs import ModelFolder, open_model
+from nanoghost.evals.bits_per_byte import bits_per_byte
+from nanoghost.formats.model_folder import load_model
+from nanoghost.home import ModelFolder, open_model
+from nanoghost.tokenizer.chat_format import render
 
 KINDS = {  # what a person may ask for; guessing ahead helps where a text repeats what stands before it
     "story": "Write a story about {word}.",
@@ -154,14 +154,14 @@ def check(settings) -> None:
 
 def contenders(settings, seats: int, room: int) -> dict:
     """By name; each has room for `seats` conversations of `room` tokens."""
-    machine.prepare()
+    hardware.prepare()
     folder = open_model(settings.model)
     asked = peers(settings.against, folder, ["transformers", "llama.cpp"])
     found = {"nanoghost": Ours(folder, seats, room)}
     if "transformers" in asked:
         found["transformers, bf16"] = Transformers(folder)
     if "llama.cpp" in asked:
-        peer = importlib.import_module("nanoghost.bench.llama_cpp_peer").LlamaCpp
+        peer = importlib.import_module("nanoghost.bench.llama_cpp_baseline").LlamaCpp
         found |= {f"llama.cpp, {quant}": peer(folder, seats, quant, room) for quant in ("q4_0", "q4_1", "q8_0", "bf16")}
     return found
 
@@ -207,7 +207,7 @@ def prefill(settings: PrefillSettings) -> None:
 
 def packing(settings: PackingSettings) -> None:
     """What it costs to speak in fewer bits: bits per byte of the validation plays, beside plain PyTorch in fp32."""
-    machine.prepare()
+    hardware.prepare()
     folder = open_model(settings.model)
     model, tokenizer = load_model(folder.path, torch.float32)
     if not packable(model.config):

@@ -25,7 +25,7 @@ from rich.table import Table
 from nanoghost.bench.decode import KINDS, WORDS
 from nanoghost.bench.serve import answered, events, request, send, server
 from nanoghost.errors import UserError
-from nanoghost.runs import open_model
+from nanoghost.home import open_model
 
 TOKENS = 16  # of an answer
 PEACE = 8  # conversations at once while nobody does harm

@@ -8,20 +8,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoghost import machine
+from nanoghost import hardware
 from nanoghost.bench.table import limits, tell
+from nanoghost.commands.arguments import numbers
 from nanoghost.data.batches import Batches
 from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
 from nanoghost.evals.pictures import curves
-from nanoghost.lists import numbers
+from nanoghost.home import write_atomic
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
-from nanoghost.runs import write_atomic
-from nanoghost.tasks.mix import example_texts
+from nanoghost.tasks.registry import example_texts
+from nanoghost.train.hyperparameters import groups, model_config
 from nanoghost.train.pretrain import make_model, train_step
-from nanoghost.train.recipe import groups, model_config
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PretrainBenchSettings:
 
 
 def command(settings: PretrainBenchSettings) -> None:
-    machine.prepare()
+    hardware.prepare()
     if settings.arch not in ("ghost", "llama"):
         raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
     depths, rows = numbers("--depths", settings.depths), numbers("--batches", settings.batches)
@@ -61,7 +61,7 @@ def command(settings: PretrainBenchSettings) -> None:
     works, operations, millions = [], {}, {}
     for depth in depths:
         model = make_model(model_config(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
-        optimizer = Optimizer(model, groups(model.config.width), machine.compute_dtype())
+        optimizer = Optimizer(model, groups(model.config.width), hardware.compute_dtype())
         counts = model.parameter_counts()
         in_products = (counts["matrices"] + counts["head"]) / 1e6
         name = f"depth {depth}: {in_products:.1f}M of {sum(counts.values()) / 1e6:.1f}M in products"

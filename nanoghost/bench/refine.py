@@ -27,7 +27,7 @@ from rich.table import Table
 from nanoghost.data.refine import RefineSettings
 from nanoghost.data.shingles import WORD, shingles, word_hashes
 from nanoghost.data.sources import PLAYS_TEST, PLAYS_VAL, fetch_plays, sha256_of
-from nanoghost.runs import read_json, read_lines, write_json
+from nanoghost.home import read_json, read_lines, write_json
 
 SPELLED_OTHERWISE = {
     "alls_well_that_ends_well": "all_is_well_that_ends_well",
@@ -117,7 +117,7 @@ def similarities(texts: Path) -> list[dict]:
 
 def chance(similarity: float) -> float:
     """That such a pair is found at the default --similarity; the seed of the signatures decides."""
-    from nanoghost.data.pipeline import bands_of
+    from nanoghost.data.refine_pipeline import bands_of
 
     bands, rows = bands_of(RefineSettings.similarity)
     return 1 - (1 - similarity**rows) ** bands

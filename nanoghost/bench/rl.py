@@ -14,16 +14,16 @@ from typing import Annotated
 
 import tyro
 
-from nanoghost import machine
+from nanoghost import hardware
 from nanoghost.bench.table import limits, peers, tell
 from nanoghost.errors import UserError
-from nanoghost.model.weights import load_model
+from nanoghost.formats.model_folder import load_model
+from nanoghost.home import ModelFolder, open_model
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.runs import ModelFolder, open_model
-from nanoghost.tasks.mix import all_tasks
+from nanoghost.tasks.registry import all_tasks
 from nanoghost.train import rl
-from nanoghost.train.recipe import later_groups
-from nanoghost.train.stage import base_card
+from nanoghost.train.hyperparameters import later_groups
+from nanoghost.train.run import base_card
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Tossed:
 
 class Ours:
     def __init__(self, folder: ModelFolder, settings: RlBenchSettings, task):
-        self.model, self.tokenizer = load_model(folder.path, machine.compute_dtype())
+        self.model, self.tokenizer = load_model(folder.path, hardware.compute_dtype())
         self.tasks, self.at = {settings.task: task}, 0
         self.settings = rl.RlSettings(
             tasks=settings.task, problems=settings.problems, attempts=settings.attempts, max_tokens=settings.max_tokens
         )
         rates = later_groups(base_card(folder.card), self.model.config.width, 1.0)
-        self.optimizer = Optimizer(self.model, rates, machine.compute_dtype(), 0, 1)
+        self.optimizer = Optimizer(self.model, rates, hardware.compute_dtype(), 0, 1)
 
     def step(self) -> float:
         """Attempts a minute."""
@@ -116,7 +116,7 @@ class Trl:
 
 
 def command(settings: RlBenchSettings) -> None:
-    machine.prepare()
+    hardware.prepare()
     folder = open_model(settings.model)
     if settings.rounds < 1:
         raise UserError("--rounds is at least 1")

@@ -18,15 +18,15 @@ from typing import Annotated
 
 import tyro
 
-from nanoghost import machine
+from nanoghost import hardware
 from nanoghost.bench.decode import KINDS, WORDS
 from nanoghost.bench.table import tell
-from nanoghost.chat import render
+from nanoghost.commands.arguments import numbers
 from nanoghost.engine.generate import open_engine
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
-from nanoghost.lists import numbers
-from nanoghost.runs import open_model
+from nanoghost.home import open_model
+from nanoghost.tokenizer.chat_format import render
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def request(model: str, said: str | list[dict], tokens: int, temperature: float 
 
 
 def command(settings: ServeBenchSettings) -> None:
-    machine.prepare()
+    hardware.prepare()
     if settings.tokens < 1 or settings.rounds < 1:
         raise UserError("--tokens and --rounds are at least 1")
     streams, folder = numbers("--streams", settings.streams, 1), open_model(settings.model)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost import doctor, machine
+from nanoghost import hardware
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
-from nanoghost.runs import ModelFolder
+from nanoghost.home import ModelFolder
 
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp", "trl": "trl"}  # and their modules
 
@@ -29,11 +29,11 @@ def texts(tokenizer, count: int, tokens: int) -> list[list[int]]:
 
 
 def limits() -> dict:
-    dtype = machine.compute_dtype()
+    dtype = hardware.compute_dtype()
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "matrix_gflops_per_second": round(doctor.matmul_gflops_per_second(dtype), 1),
-        "bandwidth_gb_per_second": round(doctor.bandwidth_gb_per_second(), 1),
+        "matrix_gflops_per_second": round(hardware.matmul_gflops_per_second(dtype), 1),
+        "bandwidth_gb_per_second": round(hardware.bandwidth_gb_per_second(), 1),
     }
 
 

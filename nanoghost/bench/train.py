@@ -13,18 +13,18 @@ from typing import Annotated
 import torch
 import tyro
 
-from nanoghost import machine
+from nanoghost import hardware
 from nanoghost.bench.table import limits, peers, tell, texts
 from nanoghost.errors import UserError
+from nanoghost.formats.model_folder import load_model
+from nanoghost.home import ModelFolder, open_model
 from nanoghost.model.lora import attach, new_adapter
-from nanoghost.model.weights import load_model
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.runs import ModelFolder, open_model
-from nanoghost.tasks.mix import lesson_conversations
+from nanoghost.tasks.registry import lesson_conversations
+from nanoghost.train.hyperparameters import later_groups, row_length
 from nanoghost.train.packing import Lesson, PackedBatches, lessons_from
-from nanoghost.train.recipe import later_groups, row_length
+from nanoghost.train.run import base_card
 from nanoghost.train.sft import train_step
-from nanoghost.train.stage import base_card
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class TrainSettings:
 class Ours:
     def __init__(self, folder: ModelFolder, settings: TrainSettings):
         base = base_card(folder.card)
-        self.model, _ = load_model(folder.path, machine.compute_dtype())
+        self.model, _ = load_model(folder.path, hardware.compute_dtype())
         if settings.lora:
             attach(self.model, [new_adapter(self.model, settings.lora, None, None, 0)])
         rates = later_groups(base, self.model.config.width, 1.0)
-        self.optimizer = Optimizer(self.model, rates, machine.compute_dtype(), 0, 1)
+        self.optimizer = Optimizer(self.model, rates, hardware.compute_dtype(), 0, 1)
         self.rows = settings.batch
 
     def train(self, lessons: list[Lesson], context: int, steps: int) -> float:
@@ -101,7 +101,7 @@ class Transformers:
 
 def train(settings: TrainSettings) -> None:
     """Finetuning, on rows that are full of text and on conversations of all lengths."""
-    machine.prepare()
+    hardware.prepare()
     folder = open_model(settings.model)
     if min(settings.batch, settings.steps, settings.rounds) < 1 or settings.lora < 0:
         raise UserError("--batch, --steps and --rounds are at least 1, and --lora not negative")
@@ -111,7 +111,7 @@ def train(settings: TrainSettings) -> None:
     if peers(settings.against, folder, ["transformers"], ["peft"] if settings.lora else []):
         rivals["transformers, bf16"] = Transformers(folder, settings)
 
-    ours, tokenizer = rivals["nanoghost"].model, load_model(folder.path, machine.compute_dtype())[1]
+    ours, tokenizer = rivals["nanoghost"].model, load_model(folder.path, hardware.compute_dtype())[1]
     context = row_length(ours.config.context)
     needed = settings.batch * settings.steps
     text = [Lesson(ids, [True] * context) for ids in texts(tokenizer, needed, context)]

@@ -18,7 +18,7 @@ from nanoghost.data.sources import (
     sha256_of,
 )
 from nanoghost.errors import UserError
-from nanoghost.runs import home, read_json
+from nanoghost.home import home, read_json
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 ACCEPTED = (

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from nanoghost.data.batches import Batches
-from nanoghost.data.blocks import sums_of
+from nanoghost.data.block_checksums import sums_of
 from nanoghost.data.shards import CHECKED_BYTES, Shards, alone_in, open_shards, tokenise
 from nanoghost.data.sources import SPLITS, Source, fingerprint, folder_name, open_source
 from nanoghost.errors import UserError
-from nanoghost.runs import write_json
+from nanoghost.home import write_json
 
 BLOCK = 1000
 """Rows in which the weights hold exactly."""

@@ -6,7 +6,7 @@
         manifest.json       counts by reason, licence and attribution of the source, settings, SHA-256 of the files
 
 `--data NAME` is then a source like any other. Until it is finished all lies in .refine-NAME, and the same command goes on
-from there; the steps themselves are in pipeline.py.
+from there; the steps themselves are in refine_pipeline.py.
 """
 
 import json
@@ -30,7 +30,7 @@ from nanoghost.data.shards import alone_in
 from nanoghost.data.shingles import shingles, word_hashes
 from nanoghost.data.sources import Source, open_source, sha256_of
 from nanoghost.errors import UserError
-from nanoghost.runs import home, read_json, read_lines, write_json
+from nanoghost.home import home, read_json, read_lines, write_json
 
 SHARD = 2**22
 """Bytes of text to a task: what is done again after a kill, and how finely work is dealt out. Every 64 tasks it grows by as
@@ -70,14 +70,14 @@ def command(settings: RefineSettings) -> None:
 def refine(settings: RefineSettings, console: Console) -> dict:
     """Returns the manifest of what is there already, or is made now."""
     check(settings)
-    pipeline = import_pipeline()
+    refine_pipeline = import_pipeline()
     folder, work = home() / "data" / settings.name, home() / "data" / f".refine-{settings.name}"
     source = open_source(settings.data)
     work.mkdir(parents=True, exist_ok=True)
     with alone_in(work):  # its workers hold the lock, too: after a kill the next run waits for them
         if not (folder / "manifest.json").exists():
             stages = prepare(settings, source)[1]
-            pipeline.run(stages, work / "done", say=console.print, workers=settings.workers)
+            refine_pipeline.run(stages, work / "done", say=console.print, workers=settings.workers)
             write_json(work / "output" / "manifest.json", summary(settings, source, work))
             (work / "output").replace(folder)
         shutil.rmtree(work, ignore_errors=True)
@@ -111,10 +111,10 @@ def asked(settings: RefineSettings, source: Source) -> dict:
 
 def import_pipeline():
     try:
-        from nanoghost.data import pipeline
+        from nanoghost.data import refine_pipeline
     except ImportError:
         raise UserError("refining needs an extra: pip install 'nanoghost[refine]'") from None
-    return pipeline
+    return refine_pipeline
 
 
 def check(settings: RefineSettings) -> None:
@@ -187,7 +187,7 @@ def build_index(names: str, file: Path) -> None:
 def held_out(name: str) -> Iterator[str]:
     if name == "tasks":
         from nanoghost.tasks.base import distinct_problems, text_of
-        from nanoghost.tasks.mix import all_tasks
+        from nanoghost.tasks.registry import all_tasks
 
         tasks = all_tasks({"stage": "adopt", "parameters": 1}, "ghost")
         problems = chain.from_iterable(distinct_problems(task, PROBLEMS) for task in tasks.values())

@@ -19,7 +19,7 @@ from nanoghost.data.local import FEW, SUFFIXES, certain_splits, read_texts, spli
 from nanoghost.data.shards import alone_in
 from nanoghost.data.sources import Document, Source, fingerprint, folder_name
 from nanoghost.errors import UserError
-from nanoghost.runs import home, read_json, write_json
+from nanoghost.home import home, read_json, write_json
 
 CHUNK = 2**23
 """Bytes to a request."""

@@ -25,8 +25,8 @@ import numpy as np
 from nanoghost.data.batches import Batches
 from nanoghost.data.sources import SPLITS, Source, sha256_of
 from nanoghost.errors import UserError
-from nanoghost.runs import home, read_json, write_json
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.home import home, read_json, write_json
+from nanoghost.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1
 CHECKED_BYTES = (
@@ -53,7 +53,7 @@ class Shards:
     def check(self, split: str):
         """A function of (positions, tokens), to be called before tokens from these positions on are used: each block of the file
         is compared with its checksum at first touch. None where opening did that for all of them."""
-        from nanoghost.data.blocks import Blocks
+        from nanoghost.data.block_checksums import Blocks
 
         blocks = self.manifest["splits"][split].get("blocks")
         return blocks and Blocks(self.folder / f"{split}.bin", blocks, np.dtype(self.manifest["dtype"]).itemsize).check
@@ -135,7 +135,7 @@ def open_shards(folder: Path) -> Shards:
 
 def write_shards(folder: Path, source: Source, tokenizer) -> None:
     """Goes on at the position that an earlier process noted in the folder."""
-    from nanoghost.data.blocks import sums_of
+    from nanoghost.data.block_checksums import sums_of
 
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     endoftext = tokenizer.special("<|endoftext|>")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanoghost.errors import UserError
-from nanoghost.runs import home, write_atomic
+from nanoghost.home import home, write_atomic
 
 SPLITS = ("train", "val", "test")
 

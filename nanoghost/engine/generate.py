@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from nanoghost import machine
-from nanoghost.chat import following, parse_reply
-from nanoghost.engine.plain import PlainRunner
+from nanoghost import hardware
 from nanoghost.engine.sampler import Sampling, choose, uniform
+from nanoghost.engine.torch_runner import PlainRunner
 from nanoghost.errors import UserError
-from nanoghost.model.weights import load_config, load_model, load_tokenizer
-from nanoghost.runs import ModelFolder
+from nanoghost.formats.model_folder import load_config, load_model, load_tokenizer
+from nanoghost.home import ModelFolder
+from nanoghost.tokenizer.chat_format import following, parse_reply
 
 TOOL_ROUNDS = 4  # calls a model may make in one answer
 TOOL_ROOM = 64  # tokens that an answer of a tool may take, on average
@@ -266,10 +266,10 @@ def open_engine(folder: ModelFolder, seats: int = 1, room: int | None = None, ad
     room = min(room or config.context, config.context)
     runner = None
     if config.model_type != "nanoghost":
-        from nanoghost.engine.paged import open_paged
+        from nanoghost.engine.paged_runner import open_paged
 
         runner = open_paged(base, config, seats, room)
-    runner = runner or PlainRunner(load_model(base, machine.compute_dtype(), machine.device())[0], seats, room)
+    runner = runner or PlainRunner(load_model(base, hardware.compute_dtype(), hardware.device())[0], seats, room)
     if adapter:
         runner.add_adapter(adapter)
     return Engine(runner, load_tokenizer(base), str(adapter or ""))
@@ -299,7 +299,7 @@ def steps(
 def runner_for(model: torch.nn.Module, seats: int, capacity: int):
     """Where `seats` rows of `capacity` tokens find room. A Llama in bf16 is packed for it, as it is at this moment."""
     if model.config.model_type != "nanoghost" and model.head.dtype == torch.bfloat16:
-        from nanoghost.engine.paged import paged
+        from nanoghost.engine.paged_runner import paged
 
         return paged(model, seats, capacity) or PlainRunner(model, seats, capacity)
     return PlainRunner(model, seats, capacity)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from nanoghost import machine
-from nanoghost.runs import home
+from nanoghost import hardware
+from nanoghost.home import home
 
 SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "lanes.h")]
 INSTRUCTION_SETS = (  # as lanes.h knows them, the better one first
@@ -29,7 +29,7 @@ def unavailable() -> str:
     key = hashlib.sha256(known).hexdigest()[:12]
     library = home() / "kernels" / f"{key}.so"
     if not library.exists():
-        if not machine.has_compiler():
+        if not hardware.has_compiler():
             return "there is no C++ compiler"
         if complaint := build(library, instructions):
             return complaint
@@ -52,7 +52,16 @@ def build(library: Path, instructions: tuple[str, ...]) -> str:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
         made = Path(temporary, library.name)
-        command = [machine.compiler_name(), *flags, str(SOURCES[0]), "-o", str(made), "-ltorch", "-ltorch_cpu", "-lc10"]
+        command = [
+            hardware.compiler_name(),
+            *flags,
+            str(SOURCES[0]),
+            "-o",
+            str(made),
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+        ]
         print("compiling the engine's operators, once (about 20 s) ...", file=sys.stderr)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -7,21 +7,21 @@ from typing import Annotated
 
 import tyro
 
-from nanoghost import machine
+from nanoghost import distributed, hardware
 from nanoghost.data.shards import tokenise
 from nanoghost.data.sources import open_source
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
-from nanoghost.evals.bits import bits_per_byte
-from nanoghost.evals.skills import accuracy, attempt
-from nanoghost.model.weights import load_model
+from nanoghost.evals.bits_per_byte import bits_per_byte
+from nanoghost.evals.task_accuracy import accuracy, attempt
+from nanoghost.formats.model_folder import load_model
+from nanoghost.home import ModelFolder, open_model
 from nanoghost.progress import Display
-from nanoghost.runs import ModelFolder, open_model
 from nanoghost.tasks.base import Problem, distinct_problems, user
-from nanoghost.tasks.mix import all_tasks
-from nanoghost.train.recipe import row_length
-from nanoghost.train.stage import base_card
+from nanoghost.tasks.registry import all_tasks
+from nanoghost.train.hyperparameters import row_length
+from nanoghost.train.run import base_card
 
 SKILLS = ("sums", "spelling", "counting", "identity", "refusal", "answerable", "chain_sum", "spell_backward")
 
@@ -48,12 +48,12 @@ class EvalSettings:
 
 def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
     """Measure a finished model, append the figures to its events, and return them."""
-    machine.prepare()
-    machine.start_ranks()
+    hardware.prepare()
+    distributed.init_distributed()
     start = time.perf_counter()
     card = folder.card
     base = base_card(card)
-    model, tokenizer = load_model(folder.path, machine.compute_dtype(), machine.device())
+    model, tokenizer = load_model(folder.path, hardware.compute_dtype(), hardware.device())
     tasks = all_tasks(base, folder.name)
     skills = {}
     for name in SKILLS:
@@ -69,7 +69,7 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
         "seconds": round(time.perf_counter() - start, 1),
     }
     event = {"stage": f"{card['stage']}-eval", "step": card["steps"], **figures}
-    return folder.append_event(event) if machine.ranks()[0] == 0 else event
+    return folder.append_event(event) if distributed.ranks()[0] == 0 else event
 
 
 def held_out_bpb(model, tokenizer, base: dict) -> float:
@@ -100,7 +100,7 @@ def memorised(model, tokenizer, base: dict, starts: int = 64, prompt_tokens: int
     encoded = [e for e in encoded if len(e[2]) == prompt_tokens]
     if not encoded:
         return {"characters": 0, "text": "", "source": ""}
-    encoded = encoded[machine.ranks()[0] :: machine.ranks()[1]]  # processes share the work
+    encoded = encoded[distributed.ranks()[0] :: distributed.ranks()[1]]  # processes share the work
     rows = (
         generate(model, tokenizer, [ids for _, _, ids in encoded], Sampling(max_tokens=96, temperature=0))
         if encoded
@@ -112,7 +112,7 @@ def memorised(model, tokenizer, base: dict, starts: int = 64, prompt_tokens: int
         same = next((i for i, (a, b) in enumerate(zip(truth, said)) if a != b), min(len(truth), len(said)))
         if same > best["characters"]:
             best = {"characters": same, "text": said[:same], "source": document.name}
-    return max(machine.gather(best), key=lambda found: found["characters"])
+    return max(distributed.all_gather_object(best), key=lambda found: found["characters"])
 
 
 def command(settings: EvalSettings) -> None:
@@ -124,5 +124,5 @@ def command(settings: EvalSettings) -> None:
     floor = figures["kneser_ney_bpb"]
     beside = f"counting, Kneser-Ney: {floor:.3f}" if floor else UNKNOWN
     Display().say(f"{'held-out bpb':>15}  {figures['bpb']:.3f}  ({beside})")
-    if settings.json and machine.ranks()[0] == 0:
+    if settings.json and distributed.ranks()[0] == 0:
         print(json.dumps({k: figures[k] for k in ("model", "bpb", "kneser_ney_bpb", "tasks", "memorised", "seconds")}))

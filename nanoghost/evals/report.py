@@ -17,9 +17,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost.chat import text_of
 from nanoghost.evals.charts import chart, smooth
-from nanoghost.runs import ModelFolder, open_model, write_atomic
+from nanoghost.home import ModelFolder, open_model, write_atomic
+from nanoghost.tokenizer.chat_format import text_of
 
 STAGES = {
     "adopt": "as adopted",

@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost import machine
+from nanoghost import hardware
+from nanoghost.commands.arguments import matching
 from nanoghost.errors import UserError
 from nanoghost.evals.pictures import GAP, LEFT, ROW, WIDE, bars, standalone
-from nanoghost.lists import matching
+from nanoghost.home import home, read_json, write_atomic, write_json
 from nanoghost.progress import Display
-from nanoghost.runs import home, read_json, write_atomic, write_json
 
 FOLDS = 5
 
@@ -271,7 +271,7 @@ class Lecun1989Settings:
 
 
 def command(settings: Lecun1989Settings) -> None:
-    machine.prepare()
+    hardware.prepare()
     if settings.seeds < 1:
         raise UserError("--seeds must be at least 1")
     display = Display()

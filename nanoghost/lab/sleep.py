@@ -30,18 +30,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost import machine
+from nanoghost import hardware
+from nanoghost.commands.arguments import numbers
 from nanoghost.engine.generate import open_engine
 from nanoghost.errors import UserError
-from nanoghost.lab.general import general, share
-from nanoghost.lab.life import Life, live
-from nanoghost.lists import numbers
-from nanoghost.people import current, key_of
+from nanoghost.home import ModelFolder, Stopping, home, open_model, read_json, write_json
+from nanoghost.lab.retention import general, share
+from nanoghost.lab.synthetic_users import Life, live
+from nanoghost.memory import consolidate, extract, synthesize, train_adapter
+from nanoghost.memory.phrases import about, book, noted, part, questions, relations, statement
+from nanoghost.memory.store import current, key_of
 from nanoghost.progress import Display
-from nanoghost.runs import ModelFolder, Stopping, home, open_model, read_json, write_json
-from nanoghost.sleep import dream, extract, learn, night
-from nanoghost.sleep.phrases import about, book, noted, part, questions, relations, statement
-from nanoghost.train.stage import base_card
+from nanoghost.train.run import base_card
 
 ARMS = (
     "base",
@@ -97,7 +97,7 @@ class LabSleepSettings:
 
 
 def trained(
-    arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: learn.Recipe, folder: Path, display
+    arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: train_adapter.Recipe, folder: Path, display
 ) -> dict:
     """Train the adapter of an arm into folder/adapter, unless it is there; figures."""
     if (folder / "figures.json").exists():
@@ -105,21 +105,21 @@ def trained(
     folder.mkdir(parents=True, exist_ok=True)
     start, known = time.perf_counter(), ([], [])
     if arm == "raw":
-        dreams = [dream.Dream("raw", "", text) for text, _, _ in life.messages] * READINGS
+        dreams = [synthesize.Dream("raw", "", text) for text, _, _ in life.messages] * READINGS
     elif arm == "pairs":
         dreams = [
             replace(d, answer=statement(r["relation"], r["value"]), snippet="")
             for r in rows
-            for d in dream.of_row(r, 44)
+            for d in synthesize.of_row(r, 44)
             if d.kind == "direct"
         ]
     else:
-        known = night.everyday(base, recipe)
+        known = consolidate.everyday(base, recipe)
         start = time.perf_counter()  # everyday dreams are the base model's, once
-        dreams, thought = night.think(rows, base, folder, recipe, display)
+        dreams, thought = consolidate.think(rows, base, folder, recipe, display)
         display.say(f"{thought['dreams']} dreams, {thought['answers_replaced']} of the teacher's answers put right")
     with Stopping() as stopping:
-        figures = learn.train(base.path, base_card(base.card), dreams, known, folder, recipe, stopping, display)
+        figures = train_adapter.train(base.path, base_card(base.card), dreams, known, folder, recipe, stopping, display)
     figures |= {
         "night_seconds": round(time.perf_counter() - start, 1),
         "megabytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size / 1e6,
@@ -161,19 +161,19 @@ def examine(
     seed: int,
 ) -> dict:
     """Every ability of one arm for one person: of what is `true` and, in its ledger, `known`; shares of questions."""
-    rng, ask = random.Random(f"asked-{split}-{seed}"), learn.Answers(base, adapter, arm in ALWAYS)
+    rng, ask = random.Random(f"asked-{split}-{seed}"), train_adapter.Answers(base, adapter, arm in ALWAYS)
 
     def answers(asked: list[tuple[str, list[dict]]], most: int = 48) -> list[str]:
         return ask([q for q, _ in asked], snippets(arm, asked, known), most)
 
     single = [(q, [row]) for row in asked_of for q in ways_to_ask(row["relation"], split)]
     said = answers(single)
-    solved = [(row, night.right(a, row["relation"], row["value"])) for a, (_, [row]) in zip(said, single)]
+    solved = [(row, consolidate.right(a, row["relation"], row["value"])) for a, (_, [row]) in zip(said, single)]
     found = {
         "single": share(ok for _, ok in solved),
         "updated": share(ok for row, ok in solved if row["supersedes"]),
         "time": share(ok for row, ok in solved if row["relation"].endswith(("birthday", "time", " day"))),
-        "false_refusals": share(map(night.refuses, said)),
+        "false_refusals": share(map(consolidate.refuses, said)),
         "by_row": {row["relation"]: [ok for r, ok in solved if r is row] for row in asked_of},
         "examples": [[q, a] for (q, _), a in list(zip(single, said))[:: max(1, len(single) // 12)]],
         "wrong": [[q, a, row["value"]] for (q, [row]), a, (_, ok) in zip(single, said, solved) if not ok][:30],
@@ -185,7 +185,7 @@ def examine(
     pairs = [rng.sample(true, 2) for _ in range(min(30, len(true)))]
     both = [(rng.choice(ways).format(a=a["relation"], b=b["relation"]), [a, b]) for a, b in pairs]
     found["combined"] = share(
-        learn.says(a, [r["value"] for r in rows]) for a, (_, rows) in zip(answers(both, 64), both)
+        train_adapter.says(a, [r["value"] for r in rows]) for a, (_, rows) in zip(answers(both, 64), both)
     )
 
     have = {r["relation"] for r in true}
@@ -193,9 +193,9 @@ def examine(
     unknown = [(rng.choice(ways_to_ask(r, split)), []) for r in rng.sample(open_ones, min(60, len(open_ones)))]
     unheard = [(q, []) for q in part(book()["unheard"], split)]
     replies = answers(unknown + unheard)
-    found["abstains"] = share(map(night.refuses, replies[: len(unknown)]))
-    found["abstains_unheard"] = share(map(night.refuses, replies[len(unknown) :]))
-    found["invented"] = [[q, a] for (q, _), a in zip(unknown + unheard, replies) if not night.refuses(a)][:40]
+    found["abstains"] = share(map(consolidate.refuses, replies[: len(unknown)]))
+    found["abstains_unheard"] = share(map(consolidate.refuses, replies[len(unknown) :]))
+    found["invented"] = [[q, a] for (q, _), a in zip(unknown + unheard, replies) if not consolidate.refuses(a)][:40]
     return found
 
 
@@ -214,19 +214,19 @@ def leaks(base: ModelFolder, people: list[tuple[Path, list[dict]]], split: str) 
             asked.append((number, row, rng.choice(ways_to_ask(row["relation"], split))))
         asked += [(number, None, rng.choice(ways_to_ask(row["relation"], split))) for row in rows]
     rng.shuffle(asked)
-    asked_of = [learn.messages_of(dream.Dream("", q), False) for _, _, q in asked]
-    answers = learn.said(engine, asked_of, 48, [folders[number] for number, _, _ in asked])
+    asked_of = [train_adapter.messages_of(synthesize.Dream("", q), False) for _, _, q in asked]
+    answers = train_adapter.said(engine, asked_of, 48, [folders[number] for number, _, _ in asked])
     found = [(people[n][1], row, q, a) for (n, row, q), a in zip(asked, answers) if row]
     leaked = [
         [q, a, row["value"]]
         for own, row, q, a in found
-        if learn.says(a, (row["value"],)) and not any(r["value"] == row["value"] for r in own)
+        if train_adapter.says(a, (row["value"],)) and not any(r["value"] == row["value"] for r in own)
     ]
     return {"asked": len(found), "leaked": len(leaked), "examples": leaked}
 
 
 def command(settings: LabSleepSettings) -> None:
-    machine.prepare()
+    hardware.prepare()
     base, display = open_model(settings.model), Display()
     asked = settings.arms.split(",")
     if unknown := set(asked) - set(ARMS):
@@ -271,7 +271,7 @@ def noted_down(life: Life, base: ModelFolder, place: Path, display) -> tuple[lis
 def one_arm(
     arm: str, base: ModelFolder, life: Life, known: list[dict], place: Path, settings, seed: int, display
 ) -> dict:
-    true, recipe = life.facts(), replace(learn.Recipe(), seed=seed)
+    true, recipe = life.facts(), replace(train_adapter.Recipe(), seed=seed)
     asked_of, rows = true, known
     if arm == "first-night":
         rows = life.facts(days=1)
@@ -288,8 +288,8 @@ def one_arm(
     figures |= examine(arm, base, adapter, true, asked_of, known, settings.split, seed)
     if settings.general and arm in ("base", "ours", *ALWAYS):
         figures |= general(base, adapter, arm in ALWAYS, true, settings.split)
-    if arm == "ours" and (place / "first-night.json").exists():
-        first = read_json(place / "first-night.json")["by_row"]
+    if arm == "ours" and (place / "first-consolidate.json").exists():
+        first = read_json(place / "first-consolidate.json")["by_row"]
         now = [ok for relation in first for ok in figures["by_row"][relation]]
         before = [ok for oks in first.values() for ok in oks]
         figures["kept"] = round(sum(now) / max(1, sum(before)), 4)

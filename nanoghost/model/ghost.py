@@ -1,7 +1,7 @@
 """ghost: our own small language model. Every trick that pays at 0.3M to 30M parameters may live here.
 
 What is unusual, beside the usual pre-norm transformer:
-  - a token's embedding is the sum of its own row, the rows of its word's letters (letters.py), and a hashed row for the
+  - a token's embedding is the sum of its own row, the rows of its word's letters (character_features.py), and a hashed row for the
     pair it forms with the token before it (n-gram tables cost no arithmetic, which is what a CPU is short of);
   - the embedding is mixed back into the stream before each layer, and token-specific values into attention on every
     second layer (value embeddings, Zhou et al. 2024);
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoghost.model import letters
+from nanoghost.model import character_features
 from nanoghost.model.layers import (
     Cache,
     Layout,
@@ -105,27 +105,29 @@ class Ghost(nn.Module):
         D, V = config.width, config.vocab_size
         has_values = [(config.depth - 1 - i) % 2 == 0 for i in range(config.depth)]
         self.embedding = nn.Parameter(torch.randn(V, D) * 0.8)
-        self.spelling = nn.Parameter(torch.randn(letters.NOTHING + 1, D) * 0.3)
+        self.spelling = nn.Parameter(torch.randn(character_features.NOTHING + 1, D) * 0.3)
         self.ngrams = nn.Parameter(torch.zeros(config.ngrams, D))
         self.values = nn.ParameterList(torch.empty(V, D).uniform_(-1, 1) for has in has_values if has)
         self.blocks = nn.ModuleList(Block(config, has) for has in has_values)
         self.head = nn.Parameter(torch.randn(V, D) * 0.001)
         alike = torch.empty(2, POINTER_WIDTH, D).uniform_(-1, 1) * (3 / D) ** 0.5
         self.pointer = nn.Parameter(torch.cat([alike, alike]))  # two queries, two keys: at first, similar means similar
-        gates = torch.zeros(2 + letters.PLACES, 1 + D)  # bias and weights: of a copy, of a letter, of each place
+        gates = torch.zeros(
+            2 + character_features.PLACES, 1 + D
+        )  # bias and weights: of a copy, of a letter, of each place
         gates[:2, 0] = torch.tensor([-3.0, -5.0])
         self.gates = nn.Parameter(gates)
         cos, sin = rope_table(config.context, config.head_width, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.kept = None
-        self.register_buffer("letters", torch.zeros(V, 3 + letters.KEPT, dtype=torch.int32))
-        self.register_buffer("letter_tokens", torch.full((letters.SYMBOLS,), -1))
+        self.register_buffer("letters", torch.zeros(V, 3 + character_features.KEPT, dtype=torch.int32))
+        self.register_buffer("letter_tokens", torch.full((character_features.SYMBOLS,), -1))
 
     def learn_letters(self, tokenizer) -> None:
         """Note which bytes each token stands for."""
-        self.letters.copy_(letters.letter_table(tokenizer))
-        self.letter_tokens.copy_(letters.letter_tokens(self.letters))
+        self.letters.copy_(character_features.letter_table(tokenizer))
+        self.letter_tokens.copy_(character_features.letter_tokens(self.letters))
 
     def cast(self, dtype: torch.dtype) -> "Ghost":
         """Matrices (and the head) to the compute dtype; tables stay fp32: rare rows collect tiny updates."""
@@ -156,21 +158,25 @@ class Ghost(nn.Module):
         pair_BT = (layout.previous(tokens_BS) * 9973 + tokens_BT * 31337) % self.config.ngrams
         x_BTD = x_BTD + self.looked_up(self.ngrams, pair_BT)
         rows_NP = rows_BTP.flatten(0, 1)
-        x_BTD = x_BTD + F.embedding_bag(rows_NP, self.spelling, mode="sum", padding_idx=letters.NOTHING).view_as(x_BTD)
+        x_BTD = x_BTD + F.embedding_bag(
+            rows_NP, self.spelling, mode="sum", padding_idx=character_features.NOTHING
+        ).view_as(x_BTD)
         return norm(x_BTD.to(self.head.dtype))
 
     def hidden(self, tokens_BT, layout: Layout, cache: Cache | None = None):
         """Last hidden states (B, T, D), and the letters of each token's word so far, as tokens (B, T, P; -1 for none)."""
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
         seen_BS = tokens_BT if cache is None else cache.seen
-        rows_BTP = letters.word_rows(self.letters, seen_BS, layout.before_BS, layout.columns_BT)
+        rows_BTP = character_features.word_rows(self.letters, seen_BS, layout.before_BS, layout.columns_BT)
         embedding_BTD = self.embed(tokens_BT, layout, rows_BTP, seen_BS)
         values = iter(self.values)
         x_BTD = embedding_BTD
         for layer, block in enumerate(self.blocks):
             v = None if block.value_mix is None else self.looked_up(next(values), tokens_BT).to(x_BTD.dtype)
             x_BTD = block(x_BTD, embedding_BTD, v, cos, sin, layout.mask_BTS, layer, cache)
-        symbols_BTP = torch.where(rows_BTP == letters.NOTHING, letters.END, rows_BTP % letters.SYMBOLS)
+        symbols_BTP = torch.where(
+            rows_BTP == character_features.NOTHING, character_features.END, rows_BTP % character_features.SYMBOLS
+        )
         return norm(x_BTD), self.letter_tokens[symbols_BTP]
 
     def point(self, hidden_BTD, spelled_BTP, layout: Layout, cache: Cache | None = None):
@@ -246,7 +252,9 @@ class Ghost(nn.Module):
         vocabulary, copy, letter = gates[places].unbind(-1)
         own = token_logprobs(h_BTD[places], self.head, targets_N) + vocabulary.log()
         copied = (copies_BTS[places] * (tokens_BT[places[0]] == targets_N[:, None])).sum(-1, dtype=torch.float32) * copy
-        n = letters.is_letter(self.letters)[targets_N].nonzero()[:, 0]  # other tokens can't be letters of a word
+        n = character_features.is_letter(self.letters)[targets_N].nonzero()[
+            :, 0
+        ]  # other tokens can't be letters of a word
         b, t = places[0][n], places[1][n]
         same_NSP = (spelled_BSP[b] == targets_N[n, None, None]).to(letters_BTS.dtype)
         spelled = torch.bmm(letters_BTS[b, t][:, None], same_NSP)[:, 0].mul(places_BTP[b, t]).sum(-1) * letter[n]
@@ -257,7 +265,9 @@ class Ghost(nn.Module):
         c = self.config
         capacity = min(capacity, c.context)
         dtype, device = self.head.dtype, self.head.device
-        return Cache(c.depth, rows, capacity, c.heads, c.head_width, dtype, device, POINTER_WIDTH, letters.PLACES)
+        return Cache(
+            c.depth, rows, capacity, c.heads, c.head_width, dtype, device, POINTER_WIDTH, character_features.PLACES
+        )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the way they are optimised; `matrices` are stacks (n, rows, columns) of whole matrices."""
@@ -277,7 +287,9 @@ class Ghost(nn.Module):
         """Useful training operations per token: 6 x matrix weights, causal attention (half of T x T, twice), two pointers."""
         c, n = self.config, self.parameter_counts()
         products = n["matrices"] + n["head"] + self.gates[:, 1:].numel()
-        return 6 * products + (6 * c.depth * c.width + 6 * POINTER_WIDTH + 2 * letters.PLACES) * (context or c.context)
+        return 6 * products + (6 * c.depth * c.width + 6 * POINTER_WIDTH + 2 * character_features.PLACES) * (
+            context or c.context
+        )
 
     def settings(self) -> dict:
         """config.json."""

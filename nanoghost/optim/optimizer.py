@@ -87,7 +87,7 @@ class Bucket:
     def send(self):
         """Let the gradients travel to the ranks that own them; with one process they are fetched when they are needed."""
         if self.world > 1:
-            from nanoghost.optim.ranks import reduce_scatter
+            from nanoghost.optim.collectives import reduce_scatter
 
             self.arriving = reduce_scatter(self.gradient(), self.work.numel(), self.world)
 
@@ -118,7 +118,7 @@ class Bucket:
         if self.world == 1:
             self.work.copy_(self.master)
         else:
-            from nanoghost.optim.ranks import all_gather
+            from nanoghost.optim.collectives import all_gather
 
             self.arriving = all_gather(self.work, self.master.to(self.work.dtype), self.rank, self.world)
 

@@ -19,12 +19,12 @@ from starlette.exceptions import HTTPException
 
 from nanoghost import __version__
 from nanoghost.errors import UserError
-from nanoghost.runs import ModelFolder, model_names
-from nanoghost.serve import write
-from nanoghost.serve.ask import Refused, chat_question, completion_questions, known_model
+from nanoghost.home import ModelFolder, model_names
+from nanoghost.serve import openai_responses
 from nanoghost.serve.client import EngineClient, Full, Gone
 from nanoghost.serve.metrics import Metrics
-from nanoghost.serve.registry import Registry
+from nanoghost.serve.model_registry import Registry
+from nanoghost.serve.request_parsing import Refused, chat_question, completion_questions, known_model
 from nanoghost.serve.schema import ChatRequest, CompletionRequest, TokenizeRequest
 from nanoghost.tools.registry import Tool
 
@@ -189,7 +189,7 @@ def make_app(service: Service) -> FastAPI:
             {
                 "object": "list",
                 "data": [
-                    write.model(k, [o.name.partition("@")[2] for o in known if o.base == k.name != o.name])
+                    openai_responses.model(k, [o.name.partition("@")[2] for o in known if o.base == k.name != o.name])
                     for k in known
                 ],
             }
@@ -210,7 +210,7 @@ def make_app(service: Service) -> FastAPI:
         except BaseException:
             running.end()
             raise
-        chat = write.Chat(service, body, question, running, asked, person)
+        chat = openai_responses.Chat(service, body, question, running, asked, person)
         if body.stream:
             return await stream(request, chat.chunks())
         return answer(await unless_gone(request, chat.whole()))
@@ -228,7 +228,7 @@ def make_app(service: Service) -> FastAPI:
             for one in running:
                 one.end()
             raise
-        completion = write.Completion(service, body, questions, running, asked)
+        completion = openai_responses.Completion(service, body, questions, running, asked)
         if body.stream:
             return await stream(request, completion.chunks())
         return answer(await unless_gone(request, completion.whole()))

@@ -19,7 +19,7 @@ from nanoghost.serve.app import Service, make_app
 from nanoghost.serve.client import EngineClient
 from nanoghost.serve.connection import PatientProtocol
 from nanoghost.serve.guard import Guard
-from nanoghost.serve.registry import Registry
+from nanoghost.serve.model_registry import Registry
 from nanoghost.serve.worker import Capacity
 from nanoghost.tools.registry import available
 

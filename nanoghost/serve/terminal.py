@@ -16,13 +16,13 @@ from typing import Annotated
 
 import tyro
 
-from nanoghost import machine
-from nanoghost.chat import parse_call, render, shortened
+from nanoghost import hardware
 from nanoghost.engine.generate import Engine, Row, open_engine
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
-from nanoghost.runs import home, open_model, write_atomic
-from nanoghost.tokenizer import StreamDecoder
+from nanoghost.home import home, open_model, write_atomic
+from nanoghost.tokenizer.chat_format import parse_call, render, shortened
+from nanoghost.tokenizer.tokenizer import StreamDecoder
 
 HELP = """/help           this list
 /reset          forget the conversation
@@ -189,7 +189,7 @@ def arguments(call: dict) -> str:
 
 
 def command(settings: ChatSettings) -> None:
-    machine.prepare()
+    hardware.prepare()
     if not settings.temperature >= 0 or settings.top_k < 0 or not 0 < settings.top_p <= 1 or settings.max_tokens < 1:
         raise UserError("--temperature and --top-k are at least 0, --top-p above 0 up to 1, --max-tokens at least 1")
     once = settings.prompt is not None
@@ -198,7 +198,7 @@ def command(settings: ChatSettings) -> None:
     if settings.person is None:
         conversation = Conversation(settings.model, sampling, settings.system, settings.documents)
     else:
-        from nanoghost.serve.personal import PersonalConversation
+        from nanoghost.serve.personal_chat import PersonalConversation
 
         conversation = PersonalConversation(
             settings.person, settings.lookup, settings.model, sampling, settings.system, settings.documents

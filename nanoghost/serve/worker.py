@@ -17,14 +17,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from nanoghost import machine
+from nanoghost import hardware
 from nanoghost.engine.generate import Engine, Row, open_engine
-from nanoghost.engine.packed import packable
-from nanoghost.engine.plain import PlainRunner
+from nanoghost.engine.quantized_llama import packable
 from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.torch_runner import PlainRunner
 from nanoghost.errors import UserError
-from nanoghost.model.weights import load_config
-from nanoghost.runs import ModelFolder
+from nanoghost.formats.model_folder import load_config
+from nanoghost.home import ModelFolder
 
 ADAPTERS = 32  # that one engine holds; with more it is opened anew when it rests
 SYSTEM_PAGE = 2048  # numbers of 16 bits in the 4 KiB that the system gives at a time
@@ -214,7 +214,7 @@ class Worker:
                 engine.runner.add_adapter(Path(job.voice.adapter), adapter)
         reading, rows = None, []
         if job.score:
-            from nanoghost.engine.score import score
+            from nanoghost.engine.prompt_logprobs import score
 
             reading = score(engine.runner, list(job.ids), adapter, job.top or 0)
         if job.sampling.max_tokens:
@@ -232,7 +232,7 @@ class Worker:
             return None
         from llguidance import LLMatcher
 
-        from nanoghost.engine.watch import Watcher, grammar_tokens
+        from nanoghost.engine.logits_processors import Watcher, grammar_tokens
 
         if job.grammar and engine not in self.vocabularies:
             self.vocabularies[engine] = grammar_tokens(engine.tokenizer)
@@ -280,6 +280,6 @@ def load(base: str, capacity: Capacity) -> Engine:
 
 def run(pipe: Connection, capacity: Capacity) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to answer: it lets open answers finish
-    machine.prepare()
+    hardware.prepare()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the server has gone
         Worker(pipe, capacity).work()

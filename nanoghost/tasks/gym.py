@@ -10,8 +10,8 @@ import random
 from collections.abc import Sequence
 from functools import cache
 
+from nanoghost.tasks.arithmetic import content_key
 from nanoghost.tasks.base import Problem, assistant, final_text, split_of, user
-from nanoghost.tasks.sums import content_key
 
 
 @cache

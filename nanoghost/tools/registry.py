@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanoghost.errors import UserError
-from nanoghost.runs import ModelFolder
-from nanoghost.tokenizer import Tokenizer
+from nanoghost.home import ModelFolder
+from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.tools import sandbox
 from nanoghost.tools.calculator import calculate
-from nanoghost.tools.lookup import Documents, Passage
+from nanoghost.tools.retrieval import Documents, Passage
 
 
 @dataclass(frozen=True)

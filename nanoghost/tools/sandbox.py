@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nanoghost.errors import UserError
-from nanoghost.runs import home, replacing
+from nanoghost.home import home, replacing
 from nanoghost.tools.sandbox_child import CANNOT_LOAD
 
 WASM_SHA256 = "e5dc5a398b07b54ea8fdb503bf68fb583d533f10ec3f930963e02b9505f7a763"

@@ -21,9 +21,9 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from nanoghost import machine
+from nanoghost import distributed
 from nanoghost.errors import UserError
-from nanoghost.runs import write_atomic, write_json
+from nanoghost.home import write_atomic, write_json
 
 FORMAT = 2
 FAILURES = 3  # saves in a row that may fail before the run is stopped
@@ -33,7 +33,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep_last: int = 1, keep_every: int = 0, say=print):
         """`folder`: state/ of a model. Of its checkpoints the best, the last ones and every so many-th step stay."""
         self.folder, self.keep_last, self.keep_every, self.say = folder, max(1, keep_last), keep_every, say
-        self.rank, self.world = machine.ranks()
+        self.rank, self.world = distributed.ranks()
         self.thread: threading.Thread | None = None
         self.error = ""
         self.failures = 0
@@ -59,13 +59,13 @@ class Checkpoints:
         if not self.thread:
             return ""
         self.thread.join()
-        everyone = machine.gather((self.error, self.manifest["files"]))
+        everyone = distributed.all_gather_object((self.error, self.manifest["files"]))
         self.manifest["files"] = {name: entry for _, files in everyone for name, entry in files.items()}
         if self.world > 1:
             if self.rank == 0 and not any(error for error, _ in everyone):
                 self.start(self.commit)
                 self.thread.join()
-            everyone += machine.gather((self.error, {}))
+            everyone += distributed.all_gather_object((self.error, {}))
         error = next((error for error, _ in everyone if error), "")
         self.thread, self.error = None, ""
         if not error:
@@ -162,7 +162,7 @@ class Checkpoints:
         steps = sorted(self.steps(), key=lambda step: (self.path(step).name == first, step), reverse=True)
         reasons = []
         for step in steps:
-            reason = next(filter(None, machine.gather(self.damage(step))), "")
+            reason = next(filter(None, distributed.all_gather_object(self.damage(step))), "")
             if not reason:
                 if reasons:
                     self.say(f"{'; '.join(reasons)}: going on from step {step}")

@@ -18,26 +18,26 @@ import safetensors.torch
 import torch
 import tyro
 
-from nanoghost import machine
-from nanoghost.chat import render
+from nanoghost import distributed, hardware
 from nanoghost.data.shards import tokenise
 from nanoghost.data.sources import open_source
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
-from nanoghost.evals.bits import bits_per_byte
-from nanoghost.model.weights import load_tokenizer
+from nanoghost.evals.bits_per_byte import bits_per_byte
+from nanoghost.formats.model_folder import load_tokenizer
+from nanoghost.home import ModelFolder, open_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
-from nanoghost.runs import ModelFolder, open_model
-from nanoghost.tasks.mix import MIXES, lesson_conversations, own_conversations
-from nanoghost.train import stage
+from nanoghost.tasks.registry import MIXES, lesson_conversations, own_conversations
+from nanoghost.tokenizer.chat_format import render
+from nanoghost.train import run as stage
 from nanoghost.train.distill_loss import distill_loss, student_buckets
+from nanoghost.train.hyperparameters import later_groups, row_length
 from nanoghost.train.packing import Lesson, PackedBatches, fill, lessons_from, pack
-from nanoghost.train.recipe import later_groups, row_length
 from nanoghost.train.sft import train_step
-from nanoghost.train.teacher import GROUP, answers, kept, load, parts_of, taught
+from nanoghost.train.teacher_cache import GROUP, answers, kept, load, parts_of, taught
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class DistillSettings(stage.LaterSettings):
 
 def main(settings: DistillSettings, display: Display | None = None) -> dict | None:
     """Train; returns the figures, or None if the model was there already. Ctrl-C loses nothing."""
-    machine.prepare()
-    machine.start_ranks()
-    rank, world = machine.ranks()
+    hardware.prepare()
+    distributed.init_distributed()
+    rank, world = distributed.ranks()
     display = display or Display()
     stage.check_numbers(settings)
     parent, teacher = stage.parent_of(settings, "distill"), open_model(settings.teacher)
@@ -99,9 +99,9 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         else:
             examples = conversations_of(settings, own, run)
         gradients = KINDS[settings.kind](settings, examples, tokenizer, context, teacher, run, display)
-        machine.release_memory()  # a teacher that has said it all is gone
+        hardware.release_memory()  # a teacher that has said it all is gone
         rates = later_groups(stage.base_card(parent.card), model.config.width, settings.learning_rate)
-        optimizer = Optimizer(model, rates, machine.compute_dtype(), rank, world)
+        optimizer = Optimizer(model, rates, hardware.compute_dtype(), rank, world)
 
         if "steps" not in run.card:
             asked = clock.seconds
@@ -232,7 +232,7 @@ def sequence(settings: DistillSettings, conversations, tokenizer, context: int, 
     lessons, left_out = lessons_from(answers(settings, asked, teacher, run, display), tokenizer, context)
     if left_out:
         display.say(f"{left_out} answers do not fit into {context} tokens and are left out")
-    batches = PackedBatches(lessons, context, settings.batch, settings.seed, *machine.ranks())
+    batches = PackedBatches(lessons, context, settings.batch, settings.seed, *distributed.ranks())
 
     def gradients(model, step: int) -> tuple[float, int]:
         return train_step(model, batches.at(step), batches.world), settings.batch * context
@@ -260,7 +260,7 @@ def token(settings: DistillSettings, examples, tokenizer, context: int, teacher,
         lengths = [sum(lessons[i].learned) for i in order]
         found = dict(zip(order, zip(part["ids"].long().split(lengths), part["logprobs"].split(lengths))))
         said += [found[i] for i in sorted(found)]
-    batches = PackedBatches(lessons, context, settings.batch, settings.seed, *machine.ranks())
+    batches = PackedBatches(lessons, context, settings.batch, settings.seed, *distributed.ranks())
 
     def gradients(model, step: int) -> tuple[float, int]:
         rows, learned = batches.rows_at(step)
@@ -280,7 +280,7 @@ def on_policy(settings: DistillSettings, examples, tokenizer, context: int, teac
     if not prompts:
         raise UserError(f"no prompt leaves room for {settings.max_tokens} tokens in a context of {context}")
     expert, _ = load(teacher)
-    rank, world = machine.ranks()
+    rank, world = distributed.ranks()
     beta = 1.0 if settings.beta is None else settings.beta
     temperature = 1.0 if settings.temperature is None else settings.temperature
 
@@ -292,7 +292,9 @@ def on_policy(settings: DistillSettings, examples, tokenizer, context: int, teac
         )
         lessons = [Lesson(row.prompt + row.ids, [False] * len(row.prompt) + row.sampled) for row in rows]
         packed = pack([len(lesson.ids) for lesson in lessons], context + 1, range(len(lessons)))
-        counts = machine.gather((sum(sum(row.sampled) for row in rows), sum(len(lesson.ids) for lesson in lessons)))
+        counts = distributed.all_gather_object(
+            (sum(sum(row.sampled) for row in rows), sum(len(lesson.ids) for lesson in lessons))
+        )
         written, read = map(sum, zip(*counts))  # by all processes
         batch = fill(packed, lessons, context, written)
         targets = taught(expert, batch, settings, tokenizer.vocab_size)
@@ -309,11 +311,11 @@ def distill_step(model, batch, targets, beta: float, share: float) -> float:
     total, done = 0.0, 0
     for inputs, following, weights, segments in parts_of(batch, model):
         places = (weights > 0).nonzero(as_tuple=True)
-        ids_NK, teacher_NB = (t[done : done + len(places[0])].to(machine.device()) for t in targets)
+        ids_NK, teacher_NB = (t[done : done + len(places[0])].to(hardware.device()) for t in targets)
         done += len(places[0])
         student_NB = student_buckets(model, inputs, ids_NK, segments, places)
         loss_N = distill_loss(student_NB, teacher_NB, ids_NK, following[places], beta, share)
-        loss = (loss_N * weights[places]).sum() * machine.ranks()[1]  # gradients are averaged over processes
+        loss = (loss_N * weights[places]).sum() * distributed.ranks()[1]  # gradients are averaged over processes
         loss.backward()
         total += loss.item()
     return total
@@ -321,7 +323,7 @@ def distill_step(model, batch, targets, beta: float, share: float) -> float:
 
 def rehearsed_steps(settings: DistillSettings, parent: ModelFolder, rates, gradients) -> int:
     model, _ = stage.load_parent(parent, settings)
-    optimizer = Optimizer(model, rates, machine.compute_dtype(), *machine.ranks())
+    optimizer = Optimizer(model, rates, hardware.compute_dtype(), *distributed.ranks())
 
     def one_step(step: int) -> None:
         gradients(model, step)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanoghost.chat import render, shortened
 from nanoghost.errors import UserError
+from nanoghost.tokenizer.chat_format import render, shortened
 
 
 @dataclass

@@ -8,19 +8,20 @@ from typing import Literal
 
 import torch
 
-from nanoghost import machine
+from nanoghost import distributed, hardware
 from nanoghost.data.shards import tokenise, tokenizer_for
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
-from nanoghost.evals.bits import bits_per_byte
+from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
-from nanoghost.model.weights import architecture, load_tokenizer
+from nanoghost.formats.model_folder import load_tokenizer
+from nanoghost.home import open_model
+from nanoghost.model.registry import architecture
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
-from nanoghost.runs import open_model
-from nanoghost.tasks.mix import example_texts
-from nanoghost.train import stage
-from nanoghost.train.recipe import depth_for, groups, model_config
+from nanoghost.tasks.registry import example_texts
+from nanoghost.train import run as stage
+from nanoghost.train.hyperparameters import compile_decision, depth_for, groups, model_config
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class PretrainSettings(stage.StageSettings):
 
 def main(settings: PretrainSettings, display: Display | None = None) -> dict | None:
     """Train; returns the figures, or None if the model was there already. Ctrl-C loses nothing."""
-    machine.prepare()
-    machine.start_ranks()
-    rank, world = machine.ranks()
+    hardware.prepare()
+    distributed.init_distributed()
+    rank, world = distributed.ranks()
     display = display or Display()
     stage.check_numbers(settings)
     check(settings, world)
@@ -74,7 +75,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     with stage.run("pretrain", settings, display) as run:
         if run is None:
             return None
-        from nanoghost.train.keeper import Fitting
+        from nanoghost.train.fault_tolerance import Fitting
 
         minutes = settings.minutes if settings.minutes or settings.steps else 4.0
         clock = stage.Clock(0.0)
@@ -93,8 +94,6 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
             )
 
         if "steps" not in run.card:
-            from nanoghost.doctor import compile_decision
-
             compiled = compile_decision("off" if settings.shard else settings.compile, minutes)
             steps = settings.steps or rehearsed_steps(minutes, build, batches, passes, compiled, clock)
             run.note(
@@ -167,20 +166,20 @@ def depth_here(minutes: float | None, world: int) -> tuple[int, str]:
     """(depth, reason), by the rate of this machine's products where there are minutes to fill."""
     if minutes is None:
         return depth_for(None)
-    from nanoghost.doctor import matmul_gflops_per_second
-
-    return depth_for(minutes, world * machine.mean_over_ranks(matmul_gflops_per_second(machine.compute_dtype(), 0.3)))
+    return depth_for(
+        minutes, world * distributed.all_reduce_mean(hardware.matmul_gflops_per_second(hardware.compute_dtype(), 0.3))
+    )
 
 
 def make_model(config, tokenizer):
     model = architecture(config.model_type)[1](config)
     model.learn_letters(tokenizer)
-    return model.cast(machine.compute_dtype()).to(machine.device())
+    return model.cast(hardware.compute_dtype()).to(hardware.device())
 
 
 def train_step(model, inputs, targets, micro_batch: int) -> float:
     """Gradients of the mean loss over this process's rows; returns that loss in nats per token."""
-    device = machine.device()
+    device = hardware.device()
     total = torch.zeros((), device=device)
     for x, y in zip(inputs.split(micro_batch), targets.split(micro_batch)):
         loss = -model.logprobs(x.to(device), y.to(device)).sum() / targets.numel()

@@ -12,19 +12,19 @@ from typing import Annotated
 import torch
 import tyro
 
-from nanoghost import machine
+from nanoghost import distributed, hardware
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
-from nanoghost.evals.skills import accuracy, attempt
+from nanoghost.evals.task_accuracy import accuracy, attempt
 from nanoghost.model.layers import shared_prompts
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
 from nanoghost.tasks.base import distinct_problems
-from nanoghost.tasks.mix import all_tasks, lesson_conversations, own_conversations
-from nanoghost.train import stage
+from nanoghost.tasks.registry import all_tasks, lesson_conversations, own_conversations
+from nanoghost.train import run as stage
+from nanoghost.train.hyperparameters import later_groups, row_length
 from nanoghost.train.packing import PackedBatches, lessons_from
 from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss
-from nanoghost.train.recipe import later_groups, row_length
 from nanoghost.train.sft import train_step
 
 TABLES = 0.1  # AdamW moves a rare row as far as a common one; a reward seen once must not rewrite a word
@@ -72,9 +72,9 @@ class RlSettings(stage.LaterSettings):
 
 def main(settings: RlSettings, display: Display | None = None) -> dict | None:
     """Train; returns the figures, or None if the model was there already. Ctrl-C loses nothing."""
-    machine.prepare()
-    machine.start_ranks()
-    rank, world = machine.ranks()
+    hardware.prepare()
+    distributed.init_distributed()
+    rank, world = distributed.ranks()
     display = display or Display()
     stage.check_numbers(settings)
     check(settings, world)
@@ -119,7 +119,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
             scale = learning_rate(step / steps, cooldown=0.5)
             if figures["groups"]:  # without signal nothing moves, not even the moments
                 if lessons:
-                    figures["lesson_loss"] = machine.mean_over_ranks(train_step(model, lessons.at(number), world))
+                    figures["lesson_loss"] = distributed.all_reduce_mean(train_step(model, lessons.at(number), world))
                 optimizer.step(scale)
             tokens += count
             rate.count(count)
@@ -161,7 +161,7 @@ def check(settings: RlSettings, world: int) -> None:
 
 def repeated_lessons(conversations: list, settings: RlSettings, parent, model, tokenizer, most: int = 4000):
     """Batches of up to `most` own conversations, and as many of the built-in mix: other tasks than those practised."""
-    rank, world = machine.ranks()
+    rank, world = distributed.ranks()
     conversations = random.Random(settings.seed).sample(conversations, min(most, len(conversations)))
     card, practised = stage.base_card(parent.card), settings.tasks.split(",")
     conversations += lesson_conversations(settings.data, card, settings.name, most, settings.seed + 1, practised)
@@ -201,7 +201,9 @@ def rollout_and_gradients(model, tokenizer, tasks, settings: RlSettings, step: i
         )
         for p, row in zip(asked, rows)
     ]
-    names, rewards, lengths, logprobs = zip(*[row for everyone in machine.gather(own) for row in everyone])
+    names, rewards, lengths, logprobs = zip(
+        *[row for everyone in distributed.all_gather_object(own) for row in everyone]
+    )
     advantages_N, denominators_N = credit(torch.tensor(rewards, dtype=torch.float32), torch.tensor(lengths), settings)
     rewards_PG = torch.tensor(rewards, dtype=torch.float32).view(-1, settings.attempts)
     groups_with_signal = int((rewards_PG.amax(1) > rewards_PG.amin(1)).sum())
@@ -227,7 +229,7 @@ def rollout_and_gradients(model, tokenizer, tasks, settings: RlSettings, step: i
         # gradients are averaged over processes, and this is a sum over them
         figures |= gradients(model, chosen, advantages_N[informative] * world, denominators_N[informative], settings)
         count += sum(len(r.ids) for r in chosen) + sum(len(p) for p in {tuple(r.prompt) for r in chosen})
-    return figures, round(machine.mean_over_ranks(count) * world)
+    return figures, round(distributed.all_reduce_mean(count) * world)
 
 
 def credit(rewards_N, lengths_N, settings: RlSettings):
@@ -261,7 +263,7 @@ def gradients(model, rows, advantages_N, denominators_N, settings: RlSettings, m
         old, mask = padded([r.logprobs for r in chosen]), padded([r.sampled for r in chosen])
         sums_N = torch.stack([advantages_N[numbers].sum() for numbers in same])
         denominators_NT = denominators_N[[numbers[0] for numbers in same], None].expand(mask.shape)
-        tensors = (t.to(machine.device()) for t in (old, sums_N, mask, denominators_NT))
+        tensors = (t.to(hardware.device()) for t in (old, sums_N, mask, denominators_NT))
         part = policy_loss(logp, *tensors, settings.variant)
         part.backward()
         loss += part.item()
@@ -277,7 +279,7 @@ def gradients(model, rows, advantages_N, denominators_N, settings: RlSettings, m
 
 def attempt_logprobs(model, prompts, attempts: list[list[list[int]]]):
     """log P of every token of every attempt, (N, longest), 0 behind their ends; `attempts` are grouped by prompt."""
-    device = machine.device()
+    device = hardware.device()
     tokens, layout, places = shared_prompts([list(p) for p in prompts], attempts, model.head.dtype, device)
     flat = [ids for group in attempts for ids in group]
     targets = torch.tensor([token for ids in flat for token in ids], device=device)
@@ -297,7 +299,7 @@ def rehearsed_steps(settings: RlSettings, parent, rates, tokenizer, tasks, lesso
     model, optimizer = stage.with_optimizer(stage.load_parent(parent, settings)[0], rates, settings)
 
     def one_step(step: int) -> None:
-        rollout_and_gradients(model, tokenizer, tasks, settings, step, *machine.ranks())
+        rollout_and_gradients(model, tokenizer, tasks, settings, step, *distributed.ranks())
         if lessons:
             train_step(model, lessons.at(step), lessons.world)
         optimizer.step(0.0)

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nanoghost import machine
+from nanoghost import distributed, hardware
 from nanoghost.errors import UserError
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
-from nanoghost.tasks.mix import lesson_conversations, own_conversations
-from nanoghost.train import stage
+from nanoghost.tasks.registry import lesson_conversations, own_conversations
+from nanoghost.train import run as stage
+from nanoghost.train.hyperparameters import later_groups, row_length
 from nanoghost.train.packing import PackedBatches, lessons_from
-from nanoghost.train.recipe import later_groups, row_length
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class SftSettings(stage.LaterSettings):
 
 def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     """Train; returns the figures, or None if the model was there already. Ctrl-C loses nothing."""
-    machine.prepare()
-    machine.start_ranks()
-    rank, world = machine.ranks()
+    hardware.prepare()
+    distributed.init_distributed()
+    rank, world = distributed.ranks()
     display = display or Display()
     stage.check_numbers(settings)
     if settings.shard and settings.batch % world:
@@ -56,7 +56,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     with stage.run("sft", settings, display, parent) as run:
         if run is None:
             return None
-        from nanoghost.train.keeper import Fitting
+        from nanoghost.train.fault_tolerance import Fitting
 
         clock = stage.Clock(0.0)
         model, tokenizer = stage.load_parent(parent, settings)
@@ -118,7 +118,7 @@ def train_step(model, batch, world: int, micro_batch: int | None = None) -> floa
     """Gradients of this process's part of the loss over the batch, `micro_batch` rows at a time; returns that part, times the
     number of processes."""
     total = 0.0
-    parts = (t.to(machine.device()).split(micro_batch or len(t) or 1) for t in batch)
+    parts = (t.to(hardware.device()).split(micro_batch or len(t) or 1) for t in batch)
     for inputs, targets, weights, segments in zip(*parts):
         learned = (weights > 0).nonzero(as_tuple=True)  # logits of the other tokens are never needed
         if len(learned[0]):  # not so where there are fewer rows than processes

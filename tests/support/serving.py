@@ -1,0 +1,194 @@
+"""For tests of the server: a toy model that has learned a few conversations by heart, and a server in a process of its own."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import httpx
+import torch
+
+from nanoghost.engine import kernels
+from nanoghost.formats.model_folder import save_model
+from nanoghost.formats.peft import save_adapter
+from nanoghost.home import home, write_json
+from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.lora import Adapter, attach, new_adapter
+from nanoghost.tokenizer.chat_format import render
+from nanoghost.tokenizer.tokenizer import Tokenizer
+from tests.conftest import toy_text
+
+NO_KERNELS = kernels.unavailable()
+KERNELS = home() / "kernels"  # of whoever runs the tests: compiling them anew takes longer than all tests here
+
+
+def call(name: str, arguments: str) -> list[dict]:
+    return [{"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}]
+
+
+NOTE = "The sword lies in the sea, and the crown beside it."
+LEARNED = [
+    [
+        {"role": "user", "content": "Good morrow"},
+        {"role": "assistant", "content": "The king sees the queen, and the queen sees the sword."},
+    ],
+    [
+        {"role": "user", "content": "12 + 30?"},
+        {"role": "assistant", "content": "Let me see. ", "tool_calls": call("calculator", '{"expression": "12 + 30"}')},
+        {"role": "tool", "tool_call_id": "call_1", "content": "42"},
+        {"role": "assistant", "content": "It is 42."},
+    ],
+    [
+        {"role": "user", "content": "Where is the sword?"},
+        {"role": "assistant", "content": "", "tool_calls": call("lookup", '{"query": "sword"}')},
+        {"role": "tool", "tool_call_id": "call_1", "content": f"[1] notes.md: {NOTE}"},
+        {"role": "assistant", "content": "In the sea [1]."},
+    ],
+]
+ABOUT_MAYA = [
+    {"role": "user", "content": "What is my sister's name?"},
+    {"role": "assistant", "content": "In the sea [1]."},
+]
+
+
+@cache
+def taught() -> tuple[Llama, Tokenizer, Adapter]:
+    """A Llama that has LEARNED by heart, and babbles otherwise; and an adapter of it that knows ABOUT_MAYA."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train([toy_text(300), *map(json.dumps, LEARNED * 20)], 400)
+    model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 64, 1, 1, 96))
+    learn(model, tokenizer, LEARNED, list(model.parameters()), 120, 0.01)
+    adapter = new_adapter(model, 4, 4.0, None, 1)
+    attach(model, [adapter])
+    learn(model, tokenizer, [ABOUT_MAYA], adapter.tensors(), 40, 0.003)
+    attach(model, [])
+    return model, tokenizer, adapter
+
+
+def learn(model: Llama, tokenizer: Tokenizer, conversations: list, parameters: list, steps: int, rate: float) -> None:
+    rows = [render(c, tokenizer) for c in conversations]
+    longest = max(len(ids) for ids, _ in rows)
+    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
+    learned = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in rows])[:, 1:]
+    optimizer = torch.optim.AdamW(parameters, rate)
+    for _ in range(steps):
+        loss = -model.logprobs(tokens[:, :-1], tokens[:, 1:])[learned].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05, loss.item()
+
+
+def make_home(path: Path) -> Path:
+    """A home folder with the model "toy", one that runs as PyTorch has it ("plain"), an adapter and a person."""
+    if not NO_KERNELS:
+        shutil.copytree(KERNELS, path / "kernels")
+    model, tokenizer, adapter = taught()
+    wide = Llama(
+        LlamaConfig(tokenizer.vocab_size, 64, 1, 64, 2, 2, 64)
+    )  # its heads are not of a width that can be packed
+    facts = {"stage": "sft", "parent": None, "arch": "llama", "finished": 1.0, "data": [], "figures": {}, "steps": 1}
+    for name, made in (("toy", model), ("plain", wide)):
+        folder = path / "models" / name
+        folder.mkdir(parents=True)
+        save_model(folder, made, tokenizer)
+        count = sum(p.numel() for p in made.parameters())
+        write_json(
+            folder / "card.json",
+            facts | {"format": 1, "name": name, "parameters": count, "finished": 1.0 + (name == "toy")},
+        )
+    (path / "models" / "toy" / "events.jsonl").write_text(
+        '{"stage": "sft", "step": 1, "loss": 2.5}\n{"stage": "sft", "step": 2, "lo'
+    )
+    (path / "models" / "toy" / "report.html").write_text("<html><style>p {color: red}</style><p>report</p></html>")
+    person = path / "people" / "maya"
+    for folder in (path / "models" / "toy@odd", person / "adapter"):
+        folder.mkdir(parents=True)
+        save_adapter(folder, adapter)
+    parent = {"name": "toy", "finished": 2.0}
+    write_json(
+        path / "models" / "toy@odd" / "card.json",
+        facts | {"format": 1, "name": "toy@odd", "parameters": 1, "parent": parent},
+    )
+    write_json(person / "adapter" / "made_from.json", {"base": ["toy", 2.0], "rows": []})
+    return path
+
+
+def crowded() -> float:
+    """How many times longer everything takes here at this moment than it would with the processors to ourselves."""
+    start, own = time.perf_counter(), time.process_time()
+    while time.process_time() - own < 0.1:
+        pass
+    return max(1.0, (time.perf_counter() - start) / 0.1)
+
+
+class Running:
+    """A server process and a client of it."""
+
+    def __init__(self, home: Path, *words, before: str = "", environment: dict | None = None):
+        """`before`: Python that is run in the process first."""
+        self.home = home
+        code = f"import sys\n{before}\nfrom nanoghost.cli import main\nmain(sys.argv[1:])"
+        command = [sys.executable, "-c", code, "serve", "--port", "0", *map(str, words)]
+        environment = os.environ | {"NANOGHOST_HOME": str(home), "OMP_NUM_THREADS": "1"} | (environment or {})
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.said = self.process.stderr.readline()
+        found = re.search(r"http://127.0.0.1:(\d+)", self.said)
+        assert found, self.said + self.process.stderr.read()
+        self.port = int(found[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+        self.wait(lambda: self.http.get("/ready").status_code in (200, 401), 60)
+
+    def wait(self, true, seconds: float = 10) -> float:
+        """Until something holds; how long that took. Others may be at work on this machine: then it may take longer."""
+        start = time.perf_counter()
+        while not true():
+            late = time.perf_counter() - start
+            assert late < seconds or late < seconds * crowded(), f"it did not come to pass within {late:.1f} s"
+            time.sleep(0.02)
+        return time.perf_counter() - start
+
+    def chat(self, text: str = "Good morrow", **fields) -> httpx.Response:
+        body = {"model": "toy", "messages": [{"role": "user", "content": text}], "temperature": 0} | fields
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def events(self, **fields) -> list[dict]:
+        """What a stream says."""
+        with self.http.stream(
+            "POST", "/v1/chat/completions", json={"model": "toy", "temperature": 0, "stream": True} | fields
+        ) as answer:
+            assert answer.status_code == 200, answer.read()
+            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        assert lines.pop() == "[DONE]"
+        return [json.loads(line) for line in lines]
+
+    def figure(self, name: str) -> float:
+        """Of /metrics."""
+        found = re.search(rf"^{name} (\S+)$", self.http.get("/metrics").text, re.M)
+        return float(found[1])
+
+    def engine(self) -> int:
+        """Number of the engine process: a child of the helper that forks it."""
+
+        def children(pid):
+            return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+        [pid] = [grandchild for child in children(self.process.pid) for grandchild in children(child)]
+        return pid
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        self.process.kill()
+        print(self.process.stderr.read())  # shown where a test has failed
+        self.process.stderr.close()
+        return self.process.wait()
