@@ -19,7 +19,8 @@ from nanoghost.home import ModelFolder, writing
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.rope import kind_of
 from nanoghost.tokenizer.chat_format import following, parse_reply, render
-from nanoghost.tokenizer.tokenizer import Tokenizer, jinja_template
+from nanoghost.tokenizer import jinja_template
+from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.conftest import toy_text
 
 TEMPLATE = (

@@ -26,15 +26,15 @@ class Quiet:
         pass
 
 
-@pytest.fixture(scope="module")
-def pipeline():
+@pytest.fixture(scope="module", name="refine_pipeline")
+def small_refine_pipeline():
     pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'nanoghost[refine]'")
     from nanoghost.data import refine_pipeline
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refinery, "SHARD", 50_000)  # a few tasks
         patch.setattr(refine_pipeline, "HASHES", 40)  # 8 bands
-        yield pipeline
+        yield refine_pipeline
 
 
 @cache
