@@ -41,15 +41,15 @@ VERBS = {
     "show": ("commands.models", "ShowSettings", "show_command", "a model's card"),
     "rename": ("commands.models", "RenameSettings", "rename_command", "give a model another name"),
     "rm": ("commands.models", "RemoveSettings", "remove_command", "remove a model"),
-    "sleep": ("memory.consolidate", "SleepSettings", "command", "make what a person said part of their model"),
-    "memory": ("memory.commands", "MemorySettings", "command", "what is known of a person, and their say in it"),
-    "lab sleep": ("lab.sleep", "LabSleepSettings", "command", "what a night is worth, beside other ways of knowing"),
+    "sleep": ("memory.sleep_command", "SleepSettings", "command", "train what a person wrote into an adapter of the model"),
+    "memory": ("memory.memory_command", "MemorySettings", "command", "show and change the facts stored about a person"),
+    "lab sleep": ("lab.sleep", "LabSleepSettings", "command", "what a model remembers after sleeping, against baselines"),
     "lab ledger": ("lab.ablations", "LedgerSettings", "command", "what each part of the recipe is worth, in seconds"),
-    "lab notes": (
+    "lab extraction": (
         "lab.fact_extraction",
-        "LabNotesSettings",
+        "LabExtractionSettings",
         "command",
-        "how good the notes are that a model takes of what people say",
+        "precision and recall of fact extraction",
     ),
     "lab dial": ("lab.depth_sweep", "DialSettings", "command", "whether the dial chooses well"),
     "lab race": ("lab.baselines", "RaceSettings", "command", "other people's small trainers beside ours"),
@@ -113,9 +113,9 @@ EXAMPLES = {
     "sleep": "nanoghost sleep --person me\n  nanoghost sleep --person me --dry-run\n  nanoghost sleep --person me --log",
     "memory": "nanoghost memory --person me --search sister\n  nanoghost memory --person me --correct 3 Rex\n"
     "  nanoghost memory --person me --forget 3",
-    "lab sleep": "nanoghost lab sleep\n  nanoghost lab sleep --split test --arms base,ours --json",
+    "lab sleep": "nanoghost lab sleep\n  nanoghost lab sleep --split test --arms base,sleep --json",
     "lab ledger": "nanoghost lab ledger\n  nanoghost lab ledger --rungs muon,pairs --seeds 1",
-    "lab notes": "nanoghost lab notes",
+    "lab extraction": "nanoghost lab extraction",
     "lab dial": "nanoghost lab dial --minutes 1,4\n  nanoghost lab dial --minutes 10 --choices 4x4096,6x4096",
     "lab race": "nanoghost lab race --nanochat ../nanochat --nanogpt ../nanoGPT --out race.svg",
     "lab lecun1989": "nanoghost lab lecun1989\n  nanoghost lab lecun1989 --rungs 1989,dropout --seeds 1",
@@ -198,7 +198,7 @@ def main(words: list[str] | None = None) -> None:
         print(f"nanoghost: {e.strerror}{where}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
-        from nanoghost.home import Stopped
+        from nanoghost.errors import Stopped
 
         saved = isinstance(e, Stopped)
         print(

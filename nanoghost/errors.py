@@ -1,9 +1,48 @@
-"""The one exception that stands for a user's mistake."""
+"""The two ordinary ways for a command to end early: a mistake of the user, and a request to stop."""
+
+import signal
+import sys
 
 
 class UserError(Exception):
-    """One clear line that names the thing and the remedy; `cli.py` prints it and exits with 2."""
+    """A mistake of the user: one clear line that names what is wrong and what to do. `cli.py` prints it and exits with 2."""
 
     def __str__(self):
-        """What it quotes from somebody's file can neither break the line nor steer the terminal."""
+        """The message without control characters: text quoted from a file can neither break the line nor steer the terminal."""
         return "".join(c if c.isprintable() else " " for c in super().__str__())
+
+
+class Stopped(KeyboardInterrupt):
+    """The command stopped on request and everything is saved: the program exits with 0."""
+
+
+class StopFlag:
+    """Context manager that turns SIGINT and SIGTERM into a flag: loops finish their step, save, and return.
+
+    A second signal raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self):
+        self.requested = False
+
+    def __bool__(self):
+        return self.requested
+
+    def check(self) -> None:
+        """For work without steps: raise Stopped if a stop was requested."""
+        if self.requested:
+            raise Stopped
+
+    def __enter__(self):
+        def handle(signum, frame):
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+            print("\nstopping after this step ...", file=sys.stderr)
+
+        self.previous_handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for s, handler in self.previous_handlers.items():
+            signal.signal(s, handler)

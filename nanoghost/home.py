@@ -1,45 +1,45 @@
-"""Where things live: the home folder, model folders, their cards, event logs and checkpoints.
+"""The home folder: model folders and their event logs, file locks, atomic writes.
 
-A model is a folder under `$NANOGHOST_HOME/models/NAME/` (an adapter's name is BASE@NAME, and it needs BASE beside it):
+A model is a folder under `$NANOGHOST_HOME/models/NAME/` (an adapter is called BASE@NAME and needs the folder BASE):
 
     config.json, model.safetensors, tokenizer.json ...   what other programs read
-    card.json        how it was made (written when the stage starts, completed when it ends)
-    events.jsonl     append-only figures; a child begins with its parent's, so one folder tells the whole story
-    state/           optimizer masters and moments for an exact resume; removed when the stage is finished
+    card.json        how the model was made (written when the stage starts, completed when it ends)
+    events.jsonl     append-only log of figures; a child starts with a copy of its parent's, so one folder has the whole story
+    state/           checkpoints for an exact resume; removed when the stage is finished
 """
 
 import fcntl
 import json
 import os
 import re
-import signal
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from nanoghost.errors import UserError
-
-FORMAT = 1
+from nanoghost.formats.model_card import ModelCard
 
 
 def home() -> Path:
     return Path(os.environ.get("NANOGHOST_HOME") or Path.home() / ".nanoghost")
 
 
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write to a temporary name, flush to disk, rename: a crash leaves the old file or the new one."""
+    """Write to a temporary name, flush to disk, rename: a crash leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    with replacing(temporary, path), open(temporary, "wb") as f:
+    with rename_on_success(temporary, path), open(temporary, "wb") as f:
         f.write(content.encode() if isinstance(content, str) else content)
         f.flush()
         os.fsync(f.fileno())
 
 
 @contextmanager
-def replacing(temporary: Path, path: Path):
+def rename_on_success(temporary: Path, path: Path):
     """Rename `temporary` to `path` if the body succeeds; otherwise (disk full, Ctrl-C) remove it."""
     try:
         yield
@@ -55,32 +55,57 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path):
     try:
         return json.loads(path.read_text())
-    except ValueError as e:  # not JSON, not even text
+    except ValueError as e:  # not JSON, or not even text
         raise UserError(f"{path} is damaged: {e}") from None
 
 
-def append_line(path: Path, value) -> None:
-    """Append one JSON line. A line torn by a crash is cut off first, so that there stays one value to a line."""
+def append_json_line(path: Path, value) -> None:
+    """Append one line of JSON. If a crash left an incomplete last line, remove that one first."""
     with open(path, "ab+") as f:
-        end = f.seek(0, os.SEEK_END)
-        if end and (f.seek(end - 1), f.read(1))[1] != b"\n":
-            f.seek(0)
-            f.truncate(f.read().rfind(b"\n") + 1)
+        size = f.seek(0, os.SEEK_END)
+        if size:
+            f.seek(size - 1)
+            if f.read(1) != b"\n":
+                f.seek(0)
+                f.truncate(f.read().rfind(b"\n") + 1)
         f.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
 
 
-def read_lines(path: Path) -> list:
-    """All values of a file of JSON lines, none if there is no such file; a torn last line is dropped."""
+def read_json_lines(path: Path) -> list:
+    """All values of a file of JSON lines; none if the file does not exist. An incomplete last line is ignored."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def read_events(path: Path) -> list[dict]:
-    """All events of a folder. After a resume, the last event for a (stage, step) counts; a torn last line is dropped."""
-    events = read_lines(path)
-    latest = {(e["stage"], e["step"]): i for i, e in enumerate(events)}
-    return [e for i, e in enumerate(events) if latest[e["stage"], e["step"]] == i]
+@contextmanager
+def exclusive_lock(path: Path, error_if_locked: str | None = None):
+    """Hold a file lock on `path`, an existing folder or a file that is created if needed.
+
+    Waits until the lock is free, or raises UserError(error_if_locked) if that is given. The system releases the lock when
+    the process and the children that inherited the descriptor have ended, however they end.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if error_if_locked else 0))
+        except BlockingIOError:
+            raise UserError(error_if_locked) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def write_lock(folder):
+    """Lock the folder of a model or a person, so that it has one writer at a time; UserError if there is another writer."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(folder.path / ".lock", f"another process is writing '{folder.name}'"):
+        yield
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
 
 
 class ModelFolder:
@@ -94,8 +119,8 @@ class ModelFolder:
         self.path = home() / "models" / name
 
     @property
-    def card(self) -> dict:
-        return read_json(self.path / "card.json")
+    def card(self) -> ModelCard:
+        return read_card(self.path)
 
     @property
     def exists(self) -> bool:
@@ -103,7 +128,7 @@ class ModelFolder:
 
     @property
     def finished(self) -> bool:
-        return self.exists and "finished" in self.card
+        return self.exists and bool(finish_time(self.path / "card.json"))
 
     @property
     def events(self) -> list[dict]:
@@ -111,22 +136,40 @@ class ModelFolder:
 
     def append_event(self, event: dict) -> dict:
         event = {"time": round(time.time(), 3)} | event
-        append_line(self.path / "events.jsonl", event)
+        append_json_line(self.path / "events.jsonl", event)
         return event
 
-    def write_card(self, card: dict) -> None:
-        write_json(self.path / "card.json", {"format": FORMAT, "name": self.name} | card)
+    def write_card(self, card: ModelCard) -> None:
+        write_json(self.path / "card.json", card.to_json())
+
+
+def read_card(folder: Path) -> ModelCard:
+    return ModelCard.from_json(read_json(folder / "card.json"))
+
+
+def finish_time(card_file: Path) -> float:
+    """Unix time when a model was finished, 0 if it is not. Also reads cards of older formats, so that `list` and `rm` work."""
+    return read_json(card_file).get("finished") or 0.0
+
+
+def read_events(path: Path) -> list[dict]:
+    """All events of a folder. After a resume the last event for a (stage, step) counts."""
+    latest: dict[tuple, dict] = {}
+    for event in read_json_lines(path):
+        key = event["stage"], event["step"]
+        latest.pop(key, None)  # the order of the result is that of the last occurrences
+        latest[key] = event
+    return list(latest.values())
 
 
 def model_names() -> list[str]:
-    """Names of all model folders, the one finished last first; unfinished ones at the end."""
-    folders = [p.parent for p in (home() / "models").glob("*/card.json")]
-    done = {p.name: read_json(p / "card.json").get("finished", 0) for p in folders}
-    return sorted(done, key=lambda name: -done[name])
+    """Names of all model folders: the one finished last comes first, unfinished ones come last."""
+    finished = {path.parent.name: finish_time(path) for path in (home() / "models").glob("*/card.json")}
+    return sorted(finished, key=lambda name: -finished[name])
 
 
 def open_model(name: str | None) -> ModelFolder:
-    """The finished model of that name, or the one finished last."""
+    """The finished model of that name; with None, the one finished last."""
     names = [n for n in model_names() if ModelFolder(n).finished]
     if name is None:
         if not names:
@@ -134,51 +177,6 @@ def open_model(name: str | None) -> ModelFolder:
         return ModelFolder(names[0])
     folder = ModelFolder(name)
     if not folder.finished:
-        state = "is not finished (the command that started it goes on with it)" if folder.exists else "is unknown"
-        raise UserError(f"model '{name}' {state}; finished models: {', '.join(names) or 'none'}")
+        problem = "is not finished (rerun its command to resume)" if folder.exists else "does not exist"
+        raise UserError(f"model '{name}' {problem}; finished models: {', '.join(names) or 'none'}")
     return folder
-
-
-@contextmanager
-def writing(folder):
-    """Hold the lock of a model's or a person's folder: one writer at a time; the lock goes with the process, however it ends."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with open(folder.path / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing '{folder.name}'") from None
-        yield
-
-
-class Stopped(KeyboardInterrupt):
-    """Stopped because that was asked for, with everything saved: the program ends with 0."""
-
-
-class Stopping:
-    """True once SIGINT or SIGTERM has arrived: loops finish their step, save, and return."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __bool__(self):
-        return self.requested
-
-    def check(self) -> None:
-        """For what has no steps of its own: stop here, if that was asked for."""
-        if self.requested:
-            raise Stopped
-
-    def __enter__(self):
-        def request(signum, frame):
-            if self.requested:  # the second Ctrl-C does not wait
-                raise KeyboardInterrupt
-            self.requested = True
-            print("\nstopping after this step ...", file=sys.stderr)
-
-        self.previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)

@@ -1,4 +1,4 @@
-"""The live display: a bar for each stage, drawn from the same events that go into events.jsonl."""
+"""The live display: a progress bar for each stage, drawn from the same events that are written to events.jsonl."""
 
 import os
 import sys
@@ -7,69 +7,68 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-NAMES = {
+TITLES = {  # of stages; others are shown under their own names
     "pretrain": "pretraining",
     "sft": "finetuning",
-    "rl": "reinforcement",
+    "rl": "RL",
     "distill": "distillation",
-    "think": "thinking",
-    "sleep": "sleep",
+    "think": "synthesis",
     "lecun1989": "digits",
-    "ledger": "ledger",
 }
+FIGURES = (  # key of an event, how it is shown
+    ("loss", "loss {:.3f}"),
+    ("bpb", "{:.3f} bpb"),
+    ("reward", "reward {:.2f}"),
+    ("tokens_per_second", "{:,.0f} tok/s"),
+)
+SECONDS_BETWEEN_LINES = 10
 
 
 class Display:
-    """Call it with events. On a terminal it draws a bar; into a file it writes a line every ten seconds."""
+    """Call it with events. On a terminal it draws a progress bar; otherwise it prints a line every ten seconds."""
 
     def __init__(self):
-        self.console = Console(
-            stderr=True, quiet=os.environ.get("RANK", "0") != "0"
-        )  # of several processes the first one speaks
-        self.progress, self.task, self.stage = None, None, None
-        self.figures: dict = {}
-        self.printed = 0.0
+        is_main_process = os.environ.get("RANK", "0") == "0"
+        self.console = Console(stderr=True, quiet=not is_main_process)
+        self.progress: Progress | None = None
+        self.task = None
+        self.figures: dict = {}  # the latest of each kind
+        self.last_line = 0.0
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
+        """Print a line to standard error, above the progress bar."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def __call__(self, event: dict) -> None:
-        if "steps" not in event:
+        if "steps" not in event:  # not a training step
             return
         self.figures |= event
-        text = summary(self.figures)
-        last = event["step"] + 1 >= event["steps"]
+        title = TITLES.get(event["stage"], event["stage"])
+        done, total = event["step"] + 1, event["steps"]
         if self.console.is_terminal:
             if self.progress is None:
-                columns = (TextColumn("{task.description:>13}"), BarColumn(24), TextColumn("{task.fields[text]}"))
-                self.progress = Progress(*columns, TimeRemainingColumn(compact=True), console=self.console)
-                self.progress.start()
-                self.task = self.progress.add_task(NAMES[event["stage"]], total=event["steps"], text="")
-            self.progress.update(self.task, completed=event["step"] + 1, text=text)
-        elif last or time.time() - self.printed > 10:
-            self.printed = time.time()
-            left = f"{event['seconds_left']:.0f} s left" if "seconds_left" in event else ""
-            print(
-                f"{NAMES[event['stage']]} {event['step'] + 1}/{event['steps']}  {text}  {left}",
-                file=sys.stderr,
-                flush=True,
-            )
-        if last:
+                self.open(title, total)
+            self.progress.update(self.task, completed=done, text=summary(self.figures))
+        elif done >= total or time.time() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = time.time()
+            left = f"  {event['seconds_left']:.0f} s left" if "seconds_left" in event else ""
+            print(f"{title} {done}/{total}  {summary(self.figures)}{left}", file=sys.stderr, flush=True)
+        if done >= total:
             self.close()
 
+    def open(self, title: str, total: int) -> None:
+        columns = (TextColumn("{task.description:>13}"), BarColumn(24), TextColumn("{task.fields[text]}"))
+        self.progress = Progress(*columns, TimeRemainingColumn(compact=True), console=self.console)
+        self.progress.start()
+        self.task = self.progress.add_task(title, total=total, text="")
+
     def close(self) -> None:
-        """Leave the bar as it stands; the next stage draws its own."""
+        """Leave the bar as it is; the next stage draws a new one."""
         if self.progress:
             self.progress.stop()
         self.progress, self.figures = None, {}
 
 
 def summary(figures: dict) -> str:
-    """The figures of a training event for eyes, whichever it has."""
-    shown = (
-        ("loss", "loss {:.3f}"),
-        ("bpb", "{:.3f} bpb"),
-        ("pass_rate", "solved {:.0%}"),
-        ("tokens_per_second", "{:,.0f} tok/s"),
-    )
-    return "  ".join(form.format(figures[key]) for key, form in shown if key in figures)
+    """The figures of a training event as a short text."""
+    return "  ".join(form.format(figures[key]) for key, form in FIGURES if key in figures)

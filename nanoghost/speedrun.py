@@ -1,12 +1,13 @@
 """The whole pipeline in one readable file. START READING HERE.
 
-    an empty folder -> text -> tokenizer -> pretraining -> finetuning -> reinforcement -> evaluation -> report -> chat
+    an empty folder -> text -> tokenizer -> pretraining -> SFT -> RL -> evaluation -> report -> chat
 
-Each stage writes a model folder of its own and can be stopped at any moment; the same command goes on where it was.
-Read on in train/pretrain.py, train/sft.py and train/rl.py (a visible loop each), then model/ghost.py.
+Each stage writes its own model folder. Stop it at any moment: the same command resumes where it was.
+Read on in train/pretrain.py, train/sft.py and train/rl.py (one visible training loop each), then model/ghost.py.
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
 
@@ -17,63 +18,75 @@ from nanoghost.home import ModelFolder
 from nanoghost.progress import Display
 from nanoghost.train import pretrain, rl, sft
 
+BASE, SFT, FINAL = "ghost-base", "ghost-sft", "ghost"  # names of the three models
+
 
 @dataclass(frozen=True)
 class SpeedrunSettings:
     minutes: float = 9.1
-    """Minutes of training in all: 18% pretraining, 57% finetuning, 25% reinforcement."""
+    """Minutes of training in total: 18% pretraining, 57% SFT, 25% RL."""
     data: str = "plays"
-    """Text to learn: plays, a file or folder, or hub:OWNER/NAME."""
+    """Training text: plays, a file or folder, or hub:OWNER/NAME."""
     problems: int = 200
     """Held-out problems of each skill in the evaluation (a quarter of them for the base model)."""
     seed: int = 0
-    """Of everything random."""
+    """Random seed."""
     force: bool = False
-    """Start anew although ghost-base, ghost-sft and ghost exist."""
+    """Start again, replacing ghost-base, ghost-sft and ghost."""
     json: bool = False
     """Print the figures as JSON on standard output."""
 
 
-def recipe(settings: SpeedrunSettings) -> tuple:
-    """The stages that train, in order, and what each is asked."""
+def main(settings: SpeedrunSettings) -> dict:
+    """Make the three models and a report; returns the figures of all stages."""
+    start = time.perf_counter()
+    display = Display()
+    pretraining, finetuning, reinforcement = stage_settings(settings)
+
+    # 1. Pretraining: learn to continue text. This also trains the tokenizer (data/, tokenizer/, train/pretrain.py).
+    pretrain.main(pretraining, display)
+    evaluate_once(BASE, math.ceil(settings.problems / 4), display)
+
+    # 2. SFT: learn to answer, from conversations with sums, spelling, and questions to refuse (tasks/, train/sft.py).
+    sft.main(finetuning, display)
+    evaluate_once(SFT, settings.problems, display)
+
+    # 3. RL: several rollouts of each problem, whose answers can be checked (train/rl.py).
+    rl.main(reinforcement, display)
+    # 4. Evaluation, after each stage: text and problems that no stage has seen (evals/).
+    evaluate_once(FINAL, settings.problems, display)
+
+    # 5. Report: report.html and report.md in the model folder, and a short form here (evals/report.py).
+    if distributed.rank_and_world_size()[0] == 0:
+        page = write_report(ModelFolder(FINAL))
+        terminal_report(ModelFolder(FINAL))
+        minutes = (time.perf_counter() - start) / 60
+        display.print(f"\nreport: {page}\nchat with the model: nanoghost chat\n({minutes:.1f} minutes)")
+    return {name: ModelFolder(name).card.figures for name in (BASE, SFT, FINAL)}
+
+
+def stage_settings(settings: SpeedrunSettings) -> tuple[pretrain.PretrainSettings, sft.SftSettings, rl.RlSettings]:
+    """How the speedrun divides its minutes between the stages."""
     minutes, seed, force = settings.minutes, settings.seed, settings.force
     return (
-        # 1. Learn to continue text. The tokenizer is learned on the way (data/, tokenizer.py, train/pretrain.py).
-        (
-            pretrain,
-            pretrain.PretrainSettings(
-                "ghost-base", settings.data, minutes=minutes * 0.18, dial_minutes=minutes, seed=seed, force=force
-            ),
+        pretrain.PretrainSettings(
+            name=BASE, data=settings.data, minutes=0.18 * minutes, dial_minutes=minutes, seed=seed, force=force
         ),
-        # 2. Learn to answer: lessons in conversation, sums, spelling, and saying "I don't know" (tasks/, train/sft.py).
-        (sft, sft.SftSettings("ghost-base", "ghost-sft", minutes=minutes * 0.57, seed=seed, force=force)),
-        # 3. Learn from attempts: problems that can be checked, many tries at each (train/rl.py).
-        (rl, rl.RlSettings("ghost-sft", "ghost", minutes=minutes * 0.25, seed=seed, force=force)),
+        sft.SftSettings(parent=BASE, name=SFT, minutes=0.57 * minutes, seed=seed, force=force),
+        rl.RlSettings(parent=SFT, name=FINAL, minutes=0.25 * minutes, seed=seed, force=force),
     )
 
 
-def main(settings: SpeedrunSettings) -> dict:
-    """Make ghost-base, ghost-sft and ghost, a report, and return the figures of all stages."""
-    start = time.perf_counter()
-    display = Display()
-    for stage, stage_settings in recipe(settings):
-        stage.main(stage_settings, display)
-        folder = ModelFolder(stage_settings.name)
+def evaluate_once(name: str, problems: int, display: Display) -> None:
+    """Evaluate a model, unless an earlier run of the same command has done so."""
+    hardware.release_memory()  # of the training
+    folder = ModelFolder(name)
+    if not any(event["stage"] == f"{folder.card.stage}-eval" for event in folder.events):
+        evaluate(folder, problems, display)
         hardware.release_memory()
-        # 4. Measure each on problems and text that no stage has seen (evals/).
-        if not any(e["stage"] == f"{folder.card['stage']}-eval" for e in folder.events):
-            evaluate(folder, settings.problems if folder.card["parent"] else -(-settings.problems // 4), display)
-        hardware.release_memory()
-
-    # 5. Tell what was made: report.html, report.md, and a short form here.
-    if distributed.ranks()[0] == 0:
-        page = write_report(folder)
-        terminal_report(folder)
-        display.say(f"\nreport: {page}\ntalk to it: nanoghost chat\n({(time.perf_counter() - start) / 60:.1f} minutes)")
-    return {name: ModelFolder(name).card["figures"] for name in ("ghost-base", "ghost-sft", "ghost")}
 
 
 def command(settings: SpeedrunSettings) -> None:
     figures = main(settings)
-    if settings.json and distributed.ranks()[0] == 0:
+    if settings.json and distributed.rank_and_world_size()[0] == 0:
         print(json.dumps(figures))

@@ -13,9 +13,9 @@ import safetensors.torch
 import torch
 
 from nanoghost.errors import UserError
-from nanoghost.formats.gguf_reader import GGUF
+from nanoghost.formats.gguf_reader import GGUFFile
 from nanoghost.formats.model_folder import load_model
-from nanoghost.home import ModelFolder, writing
+from nanoghost.home import ModelFolder, write_lock
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.rope import kind_of
 from nanoghost.tokenizer.chat_format import following, parse_reply, render
@@ -210,23 +210,23 @@ def copied(folder, to):
 
 
 @pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
-def test_licences_travel(nanoghost, folder, tmp_path):
+def test_licenses_travel(nanoghost, folder, tmp_path):
     source = copied(folder, tmp_path / "theirs")
     (source / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n\nlicense: mine\n")
-    (source / "LICENSE").write_text("their licence")
+    (source / "LICENSE").write_text("their license")
     assert nanoghost("adopt", source, "--name", "again")[0] == 0
     card = ModelFolder("again").card
-    assert card["data"][0]["licence"] == "apache-2.0" and "changes" in card["data"][0]
-    assert (ModelFolder("again").path / "LICENSE").read_text() == "their licence"
+    assert card.data[0]["license"] == "apache-2.0" and "changes" in card.data[0]
+    assert (ModelFolder("again").path / "LICENSE").read_text() == "their license"
     code, _, err = nanoghost("export", "again", "--gguf", "--quant", "q8_0", "--out", tmp_path / "out" / "a.gguf")
     assert code == 2 and "out" in err  # no such folder
     assert nanoghost("export", "again", "--gguf", "--quant", "q8_0", "--out", tmp_path / "a.gguf")[0] == 0
-    fields = GGUF(tmp_path / "a.gguf").fields
+    fields = GGUFFile(tmp_path / "a.gguf").fields
     assert fields["general.license"] == "apache-2.0" and "Q8_0" in fields["general.description"]
-    assert (tmp_path / "a.LICENSE").read_text() == "their licence"
+    assert (tmp_path / "a.LICENSE").read_text() == "their license"
     assert nanoghost("adopt", tmp_path / "a.gguf", "--name", "third")[0] == 0
-    assert ModelFolder("third").card["data"][0]["licence"] == "apache-2.0"
-    assert (ModelFolder("third").path / "LICENSE").read_text() == "their licence"
+    assert ModelFolder("third").card.data[0]["license"] == "apache-2.0"
+    assert (ModelFolder("third").path / "LICENSE").read_text() == "their license"
 
 
 @pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
@@ -237,7 +237,7 @@ def test_a_model_is_replaced_or_stays(nanoghost, folder, tmp_path, monkeypatch):
     (place / "note").touch()
     code, _, err = nanoghost("adopt", source, "--name", "again")
     assert code == 2 and "--force" in err
-    with writing(ModelFolder("again")):
+    with write_lock(ModelFolder("again")):
         code, _, err = nanoghost("adopt", source, "--name", "again", "--force")
     assert code == 2 and "another process" in err and (place / "note").exists()
 
@@ -314,15 +314,15 @@ def hub(monkeypatch, tmp_path):
 def test_a_model_of_the_hub(nanoghost, folder, hub):
     copied(folder, hub.folder)
     (hub.folder / "README.md").write_text("---\nlicense: other\nlicense_name: tiny-1\n---\n")
-    (hub.folder / "LICENSE.txt").write_text("their licence")
+    (hub.folder / "LICENSE.txt").write_text("their license")
     for needless in ("pytorch_model.bin", "model.onnx", "original/model.safetensors", "onnx/config.json"):
         (hub.folder / needless).parent.mkdir(exist_ok=True)
         (hub.folder / needless).write_text("large")
     code, _, err = nanoghost("adopt", "maker/tiny")
     assert code == 0, err
     assert torch.equal(logits(folder.path)[0], logits(ModelFolder("tiny").path)[0])
-    about = ModelFolder("tiny").card["data"][0]
-    assert (about["name"], about["licence"]) == ("maker/tiny", "tiny-1") and Hub.commit in about["attribution"]
+    about = ModelFolder("tiny").card.data[0]
+    assert (about["name"], about["license"]) == ("maker/tiny", "tiny-1") and Hub.commit in about["attribution"]
     assert (ModelFolder("tiny").path / "LICENSE.txt").exists()
     assert not [name for name in hub.asked if "/" in name or "bin" in name or "onnx" in name]
     code, _, err = nanoghost("adopt", "maker/other")

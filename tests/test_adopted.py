@@ -8,7 +8,7 @@ import torch
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder
 from nanoghost.tasks.registry import all_tasks, spoken_name
-from nanoghost.train.hyperparameters import ADOPTED, later_groups, row_length
+from nanoghost.train.hyperparameters import ADOPTED_GROUP, finetune_groups, finetune_context
 from tests.test_adopt import TEMPLATE
 from tests.test_training import losses
 
@@ -30,7 +30,7 @@ def adopted(nanoghost, toy_file):
 
 
 SFT = ("--steps", 3, "--lessons", 60, "--batch", 2)
-RL = ("--steps", 1, "--problems", 2, "--attempts", 2, "--max-tokens", 4, "--held-out", 2)
+RL = ("--steps", 1, "--problems", 2, "--rollouts", 2, "--max-tokens", 4, "--eval-problems", 2)
 
 
 def test_every_stage_and_its_report(nanoghost, adopted):
@@ -54,7 +54,7 @@ def test_every_stage_and_its_report(nanoghost, adopted):
 
 
 def test_rows_are_no_longer_than_is_sensible(nanoghost, adopted):
-    assert row_length(8192) == 512 and row_length(256) == 256 and row_length(8192, 1024) == 1024
+    assert finetune_context(8192) == 512 and finetune_context(256) == 256 and finetune_context(8192, 1024) == 1024
     code, out, err = nanoghost("sft", adopted, "--name", "short", "--context", 128, *SFT, "--json")
     assert code == 0, err
     assert json.loads(out)["tokens"] == 3 * 2 * 128
@@ -62,7 +62,7 @@ def test_rows_are_no_longer_than_is_sensible(nanoghost, adopted):
 
 def test_it_takes_small_steps(nanoghost, adopted):
     base = ModelFolder(adopted).card
-    assert later_groups(base, 64, 1.0)["matrices"] == ADOPTED
+    assert finetune_groups(base, 64, 1.0)["matrices"] == ADOPTED_GROUP
     code, _, err = nanoghost("sft", adopted, "--name", "more", *SFT)
     assert code == 0, err
     first, *_, last = losses("more", "sft").values()

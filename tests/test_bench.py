@@ -18,7 +18,7 @@ from nanoghost.model.llama import Llama, LlamaConfig
 @pytest.fixture
 def llama(nanoghost, toy_base):
     """A toy Llama with heads as wide as the kernels want them."""
-    code, _, err = nanoghost("pretrain", "--tokenizer", toy_base, "--data", ModelFolder(toy_base).card["settings"]["data"],
+    code, _, err = nanoghost("pretrain", "--tokenizer", toy_base, "--data", ModelFolder(toy_base).card.settings["data"],
                              "--name", "small", "--arch", "llama", "--steps", 1, "--depth", 2, "--context", 64)  # fmt: skip
     assert code == 0, err
     folder = ModelFolder("small")

@@ -26,7 +26,7 @@ class State:
     def __init__(self, value: float = -1.0, rows: int = 1000):
         self.tensors = {"bucket/master": torch.full((rows,), value), "time": torch.tensor(int(value))}
         self.buckets = {"bucket": self}
-        self.first_row = distributed.ranks()[0] * rows
+        self.first_row = distributed.rank_and_world_size()[0] * rows
 
     def state(self):
         return self.tensors
@@ -109,7 +109,7 @@ def one_of_two_dies(folder) -> None:
     checkpoints = Checkpoints(folder)
     checkpoints.save(10, State(10).state(), {"seconds": 15.0})
     checkpoints.settle()
-    if distributed.ranks()[0] == 1:
+    if distributed.rank_and_world_size()[0] == 1:
         die_at(int(folder.name))
     checkpoints.save(20, State(20).state(), {"seconds": 30.0})
     checkpoints.settle()
@@ -272,7 +272,7 @@ def some_steps(folder: str, goal: int) -> None:
 
     torch.set_num_threads(1)
     distributed.init_distributed()
-    rank, world = distributed.ranks()
+    rank, world = distributed.rank_and_world_size()
     model = toy_ghost(1)
     optimizer = recipe(model, rank=rank, world=world)
     checkpoints = Checkpoints(Path(folder) / f"state-{AT}")

@@ -76,7 +76,7 @@ def test_the_plays_are_split_by_whole_works(tmp_path):
     everything = "".join(d.text for d in documents)
     assert not any(word in everything for word in ("FOLIO", "META", "BRITANNICA", "MILTON", "\r"))
     assert documents[0].text == "cymbeline_gut\n\nEnter cymbeline_gut.\n"  # nothing else is stripped
-    assert plays.licence == "CC BY 2.5" and "Open Knowledge Foundation" in plays.attribution
+    assert plays.license == "CC BY 2.5" and "Open Knowledge Foundation" in plays.attribution
     assert list(plays.documents()) == documents
 
 
@@ -243,7 +243,7 @@ def test_shards_hold_every_byte_once():
     assert (shards.bytes("train"), shards.bytes("val"), shards.bytes("test")) == (13, 3, 0)
     assert len(shards.tokens("test")) == 0
     assert shards.manifest["format"] == 1 and shards.manifest["splits"]["train"]["documents"] == 2
-    assert shards.manifest["source"]["licence"] == "CC0" and shards.manifest["source"]["attribution"] == "nobody"
+    assert shards.manifest["source"]["license"] == "CC0" and shards.manifest["source"]["attribution"] == "nobody"
 
 
 def test_large_vocabularies_take_four_bytes():

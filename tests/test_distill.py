@@ -26,7 +26,7 @@ from nanoghost.train.distill_loss import (
     student_buckets,
     teacher_buckets,
 )
-from nanoghost.train.packing import Lesson, fill, pack
+from nanoghost.train.packing import TokenizedExample, collate, pack
 from tests.conftest import TOY, toy_text
 from tests.test_training import killed_after_checkpoint, losses
 
@@ -159,11 +159,11 @@ def toy_model(kind: str, seed: int):
 def toy_batch():
     generator = torch.Generator().manual_seed(0)
     lessons = [
-        Lesson(torch.randint(61, (n,), generator=generator).tolist(), [False] * 2 + [True] * (n - 2))
+        TokenizedExample(torch.randint(61, (n,), generator=generator).tolist(), [False] * 2 + [True] * (n - 2))
         for n in (33, 20, 9, 25, 12)
     ]
     rows = pack([len(lesson.ids) for lesson in lessons], 33, range(len(lessons)))
-    return fill(rows, lessons, 32, sum(sum(lesson.learned) for lesson in lessons))
+    return collate(rows, lessons, 32, sum(sum(lesson.loss_mask) for lesson in lessons))
 
 
 @pytest.mark.parametrize("kind", ["llama", "ghost"])
@@ -228,7 +228,7 @@ def distill(school, home, nanoghost):
 
 def test_probabilities_are_asked_once_and_learned(distill, school, home, nanoghost):
     common = ("--teacher", "toy", "--kind", "token", "--data", school / "notes.txt")
-    figures = distill("nano", *common, "--name", "with", "--steps", 40, "--share", 1)
+    figures = distill("nano", *common, "--name", "with", "--steps", 40, "--teacher-weight", 1)
     assert {"name", "parameters", "tokens", "seconds", "tokens_per_second", "flops_per_second", "bpb"} <= set(figures)
     assert figures["tokens"] == 40 * 4 * 64
     course = losses("with", "distill")
@@ -236,11 +236,11 @@ def test_probabilities_are_asked_once_and_learned(distill, school, home, nanogho
     first, *others = sorted(home.glob("data/probabilities-*/*"))
     times, content = [path.stat().st_mtime_ns for path in others], first.read_bytes()
     first.unlink()
-    assert distill("nano", *common, "--name", "without", "--steps", 2, "--share", 0)["name"] == "without"
+    assert distill("nano", *common, "--name", "without", "--steps", 2, "--teacher-weight", 0)["name"] == "without"
     assert first.read_bytes() == content, "what is missing is asked again, and is the same"
     assert others and times == [path.stat().st_mtime_ns for path in others], "the rest was there already"
     card = ModelFolder("with").card
-    assert card["teacher"]["name"] == "toy" and card["parent"]["name"] == "nano"
+    assert card.teacher["name"] == "toy" and card.parent["name"] == "nano"
     code, _, err = nanoghost("report", "with")
     assert code == 0, err
 
@@ -275,8 +275,8 @@ def test_an_adapter_can_learn_and_teach(distill, school, kind):
     common = ("--kind", kind, "--data", school / "notes.txt", "--steps", 6)
     assert distill("nano", *common, "--teacher", "toy", "--name", "taught", "--lora", 4)["name"] == "nano@taught"
     assert distill("nano@taught", *common, "--teacher", "toy", "--name", "more")["name"] == "nano@more"
-    assert ModelFolder("nano@more").card["adapters"][0]["rank"] == 4
-    figures = distill("nano", *common, "--teacher", "nano@more", "--name", "pupil", "--share", 1)
+    assert ModelFolder("nano@more").card.adapters[0]["rank"] == 4
+    figures = distill("nano", *common, "--teacher", "nano@more", "--name", "pupil", "--teacher-weight", 1)
     assert figures["loss"] < losses("nano@taught", "distill")[0], "an adapter is nearer to its base than toy is"
 
 

@@ -29,7 +29,7 @@ TOY = (
 )
 STAGES = {
     "sft": ("sft", "toy", "--lessons", "200", "--batch", "4", "--steps", "4"),
-    "rl": ("rl", "toy", "--steps", "2", "--problems", "6", "--attempts", "4", "--max-tokens", "6", "--held-out", "6", "--repeat", "2"),
+    "rl": ("rl", "toy", "--steps", "2", "--problems", "6", "--rollouts", "4", "--max-tokens", "6", "--eval-problems", "6", "--sft-rows", "2"),
     "sequence": ("distill", "toy", "--teacher", "toy-talker", "--examples", "24", "--max-tokens", "8", "--batch", "6", "--steps", "3",
                  "--data", "talk.jsonl"),
     "token": ("distill", "toy", "--teacher", "toy", "--kind", "token", "--examples", "20", "--batch", "6", "--steps", "3",
@@ -42,7 +42,7 @@ STAGES = {
 def all_stages(home: str) -> None:
     """In a copy of `home` for so many processes, in fp32; how many tokens this process read and wrote is noted."""
     hardware.cpu_dtype = lambda flags: torch.float32
-    rank, world = distributed.ranks()
+    rank, world = distributed.rank_and_world_size()
     os.chdir(home)
     os.environ["NANOGHOST_HOME"] = f"{home}/{world}"
     from nanoghost import cli

@@ -83,7 +83,7 @@ def bad_at(*bad: int, rank: int = 1):
 
     def train_step(*arguments):
         loss = step(*arguments)
-        return float("nan") if seen[-1] in bad and distributed.ranks()[0] == rank else loss
+        return float("nan") if seen[-1] in bad and distributed.rank_and_world_size()[0] == rank else loss
 
     stage.train_step = train_step
 
@@ -131,7 +131,7 @@ def stopped_at(step: int, name: str) -> None:
     at = Batches.at
 
     def signalling(self, number):
-        if number == step and distributed.ranks()[0] == 1:
+        if number == step and distributed.rank_and_world_size()[0] == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return at(self, number)
 
@@ -164,7 +164,7 @@ def hanging(name: str) -> None:
     at = Batches.at
 
     def sleepy(self, number):
-        if number == 3 and distributed.ranks()[0] == 1:
+        if number == 3 and distributed.rank_and_world_size()[0] == 1:
             time.sleep(600)
         return at(self, number)
 

@@ -80,12 +80,12 @@ def test_cores_obey_affinity_and_container_quota(monkeypatch):
 
 
 def test_ranks_come_from_torchrun(monkeypatch):
-    assert distributed.ranks() == (0, 1)
+    assert distributed.rank_and_world_size() == (0, 1)
     distributed.init_distributed()
     assert not torch.distributed.is_initialized()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert distributed.ranks() == (1, 2)
+    assert distributed.rank_and_world_size() == (1, 2)
 
 
 TWO_RANKS = """
@@ -95,7 +95,7 @@ child = os.fork()  # one import of torch for both ranks; fine, as nothing has ru
 os.environ["RANK"] = "0" if child else "1"
 hardware.prepare()
 distributed.init_distributed()
-total = torch.tensor(distributed.ranks()[0] + 1)
+total = torch.tensor(distributed.rank_and_world_size()[0] + 1)
 torch.distributed.all_reduce(total)
 assert total == 3 and not torch.tensor(1e-40).mul(1).item()  # denormals are flushed
 torch.distributed.destroy_process_group()

@@ -32,7 +32,7 @@ def test_two_hosts_with_delay_and_loss_learn_what_one_learns(nanoghost, toy_file
         start = time.time()
         said = [run.communicate(timeout=200)[1] for run in runs]
         assert [run.returncode for run in runs] == [0, 0], said
-        size = ModelFolder("two").card["parameters"]
+        size = ModelFolder("two").card.parameters
         assert hosts.sent(hosts.HOSTS[0]) > 12 * 2 * size, "the gradients went over the wire"
         print(f"{time.time() - start:.0f} s")
     finally:

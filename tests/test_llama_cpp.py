@@ -14,8 +14,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanoghost import home
-from nanoghost.formats.gguf_llama import PRE_TOKENIZERS, begins_with
-from nanoghost.formats.gguf_reader import GGUF, READABLE
+from nanoghost.formats.gguf_llama import PRE_TOKENIZERS, bos_post_processor
+from nanoghost.formats.gguf_reader import GGUFFile, READABLE_TYPES
 from nanoghost.formats.model_folder import load_model, save_model
 from nanoghost.home import ModelFolder
 from nanoghost.model.llama import Llama, LlamaConfig
@@ -52,7 +52,7 @@ def made(name: str, config: LlamaConfig, tokenizer: Tokenizer) -> ModelFolder:
     torch.manual_seed(0)
     folder = ModelFolder(name)
     save_model(folder.path, with_noise(Llama(config)), tokenizer)
-    data = [{"name": "noise", "licence": "none", "attribution": "nobody"}]
+    data = [{"name": "noise", "license": "none", "attribution": "nobody"}]
     folder.write_card({"stage": "pretrain", "parent": None, "data": data, "arch": config.model_type, "finished": 1})
     return folder
 
@@ -132,7 +132,7 @@ def test_words_are_split_as_there(nanoghost, tmp_path, pre):
     )
     backend.train_from_iterator([toy_text(), "\n\n    1234567 1999 2024\n\n", *TEXTS * 3], trainer)
     if pre == "llama-bpe":
-        backend.post_processor = begins_with("<|endoftext|>", 0)
+        backend.post_processor = bos_post_processor("<|endoftext|>", 0)
     tokenizer = Tokenizer(backend)
     folder = made("toy", LlamaConfig(tokenizer.vocab_size, 256, 1, 32, 2, 2, 64), tokenizer)
     assert nanoghost("export", folder.name, "--gguf", "--out", tmp_path / "toy.gguf")[0] == 0
@@ -174,7 +174,7 @@ class Traits(ctypes.Structure):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [k for k in READABLE if k != "F32"])
+@pytest.mark.parametrize("kind", [k for k in READABLE_TYPES if k != "F32"])
 def test_every_kind_of_number_is_read_as_they_read_it(tmp_path, kind):
     ggml = ctypes.CDLL(str(next(Path(llama_cpp.__file__).parent.glob("lib/libggml-base.*"))))
     ggml.ggml_get_type_traits.restype = ctypes.POINTER(Traits)
@@ -192,7 +192,7 @@ def test_every_kind_of_number_is_read_as_they_read_it(tmp_path, kind):
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
-    assert np.allclose(GGUF(tmp_path / "x.gguf").tensor("x"), read, rtol=1e-6, atol=1e-7)
+    assert np.allclose(GGUFFile(tmp_path / "x.gguf").read_tensor("x"), read, rtol=1e-6, atol=1e-7)
     assert np.abs(read - x).max() < 1.5
 
 
@@ -207,7 +207,7 @@ def test_a_file_of_k_quants_made_there(nanoghost, tmp_path, kind):
     assert (
         llama_cpp.llama_model_quantize(str(tmp_path / "toy.gguf").encode(), str(path).encode(), ctypes.byref(how)) == 0
     )
-    kinds = {t.kind.name for t in GGUF(path).tensors.values()}
+    kinds = {t.type.name for t in GGUFFile(path).tensors.values()}
     assert kind.removesuffix("_M") in kinds
     assert nanoghost("adopt", path, "--name", "again")[0] == 0
     model, _ = load_model(ModelFolder("again").path, torch.float32)

@@ -9,13 +9,13 @@ import torch
 from nanoghost.commands.models import adapters_of
 from nanoghost.errors import UserError
 from nanoghost.formats import peft
-from nanoghost.formats.model_folder import load_adapted, load_model
+from nanoghost.formats.model_folder import load_with_adapters, load_model
 from nanoghost.home import ModelFolder
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.lora import MODULES, attach, merged, new_adapter
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.tokenizer.chat_format import render
-from nanoghost.train.hyperparameters import LORA
+from nanoghost.train.hyperparameters import LORA_GROUP
 from tests.test_training import killed_after_checkpoint, losses
 
 CONFIG = LlamaConfig(97, 32, 3, 32, 4, 2, 48, biases="q")
@@ -117,7 +117,7 @@ def test_gradients_are_those_of_the_slow_way_and_the_base_gets_none(model):
 def test_training_moves_the_adapter_and_not_a_bit_of_the_base(model):
     attach(model, [new_adapter(model, 4, None, None, 0)])
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    optimizer = Optimizer(model, {"lora": LORA}, torch.float32)
+    optimizer = Optimizer(model, {"lora": LORA_GROUP}, torch.float32)
     seen = []
     for _ in range(30):
         loss = -model.logprobs(IDS, IDS.roll(-1, 1)).mean()
@@ -151,8 +151,8 @@ def test_an_adapter_is_a_model_named_base_at_name(nanoghost, toy, tmp_path):
     assert json.loads(out)["name"] == "toy@me"
     code, _, err = nanoghost("sft", "toy@me", "--name", "more", *SHORT)  # goes on with it
     assert code == 0, err
-    code, _, err = nanoghost("rl", "toy@me", "--name", "toy@rl", "--steps", 1, "--problems", 2, "--attempts", 2,
-                             "--max-tokens", 4, "--held-out", 2)  # fmt: skip
+    code, _, err = nanoghost("rl", "toy@me", "--name", "toy@rl", "--steps", 1, "--problems", 2, "--rollouts", 2,
+                             "--max-tokens", 4, "--eval-problems", 2)  # fmt: skip
     assert code == 0, err
     assert sorted(adapters_of(toy)) == ["toy@me", "toy@more", "toy@rl"]
     assert (ModelFolder(toy).path / "model.safetensors").read_bytes() == weights
@@ -207,7 +207,7 @@ def test_several_adapters_share_one_base(nanoghost, toy):
     for name, seed in (("a", 0), ("b", 1)):
         assert nanoghost("sft", toy, "--lora", 2, "--name", name, "--seed", seed, *SHORT)[0] == 0
     folders = [ModelFolder(f"toy@{name}").path for name in "ab"]
-    model, tokenizer = load_adapted(folders, torch.float32)
+    model, tokenizer = load_with_adapters(folders, torch.float32)
     ids = torch.tensor([render([{"role": "user", "content": "Who are you?"}], tokenizer, True)[0]] * 2)
     with torch.no_grad():
         both = model(ids, adapters_B=torch.tensor([0, 1]))

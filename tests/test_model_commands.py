@@ -7,14 +7,14 @@ import pytest
 
 from nanoghost import home
 from nanoghost.commands import models
-from nanoghost.home import ModelFolder, writing
+from nanoghost.home import ModelFolder, write_lock
 
 
 def make(name, finished=1.0):
     folder = ModelFolder(name)
     folder.write_card({
         "stage": "pretrain", "parent": None, "parameters": 1_500_000, "steps": 3, "seed": 0, "command": "nanoghost pretrain",
-        "data": [{"name": "plays", "licence": "CC BY 2.5"}], "figures": {"bpb": 2.0}, "finished": finished,
+        "data": [{"name": "plays", "license": "CC BY 2.5"}], "figures": {"bpb": 2.0}, "finished": finished,
     })  # fmt: skip
     return folder
 
@@ -44,7 +44,7 @@ def test_rename_moves_the_folder_and_the_name(nanoghost):
     for words in (("b", "c"), ("b", "b"), ("nobody", "d"), ("b", "../d"), ("b", "x/y")):
         code, _, err = nanoghost("rename", *words)
         assert code == 2 and err.startswith("nanoghost: "), words
-    with writing(ModelFolder("b")):
+    with write_lock(ModelFolder("b")):
         assert nanoghost("rename", "b", "d")[0] == 2
         assert nanoghost("rm", "b", "--yes")[0] == 2
     assert ModelFolder("b").card == before | {"name": "b"}

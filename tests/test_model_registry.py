@@ -251,13 +251,13 @@ def test_tools_are_taught_and_practised(nanoghost, toy_file, python_sandbox):
         2,
         "--problems",
         2,
-        "--attempts",
+        "--rollouts",
         2,
         "--max-tokens",
         8,
     )
     code, out, err = nanoghost(
-        *practice, "--data", "tools", "--repeat", 2, "--held-out", 3, "--name", "practised", "--json"
+        *practice, "--data", "tools", "--sft-rows", 2, "--eval-problems", 3, "--name", "practised", "--json"
     )
     assert code == 0 and set(json.loads(out)["accuracy"]) == {"programs", "notes"}, err
 

@@ -14,8 +14,8 @@ from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.optim.collectives import volume
 from nanoghost.optim.optimizer import POLAR_EXPRESS, Bucket, Group, Optimizer, orthogonalize
 from nanoghost.optim.schedule import learning_rate
-from nanoghost.train.hyperparameters import groups
-from nanoghost.train.pretrain import train_step
+from nanoghost.train.hyperparameters import pretrain_groups
+from nanoghost.train.pretrain import accumulate_gradients
 from tests.support.ranks import in_ranks
 
 
@@ -134,14 +134,14 @@ def test_muon_is_a_loop_over_matrices(rows, columns):
 def train(model, optimizer, batches, steps) -> list[float]:
     losses = []
     for step in steps:
-        loss = train_step(model, *batches.at(step), micro_batch=4)
+        loss = accumulate_gradients(model, *batches.at(step), micro_batch=4)
         losses.append(distributed.all_reduce_mean(loss))
         optimizer.step(learning_rate(step / STEPS))
     return losses
 
 
 def recipe(model, dtype=torch.float32, rank=0, world=1) -> Optimizer:
-    return Optimizer(model, groups(model.config.width, 0.1), dtype, rank, world)
+    return Optimizer(model, pretrain_groups(model.config.width, 0.1), dtype, rank, world)
 
 
 def everything(model) -> torch.Tensor:
@@ -222,7 +222,7 @@ def one_of_several(folder: str) -> None:
     """Fifty steps in two micro-batches and more, with all state passed on to a new optimizer half way."""
     torch.set_num_threads(1)
     distributed.init_distributed()
-    rank, world = distributed.ranks()
+    rank, world = distributed.rank_and_world_size()
     batches = Batches(toy_tokens(), 16, 12, 0, rank, world)
     model = toy_ghost(1)
     optimizer = recipe(model, rank=rank, world=world)
@@ -236,7 +236,7 @@ def one_of_several(folder: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = toy_ghost(1).cast(dtype)
         optimizer = recipe(model, dtype, rank, world)
-        train_step(model, *batches.at(0), micro_batch=2)
+        accumulate_gradients(model, *batches.at(0), micro_batch=2)
         with Sent(world) as sent:
             optimizer.step()
         result[str(dtype)] = sent.bytes, volume(optimizer.buckets.values(), world)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nanoghost.errors import UserError
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from nanoghost.train.packing import Lesson, PackedBatches, lessons_from, pack
+from nanoghost.train.packing import TokenizedExample, PackedBatches, tokenize_conversations, pack
 from tests.conftest import toy_text
 
 FAST = settings(deadline=None, max_examples=30)
@@ -46,7 +46,7 @@ def test_rows_are_nine_tenths_full_or_more():
 
 
 def traceable(masks):
-    return [Lesson([1000 * (n + 1) + p for p in range(len(mask))], mask) for n, mask in enumerate(masks)]
+    return [TokenizedExample([1000 * (n + 1) + p for p in range(len(mask))], mask) for n, mask in enumerate(masks)]
 
 
 MASKS = st.lists(st.booleans(), min_size=1, max_size=CONTEXT - 1).map(
@@ -73,7 +73,7 @@ def test_an_epoch_teaches_each_learned_token_once_from_the_token_before_it(lesso
         taught += targets[learned].tolist()
         step += 1
     assert sorted(taught) == [
-        i for lesson in lessons for i, is_learned in zip(lesson.ids, lesson.learned) if is_learned
+        i for lesson in lessons for i, is_learned in zip(lesson.ids, lesson.loss_mask) if is_learned
     ]
 
 
@@ -123,28 +123,28 @@ def length(messages):
 def test_the_oldest_turns_go_first():
     turns = [turn(f"{i}?", f"{i}!") for i in range(6)]
     newest = SYSTEM + turns[4] + turns[5]
-    lessons, left_out = lessons_from([SYSTEM + sum(turns, [])], toy(), length(newest) + 3)
-    assert (lessons[0].ids, lessons[0].learned) == render(newest, toy())
+    lessons, left_out = tokenize_conversations([SYSTEM + sum(turns, [])], toy(), length(newest) + 3)
+    assert (lessons[0].ids, lessons[0].loss_mask) == render(newest, toy())
     assert left_out == 0
 
 
 def test_a_last_turn_too_long_is_cut_at_the_end_and_its_end_mark_not_learned():
     answer = "The king sees the sword. " * 20
     conversation = turn("x", "y") + turn("king?", answer)
-    lessons, left_out = lessons_from([conversation], toy(), 40)
+    lessons, left_out = tokenize_conversations([conversation], toy(), 40)
     ids, learned = render(turn("king?", answer), toy())
-    assert (lessons[0].ids, lessons[0].learned, left_out) == (ids[:40], learned[:40], 0)
-    taught = [i for i, is_learned in zip(lessons[0].ids, lessons[0].learned) if is_learned]
+    assert (lessons[0].ids, lessons[0].loss_mask, left_out) == (ids[:40], learned[:40], 0)
+    taught = [i for i, is_learned in zip(lessons[0].ids, lessons[0].loss_mask) if is_learned]
     assert answer.startswith(toy().decode(taught, skip_special=False)), "the answer, and no end mark"
 
 
 def test_without_an_answer_in_reach_it_is_left_out_and_counted():
     long_question = turn("king " * 50, "Yes.")
     unanswered = turn("a", "b")[:1]
-    lessons, left_out = lessons_from([long_question, turn("a", "b"), unanswered], toy(), 40)
-    assert ([(lesson.ids, lesson.learned) for lesson in lessons], left_out) == ([render(turn("a", "b"), toy())], 2)
+    lessons, left_out = tokenize_conversations([long_question, turn("a", "b"), unanswered], toy(), 40)
+    assert ([(lesson.ids, lesson.loss_mask) for lesson in lessons], left_out) == ([render(turn("a", "b"), toy())], 2)
     with pytest.raises(UserError, match="none of the 2 conversations .* 40 tokens"):
-        lessons_from([long_question, unanswered], toy(), 40)
+        tokenize_conversations([long_question, unanswered], toy(), 40)
 
 
 SOME_TEXT = st.sampled_from(["", "a", "The king sees.", "sword " * 12, "night " * 60])
@@ -161,9 +161,9 @@ def test_whatever_the_conversations_every_row_has_something_to_learn(conversatio
     teachable = [any(render(c[-2:], toy())[1][:context]) for c in conversations]  # at least by their last turn
     if not any(teachable):
         with pytest.raises(UserError):
-            lessons_from(conversations, toy(), context)
+            tokenize_conversations(conversations, toy(), context)
         return
-    lessons, left_out = lessons_from(conversations, toy(), context)
+    lessons, left_out = tokenize_conversations(conversations, toy(), context)
     assert (len(lessons), left_out) == (sum(teachable), len(conversations) - sum(teachable))
     batches = PackedBatches(lessons, context, 3, 0)
     for step in range(4):

@@ -12,8 +12,8 @@ from nanoghost.errors import UserError
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.train.hyperparameters import depth_for, groups
-from nanoghost.train.pretrain import train_step
+from nanoghost.train.hyperparameters import depth_for, pretrain_groups
+from nanoghost.train.pretrain import accumulate_gradients
 
 GHOST = GhostConfig(vocab_size=640, context=96, depth=3, width=192)
 LLAMA = LlamaConfig(vocab_size=640, context=96, depth=3, width=192, heads=3, key_value_heads=3, mlp_width=512)
@@ -30,7 +30,7 @@ def test_counts_on_the_meta_device_are_those_of_a_real_model(config, made, dtype
     with torch.device("meta"):
         planned = memory(made(config).cast(dtype), dtype, 1)
     model = made(config).cast(dtype)
-    optimizer = Optimizer(model, groups(config.width), dtype)
+    optimizer = Optimizer(model, pretrain_groups(config.width), dtype)
     weights = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
     states = sum(t.numel() * t.element_size() for b in optimizer.buckets.values() for t in b.state().values())
     assert planned["weights"] == weights
@@ -60,8 +60,8 @@ def test_a_real_step_takes_the_memory_that_was_planned(arch):
     tokens = torch.randint(2048, (16, 129))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         model = made(config(**sizes)).cast(dtype)
-        optimizer = Optimizer(model, groups(256), dtype)
-        train_step(model, tokens[:, :-1], tokens[:, 1:], said["micro_batch"])
+        optimizer = Optimizer(model, pretrain_groups(256), dtype)
+        accumulate_gradients(model, tokens[:, :-1], tokens[:, 1:], said["micro_batch"])
         optimizer.step()
     blocks = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     held, most = 0, 0
@@ -143,7 +143,7 @@ def test_a_minute_is_worth_what_the_machine_does_in_it():
 
 def test_a_speedrun_chooses_its_layers_for_all_of_its_minutes(nanoghost, toy_file, home, monkeypatch):
     monkeypatch.setattr(hardware, "matmul_gflops_per_second", lambda *_: 380.0)
-    base = speedrun.recipe(speedrun.SpeedrunSettings())[0][1]
+    base = speedrun.stage_settings(speedrun.SpeedrunSettings())[0]
     assert base.dial_minutes > base.minutes and depth_for(base.dial_minutes)[0] > depth_for(base.minutes)[0]
     code, _, err = nanoghost(
         "pretrain", "--data", toy_file, "--steps", 1, "--dial-minutes", base.dial_minutes, "--vocab-size", 320

@@ -134,7 +134,7 @@ def test_refined_text_is_a_source_like_any_other(refined, settings, nanoghost, m
     source = open_source("clean")
     kept = [row["text"] for file in manifest["files"] for row in rows(home / "data/clean" / file)]
     assert [d.text for d in source.documents()] == kept
-    assert source.licence == "unknown (local files)" and "refined: 41 of 58 documents" in source.attribution
+    assert source.license == "unknown (local files)" and "refined: 41 of 58 documents" in source.attribution
     assert not (home / "data" / ".refine-clean").exists()
     assert refinery.refine(settings, Quiet()) == manifest  # it is there already
     code, _, err = nanoghost("data", "refine", settings.data, "--name", "clean", "--decontaminate", "none")

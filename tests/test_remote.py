@@ -84,7 +84,7 @@ def test_what_lies_elsewhere_reads_as_if_it_were_here(tmp_path, elsewhere):
         assert list(open_source(url).documents()) == here, url
     assert open_source("memory://bucket/text").fingerprint == open_source("flaky://bucket/text").fingerprint
     some = open_source("memory://bucket/text/part-*.jsonl")
-    assert len(list(some.documents())) == 36 and some.name == "part" and some.licence.startswith("unknown")
+    assert len(list(some.documents())) == 36 and some.name == "part" and some.license.startswith("unknown")
     assert "".join(d.text for d in open_source("memory://bucket/text/notes.md").documents()) == "# nine"
     elsewhere.pipe_file("/bucket/text/part-0.jsonl", lines("other"))
     assert open_source("memory://bucket/text").fingerprint != open_source("flaky://bucket/text/part-*").fingerprint
@@ -172,7 +172,7 @@ def test_mistakes_in_urls_are_named(elsewhere, monkeypatch):
 # ── the Hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_hub_is_read_up_to_a_limit_and_licences_warn(monkeypatch, capsys, elsewhere):
+def test_the_hub_is_read_up_to_a_limit_and_licenses_warn(monkeypatch, capsys, elsewhere):
     """Our side of the Hub: its file system is one in memory, the card has its shape."""
     for i in range(3):
         rows = lines(*(f"row {i}{j:03}" for j in range(100)))
@@ -187,7 +187,7 @@ def test_the_hub_is_read_up_to_a_limit_and_licences_warn(monkeypatch, capsys, el
     source = hub.open_hub("hub:owner/name:small", max_bytes=1600)
     assert len(list(source.documents())) == 200  # 8 bytes each
     assert [d.text for d in source.documents(150)] == [f"row 1{j:03}" for j in range(50, 100)]
-    assert source.name == "owner--name-small" and source.licence == "cc-by-nc-4.0"
+    assert source.name == "owner--name-small" and source.license == "cc-by-nc-4.0"
     assert "at revision abc123" in source.attribution and "may not be used commercially" in capsys.readouterr().err
 
 
@@ -301,7 +301,7 @@ def test_a_mixture_is_a_source_like_any_other(tmp_path):
     parts = [open_local(tmp_path / name) for name in ("notes", "book.txt")]
     assert list(source.documents()) == [d for part in parts for d in part.documents()]
     assert source.fingerprint != open_source(spec.replace("=3", "=2")).fingerprint
-    assert "75.0% local text 'notes'" in source.attribution and source.licence == "unknown (local files)"
+    assert "75.0% local text 'notes'" in source.attribution and source.license == "unknown (local files)"
     found, alone = tokenise(source, ByteTokenizer()), [tokenise(part, ByteTokenizer()) for part in parts]
     for split in ("train", "val", "test"):
         assert found.tokens(split).tolist() == [t for part in alone for t in part.tokens(split).tolist()]
@@ -316,7 +316,7 @@ def test_pretraining_reads_a_mixture_and_its_card_says_so(tmp_path, nanoghost, h
     code, _, err = nanoghost("pretrain", "--data", spec, "--name", "mixed", "--steps", 2, *TOY)
     assert code == 0, err
     card = json.loads((home / "models" / "mixed" / "card.json").read_text())
-    assert card["data"][0]["attribution"] == "70.0% local text 'a.txt'; 30.0% local text 'b.txt'"
+    assert card.data[0]["attribution"] == "70.0% local text 'a.txt'; 30.0% local text 'b.txt'"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def card(stage: str, parent: dict | None) -> dict:
         "format": 1, "name": NAMES[i], "stage": stage, "parent": parent, "settings": {"seed": 7, "minutes": None},
         "seed": 7, "command": f"nanoghost {stage} --seed 7", "started": 1000.0 * i, "finished": 1000.0 * i + 900,
         "steps": 40, "parameters": 16253194, "figures": figures,
-        "data": [{"name": "plays", "fingerprint": "ad2ac05cc55b2262", "licence": "CC BY 2.5", "attribution": "see http://x.org"}],
+        "data": [{"name": "plays", "fingerprint": "ad2ac05cc55b2262", "license": "CC BY 2.5", "attribution": "see http://x.org"}],
         "machine": {"cpu": "Abacus", "cores": 2, "memory_gb": 8.0, "instruction_sets": ["avx2"], "system": "Linux",
                     "gpu": None, "dtype": "bfloat16", "threads": 2, "world_size": 1},
         "versions": {"nanoghost": "0.1.0", "torch": "2.13.0"}, "compile": {"on": False, "reason": "too short"},
@@ -125,7 +125,7 @@ def test_what_a_model_says_is_shown_and_not_obeyed(nanoghost):
 def test_a_hostile_name_or_role_cannot_leave_its_place(nanoghost):
     folder = folder_of()
     whole = folder.card
-    whole["data"][0] |= {"licence": HOSTILE}
+    whole["data"][0] |= {"license": HOSTILE}
     whole["parent"]["parent"]["data"][0] |= {"name": HOSTILE.replace("\ud800", "")}
     folder.write_card(whole)
     log = folder.events

@@ -40,7 +40,7 @@ CARD = {
     "tokens": 12_300_000,
     "seconds": 250.0,
     "machine": "two CPU cores",
-    "data": [{"name": "Shakespeare's plays", "licence": "public domain"}],
+    "data": [{"name": "Shakespeare's plays", "license": "public domain"}],
 }
 PLAY = """THE OWL AND THE BELL
 
@@ -302,7 +302,7 @@ def test_identity_tells_only_what_the_card_tells():
         "minutes": "about 4 minutes",
         "machine": "two CPU cores",
         "data": "Shakespeare's plays",
-        "licence": "public domain",
+        "license": "public domain",
     }
     assert identity_facts({}) == {}
     task = Identity({})

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from nanoghost.home import ModelFolder
-from nanoghost.speedrun import SpeedrunSettings, recipe
+from nanoghost.speedrun import SpeedrunSettings, stage_settings
 from tests.conftest import TOY
 
 
@@ -107,7 +107,7 @@ def test_later_stages_survive_kill_9_bit_for_bit(nanoghost, toy_file, stage):
     assert nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 6, *toy)[0] == 0
     common = {
         "sft": ("toy", "--steps", 40, "--lessons", 200, "--batch", 2),
-        "rl": ("toy", "--steps", 12, "--problems", 2, "--attempts", 4, "--max-tokens", 6, "--held-out", 4),
+        "rl": ("toy", "--steps", 12, "--problems", 2, "--rollouts", 4, "--max-tokens", 6, "--eval-problems", 4),
     }[stage]  # fmt: skip
     # the models are taught their names, which end at the hyphen
     code, _, err = nanoghost(stage, *common, "--name", "same-whole")
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(nanoghost, toy_file):
 def test_without_a_compiler_everything_works(nanoghost, toy_file, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "plain", "--steps", 3, *TOY)
-    assert code == 0 and "compiling is off: there is no C++ compiler" in err
+    assert code == 0 and "torch.compile is off (there is no C++ compiler)" in err
     code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "p2", "--steps", 3, *TOY, "--compile", "on")
     assert code == 2 and "compiler" in err
 
@@ -195,7 +195,7 @@ def test_other_settings_need_force_and_force_replaces(nanoghost, toy_file, toy_b
     code, _, err = nanoghost(*again)
     assert code == 2 and "--force" in one_line(err) and "steps" in err
     assert nanoghost(*again, "--force")[0] == 0
-    assert ModelFolder(toy_base).card["steps"] == 5
+    assert ModelFolder(toy_base).card.steps == 5
 
 
 def test_a_corpus_shorter_than_a_batch_still_trains(nanoghost, tmp_path):
@@ -260,13 +260,13 @@ def test_two_processes_train_like_one(nanoghost, toy_file):
     assert len(both) == 8
     for step, loss in one.items():  # bf16 sums in another order; test_ranks.py holds fp32 to 1e-5
         assert both[step] == pytest.approx(loss, rel=5e-3)
-    figures = two("rl", "two", "--name", "two-rl", "--steps", 2, "--problems", 4, "--attempts", 4, "--max-tokens", 6,
-                  "--held-out", 4, "--json")  # fmt: skip
+    figures = two("rl", "two", "--name", "two-rl", "--steps", 2, "--problems", 4, "--rollouts", 4, "--max-tokens", 6,
+                  "--eval-problems", 4, "--json")  # fmt: skip
     assert set(figures["accuracy"]) == {"chain_sum", "spell_backward"}
 
 
 def test_the_speedrun_shares_out_its_minutes_and_each_stage_starts_from_the_one_before():
-    asked = [settings for _, settings in recipe(SpeedrunSettings(minutes=10, data="notes", seed=7, force=True))]
+    asked = stage_settings(SpeedrunSettings(minutes=10, data="notes", seed=7, force=True))
     assert sum(settings.minutes for settings in asked) == pytest.approx(10)
     assert [settings.name for settings in asked] == ["ghost-base", "ghost-sft", "ghost"]
     assert [settings.parent for settings in asked[1:]] == ["ghost-base", "ghost-sft"]

@@ -182,7 +182,7 @@ async def never_reads(port: int, model: str, until: float, seen: Seen) -> None:
 
 async def killed(port: int, model: str, process, clients: int, seen: Seen) -> None:
     """The engine is killed while all are being answered: each must be told so, and the next must be answered soon."""
-    writing, told = asyncio.Semaphore(0), []
+    write_lock, told = asyncio.Semaphore(0), []
 
     async def one(number: int) -> None:
         try:

@@ -20,8 +20,8 @@ from nanoghost.home import write_atomic
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
 from nanoghost.tasks.registry import example_texts
-from nanoghost.train.hyperparameters import groups, model_config
-from nanoghost.train.pretrain import make_model, train_step
+from nanoghost.train.hyperparameters import pretrain_groups, model_config
+from nanoghost.train.pretrain import make_model, accumulate_gradients
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def command(settings: PretrainBenchSettings) -> None:
     if min(settings.steps, settings.rounds) < 1:
         raise UserError("--steps and --rounds are at least 1")
     source = open_source(settings.data)
-    tokenizer = tokenizer_for(source, settings.vocab_size, Display().say, example_texts())
+    tokenizer = tokenizer_for(source, settings.vocab_size, Display().print, example_texts())
     text = tokenise(source, tokenizer).tokens("train")
     works, operations, millions = [], {}, {}
     for depth in depths:
         model = make_model(model_config(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
-        optimizer = Optimizer(model, groups(model.config.width), hardware.compute_dtype())
+        optimizer = Optimizer(model, pretrain_groups(model.config.width), hardware.compute_dtype())
         counts = model.parameter_counts()
         in_products = (counts["matrices"] + counts["head"]) / 1e6
         name = f"depth {depth}: {in_products:.1f}M of {sum(counts.values()) / 1e6:.1f}M in products"
@@ -88,7 +88,7 @@ def step_of(model, optimizer: Optimizer, batches: Batches, steps: int):
     def run() -> float:
         start = time.perf_counter()
         for step in range(steps):
-            train_step(model, *batches.at(step), batches.rows)
+            accumulate_gradients(model, *batches.at(step), batches.rows)
             optimizer.step(0.0)
         return steps * batches.rows * batches.context / (time.perf_counter() - start)
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from nanoghost.data.refine import RefineSettings
 from nanoghost.data.shingles import WORD, shingles, word_hashes
 from nanoghost.data.sources import PLAYS_TEST, PLAYS_VAL, fetch_plays, sha256_of
-from nanoghost.home import read_json, read_lines, write_json
+from nanoghost.home import read_json, read_json_lines, write_json
 
 SPELLED_OTHERWISE = {
     "alls_well_that_ends_well": "all_is_well_that_ends_well",
@@ -132,7 +132,7 @@ def editions(folder: Path) -> dict:
     alone = refined(folder, "texts", "--decontaminate", "none", "--quality", "none")
     clusters = defaultdict(list)
     for file in [*alone.glob("*.jsonl"), *alone.glob("dropped/similar/*.jsonl")]:
-        for row in read_lines(file):
+        for row in read_json_lines(file):
             if row.get("cluster") is not None:
                 clusters[row["cluster"]].append(row["name"].removesuffix(".txt"))
     found = {tuple(sorted(pair)) for names in clusters.values() for pair in itertools.combinations(names, 2)}
@@ -142,7 +142,7 @@ def editions(folder: Path) -> dict:
     everything = refined(folder, "texts")
     manifest = read_json(everything / "manifest.json")
     dropped = {reason: sorted(row["name"].removesuffix(".txt") for f in (everything / "dropped" / reason).glob("*.jsonl")
-                              for row in read_lines(f)) for reason in manifest["dropped"]}  # fmt: skip
+                              for row in read_json_lines(f)) for reason in manifest["dropped"]}  # fmt: skip
     return {
         "pairs": len(pairs),
         "found": len(found),

@@ -22,8 +22,8 @@ from nanoghost.home import ModelFolder, open_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.tasks.registry import all_tasks
 from nanoghost.train import rl
-from nanoghost.train.hyperparameters import later_groups
-from nanoghost.train.run import base_card
+from nanoghost.train.hyperparameters import finetune_groups
+from nanoghost.train.rollouts import compute_advantages, policy_gradient, problems_of_step, rollout
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,17 @@ class Ours:
         self.model, self.tokenizer = load_model(folder.path, hardware.compute_dtype())
         self.tasks, self.at = {settings.task: task}, 0
         self.settings = rl.RlSettings(
-            tasks=settings.task, problems=settings.problems, attempts=settings.attempts, max_tokens=settings.max_tokens
+            tasks=settings.task, problems=settings.problems, rollouts=settings.attempts, max_tokens=settings.max_tokens
         )
-        rates = later_groups(base_card(folder.card), self.model.config.width, 1.0)
+        rates = finetune_groups(folder.card.root, self.model.config.width, 1.0)
         self.optimizer = Optimizer(self.model, rates, hardware.compute_dtype(), 0, 1)
 
     def step(self) -> float:
         """Attempts a minute."""
         start = time.perf_counter()
-        rl.rollout_and_gradients(self.model, self.tokenizer, self.tasks, self.settings, self.at, 0, 1)
+        rollouts = rollout(self.model, self.tokenizer, self.tasks, self.settings, self.at)
+        advantages_N, denominators_N = compute_advantages(rollouts.rewards, rollouts.lengths, self.settings)
+        policy_gradient(self.model, rollouts.sequences, advantages_N, denominators_N, self.settings)
         self.optimizer.step(1e-3)  # so small that the next step finds the same model
         self.at += 1
         return self.settings.problems * self.settings.attempts / (time.perf_counter() - start) * 60
@@ -82,7 +84,7 @@ class Trl:
         mine = rl.RlSettings(tasks=settings.task, problems=settings.problems)
         problems = {}
         for step in range(2 * settings.rounds + 2):
-            for problem in rl.problems_of_step({settings.task: task}, mine, step, 0, 1):
+            for problem in problems_of_step({settings.task: task}, mine, step, 0, 1):
                 problems.setdefault(problem.messages[-1]["content"], problem)
 
         def reward(prompts, completions, **_):
@@ -120,9 +122,9 @@ def command(settings: RlBenchSettings) -> None:
     folder = open_model(settings.model)
     if settings.rounds < 1:
         raise UserError("--rounds is at least 1")
-    asked = rl.RlSettings(tasks=settings.task, problems=settings.problems, attempts=settings.attempts)
+    asked = rl.RlSettings(tasks=settings.task, problems=settings.problems, rollouts=settings.attempts)
     rl.check(asked, 1)
-    task = Tossed(all_tasks(base_card(folder.card), folder.name)[settings.task])
+    task = Tossed(all_tasks(folder.card.root, folder.name)[settings.task])
     rivals = {"nanoghost": Ours(folder, settings, task)}
     if peers(settings.against, folder, ["trl"]):
         rivals["TRL"] = Trl(folder, settings, task)

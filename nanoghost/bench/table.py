@@ -40,7 +40,7 @@ def limits() -> dict:
 def peers(against: str, folder: ModelFolder, known, beside=()) -> list[str]:
     """The peers that are asked for, of those that can be; they and the modules `beside` must be there, and able to run the model."""
     asked = [name for name in against.split(",") if name]
-    if asked and (folder.card["arch"] == "ghost" or "@" in folder.name):
+    if asked and (folder.card.arch == "ghost" or "@" in folder.name):
         raise UserError(f"'{folder.name}' runs only here: --against is for whole models of the Llama family")
     for name in asked:
         if name not in known:

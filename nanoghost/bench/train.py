@@ -21,10 +21,9 @@ from nanoghost.home import ModelFolder, open_model
 from nanoghost.model.lora import attach, new_adapter
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.tasks.registry import lesson_conversations
-from nanoghost.train.hyperparameters import later_groups, row_length
-from nanoghost.train.packing import Lesson, PackedBatches, lessons_from
-from nanoghost.train.run import base_card
-from nanoghost.train.sft import train_step
+from nanoghost.train.hyperparameters import finetune_groups, finetune_context
+from nanoghost.train.packing import TokenizedExample, PackedBatches, tokenize_conversations
+from nanoghost.train.sft import accumulate_packed_gradients
 
 
 @dataclass(frozen=True)
@@ -47,21 +46,21 @@ class TrainSettings:
 
 class Ours:
     def __init__(self, folder: ModelFolder, settings: TrainSettings):
-        base = base_card(folder.card)
+        base = folder.card.root
         self.model, _ = load_model(folder.path, hardware.compute_dtype())
         if settings.lora:
             attach(self.model, [new_adapter(self.model, settings.lora, None, None, 0)])
-        rates = later_groups(base, self.model.config.width, 1.0)
+        rates = finetune_groups(base, self.model.config.width, 1.0)
         self.optimizer = Optimizer(self.model, rates, hardware.compute_dtype(), 0, 1)
         self.rows = settings.batch
 
-    def train(self, lessons: list[Lesson], context: int, steps: int) -> float:
+    def train(self, lessons: list[TokenizedExample], context: int, steps: int) -> float:
         """Tokens a second."""
         batches = PackedBatches(lessons, context, self.rows, seed=0)
         start, tokens = time.perf_counter(), 0
         for step in range(steps):
             tokens += sum(len(lessons[i].ids) for row in range(self.rows) for i in batches.row(step * self.rows + row))
-            train_step(self.model, batches.at(step), 1)
+            accumulate_packed_gradients(self.model, batches.at(step), 1)
             self.optimizer.step(1e-3)
         return tokens / (time.perf_counter() - start)
 
@@ -81,7 +80,7 @@ class Transformers:
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-6)
         self.rows = settings.batch
 
-    def train(self, lessons: list[Lesson], context: int, steps: int) -> float:
+    def train(self, lessons: list[TokenizedExample], context: int, steps: int) -> float:
         endless = itertools.cycle(lessons)
         start, tokens = time.perf_counter(), 0
         for _ in range(steps):
@@ -91,7 +90,7 @@ class Transformers:
             for i, lesson in enumerate(rows):
                 own = torch.tensor(lesson.ids)
                 ids[i, : len(own)], there[i, : len(own)] = own, 1
-                labels[i, : len(own)] = torch.where(torch.tensor(lesson.learned), own, -100)
+                labels[i, : len(own)] = torch.where(torch.tensor(lesson.loss_mask), own, -100)
             self.model(input_ids=ids, attention_mask=there, labels=labels).loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -105,19 +104,19 @@ def train(settings: TrainSettings) -> None:
     folder = open_model(settings.model)
     if min(settings.batch, settings.steps, settings.rounds) < 1 or settings.lora < 0:
         raise UserError("--batch, --steps and --rounds are at least 1, and --lora not negative")
-    if "@" in folder.name or (settings.lora and folder.card["arch"] == "ghost"):
+    if "@" in folder.name or (settings.lora and folder.card.arch == "ghost"):
         raise UserError(f"--lora is for whole models of the Llama family, and '{folder.name}' is none: --lora 0")
     rivals = {"nanoghost": Ours(folder, settings)}
     if peers(settings.against, folder, ["transformers"], ["peft"] if settings.lora else []):
         rivals["transformers, bf16"] = Transformers(folder, settings)
 
     ours, tokenizer = rivals["nanoghost"].model, load_model(folder.path, hardware.compute_dtype())[1]
-    context = row_length(ours.config.context)
+    context = finetune_context(ours.config.context)
     needed = settings.batch * settings.steps
-    text = [Lesson(ids, [True] * context) for ids in texts(tokenizer, needed, context)]
-    conversations = lesson_conversations("lessons", base_card(folder.card), folder.name, 40 * needed, 0)
+    text = [TokenizedExample(ids, [True] * context) for ids in texts(tokenizer, needed, context)]
+    conversations = lesson_conversations("lessons", folder.card.root, folder.name, 40 * needed, 0)
     random.Random(0).shuffle(conversations)
-    lessons, _ = lessons_from(conversations, tokenizer, context)
+    lessons, _ = tokenize_conversations(conversations, tokenizer, context)
     works = [
         (name, work, settings.batch, lambda rival=rival, of=of: rival.train(of, context, settings.steps))
         for work, of in (("text", text), ("conversations", lessons))

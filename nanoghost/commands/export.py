@@ -16,9 +16,10 @@ import tyro
 
 from nanoghost.errors import UserError
 from nanoghost.formats.gguf_llama import TURNED, gguf_name, tokenizer_fields, turned
-from nanoghost.formats.licenses import copy_licences
+from nanoghost.formats.licenses import copy_license_files
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
-from nanoghost.home import open_model, replacing
+from nanoghost.home import open_model, rename_on_success
 from nanoghost.model.lora import merged
 from nanoghost.model.rope import frequencies, kind_of
 from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE
@@ -48,7 +49,7 @@ def main(settings: ExportSettings) -> dict:
     if settings.quant not in KINDS:
         raise UserError(f"--quant is one of {', '.join(KINDS)}, not '{settings.quant}'")
     card = folder.card
-    if card["arch"] == "ghost":
+    if card.arch == "ghost":
         raise UserError(
             f"'{folder.name}' is a ghost, which other engines cannot run: train with `nanoghost pretrain --arch llama`"
         )
@@ -58,24 +59,22 @@ def main(settings: ExportSettings) -> dict:
     model, tokenizer = load_model(folder.path, torch.float32)
     model = merged(model)
     temporary = path.with_name(f".{path.name}.tmp")
-    with replacing(temporary, path):
+    with rename_on_success(temporary, path):
         write(temporary, model, tokenizer, folder.name, card, gguf.GGMLQuantizationType[KINDS[settings.quant]])
-    copy_licences(folder.path, path.parent, after=f"{path.stem}.")
+    copy_license_files(folder.path, path.parent, add_prefix=f"{path.stem}.")
     return {"name": folder.name, "path": str(path), "bytes": path.stat().st_size, "quant": settings.quant}
 
 
-def history(card: dict, kind) -> str:
-    """What a model was made from and what was changed, in one sentence: licences ask for it."""
-    sources = "; ".join(f"{d['name']} ({d['licence']}; {d['attribution']})" for d in card["data"])
-    changes = [d["changes"] for d in card["data"] if "changes" in d]
-    stages = [card["stage"]]
-    while card := card["parent"]:
-        stages.append(card["stage"])
-    steps = [*changes, *(f"nanoghost {stage}" for stage in reversed(stages) if stage != "adopt")]
+def history(card: ModelCard, kind) -> str:
+    """What a model was made from and what was changed, in one sentence: licenses ask for it."""
+    sources = "; ".join(f"{d['name']} ({d['license']}; {d['attribution']})" for d in card.data)
+    changes = [d["changes"] for d in card.data if "changes" in d]
+    stages = [ancestor.stage for ancestor in card.lineage() if ancestor.stage != "adopt"]
+    steps = [*changes, *(f"nanoghost {stage}" for stage in stages)]
     return f"Made from {sources}. Changed: {'; '.join([*steps, f'matrices stored as {kind.name}'])}."
 
 
-def write(path: Path, model, tokenizer, name: str, card: dict, kind) -> None:
+def write(path: Path, model, tokenizer, name: str, card: ModelCard, kind) -> None:
     c = model.config
     arch = "llama" if c.model_type == "mistral" else c.model_type
     unrotated = tuple(range(3, c.depth, 4)) if arch == "smollm3" else ()  # llama.cpp has it so
@@ -84,7 +83,7 @@ def write(path: Path, model, tokenizer, name: str, card: dict, kind) -> None:
     tokens, kinds, merges, pre, begun = tokenizer_fields(tokenizer, c.vocab_size)
     w = gguf.GGUFWriter(path, arch)
     w.add_name(name)
-    w.add_license(" and ".join(dict.fromkeys(d["licence"] for d in card["data"])))
+    w.add_license(" and ".join(dict.fromkeys(d["license"] for d in card.data)))
     w.add_description(history(card, kind))
     w.add_vocab_size(c.vocab_size)
     w.add_context_length(c.context)

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost.errors import UserError
-from nanoghost.home import ModelFolder, model_names, open_model, write_json, writing
+from nanoghost.home import ModelFolder, model_names, open_model, write_lock
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class RemoveSettings:
 
 def summary(name: str) -> dict:
     card = ModelFolder(name).card
-    parent = card["parent"]["name"] if card["parent"] else None
-    bpb = card.get("figures", {}).get("bpb")
-    return {"name": name, "stage": card["stage"], "parent": parent, "parameters": card.get("parameters"), "bpb": bpb,
-            "finished": card.get("finished")}  # fmt: skip
+    parent = card.parent.name if card.parent else None
+    bpb = card.figures.get("bpb")
+    return {"name": name, "stage": card.stage, "parent": parent, "parameters": card.parameters or None, "bpb": bpb,
+            "finished": card.finished}  # fmt: skip
 
 
 def adapters_of(name: str) -> list[str]:
@@ -73,16 +73,16 @@ def list_command(settings: ListSettings) -> None:
 def show_command(settings: ShowSettings) -> None:
     card = open_model(settings.model).card
     if settings.json:
-        print(json.dumps(card))
+        print(json.dumps(card.to_json()))
         return
     table = Table(show_header=False, box=None)
     for key in ("name", "stage", "parameters", "steps", "seed", "command"):
-        table.add_row(key, str(card[key]))
-    for key, value in card["figures"].items():
+        table.add_row(key, str(getattr(card, key)))
+    for key, value in card.figures.items():
         if isinstance(value, (int, float)):
             table.add_row(key, f"{value:,.4g}")
-    for source in card["data"]:
-        table.add_row("data", f"{source['name']} ({source['licence']})")
+    for source in card.data:
+        table.add_row("data", f"{source['name']} ({source['license']})")
     Console(stderr=True).print(table)
 
 
@@ -105,9 +105,9 @@ def rename_command(settings: RenameSettings) -> None:
 
 
 def move(old: ModelFolder, new: ModelFolder) -> None:
-    with writing(old):
+    with write_lock(old):
         # The card first: it is what a full disk would refuse. Killed in between, the same command goes on.
-        write_json(old.path / "card.json", old.card | {"name": new.name})
+        old.write_card(replace(old.card, name=new.name))
         old.path.rename(new.path)
 
 
@@ -125,6 +125,6 @@ def remove_command(settings: RemoveSettings) -> None:
         raise UserError(f"model '{folder.name}' is the base of {', '.join(adapters)}: remove these first")
     if not settings.yes and not confirmed(f"model '{folder.name}'"):
         return
-    with writing(folder):
+    with write_lock(folder):
         (folder.path / "card.json").unlink()  # from here on it is no model, even if the rest is cut short
         shutil.rmtree(folder.path)

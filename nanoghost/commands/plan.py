@@ -19,7 +19,7 @@ from nanoghost.errors import UserError
 from nanoghost.model.registry import architecture
 from nanoghost.optim.collectives import volume
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.train.hyperparameters import depth_for, groups, model_config
+from nanoghost.train.hyperparameters import depth_for, pretrain_groups, model_config
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ HARDWARE = {
     "4090": Hardware(165, 24),
     "3090": Hardware(71, 24),
 }
-SHARES = {"gpu": 0.41, "cpu": 0.44}  # of the peak, over a whole step: docs/performance.md says from which runs
+SHARES = {"gpu": 0.41, "cpu": 0.44}  # of the peak, over a whole step: docs/results/plans.md says from which runs
 REACHED = 0.7  # of a link's rate, by large messages
 MESSAGE = 10e-6  # seconds that a message takes to the next device, however short it is
 NODE = 8  # devices
@@ -190,7 +190,7 @@ def size(tensors) -> int:
 
 def memory(model, dtype: torch.dtype, devices: int) -> dict[str, int]:
     """Bytes on each of `devices`, but for the activations; `model` is in the compute dtype, on the meta device."""
-    optimizer = Optimizer(model, groups(model.config.width), dtype, 0, devices)
+    optimizer = Optimizer(model, pretrain_groups(model.config.width), dtype, 0, devices)
     buckets = optimizer.buckets.values()
     weights = sum(size([b.work]) for b in buckets) + size(model.buffers())
     # while a bucket is updated: Muon works on four copies of its shard, AdamW on two; the gradients of all are on their way, in fp32
@@ -210,7 +210,7 @@ def communication(model, dtype: torch.dtype, devices: int, hardware: Hardware) -
     """
     if devices == 1:
         return 0, 0.0
-    buckets = Optimizer(model, groups(model.config.width), dtype, 0, devices).buckets.values()
+    buckets = Optimizer(model, pretrain_groups(model.config.width), dtype, 0, devices).buckets.values()
     sent = volume(buckets, devices)
     total = sent["gradients (nccl)"] + sent["weights"]
     rate = (hardware.link_gb if devices <= NODE else min(hardware.link_gb, hardware.network_gb)) * 1e9 * REACHED

@@ -12,7 +12,7 @@ HUB_BYTES = 1_000_000_000
 """Take at most this much text: many sets hold more than any disk (FineWeb-Edu: terabytes)."""
 
 NON_COMMERCIAL = {"climbmix": "CC BY-NC 4.0"}
-"""Sets whose licence forbids commercial use, by a part of their name (copies don't always carry the licence over)."""
+"""Sets whose license forbids commercial use, by a part of their name (copies don't always carry the license over)."""
 
 
 def open_hub(spec: str, max_bytes: int = HUB_BYTES) -> Source:
@@ -30,10 +30,10 @@ def open_hub(spec: str, max_bytes: int = HUB_BYTES) -> Source:
         why = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot read '{name}' from the Hub (is the name right, is there a network?): {why}") from error
     card = info.card_data or {}
-    licence = str(card.get("license") or "unknown")
-    licence = next((known for part, known in NON_COMMERCIAL.items() if part in name.lower()), licence)
-    if re.search(r"\bnc\b", licence, re.IGNORECASE):
-        print(f"warning: {name} is {licence}: models made from it may not be used commercially", file=sys.stderr)
+    license = str(card.get("license") or "unknown")
+    license = next((known for part, known in NON_COMMERCIAL.items() if part in name.lower()), license)
+    if re.search(r"\bnc\b", license, re.IGNORECASE):
+        print(f"warning: {name} is {license}: models made from it may not be used commercially", file=sys.stderr)
 
     fs = huggingface_hub.HfFileSystem()
     root = fs._strip_protocol(f"datasets/{name}@{info.sha}")
@@ -46,7 +46,7 @@ def open_hub(spec: str, max_bytes: int = HUB_BYTES) -> Source:
         [files[path] for path in chosen],
         root,
         folder_name(name.replace("/", "--") + ("-" + config if config else "")),
-        licence,
+        license,
         f"https://huggingface.co/datasets/{name} at revision {info.sha}",
         max_bytes,
     )

@@ -107,7 +107,7 @@ def open_other(spec: str) -> Source:
 
 
 def open_refined(folder: Path) -> Source:
-    """What `nanoghost data refine` made, with licence and attribution of what it was made of."""
+    """What `nanoghost data refine` made, with license and attribution of what it was made of."""
     manifest = read_json(folder / "manifest.json")
 
     def texts():
@@ -120,7 +120,7 @@ def open_refined(folder: Path) -> Source:
 
     return Source(
         name=folder.name,
-        licence=manifest["source"]["licence"],
+        license=manifest["source"]["license"],
         attribution=f"{manifest['source']['attribution']}; refined: {manifest['kept']['documents']:,} of "
         f"{manifest['read']['documents']:,} documents",
         fingerprint=fingerprint((name, bytes.fromhex(f["sha256"])) for name, f in manifest["files"].items()),
@@ -144,7 +144,7 @@ def open_local(path: Path) -> Source:
 
     return Source(
         name=folder_name(path.resolve().stem),
-        licence="unknown (local files)",
+        license="unknown (local files)",
         attribution=f"local text '{path.resolve().name}'",
         fingerprint=fingerprint((name, bytes.fromhex(sha256_of(file))) for name, file in files.items()),
         documents=documents,

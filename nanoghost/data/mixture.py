@@ -12,10 +12,10 @@ import numpy as np
 
 from nanoghost.data.batches import Batches
 from nanoghost.data.block_checksums import sums_of
-from nanoghost.data.shards import CHECKED_BYTES, Shards, alone_in, open_shards, tokenise
+from nanoghost.data.shards import CHECKED_BYTES, Shards, open_shards, tokenise
 from nanoghost.data.sources import SPLITS, Source, fingerprint, folder_name, open_source
 from nanoghost.errors import UserError
-from nanoghost.home import write_json
+from nanoghost.home import exclusive_lock, write_json
 
 BLOCK = 1000
 """Rows in which the weights hold exactly."""
@@ -33,7 +33,7 @@ def open_mixture(spec: str) -> Source:
     parts = tuple(zip(map(open_source, names), weights))
     return Source(
         name=folder_name("-".join(source.name for source, _ in parts))[:60],
-        licence="; ".join(dict.fromkeys(source.licence for source, _ in parts)),
+        license="; ".join(dict.fromkeys(source.license for source, _ in parts)),
         attribution="; ".join(f"{weight / sum(weights):.1%} {source.attribution}" for source, weight in parts),
         fingerprint=fingerprint(
             (str(weight / sum(weights)), bytes.fromhex(source.fingerprint)) for source, weight in parts
@@ -47,7 +47,7 @@ def tokenise_mixture(source: Source, tokenizer, folder: Path) -> Shards:
     """Shards of the parts, one after the other in one file, and where each begins."""
     if not folder.exists():
         parts = [tokenise(part, tokenizer) for part, _ in source.parts]
-        with alone_in(folder.parent):
+        with exclusive_lock(folder.parent):
             if not folder.exists():
                 partial = folder.with_name(".partial-mixture")
                 shutil.rmtree(partial, ignore_errors=True)
@@ -68,7 +68,7 @@ def join(folder: Path, source: Source, parts: list[Shards]) -> None:
         figures = [part.manifest["splits"][split] for part in parts]
         splits[split] = {key: sum(f[key] for f in figures) for key in ("tokens", "bytes", "documents")}
         splits[split] |= sums_of(folder / f"{split}.bin", CHECKED_BYTES)
-    about = {key: getattr(source, key) for key in ("name", "fingerprint", "licence", "attribution")}
+    about = {key: getattr(source, key) for key in ("name", "fingerprint", "license", "attribution")}
     mixture = [
         {"source": part.manifest["source"], "weight": weight, "tokens": part.manifest["splits"]["train"]["tokens"]}
         for part, (_, weight) in zip(parts, source.parts)

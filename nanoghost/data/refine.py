@@ -3,7 +3,7 @@
     $NANOGHOST_HOME/data/NAME/
         00000.jsonl ...     what is kept, one {"name", "text"} a line; "cluster" where others were nearly the same
         dropped/REASON/     names of what is not, with details
-        manifest.json       counts by reason, licence and attribution of the source, settings, SHA-256 of the files
+        manifest.json       counts by reason, license and attribution of the source, settings, SHA-256 of the files
 
 `--data NAME` is then a source like any other. Until it is finished all lies in .refine-NAME, and the same command goes on
 from there; the steps themselves are in refine_pipeline.py.
@@ -26,11 +26,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost.data.shards import alone_in
 from nanoghost.data.shingles import shingles, word_hashes
 from nanoghost.data.sources import Source, open_source, sha256_of
 from nanoghost.errors import UserError
-from nanoghost.home import home, read_json, read_lines, write_json
+from nanoghost.home import exclusive_lock, home, read_json, read_json_lines, write_json
 
 SHARD = 2**22
 """Bytes of text to a task: what is done again after a kill, and how finely work is dealt out. Every 64 tasks it grows by as
@@ -74,7 +73,7 @@ def refine(settings: RefineSettings, console: Console) -> dict:
     folder, work = home() / "data" / settings.name, home() / "data" / f".refine-{settings.name}"
     source = open_source(settings.data)
     work.mkdir(parents=True, exist_ok=True)
-    with alone_in(work):  # its workers hold the lock, too: after a kill the next run waits for them
+    with exclusive_lock(work):  # its workers hold the lock, too: after a kill the next run waits for them
         if not (folder / "manifest.json").exists():
             stages = prepare(settings, source)[1]
             refine_pipeline.run(stages, work / "done", say=console.print, workers=settings.workers)
@@ -203,7 +202,7 @@ def summary(settings: RefineSettings, source: Source, work: Path) -> dict:
     """The manifest: counts by reason, and where the text comes from."""
     dropped = {}
     for folder in sorted((work / "output" / "dropped").glob("*")):
-        rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_lines(file)]
+        rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_json_lines(file)]
         details = sorted({row.get("detail") for row in rows} - {None})
         dropped[folder.name] = count(rows) | {
             "details": {d: count([r for r in rows if r["detail"] == d]) for d in details}
@@ -220,7 +219,7 @@ def summary(settings: RefineSettings, source: Source, work: Path) -> dict:
     about = {
         "name": source.name,
         "fingerprint": source.fingerprint,
-        "licence": source.licence,
+        "license": source.license,
         "attribution": source.attribution,
     }
     return {"format": 1, "name": settings.name, "source": about, "asked": asked(settings, source),
@@ -233,7 +232,7 @@ def count(rows: list[dict]) -> dict:
 
 
 def show(manifest: dict, folder: Path, console: Console) -> None:
-    table = Table("", "documents", "bytes", title=f"{manifest['name']} ({manifest['source']['licence']})")
+    table = Table("", "documents", "bytes", title=f"{manifest['name']} ({manifest['source']['license']})")
     rows = {"read": manifest["read"]}
     for reason, counts in manifest["dropped"].items():
         rows[f"dropped: {reason}"] = counts

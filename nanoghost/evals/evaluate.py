@@ -15,13 +15,13 @@ from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.task_accuracy import accuracy, attempt
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, open_model
 from nanoghost.progress import Display
 from nanoghost.tasks.base import Problem, distinct_problems, user
 from nanoghost.tasks.registry import all_tasks
-from nanoghost.train.hyperparameters import row_length
-from nanoghost.train.run import base_card
+from nanoghost.train.hyperparameters import finetune_context
 
 SKILLS = ("sums", "spelling", "counting", "identity", "refusal", "answerable", "chain_sum", "spell_backward")
 
@@ -52,30 +52,30 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
     distributed.init_distributed()
     start = time.perf_counter()
     card = folder.card
-    base = base_card(card)
+    base = card.root
     model, tokenizer = load_model(folder.path, hardware.compute_dtype(), hardware.device())
     tasks = all_tasks(base, folder.name)
     skills = {}
     for name in SKILLS:
-        display.say(f"  {folder.name}: {problems} held-out problems of {name} ...")
+        display.print(f"  {folder.name}: {problems} held-out problems of {name} ...")
         skills[name], _ = accuracy(model, tokenizer, tasks[name], distinct_problems(tasks[name], problems))
     figures = {
         "model": folder.name,
-        "bpb": card["figures"].get("bpb") or held_out_bpb(model, tokenizer, base),
-        "kneser_ney_bpb": base["figures"].get("kneser_ney_bpb"),
+        "bpb": card.figures.get("bpb") or held_out_bpb(model, tokenizer, base),
+        "kneser_ney_bpb": base.figures.get("kneser_ney_bpb"),
         "tasks": skills,
         "samples": samples(model, tokenizer),
         "memorised": memorised(model, tokenizer, base),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    event = {"stage": f"{card['stage']}-eval", "step": card["steps"], **figures}
-    return folder.append_event(event) if distributed.ranks()[0] == 0 else event
+    event = {"stage": f"{card.stage}-eval", "step": card.steps, **figures}
+    return folder.append_event(event) if distributed.rank_and_world_size()[0] == 0 else event
 
 
-def held_out_bpb(model, tokenizer, base: dict) -> float:
+def held_out_bpb(model, tokenizer, base: ModelCard) -> float:
     """On the same test text that the base model was scored on; the plays, if others trained it."""
-    shards = tokenise(open_source(base["settings"]["data"]), tokenizer)
-    return bits_per_byte(model, shards.tokens("test"), row_length(model.config.context), shards.bytes("test"))
+    shards = tokenise(open_source(base.settings["data"]), tokenizer)
+    return bits_per_byte(model, shards.tokens("test"), finetune_context(model.config.context), shards.bytes("test"))
 
 
 def samples(model, tokenizer) -> list[dict]:
@@ -85,12 +85,12 @@ def samples(model, tokenizer) -> list[dict]:
     return [{"messages": [*p.messages, *row.messages]} for p, row in zip(asked, rows)]
 
 
-def memorised(model, tokenizer, base: dict, starts: int = 64, prompt_tokens: int = 16) -> dict:
+def memorised(model, tokenizer, base: ModelCard, starts: int = 64, prompt_tokens: int = 16) -> dict:
     """The longest passage of training text that the model recites after 16 tokens of it, from evenly spaced starts.
 
     Of the plays, if others trained it on texts that they alone know.
     """
-    documents = [d for d in open_source(base["settings"]["data"]).documents() if d.split == "train"]
+    documents = [d for d in open_source(base.settings["data"]).documents() if d.split == "train"]
     pieces = []
     for i in range(starts):
         document = documents[i * len(documents) // starts]
@@ -100,7 +100,7 @@ def memorised(model, tokenizer, base: dict, starts: int = 64, prompt_tokens: int
     encoded = [e for e in encoded if len(e[2]) == prompt_tokens]
     if not encoded:
         return {"characters": 0, "text": "", "source": ""}
-    encoded = encoded[distributed.ranks()[0] :: distributed.ranks()[1]]  # processes share the work
+    encoded = encoded[distributed.rank_and_world_size()[0] :: distributed.rank_and_world_size()[1]]  # processes share the work
     rows = (
         generate(model, tokenizer, [ids for _, _, ids in encoded], Sampling(max_tokens=96, temperature=0))
         if encoded
@@ -120,9 +120,9 @@ def command(settings: EvalSettings) -> None:
         raise UserError("--problems must be at least 1")
     figures = evaluate(open_model(settings.model), settings.problems, Display())
     for name, a in figures["tasks"].items():
-        Display().say(f"{name:>15}  {a['accuracy']:6.1%}  (95%: {a['low']:.1%} to {a['high']:.1%}, n = {a['count']})")
+        Display().print(f"{name:>15}  {a['accuracy']:6.1%}  (95%: {a['low']:.1%} to {a['high']:.1%}, n = {a['count']})")
     floor = figures["kneser_ney_bpb"]
     beside = f"counting, Kneser-Ney: {floor:.3f}" if floor else UNKNOWN
-    Display().say(f"{'held-out bpb':>15}  {figures['bpb']:.3f}  ({beside})")
-    if settings.json and distributed.ranks()[0] == 0:
+    Display().print(f"{'held-out bpb':>15}  {figures['bpb']:.3f}  ({beside})")
+    if settings.json and distributed.rank_and_world_size()[0] == 0:
         print(json.dumps({k: figures[k] for k in ("model", "bpb", "kneser_ney_bpb", "tasks", "memorised", "seconds")}))

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost.evals.charts import chart, smooth
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder, open_model, write_atomic
 from nanoghost.tokenizer.chat_format import text_of
 
@@ -52,21 +53,21 @@ class ReportSettings:
 class Content:
     """What there is to tell of a model."""
 
-    cards: list[dict]
+    cards: list[ModelCard]
     """Of each stage, the first one first."""
     events: dict[str, list[dict]]
     """By stage; evaluations under their own names (sft-eval)."""
 
     @property
-    def card(self) -> dict:
+    def card(self) -> ModelCard:
         return self.cards[-1]
 
     @property
     def adopted(self) -> bool:
-        return self.cards[0]["stage"] == "adopt"
+        return self.cards[0].stage == "adopt"
 
     @property
-    def trained(self) -> list[dict]:
+    def trained(self) -> list[ModelCard]:
         """Cards of what was done here; the pretraining of an adopted model was not."""
         return self.cards[self.adopted :]
 
@@ -75,37 +76,37 @@ class Content:
         """What the bits per byte are to be compared with."""
         if self.adopted:
             return "Whether it was trained on the held-out text, its makers alone know."
-        floor = self.cards[0]["figures"]["kneser_ney_bpb"]
+        floor = self.cards[0].figures["kneser_ney_bpb"]
         return f"Counting byte sequences (Kneser-Ney, order 6) reaches {floor:.3f} bits per byte."
 
     @property
     def evaluations(self) -> dict[str, dict]:
         """Stage -> the evaluation after it."""
         return {
-            c["stage"]: self.events[f"{c['stage']}-eval"][-1] for c in self.cards if f"{c['stage']}-eval" in self.events
+            c.stage: self.events[f"{c.stage}-eval"][-1] for c in self.cards if f"{c.stage}-eval" in self.events
         }
 
     def headline(self) -> str:
         base = self.cards[0]
-        minutes = sum(c["figures"]["seconds"] for c in self.trained) / 60
-        texts = " and ".join(source["name"] for source in base["data"])
+        minutes = sum(c.figures["seconds"] for c in self.trained) / 60
+        texts = " and ".join(source["name"] for source in base.data)
         if self.adopted:
-            size, m = f"{base['parameters'] / 1e6:.1f} million parameters", self.card["machine"]
+            size, m = f"{base.parameters / 1e6:.1f} million parameters", self.card.machine
             here = f"trained on for {minutes:.1f} minutes on {m['cores']} cores ({m['cpu']}, {m['dtype']})"
             return f"{texts}, a model of {size} that others pretrained{', ' + here if self.trained else ''}."
         return (
-            f"A {'chat' if len(self.cards) > 1 else 'language'} model of {base['parameters'] / 1e6:.1f} million parameters,"
-            f" made from {texts} in {minutes:.1f} minutes on {base['machine']['cores']} cores"
-            f" ({base['machine']['cpu']}, {base['machine']['dtype']})."
+            f"A {'chat' if len(self.cards) > 1 else 'language'} model of {base.parameters / 1e6:.1f} million parameters,"
+            f" made from {texts} in {minutes:.1f} minutes on {base.machine['cores']} cores"
+            f" ({base.machine['cpu']}, {base.machine['dtype']})."
         )
 
     def costs(self) -> list[tuple[str, ...]]:
         """(stage, model, steps, tokens, seconds, tokens per second, PFLOP) of each stage."""
         rows = []
         for c in self.trained:
-            f = c["figures"]
+            f = c.figures
             work = f["flops_per_second"] / f["tokens_per_second"] * f["tokens"] / 1e15 if f["tokens_per_second"] else 0
-            rows.append((STAGES[c["stage"]], c["name"], f"{c['steps']:,}", f"{f['tokens']:,}", f"{f['seconds']:.0f}",
+            rows.append((STAGES[c.stage], c.name, f"{c.steps:,}", f"{f['tokens']:,}", f"{f['seconds']:.0f}",
                          f"{f['tokens'] / max(f['seconds'], 0.1):,.0f}", f"{work:.4f}"))  # fmt: skip
         return rows
 
@@ -126,32 +127,32 @@ class Content:
         return columns, rows
 
     def facts(self) -> list[tuple[str, str]]:
-        base, m = self.cards[0], self.cards[0]["machine"]
-        made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.card["finished"]))
+        base, m = self.cards[0], self.cards[0].machine
+        made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.card.finished))
         rows = [("made", made)]
         rows += [
-            ("command", c["command"]) for c in self.cards if c is self.card or c["command"] != self.card["command"]
+            ("command", c.command) for c in self.cards if c is self.card or c.command != self.card.command
         ]
         rows += [
-            ("seed", str(base["seed"])),
+            ("seed", str(base.seed)),
             (
                 "architecture",
-                f"{base['arch']}: {base.get('depth_reason', 'as adopted')}; {base['vocab_size']:,} tokens of vocabulary",
+                f"{base.arch}: {base.depth_reason or 'as adopted'}; {base.vocab_size:,} tokens of vocabulary",
             ),
-            ("parameters", ", ".join(f"{n / 1e6:.2f}M {k}" for k, n in base["parameter_counts"].items())),
+            ("parameters", ", ".join(f"{n / 1e6:.2f}M {k}" for k, n in base.parameter_counts.items())),
         ]
-        for a in self.card.get("adapters", ()):
+        for a in self.card.adapters:
             text = f"rank {a['rank']}, alpha {a['alpha']:g}, beside {', '.join(a['targets'])}"
             rows.append(("adapter", f"{a['parameters'] / 1e6:.2f}M parameters: {text}"))
-        if "compile" in base:
-            rows.append(("compiling", f"{'on' if base['compile']['on'] else 'off'}: {base['compile']['reason']}"))
+        if base.compile:
+            rows.append(("compiling", f"{'on' if base.compile['on'] else 'off'}: {base.compile['reason']}"))
         rows += [
             ("machine", f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, {m['dtype']}, {m['threads']} threads"),
-            ("versions", ", ".join(f"{k} {v}" for k, v in base["versions"].items())),
+            ("versions", ", ".join(f"{k} {v}" for k, v in base.versions.items())),
         ]
-        for source in base["data"]:
+        for source in base.data:
             what = "pretrained by others" if self.adopted else "text"
-            rows.append((what, f"{source['name']} ({source['licence']}): {source['attribution']}"))
+            rows.append((what, f"{source['name']} ({source['license']}): {source['attribution']}"))
         return rows
 
     def memorised(self) -> str:
@@ -172,7 +173,7 @@ class Content:
         drawn.append(chart("pretraining: loss, nats per token", {"loss": loss}, "step"))
         validation = [(e["step"], e["validation_bpb"]) for e in pre if "validation_bpb" in e]
         if not self.adopted:
-            floor = ("counting (Kneser-Ney)", self.cards[0]["figures"]["kneser_ney_bpb"])
+            floor = ("counting (Kneser-Ney)", self.cards[0].figures["kneser_ney_bpb"])
             drawn.append(chart("validation: bits per byte", {"bpb": validation}, "step", level=floor))
         sft = smooth([(e["step"], e["loss"]) for e in self.events.get("sft", [])], 15)
         drawn.append(chart("finetuning: loss on answers", {"loss": sft}, "step"))
@@ -202,14 +203,10 @@ def escape(text: str) -> str:
 
 
 def content(folder: ModelFolder) -> Content:
-    cards, card = [], folder.card
-    while card:
-        cards.insert(0, card)
-        card = card["parent"]
     events: dict[str, list[dict]] = {}
     for e in folder.events:
         events.setdefault(e["stage"], []).append(e)
-    return Content(cards, events)
+    return Content(folder.card.lineage(), events)
 
 
 # ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -226,11 +223,11 @@ GHOST = (
 def page(c: Content) -> str:
     """report.html: one file, nothing fetched, everything escaped."""
     cells = "".join(
-        f'<div style="flex:{k["figures"]["seconds"]:.1f}">{STAGES[k["stage"]]} {k["figures"]["seconds"]:.0f} s</div>'
+        f'<div style="flex:{k.figures["seconds"]:.1f}">{STAGES[k.stage]} {k.figures["seconds"]:.0f} s</div>'
         for k in c.trained
     )
     parts = [
-        f"<header>{GHOST}<div><h1>{escape(c.card['name'])}</h1></div></header><p class=lead>{escape(c.headline())}</p>"
+        f"<header>{GHOST}<div><h1>{escape(c.card.name)}</h1></div></header><p class=lead>{escape(c.headline())}</p>"
     ]
     cost_head = ("stage", "model", "steps", "tokens", "seconds", "tokens/s", "PFLOP")
     if c.trained:
@@ -254,7 +251,7 @@ def page(c: Content) -> str:
     parts.append(f"<h2>Made with</h2><div class=scroll><table class=facts>{facts}</table></div>")
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>{escape(c.card['name'])}: report</title><style>{STYLE}</style><main>{''.join(parts)}</main></html>\n"
+        f"<title>{escape(c.card.name)}: report</title><style>{STYLE}</style><main>{''.join(parts)}</main></html>\n"
     )
 
 
@@ -286,7 +283,7 @@ def html_talk(messages: list[dict]) -> str:
 
 def markdown(c: Content) -> str:
     """report.md: the same without the curves."""
-    lines = [f"# {c.card['name']}", "", md(c.headline())]
+    lines = [f"# {c.card.name}", "", md(c.headline())]
     if c.trained:
         head = ("stage", "model", "steps", "tokens", "seconds", "tokens/s", "PFLOP")
         lines += ["", "## How it was made", "", *md_table(head, c.costs())]
@@ -327,7 +324,7 @@ def write_report(folder: ModelFolder) -> Path:
 
 def terminal_report(folder: ModelFolder) -> None:
     c, console = content(folder), Console(stderr=True)
-    console.print(f"\n{c.card['name']}: {printable(c.headline())}\n", highlight=False, markup=False)
+    console.print(f"\n{c.card.name}: {printable(c.headline())}\n", highlight=False, markup=False)
     columns, rows = c.quality()
     if rows:
         table = Table("", *columns, box=None)
@@ -346,6 +343,6 @@ def command(settings: ReportSettings) -> None:
         found = {s: {k: e[k] for k in ("bpb", "tasks", "memorised")} for s, e in c.evaluations.items()}
         print(
             json.dumps(
-                {"name": c.card["name"], "figures": {k["stage"]: k["figures"] for k in c.cards}, "evaluations": found}
+                {"name": c.card.name, "figures": {k.stage: k.figures for k in c.cards}, "evaluations": found}
             )
         )

@@ -29,7 +29,7 @@ def attempt(model, tokenizer, problems, sampling: Sampling, samples: int = 1, ra
 
 def accuracy(model, tokenizer, task, problems, max_tokens: int = 128, batch: int = 128) -> tuple[dict, list[tuple]]:
     """({"accuracy", "low", "high", "count"}, [(problem, reply messages, score)]) with greedy decoding; processes share the work."""
-    results, (rank, world) = [], distributed.ranks()
+    results, (rank, world) = [], distributed.rank_and_world_size()
     ordered = sorted(problems, key=lambda p: len(str(p.messages)))[rank::world]  # rows of a batch alike in length
     for i in range(0, len(ordered), batch):
         some = ordered[i : i + batch]

@@ -13,17 +13,17 @@ from torch import nn
 
 from nanoghost.errors import UserError
 from nanoghost.formats.safetensors_file import read_tensors
-from nanoghost.home import read_json, write_atomic, write_json
+from nanoghost.home import finish_time, read_card, read_json, write_atomic, write_json
 from nanoghost.model.lora import MODULES, Adapter
 
 
 def check_base(folder: Path) -> None:
     """An adapter of ours is of use only beside the model that it was made for."""
     base = folder.with_name(folder.name.partition("@")[0])
-    card = read_json(folder / "card.json")["parent"]
-    while "@" in card["name"]:
-        card = card["parent"]
-    if read_json(base / "card.json").get("finished") != card["finished"]:
+    card = read_card(folder).parent
+    while "@" in card.name:
+        card = card.parent
+    if finish_time(base / "card.json") != card.finished:
         raise UserError(
             f"adapter '{folder.name}' was made for another model '{base.name}' than the one that is there now"
         )

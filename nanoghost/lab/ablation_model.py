@@ -390,7 +390,7 @@ class RungOptimizer(Optimizer):
 
 def groups(rung: Rung, scale: float) -> dict[str, Group]:
     """Today's learning rates, times `scale`."""
-    found = hyperparameters.groups(rung.width, scale)
+    found = hyperparameters.pretrain_groups(rung.width, scale)
     one = Group("adamw", found["head"].learning_rate / 3, beta1=0.9, beta2=0.95)
     if not rung.kinds:
         found = {name: group if group.kind == "muon" else one for name, group in found.items()}

@@ -46,7 +46,7 @@ from nanoghost.lab.ablation_model import STEP, SYSTEM, Rung, RungModel, RungOpti
 from nanoghost.lab.ablation_report import tell, write
 from nanoghost.progress import Display
 from nanoghost.tasks.registry import example_texts
-from nanoghost.train.pretrain import train_step
+from nanoghost.train.pretrain import accumulate_gradients
 
 TODAY = "today"
 FIRST = "+ loss in chunks"  # what a step teaches is as in 2019, and it is as fast as today
@@ -90,7 +90,7 @@ def made(rung: Rung, tokenizer, scale: float, seed: int) -> tuple[RungModel, Run
 
 def teach(rung: Rung, model, optimizer, batch, progress: float, average: dict) -> float:
     """One step; its loss. `average` is that of the weights, if the rung has one."""
-    loss = train_step(model, *batch, len(batch[0]))
+    loss = accumulate_gradients(model, *batch, len(batch[0]))
     optimizer.momentum(ablation_model.momentum(rung, progress))
     optimizer.step(ablation_model.rate(rung, progress))
     if rung.averaged:
@@ -147,7 +147,7 @@ class Runs:
         self.rate = cache(self._rate)
 
     def _text(self, vocab_size: int):
-        tokenizer = tokenizer_for(self.source, vocab_size, self.display.say, example_texts())
+        tokenizer = tokenizer_for(self.source, vocab_size, self.display.print, example_texts())
         return tokenizer, tokenise(self.source, tokenizer)
 
     def kept(self, what: dict, make) -> dict:
@@ -161,7 +161,7 @@ class Runs:
         """What counting bytes reaches, the floor of every table."""
 
         def make():
-            self.display.say("counting bytes ...")
+            self.display.print("counting bytes ...")
             texts = {part: [d.text for d in self.source.documents() if d.split == part] for part in ("train", split)}
             return {"bpb": kneser_ney_bpb(texts["train"], texts[split])}
 
@@ -195,7 +195,7 @@ class Runs:
         tokenizer, shards = self.text(rung.vocab_size)
 
         def make():
-            self.display.say(f"timing {name}, round {turn + 1}")
+            self.display.print(f"timing {name}, round {turn + 1}")
             return {"seconds": seconds_a_token(rung, tokenizer, shards)}
 
         return self.kept({"timed": asdict(rung), "round": turn}, make)["seconds"]

@@ -105,11 +105,11 @@ def command(settings: RaceSettings) -> None:
     points: dict[str, list] = {}
     for name, path, run in runs:
         if not path.exists():
-            display.say(f"{path.stem} ...")
+            display.print(f"{path.stem} ...")
             write_json(path, dict(zip(("seconds", "bpb"), run())))
         found = read_json(path)
         points.setdefault(name, []).append((found["seconds"], found["bpb"]))
-        display.say(f"{name}: {found['bpb']:.3f} bits per byte after {found['seconds']:.0f} s")
+        display.print(f"{name}: {found['bpb']:.3f} bits per byte after {found['seconds']:.0f} s")
     if settings.out:
         write_atomic(settings.out, curves("Bits per byte of held-out text, by seconds of training", points, "s"))
     table = Table("", "seconds", "bits per byte")
@@ -122,7 +122,7 @@ def command(settings: RaceSettings) -> None:
 
 
 def ours(settings: pretrain.PretrainSettings) -> tuple[float, float]:
-    figures = pretrain.main(settings) or ModelFolder(settings.name).card["figures"]
+    figures = pretrain.main(settings) or ModelFolder(settings.name).card.figures
     shutil.rmtree(ModelFolder(settings.name).path)
     return figures["seconds"], figures["bpb"]
 

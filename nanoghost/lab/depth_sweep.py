@@ -28,7 +28,7 @@ from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
 from nanoghost.tasks.registry import example_texts
 from nanoghost.train import pretrain
-from nanoghost.train.hyperparameters import depth_for, groups, model_config
+from nanoghost.train.hyperparameters import depth_for, pretrain_groups, model_config
 
 CONTEXT, BATCH = pretrain.PretrainSettings.context, pretrain.PretrainSettings.batch
 TOKENS = CONTEXT * BATCH  # of a step
@@ -115,12 +115,12 @@ def tokens_per_second(source, choices: list[tuple[int, int]], folder, display) -
     works = {}
     for depth, vocabulary in choices:
         if f"{depth}x{vocabulary}" not in known:
-            tokenizer = tokenizer_for(source, vocabulary, display.say, example_texts())
+            tokenizer = tokenizer_for(source, vocabulary, display.print, example_texts())
             text = tokenise(source, tokenizer).tokens("train")
             model = pretrain.make_model(model_config("ghost", depth, tokenizer.vocab_size, CONTEXT), tokenizer)
-            optimizer = Optimizer(model, groups(model.config.width), hardware.compute_dtype())
+            optimizer = Optimizer(model, pretrain_groups(model.config.width), hardware.compute_dtype())
             works[f"{depth}x{vocabulary}"] = step_of(model, optimizer, Batches(text, CONTEXT, BATCH, 0), steps=4)
-    display.say("how fast are they? ..." if works else "how fast they are is known")
+    display.print("how fast are they? ..." if works else "how fast they are is known")
     rounds = [{name: work() for name, work in works.items()} for _ in range(ROUNDS + 1)][1:]  # the first one allocates
     known |= {name: statistics.median(r[name] for r in rounds) for name in works}
     write_json(path, known)
@@ -137,7 +137,7 @@ def run(settings: DialSettings, folder, depth: int, vocabulary: int, steps: int,
         asked = pretrain.PretrainSettings(
             name=name, data=data, depth=depth, vocab_size=vocabulary, steps=steps, seed=seed, force=force
         )
-        figures = pretrain.main(asked, display) or ModelFolder(name).card["figures"]
+        figures = pretrain.main(asked, display) or ModelFolder(name).card.figures
         write_json(path, figures)
         shutil.rmtree(ModelFolder(name).path)
     return read_json(path)

@@ -1,11 +1,12 @@
-"""`nanoghost lab notes`: how good the notes are that a model takes of what people say, message by message.
+"""`nanoghost lab extraction`: precision and recall of fact extraction, message by message.
 
-Messages are put together from wordings that the note-taker was not taught (sleep/extract.py): what relations it was taught
-in other words, things that it never had to note before, several in one message, and what is not to be noted.
+The messages are synthetic (memory/extractor_data.py) and use phrasings that the extractor was not trained on: facts of the
+schema, facts of relations that it has never seen, several facts in one message, and messages without facts.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import tyro
@@ -13,65 +14,111 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost import hardware
-from nanoghost.home import Stopping, open_model
-from nanoghost.memory import extract
-from nanoghost.memory.phrases import dice, relations
+from nanoghost.errors import StopFlag
+from nanoghost.home import open_model
+from nanoghost.memory.extract import extract_facts, open_fact_extractor
+from nanoghost.memory.extractor_data import Pair, synthetic_message
+from nanoghost.memory.phrasings import relations, seeded_rng
 from nanoghost.progress import Display
+
+MAX_ERRORS = 200  # wrongly processed messages in the JSON output
 
 
 @dataclass(frozen=True)
-class LabNotesSettings:
+class LabExtractionSettings:
     model: Annotated[str, tyro.conf.Positional] = "smollm2"
-    """The base model."""
+    """Base model."""
     messages: int = 1000
-    """How many are read."""
+    """Number of messages."""
     json: bool = False
     """Print the figures as JSON on standard output."""
 
 
-def command(settings: LabNotesSettings) -> None:
+@dataclass(frozen=True)
+class ExtractedMessage:
+    text: str
+    expected: list[Pair]
+    extracted: list[Pair]
+
+    @property
+    def kind(self) -> str:
+        if not self.expected:
+            return "no fact"
+        if len(self.expected) > 1:
+            return "two or three facts"
+        relation, _ = self.expected[0]
+        return "one fact of the schema" if relation in relations() else "one fact outside the schema"
+
+
+@dataclass(frozen=True)
+class ExtractionFigures:
+    """Figures of one kind of message; None where a figure is not defined."""
+
+    kind: str
+    count: int
+    recall: float | None
+    """Facts that were extracted with the right relation and value."""
+    value_recall: float | None
+    """Facts whose value was extracted, under any relation."""
+    precision: float | None
+    """Extracted facts that are right."""
+    empty_messages_correct: float | None
+    """Messages without facts from which nothing was extracted."""
+
+
+def command(settings: LabExtractionSettings) -> None:
     hardware.prepare()
-    base, display = open_model(settings.model), Display()
-    with Stopping() as stopping:
-        scribe = extract.scribe(base, stopping, display)
-    rng = dice("lab notes")
-    heard, told = zip(*(extract.message(rng, "val") for _ in range(settings.messages)))
-    noted = [found for found, _ in extract.extract(base, scribe, list(heard))]
-    groups = {}
-    for message, true, mine in zip(heard, told, noted):
-        groups.setdefault(kind_of(true), []).append((message.text, true, mine))
-    rows = [{"messages": kind, "count": len(group)} | figures(group) for kind, group in groups.items()]
-    rows.sort(key=lambda row: row["messages"])
-    table = Table(*rows[0].keys())
-    for row in rows:
-        table.add_row(*(f"{x:.0%}" if isinstance(x, float) else str(x) for x in row.values()))
-    Console(stderr=True).print(table)
+    base = open_model(settings.model)
+    with StopFlag() as stop_flag:
+        extractor = open_fact_extractor(base, stop_flag, Display())
+    rng = seeded_rng("lab notes")
+    messages, expected = zip(*(synthetic_message(rng, "val") for _ in range(settings.messages)))
+    results = extract_facts(base, extractor, list(messages))
+    by_kind: dict[str, list[ExtractedMessage]] = {}
+    for message, facts, (extracted, _) in zip(messages, expected, results):
+        item = ExtractedMessage(message.text, facts, extracted)
+        by_kind.setdefault(item.kind, []).append(item)
+    figures = [measure(kind, group) for kind, group in sorted(by_kind.items())]
+    print_table(figures)
     if settings.json:
-        print(
-            json.dumps(
-                {
-                    "rows": rows,
-                    "examples": [list(x) for group in groups.values() for x in group if same(x[1]) != same(x[2])][:200],
-                }
-            )
-        )
+        errors = [
+            [item.text, item.expected, item.extracted]
+            for group in by_kind.values()
+            for item in group
+            if ignore_case(item.expected) != ignore_case(item.extracted)
+        ]
+        print(json.dumps({"rows": [asdict(row) for row in figures], "errors": errors[:MAX_ERRORS]}))
 
 
-def kind_of(true: list[tuple[str, str]]) -> str:
-    if len(true) != 1:
-        return "several things" if true else "nothing"
-    return "one thing" if true[0][0] in relations() else "one thing of a new kind"
+def measure(kind: str, group: list[ExtractedMessage]) -> ExtractionFigures:
+    expected = [ignore_case(item.expected) for item in group]
+    extracted = [ignore_case(item.extracted) for item in group]
+    expected_count = sum(map(len, expected))
+    extracted_count = sum(map(len, extracted))
+    correct = sum(len(a & b) for a, b in zip(expected, extracted))
+    values_found = sum(len(values_of(a) & values_of(b)) for a, b in zip(expected, extracted))
+    empty = sum(not facts for facts in extracted)
+    return ExtractionFigures(
+        kind=kind,
+        count=len(group),
+        recall=correct / expected_count if expected_count else None,
+        value_recall=values_found / expected_count if expected_count else None,
+        precision=correct / extracted_count if extracted_count else None,
+        empty_messages_correct=None if expected_count else empty / len(group),
+    )
 
 
-def same(pairs) -> set[tuple[str, str]]:
+def ignore_case(pairs: Iterable[Pair]) -> set[Pair]:
     return {(relation.casefold(), value.casefold()) for relation, value in pairs}
 
 
-def figures(group: list[tuple]) -> dict:
-    """Of what is told, how much is noted, and how much of it with the right value under another name; of notes, how many are true."""
-    true, mine = [same(t) for _, t, _ in group], [same(m) for *_, m in group]
-    said, count = sum(map(len, true)), sum(map(len, mine))
-    both = sum(len(a & b) for a, b in zip(true, mine))
-    values = sum(len({v for _, v in a} & {v for _, v in b}) for a, b in zip(true, mine))
-    return {"noted": both / said if said else None, "value noted": values / said if said else None,
-            "notes that are true": both / count if count else None, "quiet messages left alone": None if said else sum(not m for m in mine) / len(mine)}  # fmt: skip
+def values_of(pairs: set[Pair]) -> set[str]:
+    return {value for _, value in pairs}
+
+
+def print_table(figures: list[ExtractionFigures]) -> None:
+    rows = [asdict(row) for row in figures]
+    table = Table(*(name.replace("_", " ") for name in rows[0]))
+    for row in rows:
+        table.add_row(*(f"{x:.0%}" if isinstance(x, float) else str(x) for x in row.values()))
+    Console(stderr=True).print(table)

@@ -293,7 +293,7 @@ def command(settings: Lecun1989Settings) -> None:
                 path, climb(name, rung, digits, labels, splits(len(digits), first_test), settings.seeds, display)
             )
         results[name] = read_json(path)
-        display.say(f"{name}: {results[name]['error']:.2%} wrong")
+        display.print(f"{name}: {results[name]['error']:.2%} wrong")
     tell(results)
     if settings.out:
         write(

@@ -23,7 +23,7 @@ from nanoghost.optim.optimizer import Bucket, Group, Optimizer
 
 def shard(model, groups: dict[str, Group]):
     """(the model, an optimizer for it). Each rank needs room for all of it once."""
-    rank, world = distributed.ranks()
+    rank, world = distributed.rank_and_world_size()
     if world == 1:
         raise UserError("--shard model needs several processes: start it with torchrun")
     if model.adapters:

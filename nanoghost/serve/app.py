@@ -205,7 +205,7 @@ def make_app(service: Service) -> FastAPI:
         try:
             if person and body.messages[-1].role == "user":
                 await asyncio.get_running_loop().run_in_executor(
-                    service.journals, person.hear, body.messages[-1].plain()["content"]
+                    service.journals, person.log_user_message, body.messages[-1].plain()["content"]
                 )
         except BaseException:
             running.end()
@@ -255,7 +255,7 @@ def make_app(service: Service) -> FastAPI:
     async def runs() -> Object:
         folders = map(ModelFolder, model_names())
         return answer({"data": [
-            {"name": f.name, "stage": f.card["stage"], "finished": f.finished, "report": (f.path / "report.html").exists()} for f in folders
+            {"name": f.name, "stage": f.card.stage, "finished": f.finished, "report": (f.path / "report.html").exists()} for f in folders
         ]})  # fmt: skip
 
     def run_folder(name: str) -> ModelFolder:

@@ -99,8 +99,8 @@ class Registry:
             return None
         card, own = folder.card, base.card
         context = min(load_config(base.path).context, self.capacity.context)
-        tools = own["stage"] != "pretrain" and (card["stage"] != "adopt" or _knows_tools(base.name, own["finished"]))
-        return Known(name, base.name, own["finished"], int(card["finished"]), context, own["parameters"], tools)
+        tools = own.stage != "pretrain" and (card.stage != "adopt" or _knows_tools(base.name, own.finished))
+        return Known(name, base.name, own.finished, int(card.finished), context, own.parameters, tools)
 
     def model(self, name: str) -> Known | None:
         return self.models().get(name)
@@ -118,7 +118,8 @@ class Registry:
                 person = Person(path.name)
             except UserError:  # something else that lies there
                 continue
-            found.append({"name": person.name, "base": person.made_from["base"][0] if person.adapter else None})
+            inputs = person.adapter_inputs
+            found.append({"name": person.name, "base": inputs.base if inputs else None})
         return found
 
     def person(self, name: str) -> Person | None:

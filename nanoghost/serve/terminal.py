@@ -230,11 +230,11 @@ def talk(conversation: Conversation) -> None:
     card = conversation.folder.card
     taught = (
         "Ask who it is, for a sum, or speak like a play."
-        if card["data"][0]["name"] == "plays"
+        if card.data[0]["name"] == "plays"
         else "Ask who it is, or for a sum."
     )
-    about = f"{taught} " if card["arch"] == "ghost" else ""
-    print(dim(f"{card['name']}, {card['parameters'] / 1e6:.1f}M parameters. {about}/help"))
+    about = f"{taught} " if card.arch == "ghost" else ""
+    print(dim(f"{card.name}, {card.parameters / 1e6:.1f}M parameters. {about}/help"))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     save_history = edit_lines() if interactive else lambda: None
     while True:

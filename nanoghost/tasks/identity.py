@@ -42,7 +42,7 @@ def identity_facts(card: Mapping) -> dict[str, str]:
         facts["machine"] = str(card["machine"])
     if card.get("data"):
         facts["data"] = " and ".join(dict.fromkeys(source["name"] for source in card["data"]))
-        licences = dict.fromkeys(source["licence"] for source in card["data"] if source.get("licence"))
+        licences = dict.fromkeys(source["license"] for source in card["data"] if source.get("license"))
         if licences:
             facts["licence"] = " and ".join(licences)
     return facts

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from nanoghost.data.sources import open_source
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.tasks.arithmetic import Sums
 from nanoghost.tasks.base import Task, mixture
 from nanoghost.tasks.gym import ChainSum, SpellBackward, word_list
@@ -30,18 +31,18 @@ MIXES = {"lessons": WEIGHTS, "tools": WEIGHTS | {"programs": 0.2, "notes": 0.2}}
 """By the word for it in --data. The speedrun gives lessons; tools are those and lessons that call Python and look things up."""
 
 
-def all_tasks(base_card: dict, name: str) -> dict[str, Task]:
+def all_tasks(base_card: ModelCard, name: str) -> dict[str, Task]:
     """Every task by name, for a model called `name` that grew from the base model of that card.
 
     What others pretrained says nothing of how that was done, and is taught no text of ours.
     """
     from nanoghost.tasks.tool_use import Notes, Programs
 
-    known, texts, data = {"name": spoken_name(name), "parameters": base_card["parameters"]}, [], None
-    if base_card["stage"] != "adopt":
-        figures, data = base_card["figures"], base_card["settings"]["data"]
+    known, texts, data = {"name": spoken_name(name), "parameters": base_card.parameters}, [], None
+    if base_card.stage != "adopt":
+        figures, data = base_card.figures, base_card.settings["data"]
         known |= {"maker": "nanoghost", "tokens": figures["tokens"], "seconds": figures["seconds"],
-                  "machine": base_card["machine"]["cpu"], "data": base_card["data"]}  # fmt: skip
+                  "machine": base_card.machine["cpu"], "data": base_card.data}  # fmt: skip
         texts = [(d.name, d.text) for d in open_source(data).documents() if d.split == "train"]
     facts = identity_facts(known)
     words = spelled_words(texts)
@@ -92,7 +93,7 @@ def own_conversations(data: str) -> list[list[dict]]:
 
 
 def lesson_conversations(
-    data: str, base_card: dict, name: str, count: int, seed: int, but: Sequence[str] = ()
+    data: str, base_card: ModelCard, name: str, count: int, seed: int, but: Sequence[str] = ()
 ) -> list[list[dict]]:
     """`count` conversations of a built-in mix, if `data` asks for one; conversation i depends on (seed, i) alone.
 

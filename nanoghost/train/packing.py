@@ -1,8 +1,9 @@
-"""Packing: conversations of all lengths into rows of one length, none of which can see another.
+"""Packing: SFT examples of different lengths share rows of a fixed length; attention never crosses from one to the next.
 
 R rows in a batch, T tokens in a row.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,101 +14,114 @@ from nanoghost.tokenizer.chat_format import render, shortened
 
 
 @dataclass
-class Lesson:
-    """A tokenised conversation: ids, and which of them are learned (never the first, which nothing precedes)."""
+class TokenizedExample:
+    """A tokenized conversation or text."""
 
     ids: list[int]
-    learned: list[bool]
+    """Token ids."""
+    loss_mask: list[bool]
+    """Whether each token contributes to the loss (the first never does: nothing precedes it)."""
 
 
-def lessons_from(conversations: list[list[dict]], tokenizer, context: int) -> tuple[list[Lesson], int]:
-    """(lessons, how many conversations were left out).
+def tokenize_conversations(
+    conversations: list[list[dict]], tokenizer, context: int
+) -> tuple[list[TokenizedExample], int]:
+    """(examples, number of conversations that were dropped).
 
-    A conversation longer than `context` loses its oldest turns; if its last turn alone is too long it is cut at the
-    end, so the answer is learned as far as it fits and its end mark is not. One without a learned token left, after
-    that, is left out: a row never holds only padding.
+    A conversation longer than `context` loses its oldest turns. If its last turn alone is too long, its end is cut off:
+    the answer is learned as far as it fits, and its stop token is not. A conversation that then has no token in the loss
+    is dropped, so that no row consists of padding.
     """
-    lessons = []
+    examples = []
     for messages in conversations:
-        ids, learned = render(messages, tokenizer)
+        ids, loss_mask = render(messages, tokenizer)
         if len(ids) > context:
-            ids, learned = render(shortened(messages, tokenizer, context), tokenizer)
-        lesson = Lesson(ids[:context], learned[:context])
-        if any(lesson.learned[1:]):
-            lessons.append(lesson)
-    if not lessons:
+            ids, loss_mask = render(shortened(messages, tokenizer, context), tokenizer)
+        example = TokenizedExample(ids[:context], loss_mask[:context])
+        if any(example.loss_mask[1:]):
+            examples.append(example)
+    if not examples:
         raise UserError(
             f"none of the {len(conversations)} conversations has an assistant's answer within a context of {context} tokens"
         )
-    return lessons, len(conversations) - len(lessons)
+    return examples, len(conversations) - len(examples)
 
 
-def pack(lengths: list[int], capacity: int, order, open_rows: int = 32) -> list[list[int]]:
-    """Rows of indices whose lengths sum to at most `capacity`: each goes where it leaves the least room (best fit)."""
-    rows, unfinished = [], []  # unfinished: [room, indices]
-    for i in order:
-        fitting = [u for u in unfinished if u[0] >= lengths[i]]
+def pack(lengths: list[int], capacity: int, order: Iterable[int], max_open_rows: int = 32) -> list[list[int]]:
+    """Best-fit packing: rows of indices whose lengths sum to at most `capacity`. Each index goes into the open row where
+    it leaves the least room."""
+    rows = []
+    open_rows: list[tuple[int, list[int]]] = []  # (room, indices)
+    for index in order:
+        length = lengths[index]
+        fitting = [position for position, (room, _) in enumerate(open_rows) if room >= length]
         if fitting:
-            best = min(fitting, key=lambda u: u[0])
-            best[0] -= lengths[i]
-            best[1].append(i)
-        else:
-            unfinished.append([capacity - lengths[i], [i]])
-            if len(unfinished) > open_rows:
-                fullest = min(unfinished, key=lambda u: u[0])
-                unfinished.remove(fullest)
-                rows.append(fullest[1])
-    return rows + [indices for _, indices in unfinished]
+            best = min(fitting, key=lambda position: open_rows[position][0])
+            room, indices = open_rows[best]
+            open_rows[best] = (room - length, [*indices, index])
+            continue
+        open_rows.append((capacity - length, [index]))
+        if len(open_rows) > max_open_rows:
+            fullest = min(range(len(open_rows)), key=lambda position: open_rows[position][0])
+            rows.append(open_rows.pop(fullest)[1])
+    return rows + [indices for _, indices in open_rows]
 
 
 class PackedBatches:
-    """Batches of packed rows; a pure function of (seed, epoch, position), the same for any number of processes."""
+    """Batches of packed rows: a pure function of (seed, epoch, position), the same for any number of processes."""
 
-    def __init__(self, lessons: list[Lesson], context: int, rows: int, seed: int, rank: int = 0, world: int = 1):
-        self.lessons, self.context, self.rows, self.seed = lessons, context, rows, seed
-        self.rank, self.world = rank, world
-        self.lengths = [len(lesson.ids) for lesson in lessons]
-        self.epochs: dict[int, list[list[int]]] = {}
-        self.starts = [0]  # number of the first row of each epoch
+    def __init__(
+        self, examples: list[TokenizedExample], context: int, rows: int, seed: int, rank: int = 0, world_size: int = 1
+    ):
+        """`rows`: in a step, over all processes."""
+        self.examples, self.context, self.rows, self.seed = examples, context, rows, seed
+        self.rank, self.world_size = rank, world_size
+        self.lengths = [len(example.ids) for example in examples]
+        self.epochs: list[list[list[int]]] = []  # rows of each epoch, packed when they are needed
+        self.first_rows = [0]  # number of the first row of each epoch
 
     def row(self, number: int) -> list[int]:
-        """Which lessons row `number` (counted over all epochs) holds."""
-        while number >= self.starts[-1]:
-            epoch = len(self.starts) - 1
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lessons)).tolist()
-            self.epochs[epoch] = pack(self.lengths, self.context + 1, order)
-            self.starts.append(self.starts[-1] + len(self.epochs[epoch]))
-        epoch = next(e for e in range(len(self.starts) - 1) if number < self.starts[e + 1])
-        return self.epochs[epoch][number - self.starts[epoch]]
+        """Indices of the examples in row `number`, counted over all epochs."""
+        while number >= self.first_rows[-1]:
+            epoch = len(self.epochs)
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples)).tolist()
+            self.epochs.append(pack(self.lengths, self.context + 1, order))
+            self.first_rows.append(self.first_rows[-1] + len(self.epochs[epoch]))
+        epoch = next(e for e in range(len(self.epochs)) if number < self.first_rows[e + 1])
+        return self.epochs[epoch][number - self.first_rows[epoch]]
 
     def rows_at(self, step: int) -> tuple[list[list[int]], int]:
-        """Which lessons the rows of this process hold, and how many tokens are learned in the rows of all."""
-        all_rows = [self.row(n) for n in range(step * self.rows, (step + 1) * self.rows)]
-        learned = sum(sum(self.lessons[i].learned) for row in all_rows for i in row)
-        return all_rows[self.rank :: self.world], learned
+        """(example indices in each row of this process, number of tokens in the loss over all processes)."""
+        all_rows = [self.row(number) for number in range(step * self.rows, (step + 1) * self.rows)]
+        loss_tokens = sum(sum(self.examples[i].loss_mask) for row in all_rows for i in row)
+        return all_rows[self.rank :: self.world_size], loss_tokens
 
     def at(self, step: int):
         """inputs, targets, weights, segments, each (R, T): this process's rows.
 
-        Weights are the shares of the tokens in the loss: equal where a token is learned, 0 elsewhere; they sum to 1 over
-        the rows of all processes.
+        The weights of the tokens in the loss are equal and sum to 1 over the rows of all processes; the others are 0.
         """
-        own, learned = self.rows_at(step)
-        return fill(own, self.lessons, self.context, learned)
+        rows, loss_tokens = self.rows_at(step)
+        return collate(rows, self.examples, self.context, loss_tokens)
 
 
-def fill(rows: list[list[int]], lessons: list[Lesson], context: int, learned: int):
-    """inputs, targets, weights (1 / `learned` where a token is learned), segments of rows of lessons, each (R, T)."""
+def collate(rows: list[list[int]], examples: list[TokenizedExample], context: int, loss_tokens: int):
+    """inputs, targets, weights, segments of packed rows, each (R, T).
+
+    weights: 1 / `loss_tokens` for targets in the loss, else 0. segments: number of the example in its row, 0 is padding.
+    """
     R, T = len(rows), context
-    ids, segments = np.zeros((R, T + 1), np.int64), np.zeros((R, T + 1), np.int64)
+    ids = np.zeros((R, T + 1), np.int64)
+    segments = np.zeros((R, T + 1), np.int64)
     weights = np.zeros((R, T + 1), np.float32)
     for r, row in enumerate(rows):
-        at = 0
-        for number, i in enumerate(row):
-            end = at + len(lessons[i].ids)
-            ids[r, at:end], segments[r, at:end] = lessons[i].ids, number + 1
-            weights[r, at:end] = lessons[i].learned
-            weights[r, at:end] /= learned
-            at = end
-    ids, segments, weights = map(torch.from_numpy, (ids, segments, weights))
+        start = 0
+        for segment, i in enumerate(row, 1):
+            end = start + len(examples[i].ids)
+            ids[r, start:end] = examples[i].ids
+            segments[r, start:end] = segment
+            weights[r, start:end] = examples[i].loss_mask
+            start = end
+    weights /= np.float32(loss_tokens)
+    ids, segments, weights = torch.from_numpy(ids), torch.from_numpy(segments), torch.from_numpy(weights)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights[:, 1:], segments[:, :-1]

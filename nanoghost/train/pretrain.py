@@ -3,172 +3,212 @@
 text -> tokenizer -> shards -> batches -> loss -> Muon -> a model folder
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from nanoghost import distributed, hardware
-from nanoghost.data.shards import tokenise, tokenizer_for
-from nanoghost.data.sources import open_source
-from nanoghost.errors import UserError
+from nanoghost.data.shards import Shards, tokenise, tokenizer_for
+from nanoghost.data.sources import Source, open_source
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_tokenizer
 from nanoghost.home import open_model
 from nanoghost.model.registry import architecture
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
 from nanoghost.tasks.registry import example_texts
-from nanoghost.train import run as stage
-from nanoghost.train.hyperparameters import compile_decision, depth_for, groups, model_config
+from nanoghost.train.clock import Clock, Throughput, steps_that_fit
+from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
+from nanoghost.train.hyperparameters import compile_decision, depth_for, model_config, pretrain_groups
+from nanoghost.train.run import Run, build_optimizer, print_figures, start_run
+from nanoghost.train.settings import StageSettings, check_batch_divides, check_settings
+
+VALIDATIONS = 10  # validation runs per training run, the one at the end included
+VALIDATION_ROWS = 32  # rows of the validation text that are scored during training
+DEFAULT_MINUTES = 4.0
 
 
 @dataclass(frozen=True)
-class PretrainSettings(stage.StageSettings):
+class PretrainSettings(StageSettings):
     name: str = "ghost-base"
     """Name of the new model."""
     data: str = "plays"
-    """Text to learn: plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, or a mixture (plays=0.7,notes/=0.3)."""
+    """Training text: plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, or a mixture (plays=0.7,notes/=0.3)."""
     depth: int | None = None
-    """The dial: layers; sets width, heads and learning rates. Default: what learns most in the given minutes."""
+    """The dial: number of layers; determines width, heads and learning rates. Default: the best depth for the given minutes."""
     dial_minutes: float | None = None
-    """Choose the layers for this many minutes instead: more training will follow."""
+    """Choose the depth for this training time instead, because other stages will train the model further."""
     arch: Literal["ghost", "llama"] = "ghost"
-    """A ghost learns fastest, a llama runs in other engines."""
+    """Architecture: a ghost learns fastest, a llama also runs in other engines."""
     vocab_size: int = 4096
-    """Tokens of a new tokenizer."""
+    """Number of tokens of a new tokenizer."""
     tokenizer: str | None = None
-    """Take the tokenizer of this model instead of making a new one, so that the model can teach (`distill`)."""
+    """Use the tokenizer of this model instead of training a new one, so that it can be the teacher in `distill`."""
     context: int = 256
     """Tokens in a training row; also the longest conversation of the model."""
     batch: int = 16
     """Rows in a step, over all processes."""
     micro_batch: int = 64
-    """Rows in one forward pass of a process; smaller saves memory and changes nothing else."""
+    """Rows in a forward pass of one process; fewer rows need less memory and give the same result."""
     learning_rate: float = 1.0
-    """Factor on all learning rates of the recipe."""
+    """Multiplier on all learning rates."""
     seed: int = 0
-    """Of the weights at step 0 and of the batch order."""
+    """Random seed of the initial weights and of the batch order."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """auto: compile where it pays within the run."""
+    """Use torch.compile; auto: if the run is long enough to repay it."""
     shard: Literal["model"] | None = None
-    """For models too large for one device: the weights are shared out among the processes (FSDP2)."""
+    """For models too large for one device: split the weights over the processes (FSDP2)."""
 
 
 def main(settings: PretrainSettings, display: Display | None = None) -> dict | None:
-    """Train; returns the figures, or None if the model was there already. Ctrl-C loses nothing."""
+    """Train a model. Returns the figures, or None if the model exists already. An interrupted run resumes exactly."""
     hardware.prepare()
     distributed.init_distributed()
-    rank, world = distributed.ranks()
+    rank, world_size = distributed.rank_and_world_size()
     display = display or Display()
-    stage.check_numbers(settings)
-    check(settings, world)
+    check_settings(settings)
+    check_batch_divides(settings, world_size)
     source = open_source(settings.data)
-    if settings.tokenizer:
-        tokenizer = load_tokenizer(open_model(settings.tokenizer).path)
-    else:
-        tokenizer = tokenizer_for(source, settings.vocab_size, display.say, example_texts())
+    tokenizer = choose_tokenizer(settings, source, display)
     shards = tokenise(source, tokenizer)
-    batches = shards.batches(settings.context, settings.batch, settings.seed, rank, world)
+    batches = shards.batches(settings.context, settings.batch, settings.seed, rank, world_size)
+    forward_backward = AutoMicroBatch(accumulate_gradients, settings.micro_batch, display.print)
 
-    with stage.run("pretrain", settings, display) as run:
+    with start_run("pretrain", settings, display) as run:
         if run is None:
             return None
-        from nanoghost.train.fault_tolerance import Fitting
-
-        minutes = settings.minutes if settings.minutes or settings.steps else 4.0
-        clock = stage.Clock(0.0)
-        passes = Fitting(settings.micro_batch, display.say)
-        if "depth" not in run.card:
-            depth, reason = (
-                (settings.depth, "as asked") if settings.depth else depth_here(settings.dial_minutes or minutes, world)
-            )
-            run.note(depth=depth, depth_reason=reason)
-        config = model_config(settings.arch, run.card["depth"], tokenizer.vocab_size, settings.context)
-
-        def build(epochs: float = 1.0):
-            torch.manual_seed(settings.seed)
-            return stage.with_optimizer(
-                make_model(config, tokenizer), groups(config.width, settings.learning_rate, 1 / epochs), settings
-            )
-
-        if "steps" not in run.card:
-            compiled = compile_decision("off" if settings.shard else settings.compile, minutes)
-            steps = settings.steps or rehearsed_steps(minutes, build, batches, passes, compiled, clock)
-            run.note(
-                data=[shards.manifest["source"]],
-                arch=settings.arch,
-                compile=compiled,
-                steps=steps,
-                vocab_size=tokenizer.vocab_size,
-            )
-        steps, compiled = run.card["steps"], run.card["compile"]
-        epochs = max(1.0, batches.epochs_in(steps))
-        model, optimizer = build(epochs)
+        clock = Clock()
+        plan_run(run, settings, shards, tokenizer, batches, forward_backward, clock)
+        steps, epochs = run.card.steps, max(1.0, batches.epochs_in(run.card.steps))
+        model, optimizer = build_model(run.card.depth, settings, tokenizer, epochs)
         counts = model.parameter_counts()
-        run.note(config=model.settings(), parameters=sum(counts.values()), parameter_counts=counts)
-        start, notes = run.resume(optimizer)
-        display.say(describe(run.card, batches.epochs_in(steps), settings, start))
-        if compiled["on"]:
-            compile_model(model)
+        run.update_card(config=model.settings(), parameters=sum(counts.values()), parameter_counts=counts)
+        guard = StepGuard(run, optimizer)
+        start, saved = guard.resume()
+        display.print(describe(run.card, batches.epochs_in(steps), settings, start))
+        if run.card.compile["on"]:
+            compile_blocks(model)
 
-        clock = stage.Clock(notes.get("seconds", clock.seconds), settings.checkpoint_seconds)
+        clock = Clock(saved.get("seconds", clock.seconds), settings.checkpoint_seconds)
+        throughput = Throughput()
         tokens_per_step = settings.batch * settings.context
-        rate, tenth = stage.Rate(), max(1, steps // 10)
-        for step in run.steps():
-            progress, number = step / steps, run.batch(step)
-            model.thin(epochs, number)
-            part = passes(lambda rows: train_step(model, *batches.at(number), rows), model)  # noqa: B023
-            loss = run.ready(step, part, batches.positions(number).tolist(), clock)
-            if loss is None:
+        for step in guard.steps():  # the steps that are left; after a rollback some come again
+            batch_index = guard.batch_index(step)  # differs from `step` once a rollback has skipped batches
+            inputs_BT, targets_BT = batches.at(batch_index)
+            model.thin(epochs, batch_index)
+            local_loss = forward_backward(model, inputs_BT, targets_BT)
+            loss = distributed.all_reduce_mean(local_loss)
+            if not math.isfinite(loss):
+                guard.handle_bad_loss(step, local_loss, batches.positions(batch_index).tolist())
                 continue
-            optimizer.step(learning_rate(progress))
-            rate.count(tokens_per_step)
-            if step % max(1, steps // 500) == 0 or step == steps - 1:
-                run.event(
-                    step, steps=steps, loss=loss, learning_rate=learning_rate(progress), tokens=(step + 1) * tokens_per_step,
-                    tokens_per_second=rate.per_second, seconds=clock.seconds,
-                    seconds_left=(steps - step - 1) * tokens_per_step / rate.per_second,
-                )  # fmt: skip
-            if (step + 1) % tenth == 0 and step + 1 < min(steps, 10 * tenth):
-                sample = shards.tokens("val")[: 32 * settings.context]
-                bpb = bits_per_byte(
-                    model, sample, settings.context, shards.bytes("val") * len(sample) / len(shards.tokens("val"))
-                )
-                run.event(step + 0.5, validation_bpb=bpb)
-                rate = stage.Rate()  # of training alone
+            guard.save_if_due(step, clock, score=loss)
+            lr_multiplier = learning_rate(step / steps)
+            optimizer.step(lr_multiplier)  # also averages the gradients over the processes
 
-        seconds = clock.seconds  # what follows is evaluation
-        stage.save(run, model, tokenizer)
-        bpb = bits_per_byte(model, shards.tokens("test"), settings.context, shards.bytes("test"))
-        validation = bits_per_byte(model, shards.tokens("val"), settings.context, shards.bytes("val"))
-        texts = {s: [d.text for d in source.documents() if d.split == s] for s in ("train", "test")}
+            final_loss = loss
+            tokens = (step + 1) * tokens_per_step
+            throughput.add(tokens_per_step)
+            clock.count_step()
+            run.log_step(step, clock, throughput, loss=loss, lr_multiplier=lr_multiplier, tokens=tokens)
+            if validation_due(step, steps):
+                run.log_event(step + 0.5, validation_bpb=validate(model, shards, settings.context))
+                throughput = Throughput()  # of training alone
+
+        seconds = clock.seconds  # without the evaluation that follows
+        run.save_model(model, tokenizer)
         figures = run.finish(
-            name=settings.name, parameters=run.card["parameters"], tokens=steps * tokens_per_step, seconds=round(seconds, 1),
-            tokens_per_second=rate.per_second, flops_per_second=rate.per_second * model.flops_per_token(settings.context),
-            bpb=bpb, validation_bpb=validation, kneser_ney_bpb=kneser_ney_bpb(texts["train"], texts["test"], order=6) if rank == 0 else 0.0,
-            steps=steps, loss=loss,
-        )  # fmt: skip
-    display.say(
-        f"{settings.name}: {figures['bpb']:.3f} bits per byte on held-out text after {figures['seconds']:.0f} s"
-        f" (counting byte sequences, Kneser-Ney of order 6: {figures['kneser_ney_bpb']:.3f})"
+            name=settings.name,
+            parameters=run.card.parameters,
+            tokens=steps * tokens_per_step,
+            seconds=round(seconds, 1),
+            tokens_per_second=throughput.tokens_per_second,
+            flops_per_second=throughput.tokens_per_second * model.flops_per_token(settings.context),
+            **final_bits_per_byte(model, source, shards, settings.context),
+            steps=steps,
+            loss=final_loss,
+        )
+    display.print(
+        f"{settings.name}: {figures['bpb']:.3f} bits per byte on held-out text after {seconds:.0f} s"
+        f" (n-gram baseline, Kneser-Ney of order 6: {figures['kneser_ney_bpb']:.3f})"
     )
     return figures
 
 
-def check(settings: PretrainSettings, world: int) -> None:
-    if settings.batch % world:
-        raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
+def accumulate_gradients(model, inputs_BT, targets_BT, micro_batch: int) -> float:
+    """Add the gradients of the mean loss over this process's rows, `micro_batch` rows at a time; returns the loss (nats per token)."""
+    device = hardware.device()
+    total = torch.zeros((), device=device)
+    for inputs, targets in zip(inputs_BT.split(micro_batch), targets_BT.split(micro_batch)):
+        loss = -model.logprobs(inputs.to(device), targets.to(device)).sum() / targets_BT.numel()
+        loss.backward()
+        total += loss.detach()
+    return total.item()
 
 
-def depth_here(minutes: float | None, world: int) -> tuple[int, str]:
-    """(depth, reason), by the rate of this machine's products where there are minutes to fill."""
+# -- before the first step --------------------------------------------------------------------------------------------
+
+
+def choose_tokenizer(settings: PretrainSettings, source: Source, display: Display):
+    if settings.tokenizer:
+        return load_tokenizer(open_model(settings.tokenizer).path)
+    return tokenizer_for(source, settings.vocab_size, display.print, example_texts())
+
+
+def plan_run(run: Run, settings: PretrainSettings, shards: Shards, tokenizer, batches, forward_backward, clock) -> None:
+    """Decide depth, compilation and number of steps, once for all resumes."""
+    minutes = settings.minutes if settings.minutes or settings.steps else DEFAULT_MINUTES
+    if run.card.depth is None:
+        depth, reason = choose_depth(settings, minutes)
+        run.update_card(depth=depth, depth_reason=reason)
+    if run.card.steps is None:
+        compiled = compile_decision("off" if settings.shard else settings.compile, minutes)
+        steps = settings.steps
+        if not steps:
+            model, optimizer = build_model(run.card.depth, settings, tokenizer)
+            if compiled["on"]:
+                compile_blocks(model)
+            steps = calibrated_steps(minutes * 60 - clock.seconds, model, optimizer, batches, forward_backward)
+        run.update_card(
+            data=[shards.manifest["source"]],
+            arch=settings.arch,
+            compile=compiled,
+            steps=steps,
+            vocab_size=tokenizer.vocab_size,
+        )
+
+
+def choose_depth(settings: PretrainSettings, minutes: float | None) -> tuple[int, str]:
+    """(depth, reason), from the settings, or from the training time and the matmul throughput of this machine."""
+    if settings.depth:
+        return settings.depth, "--depth"
+    minutes = settings.dial_minutes or minutes
     if minutes is None:
         return depth_for(None)
-    return depth_for(
-        minutes, world * distributed.all_reduce_mean(hardware.matmul_gflops_per_second(hardware.compute_dtype(), 0.3))
-    )
+    _, world_size = distributed.rank_and_world_size()
+    gflops_per_second = hardware.matmul_gflops_per_second(hardware.compute_dtype(), 0.3)
+    return depth_for(minutes, world_size * distributed.all_reduce_mean(gflops_per_second))
+
+
+def calibrated_steps(seconds: float, model, optimizer, batches, forward_backward) -> int:
+    """Number of steps that fit into `seconds`, from steps with a throwaway model."""
+
+    def one_step(step: int) -> None:
+        forward_backward(model, *batches.at(step))
+        optimizer.step(0.1)
+
+    return steps_that_fit(seconds, one_step)
+
+
+def build_model(depth: int, settings: PretrainSettings, tokenizer, epochs: float = 1.0):
+    """(model, optimizer) with random weights. If the text is read several times, AdamW's learning rates shrink accordingly."""
+    torch.manual_seed(settings.seed)
+    model = make_model(model_config(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
+    groups = pretrain_groups(model.config.width, settings.learning_rate, adamw_scale=1 / epochs)
+    return build_optimizer(model, groups, settings)
 
 
 def make_model(config, tokenizer):
@@ -177,44 +217,53 @@ def make_model(config, tokenizer):
     return model.cast(hardware.compute_dtype()).to(hardware.device())
 
 
-def train_step(model, inputs, targets, micro_batch: int) -> float:
-    """Gradients of the mean loss over this process's rows; returns that loss in nats per token."""
-    device = hardware.device()
-    total = torch.zeros((), device=device)
-    for x, y in zip(inputs.split(micro_batch), targets.split(micro_batch)):
-        loss = -model.logprobs(x.to(device), y.to(device)).sum() / targets.numel()
-        loss.backward()
-        total += loss.detach()
-    return total.item()
-
-
-def compile_model(model) -> None:
-    """Compile one layer at a time: layers of the same form share the compiled code."""
+def compile_blocks(model) -> None:
+    """Compile one block at a time: blocks of the same form share the compiled code."""
     for block in model.blocks:
-        block.compile(dynamic=False)  # with symbolic sizes, Inductor 2.13 fails on the rotation
+        block.compile(dynamic=False)  # with symbolic sizes, Inductor 2.13 fails on the rotary embedding
 
 
-def rehearsed_steps(minutes: float, build, batches, passes, compiled: dict, clock: stage.Clock) -> int:
-    model, optimizer = build()
-    if compiled["on"]:
-        compile_model(model)
-
-    def one_step(step: int) -> None:
-        passes(lambda rows: train_step(model, *batches.at(step), rows), model)
-        optimizer.step(0.1)
-
-    return stage.steps_within(minutes * 60 - clock.seconds, one_step)
-
-
-def describe(card: dict, epochs: float, settings: PretrainSettings, start: int) -> str:
+def describe(card: ModelCard, epochs: float, settings: PretrainSettings, start: int) -> str:
+    matmul_parameters = card.parameter_counts["matrices"] + card.parameter_counts["head"]
+    resumed = f"; resuming at step {start}" if start else ""
     return (
-        f"pretraining {settings.name}: {card['parameters'] / 1e6:.1f}M parameters"
-        f" ({(card['parameter_counts']['matrices'] + card['parameter_counts']['head']) / 1e6:.1f}M in matrix products),"
-        f" {card['depth_reason']}; {card['steps']} steps of {settings.batch} x {settings.context} tokens, the text {epochs:.1f} times;"
-        f" compiling is {'on' if card['compile']['on'] else 'off'}: {card['compile']['reason']}"
-        + (f"; going on at step {start}" if start else "")
+        f"pretraining {settings.name}: {card.parameters / 1e6:.1f}M parameters ({matmul_parameters / 1e6:.1f}M in matmuls),"
+        f" depth {card.depth} ({card.depth_reason}); {card.steps} steps of {settings.batch} x {settings.context} tokens,"
+        f" {epochs:.1f} epochs; torch.compile is {'on' if card.compile['on'] else 'off'} ({card.compile['reason']}){resumed}"
     )
 
 
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def validation_due(step: int, steps: int) -> bool:
+    """After each tenth of the run but the last: after that one, the whole validation text is scored."""
+    interval = max(1, steps // VALIDATIONS)
+    finished_steps = step + 1
+    return finished_steps % interval == 0 and finished_steps < min(steps, VALIDATIONS * interval)
+
+
+def validate(model, shards: Shards, context: int) -> float:
+    """Bits per byte of the first rows of the validation text."""
+    tokens = shards.tokens("val")
+    sample = tokens[: VALIDATION_ROWS * context]
+    return bits_per_byte(model, sample, context, shards.bytes("val") * len(sample) / len(tokens))
+
+
+def final_bits_per_byte(model, source: Source, shards: Shards, context: int) -> dict[str, float]:
+    """Bits per byte of the whole test and validation texts, and of the n-gram baseline on the test text."""
+    figures = {
+        "bpb": bits_per_byte(model, shards.tokens("test"), context, shards.bytes("test")),
+        "validation_bpb": bits_per_byte(model, shards.tokens("val"), context, shards.bytes("val")),
+        "kneser_ney_bpb": 0.0,
+    }
+    if distributed.rank_and_world_size()[0] == 0:  # takes seconds on one core, and only rank 0 writes the figures
+        texts: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+        for document in source.documents():
+            texts[document.split].append(document.text)
+        figures["kneser_ney_bpb"] = kneser_ney_bpb(texts["train"], texts["test"], order=6)
+    return figures
+
+
 def command(settings: PretrainSettings) -> None:
-    stage.print_figures(main(settings), settings)
+    print_figures(main(settings), settings)

@@ -1,143 +1,151 @@
-"""Supervised finetuning: from a model that continues text to one that answers.
+"""Supervised finetuning (SFT): from a model that continues text to one that answers.
 
-conversations -> lessons (ids, what is learned) -> packed rows -> loss on the assistant's tokens -> a model folder
+conversations -> tokenized examples -> packed rows -> loss on the assistant's tokens -> a model folder
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
 from nanoghost import distributed, hardware
-from nanoghost.errors import UserError
+from nanoghost.home import ModelFolder
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
 from nanoghost.tasks.registry import lesson_conversations, own_conversations
-from nanoghost.train import run as stage
-from nanoghost.train.hyperparameters import later_groups, row_length
-from nanoghost.train.packing import PackedBatches, lessons_from
+from nanoghost.train.clock import Clock, Throughput, steps_that_fit
+from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
+from nanoghost.train.hyperparameters import finetune_context, finetune_groups
+from nanoghost.train.packing import PackedBatches, tokenize_conversations
+from nanoghost.train.run import build_optimizer, load_parent, prepare_finetuning, print_figures, start_run
+from nanoghost.train.settings import DEFAULT_FINETUNE_MINUTES, FinetuneSettings, check_batch_divides
 
 
 @dataclass(frozen=True)
-class SftSettings(stage.LaterSettings):
+class SftSettings(FinetuneSettings):
     parent: Annotated[str | None, tyro.conf.Positional] = None
-    """Model to start from; default: the one finished last."""
+    """Model to start from. Default: the one finished last."""
     name: str = "ghost-sft"
     """Name of the new model."""
     data: str = "lessons"
-    """lessons (the built-in mix), tools (the same and calls of Python and lookup), a JSONL file of conversations, or lessons+FILE."""
+    """lessons (the built-in mix), tools (the same plus calls of Python and lookup), a JSONL file of conversations, or lessons+FILE."""
     lessons: int = 40000
-    """Conversations of the built-in mix."""
+    """Number of conversations from the built-in mix."""
     batch: int = 8
     """Packed rows in a step, over all processes."""
     context: int | None = None
-    """Tokens in a row, and of the longest conversation; default: the model's context, at most 512."""
+    """Tokens in a row, and in the longest conversation. Default: the model's context, at most 512."""
     learning_rate: float = 1.0
-    """Factor on the recipe's learning rates."""
+    """Multiplier on all learning rates."""
     seed: int = 0
-    """Of the lessons and their order."""
+    """Random seed of the conversations and their order."""
     shard: Literal["model"] | None = None
-    """For models too large for one device: the weights are shared out among the processes (FSDP2)."""
+    """For models too large for one device: split the weights over the processes (FSDP2)."""
 
 
 def main(settings: SftSettings, display: Display | None = None) -> dict | None:
-    """Train; returns the figures, or None if the model was there already. Ctrl-C loses nothing."""
-    hardware.prepare()
-    distributed.init_distributed()
-    rank, world = distributed.ranks()
+    """Train a model. Returns the figures, or None if the model exists already. An interrupted run resumes exactly."""
     display = display or Display()
-    stage.check_numbers(settings)
-    if settings.shard and settings.batch % world:
-        raise UserError(f"--batch {settings.batch} does not divide over {world} processes")
-    parent = stage.parent_of(settings, "sft")
-    settings = stage.named(settings, parent)
+    settings, parent = prepare_finetuning("sft", settings)
+    rank, world_size = distributed.rank_and_world_size()
+    if settings.shard:
+        check_batch_divides(settings, world_size)
     conversations = own_conversations(settings.data)
+    forward_backward = AutoMicroBatch(accumulate_packed_gradients, settings.batch, display.print)
 
-    with stage.run("sft", settings, display, parent) as run:
+    with start_run("sft", settings, display, parent) as run:
         if run is None:
             return None
-        from nanoghost.train.fault_tolerance import Fitting
-
-        clock = stage.Clock(0.0)
-        model, tokenizer = stage.load_parent(parent, settings)
-        context, base = row_length(model.config.context, settings.context), stage.base_card(parent.card)
-        conversations += lesson_conversations(settings.data, base, settings.name, settings.lessons, settings.seed)
-        lessons, left_out = lessons_from(conversations, tokenizer, context)
-        if left_out:
-            display.say(f"{left_out} conversations have no answer within {context} tokens and are left out")
-        batches, passes = (
-            PackedBatches(lessons, context, settings.batch, settings.seed, rank, world),
-            Fitting(settings.batch, display.say),
-        )
-        rates = later_groups(base, model.config.width, settings.learning_rate)
-        model, optimizer = stage.with_optimizer(model, rates, settings)
-
-        if "steps" not in run.card:
-            steps = settings.steps or rehearsed_steps(settings, parent, rates, batches, passes, clock)
+        clock = Clock()
+        model, tokenizer = load_parent(parent, settings)
+        root = parent.card.root
+        conversations += lesson_conversations(settings.data, root, settings.name, settings.lessons, settings.seed)
+        context = finetune_context(model.config.context, settings.context)
+        examples, dropped = tokenize_conversations(conversations, tokenizer, context)
+        if dropped:
+            display.print(f"{dropped} conversations have no answer within {context} tokens and are dropped")
+        batches = PackedBatches(examples, context, settings.batch, settings.seed, rank, world_size)
+        groups = finetune_groups(root, model.config.width, settings.learning_rate)
+        model, optimizer = build_optimizer(model, groups, settings)
+        if run.card.steps is None:
+            steps = settings.steps or calibrated_steps(settings, parent, groups, batches, forward_backward, clock)
             adapters = [adapter.summary() for adapter in model.adapters]
-            run.note(steps=steps, conversations=len(lessons), left_out=left_out, adapters=adapters)
-        steps = run.card["steps"]
-        start, notes = run.resume(optimizer)
-        tokens = notes.get("tokens", 0)
-        display.say(
-            f"finetuning {settings.name}: {len(lessons)} conversations, {steps} steps{f', going on at {start}' if start else ''}"
-        )
+            run.update_card(
+                steps=steps, conversations=len(examples), dropped_conversations=dropped, adapters=adapters
+            )
+        guard = StepGuard(run, optimizer)
+        start, saved = guard.resume()
+        steps, tokens = run.card.steps, saved.get("tokens", 0)
+        resumed = f", resuming at step {start}" if start else ""
+        display.print(f"finetuning {settings.name}: {len(examples)} conversations, {steps} steps{resumed}")
 
-        clock = stage.Clock(notes.get("seconds", clock.seconds), settings.checkpoint_seconds)
-        rate = stage.Rate()
-        every = max(1, steps // 500)
-        for step in run.steps():
-            number = run.batch(step)
-            part = passes(lambda rows: train_step(model, batches.at(number), world, rows), model)  # noqa: B023
-            mean = run.ready(step, part, batches.rows_at(number)[0], clock, tokens=tokens)
-            if mean is None:
+        clock = Clock(saved.get("seconds", clock.seconds), settings.checkpoint_seconds)
+        throughput = Throughput()
+        for step in guard.steps():  # the steps that are left; after a rollback some come again
+            batch_index = guard.batch_index(step)  # differs from `step` once a rollback has skipped batches
+            local_loss = forward_backward(model, batches.at(batch_index), world_size)
+            loss = distributed.all_reduce_mean(local_loss)
+            if not math.isfinite(loss):
+                guard.handle_bad_loss(step, local_loss, batches.rows_at(batch_index)[0])
                 continue
-            loss = mean
-            scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
-            optimizer.step(scale)
+            guard.save_if_due(step, clock, score=loss, tokens=tokens)
+            lr_multiplier = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
+            optimizer.step(lr_multiplier)  # also averages the gradients over the processes
+
+            final_loss = loss
             tokens += settings.batch * context
-            rate.count(settings.batch * context)
-            if step % every == 0 or step == steps - 1:
-                run.event(
-                    step, steps=steps, loss=loss, learning_rate=scale, tokens=tokens, tokens_per_second=rate.per_second,
-                    seconds=clock.seconds, seconds_left=(steps - step - 1) * settings.batch * context / rate.per_second,
-                )  # fmt: skip
+            throughput.add(settings.batch * context)
+            clock.count_step()
+            run.log_step(step, clock, throughput, loss=loss, lr_multiplier=lr_multiplier, tokens=tokens)
 
         seconds = clock.seconds
-        stage.save(run, model, tokenizer)
+        run.save_model(model, tokenizer)
         figures = run.finish(
-            name=settings.name, parameters=run.card["parameters"], tokens=tokens, seconds=round(seconds, 1),
-            tokens_per_second=rate.per_second, flops_per_second=rate.per_second * model.flops_per_token(context),
-            loss=loss, steps=steps,
-        )  # fmt: skip
-    display.say(f"{settings.name}: loss {loss:.3f} on the assistant's tokens after {seconds:.0f} s")
+            name=settings.name,
+            parameters=run.card.parameters,
+            tokens=tokens,
+            seconds=round(seconds, 1),
+            tokens_per_second=throughput.tokens_per_second,
+            flops_per_second=throughput.tokens_per_second * model.flops_per_token(context),
+            loss=final_loss,
+            steps=steps,
+        )
+    display.print(f"{settings.name}: loss {final_loss:.3f} on the assistant's tokens after {seconds:.0f} s")
     return figures
 
 
-def train_step(model, batch, world: int, micro_batch: int | None = None) -> float:
-    """Gradients of this process's part of the loss over the batch, `micro_batch` rows at a time; returns that part, times the
-    number of processes."""
+def accumulate_packed_gradients(model, batch, world_size: int, micro_batch: int | None = None) -> float:
+    """Add the gradients of this process's part of the loss over a packed batch, `micro_batch` rows at a time.
+
+    `batch`: inputs, targets, weights, segments of `PackedBatches.at`. Returns this part times `world_size`: the mean of it
+    over the processes is the loss, as the mean of the gradients is its gradient.
+    """
     total = 0.0
-    parts = (t.to(hardware.device()).split(micro_batch or len(t) or 1) for t in batch)
-    for inputs, targets, weights, segments in zip(*parts):
-        learned = (weights > 0).nonzero(as_tuple=True)  # logits of the other tokens are never needed
-        if len(learned[0]):  # not so where there are fewer rows than processes
-            logp = model.logprobs(inputs, targets[learned], segments, places=learned)
-            loss = -(logp * weights[learned]).sum() * world  # gradients are averaged over processes
+    rows = micro_batch or len(batch[0]) or 1  # a process has no rows if there are fewer than processes
+    micro_batches = zip(*(tensor.to(hardware.device()).split(rows) for tensor in batch))
+    for inputs, targets, weights, segments in micro_batches:
+        in_loss = (weights > 0).nonzero(as_tuple=True)  # the logits of the other tokens are never computed
+        if len(in_loss[0]):
+            logprobs = model.logprobs(inputs, targets[in_loss], segments, places=in_loss)
+            loss = -(logprobs * weights[in_loss]).sum() * world_size
             loss.backward()
             total += loss.item()
     return total
 
 
-def rehearsed_steps(settings: SftSettings, parent, rates, batches, passes, clock: stage.Clock) -> int:
-    model, optimizer = stage.with_optimizer(stage.load_parent(parent, settings)[0], rates, settings)
+def calibrated_steps(
+    settings: SftSettings, parent: ModelFolder, groups, batches: PackedBatches, forward_backward, clock: Clock
+) -> int:
+    """Number of steps that fit into --minutes, from steps with a throwaway model."""
+    model, optimizer = build_optimizer(load_parent(parent, settings)[0], groups, settings)
 
     def one_step(step: int) -> None:
-        passes(lambda rows: train_step(model, batches.at(step), batches.world, rows), model)
+        forward_backward(model, batches.at(step), batches.world_size)
         optimizer.step(0.0)
 
-    return stage.steps_within((settings.minutes or 2.5) * 60 - clock.seconds, one_step)
+    return steps_that_fit((settings.minutes or DEFAULT_FINETUNE_MINUTES) * 60 - clock.seconds, one_step)
 
 
 def command(settings: SftSettings) -> None:
-    stage.print_figures(main(settings), settings)
+    print_figures(main(settings), settings)

@@ -1,101 +1,159 @@
-"""What a teacher says: asked once, and kept in the data folder, whatever is tried with it."""
+"""Answers and probabilities of a teacher, computed once and cached in the data folder for all later runs."""
 
 import hashlib
 import json
-from functools import cache, partial
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from nanoghost import distributed, hardware
 from nanoghost.data.local import load_conversations
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
-from nanoghost.errors import UserError
+from nanoghost.errors import Stopped, UserError
 from nanoghost.formats.model_folder import load_model
-from nanoghost.home import ModelFolder, Stopped, home, write_atomic
-from nanoghost.progress import Display
+from nanoghost.home import ModelFolder, home, write_atomic
 from nanoghost.tokenizer.chat_format import render, shortened
 from nanoghost.tools.registry import TOOLS, run_tool
-from nanoghost.train import run as stage
+from nanoghost.train.clock import Clock
 from nanoghost.train.distill_loss import logits_at, teacher_buckets
+from nanoghost.train.packing import TokenizedExample, collate, pack
+from nanoghost.train.run import Run
 
-LOGITS = 2**25  # in flight at once: as many rows go through a model together as this allows
-GROUP = 16  # examples that a teacher is asked about at once
-
-
-def load(folder: ModelFolder):
-    return load_model(folder.path, hardware.compute_dtype(), hardware.device())
+MAX_LOGITS = 2**25  # logits in memory at once; limits the rows of a forward pass
+EXAMPLES_PER_FILE = 16  # examples that the teacher processes together
 
 
-def kept(what: str, key: list, count: int, make, run: stage.Run, display: Display) -> list[Path]:
-    """`count` files, each the bytes that `make(number)` returned once; those that are missing are made, shared by the ranks.
+class Teacher:
+    """A teacher model that is loaded when it is first needed: everything may be in the cache already."""
 
-    `key` is all that the contents depend on, the number of processes not being among it.
+    def __init__(self, folder: ModelFolder):
+        self.folder = folder
+        self.loaded = None
+
+    def load(self):
+        """(model, tokenizer)."""
+        if self.loaded is None:
+            self.loaded = load_model(self.folder.path, hardware.compute_dtype(), hardware.device())
+        return self.loaded
+
+
+def cached_files(content: str, key: list, count: int, compute: Callable[[int], bytes], run: Run) -> list[Path]:
+    """`count` files with the results of `compute(number)`. Missing files are computed, shared over the processes.
+
+    `key` is everything that the results depend on; the number of processes must not be part of it.
     """
-    digest = hashlib.sha256(json.dumps([what, str(hardware.compute_dtype()), *key]).encode()).hexdigest()
-    paths = [home() / "data" / f"{what}-{digest[:12]}" / f"{number:05}" for number in range(count)]
-    rank, world = distributed.ranks()
-    clock = stage.Clock(0.0, 10.0)
-    for number in range(rank, count, world):
-        if run.stopping:
+    digest = hashlib.sha256(json.dumps([content, str(hardware.compute_dtype()), *key]).encode()).hexdigest()
+    paths = [home() / "data" / f"{content}-{digest[:12]}" / f"{number:05}" for number in range(count)]
+    rank, world_size = distributed.rank_and_world_size()
+    last_report = Clock(checkpoint_seconds=10.0)
+    for number in range(rank, count, world_size):
+        if run.stop.requested:
             raise Stopped
         if not paths[number].exists():
-            write_atomic(paths[number], make(number))
-            if clock.due() and rank == 0:
-                display.say(f"the teacher has given {number + 1} of {count} parts of its {what}")
+            write_atomic(paths[number], compute(number))
+            if last_report.checkpoint_due() and rank == 0:
+                run.display.print(f"teacher: {number + 1} of {count} parts of the {content}")
     distributed.barrier()
     return paths
 
 
-def answers(settings, asked: list[list[dict]], teacher: ModelFolder, run, display) -> list[list[dict]]:
-    """The teacher's conversations: the questions whose answer ended within the limit, with the answer."""
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def teacher_answers(settings, prompts: list[list[dict]], teacher: Teacher, run: Run) -> list[list[dict]]:
+    """Conversations: the prompts whose answer ended within --max-tokens, with the teacher's answer."""
     temperature = 0.7 if settings.temperature is None else settings.temperature
-    loaded = cache(lambda: load(teacher))
 
-    def make(number: int) -> bytes:
-        model, tokenizer = loaded()
-        room = model.config.context - settings.max_tokens
-        prompts = []  # (question, token ids) of those that the teacher has room to answer
-        for messages in asked[number * GROUP : (number + 1) * GROUP]:
-            ids, _ = render(shortened(messages, tokenizer, room, True), tokenizer, generation=True)
-            prompts += [(messages, ids)] if len(ids) <= room else []
-        sampling = Sampling(settings.max_tokens, temperature, seed=settings.seed * 1_000_003 + number)
-        calculator = partial(run_tool, tools={"calculator": TOOLS["calculator"]})
-        rows = generate(model, tokenizer, [ids for _, ids in prompts], sampling, run_tool=calculator) if prompts else []
-        whole = [{"messages": m + row.messages} for (m, _), row in zip(prompts, rows) if row.finish_reason == "stop"]
-        return "".join(json.dumps(conversation) + "\n" for conversation in whole).encode()
+    def compute(number: int) -> bytes:
+        some = prompts[number * EXAMPLES_PER_FILE : (number + 1) * EXAMPLES_PER_FILE]
+        seed = settings.seed * 1_000_003 + number
+        conversations = answer(*teacher.load(), some, Sampling(settings.max_tokens, temperature, seed=seed))
+        return "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations).encode()
 
-    key = [teacher.card, asked, settings.max_tokens, temperature, settings.seed]
-    paths = kept("answers", key, -(-len(asked) // GROUP), make, run, display)
-    together = paths[0].with_name("answers.jsonl")
-    if distributed.ranks()[0] == 0:
-        write_atomic(together, b"".join(path.read_bytes() for path in paths))
+    key = [teacher.folder.card.to_json(), prompts, settings.max_tokens, temperature, settings.seed]
+    paths = cached_files("answers", key, math.ceil(len(prompts) / EXAMPLES_PER_FILE), compute, run)
+    joined = paths[0].with_name("answers.jsonl")
+    if run.is_main_process:
+        write_atomic(joined, b"".join(path.read_bytes() for path in paths))
     distributed.barrier()
-    if not together.stat().st_size:
-        raise UserError(f"none of the teacher's {len(asked)} answers ended: try a larger --max-tokens")
-    found = load_conversations(together)
-    display.say(
-        f"{len(found)} of {len(asked)} answers ended within {settings.max_tokens} tokens; they are in {together}"
+    if not joined.stat().st_size:
+        raise UserError(f"none of the teacher's {len(prompts)} answers ended in time: try a larger --max-tokens")
+    conversations = load_conversations(joined)
+    run.display.print(
+        f"{len(conversations)} of {len(prompts)} answers ended within {settings.max_tokens} tokens; they are in {joined}"
     )
-    return found
+    return conversations
+
+
+def answer(model, tokenizer, prompts: list[list[dict]], sampling: Sampling) -> list[list[dict]]:
+    """The prompts that fit into the context and whose answer ended within the limit, with the answer."""
+    max_prompt = model.config.context - sampling.max_tokens
+    fitting, ids = [], []
+    for messages in prompts:
+        prompt_ids, _ = render(shortened(messages, tokenizer, max_prompt, True), tokenizer, generation=True)
+        if len(prompt_ids) <= max_prompt:
+            fitting.append(messages)
+            ids.append(prompt_ids)
+    if not fitting:
+        return []
+    calculator = partial(run_tool, tools={"calculator": TOOLS["calculator"]})
+    sequences = generate(model, tokenizer, ids, sampling, run_tool=calculator)
+    return [
+        messages + sequence.messages
+        for messages, sequence in zip(fitting, sequences)
+        if sequence.finish_reason == "stop"
+    ]
+
+
+# -- probabilities ----------------------------------------------------------------------------------------------------
+
+
+def teacher_probabilities(
+    settings, examples: list[TokenizedExample], context: int, vocab_size: int, teacher: Teacher, run: Run
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each example: ids (N, K) and log P of the buckets (N, K + 1) at each token in the loss (see distill_loss.py)."""
+
+    def compute(number: int) -> bytes:
+        model, _ = teacher.load()
+        some = examples[number * EXAMPLES_PER_FILE : (number + 1) * EXAMPLES_PER_FILE]
+        rows = pack([len(example.ids) for example in some], context + 1, range(len(some)))
+        ids, logprobs = teacher_targets(model, collate(rows, some, context, 1), settings.top_k, vocab_size)
+        order = torch.tensor([i for row in rows for i in row])
+        return safetensors.torch.save({"ids": ids.int().cpu(), "logprobs": logprobs.cpu(), "order": order})
+
+    key = [teacher.folder.card.to_json(), [example.ids for example in examples], context, settings.top_k]
+    count = math.ceil(len(examples) / EXAMPLES_PER_FILE)
+    targets: list = [None] * len(examples)
+    for number, path in enumerate(cached_files("probabilities", key, count, compute, run)):
+        stored = safetensors.torch.load(path.read_bytes())
+        order = [number * EXAMPLES_PER_FILE + i for i in stored["order"].tolist()]
+        lengths = [sum(examples[i].loss_mask) for i in order]
+        for i, ids, logprobs in zip(order, stored["ids"].long().split(lengths), stored["logprobs"].split(lengths)):
+            targets[i] = (ids, logprobs)
+    return targets
 
 
 @torch.no_grad()
-def taught(teacher, batch, settings, vocab_size: int):
-    """What a teacher expects at each learned token of a batch, row by row: ids (N, K), log P of the buckets (N, K + 1).
+def teacher_targets(teacher, batch, top_k: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's distribution at each token in the loss, row by row: ids (N, K), log P of the buckets (N, K + 1).
 
-    Some models have more rows in their last layer than their tokenizer has tokens; `vocab_size` cuts them off.
+    The head of some models has more rows than their tokenizer has tokens; `vocab_size` cuts them off.
     """
-    found = []
-    for inputs, targets, weights, segments in parts_of(batch, teacher):
-        places = (weights > 0).nonzero(as_tuple=True)
-        logits_NV = logits_at(teacher, inputs, segments, places)[:, :vocab_size]
-        found.append(teacher_buckets(logits_NV, targets[places], settings.top_k))
-    return [torch.cat(tensors) for tensors in zip(*found)]
+    parts = []
+    for inputs, targets, weights, segments in micro_batches(batch, teacher):
+        in_loss = (weights > 0).nonzero(as_tuple=True)
+        logits_NV = logits_at(teacher, inputs, segments, in_loss)[:, :vocab_size]
+        parts.append(teacher_buckets(logits_NV, targets[in_loss], top_k))
+    ids, logprobs = zip(*parts)
+    return torch.cat(ids), torch.cat(logprobs)
 
 
-def parts_of(batch, model):
-    """The batch in parts of a few rows, on the device."""
-    rows = max(1, LOGITS // (batch[0].size(1) * model.config.vocab_size))
-    return zip(*(t.to(hardware.device()).split(rows) for t in batch))
+def micro_batches(batch, model) -> Iterator[tuple]:
+    """The batch in parts of as many rows as MAX_LOGITS allows, on the device."""
+    rows = max(1, MAX_LOGITS // (batch[0].size(1) * model.config.vocab_size))
+    return zip(*(tensor.to(hardware.device()).split(rows) for tensor in batch))

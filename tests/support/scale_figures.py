@@ -61,8 +61,8 @@ def checkpoints(seconds: float = 30.0, pairs: int = 4) -> None:
     from nanoghost.data.batches import Batches
     from nanoghost.optim.optimizer import Optimizer
     from nanoghost.train.checkpoints import Checkpoints
-    from nanoghost.train.hyperparameters import groups, model_config
-    from nanoghost.train.pretrain import train_step
+    from nanoghost.train.hyperparameters import pretrain_groups, model_config
+    from nanoghost.train.pretrain import accumulate_gradients
 
     hardware.prepare()
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def checkpoints(seconds: float = 30.0, pairs: int = 4) -> None:
 
     config = model_config("llama", 5, 5632, 256)
     model = Llama(config).cast(hardware.compute_dtype())
-    optimizer = Optimizer(model, groups(config.width), hardware.compute_dtype())
+    optimizer = Optimizer(model, pretrain_groups(config.width), hardware.compute_dtype())
     batches = Batches(np.random.default_rng(0).integers(5632, size=400_000).astype("u2"), 256, 16, 0)
     size = sum(t.numel() * t.element_size() for t in optimizer.state().values())
     with tempfile.TemporaryDirectory(dir=os.environ.get("NANOGHOST_HOME")) as folder:
@@ -78,7 +78,7 @@ def checkpoints(seconds: float = 30.0, pairs: int = 4) -> None:
         for block in range(2 * pairs + 1):
             with_one, start, count, stalled = block % 2 == 1, time.perf_counter(), 0, 0.0
             while time.perf_counter() - start < seconds:
-                train_step(model, *batches.at(step), 16)
+                accumulate_gradients(model, *batches.at(step), 16)
                 before = time.perf_counter()
                 if with_one and not count:
                     saving.save(step, optimizer.state(), {})
@@ -108,7 +108,7 @@ def gloo_times() -> None:
 
     torch.set_num_threads(1)
     distributed.init_distributed()
-    rank, world = distributed.ranks()
+    rank, world = distributed.rank_and_world_size()
     flat, shard, whole = torch.randn(8_000_000), torch.empty(8_000_000 // world), torch.empty(8_000_000)
     a = torch.randn(1024, 1024)
 

@@ -1,0 +1,98 @@
+"""The model card: how a model was made. `card.json` in every model folder; it contains the cards of all ancestors."""
+
+from dataclasses import dataclass, field, fields
+
+from nanoghost.errors import UserError
+
+FORMAT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    name: str
+    """Name of the model folder."""
+    stage: str
+    """Stage that made the model: pretrain, sft, rl, distill or adopt."""
+    parent: "ModelCard | None" = None
+    """Card of the model that the stage started from; None for pretrained and adopted models."""
+    settings: dict = field(default_factory=dict)
+    """Settings of the stage that affect the result. A run is only resumed with the same settings."""
+    seed: int = 0
+    """Random seed of the stage."""
+    command: str = ""
+    """Command line that started the stage."""
+    started: float = 0.0
+    """Unix time of the start."""
+    finished: float | None = None
+    """Unix time of the end; None while the stage is unfinished."""
+    machine: dict = field(default_factory=dict)
+    """The machine of the run, as `hardware.describe()` returns it."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of Python, nanoghost, torch and tokenizers."""
+    data: list[dict] = field(default_factory=list)
+    """Text sources that the model and its ancestors learned from: name, fingerprint, license, attribution."""
+    arch: str = ""
+    """Model family: ghost or llama."""
+    config: dict = field(default_factory=dict)
+    """Architecture of the model, as in its `config.json`."""
+    vocab_size: int = 0
+    """Number of tokens of the tokenizer."""
+    parameters: int = 0
+    """Number of parameters, an adapter's not included."""
+    parameter_counts: dict[str, int] = field(default_factory=dict)
+    """Number of parameters by kind (matrices, head, embeddings ...)."""
+    depth: int | None = None
+    """Number of layers that the dial chose (pretrain)."""
+    depth_reason: str | None = None
+    """Why this depth was chosen (pretrain)."""
+    compile: dict | None = None
+    """Whether the model was compiled ("on"), and why ("reason") (pretrain)."""
+    steps: int | None = None
+    """Number of optimizer steps; None until it is decided. Fixed before step 0, so that a resumed run ends where it should."""
+    skipped_batches: list[list[int]] = field(default_factory=list)
+    """[step, count] for each rollback: from this step on, the run uses batches that come `count` later."""
+    conversations: int | None = None
+    """Number of training conversations (sft)."""
+    dropped_conversations: int | None = None
+    """Number of conversations without an answer that fits into the context (sft)."""
+    adapters: list[dict] = field(default_factory=list)
+    """LoRA adapters on the model: rank, alpha, targets, parameters."""
+    teacher: "ModelCard | None" = None
+    """Card of the teacher (distill)."""
+    teacher_seconds: float | None = None
+    """Time that the teacher needed to produce its targets (distill)."""
+    accuracy_before: dict | None = None
+    """Accuracy on held-out problems of each task before the first step (rl)."""
+    figures: dict = field(default_factory=dict)
+    """Results of the finished stage: tokens, seconds, loss, bits per byte ..."""
+
+    @property
+    def root(self) -> "ModelCard":
+        """Card of the first ancestor: the model that was pretrained here, or adopted."""
+        return self.lineage()[0]
+
+    def lineage(self) -> list["ModelCard"]:
+        """Cards of all ancestors, the oldest first, and this one."""
+        return [*(self.parent.lineage() if self.parent else ()), self]
+
+    def to_json(self) -> dict:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for key in ("parent", "teacher"):
+            if values[key]:
+                values[key] = values[key].to_json()
+        return {"format": FORMAT} | {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: dict) -> "ModelCard":
+        """Raises UserError if the card has another format: there is no migration of older model folders."""
+        values = dict(values)
+        version = values.pop("format", None)
+        if version != FORMAT:
+            raise UserError(
+                f"model '{values.get('name')}' has format {version}, and this version of nanoghost reads format {FORMAT}:"
+                " make the model again, or remove its folder"
+            )
+        for key in ("parent", "teacher"):
+            if values.get(key):
+                values[key] = cls.from_json(values[key])
+        return cls(**values)

@@ -1,0 +1,110 @@
+"""Command-line settings that the training stages share, and their checks."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from nanoghost.errors import UserError
+from nanoghost.home import ModelFolder
+from nanoghost.model import lora
+
+DEFAULT_FINETUNE_MINUTES = 2.5
+
+# Settings that do not affect the result of a stage. They may differ when a run is resumed.
+FREE_TO_CHANGE = (
+    "name",
+    "json",
+    "force",
+    "parent",
+    "checkpoint_seconds",
+    "keep_last",
+    "keep_every",
+    "bad_loss",
+    "hang_minutes",
+)
+MUST_BE_POSITIVE = (
+    "minutes",
+    "steps",
+    "dial_minutes",
+    "depth",
+    "vocab_size",
+    "context",
+    "batch",
+    "micro_batch",
+    "problems",
+    "max_tokens",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """Settings of every stage."""
+
+    minutes: float | None = None
+    """Training time in minutes; it is converted to steps before the first one. Default: 4 for pretrain, 2.5 for the other stages."""
+    steps: int | None = None
+    """Number of training steps, instead of minutes."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between checkpoints."""
+    keep_last: int = 2
+    """Number of recent checkpoints to keep during training, in addition to the one with the lowest loss."""
+    keep_every: int = 0
+    """Keep a permanent checkpoint every N steps (0 = never)."""
+    bad_loss: Literal["stop", "skip", "roll-back"] = "stop"
+    """If the loss is NaN or inf: stop; skip the batch; or roll back to the last checkpoint and continue with later batches."""
+    hang_minutes: float = 10.0
+    """Watchdog for distributed runs: if a step takes longer, dump the stacks and exit, so that torchrun restarts the job."""
+    force: bool = False
+    """Replace an existing model of the same name."""
+    json: bool = False
+    """Print the figures as JSON on standard output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(StageSettings):
+    """Settings of the stages that start from a model."""
+
+    lora: int | None = None
+    """Train only a LoRA adapter of this rank, named BASE@NAME; 8 to 32 are usual. Default: train all weights."""
+    lora_alpha: float | None = None
+    """LoRA alpha. Default: 32."""
+    lora_targets: str | None = None
+    """Matrices that the adapter applies to, comma-separated, from q,k,v,out,gate,up,down. Default: all."""
+
+
+def check_settings(settings: StageSettings) -> None:
+    """Raise UserError for numbers that cannot work. Stages call it before any expensive work."""
+    if settings.minutes and settings.steps:
+        raise UserError("--minutes and --steps exclude each other")
+    for name in MUST_BE_POSITIVE:
+        value = getattr(settings, name, None)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive")
+
+
+def check_batch_divides(settings, world_size: int) -> None:
+    if settings.batch % world_size:
+        raise UserError(f"--batch {settings.batch} is not divisible by the number of processes, {world_size}")
+
+
+def with_adapter_name(settings, parent: ModelFolder):
+    """The settings with the full name of the new model: BASE@NAME if it is an adapter, new or trained further."""
+    if settings.lora is None and "@" not in parent.name:
+        return settings
+    if settings.lora is not None:
+        check_lora(settings, parent)
+    own_name = settings.name.removeprefix(f"{parent.base}@")
+    return replace(settings, name=f"{parent.base}@{own_name}")
+
+
+def check_lora(settings, parent: ModelFolder) -> None:
+    """Raise UserError if the parent cannot get the adapter that the settings describe."""
+    if parent.card.arch == "ghost":
+        raise UserError(f"--lora supports models of the Llama family, and '{parent.name}' is a ghost")
+    if "@" in parent.name:
+        raise UserError(f"'{parent.name}' already is an adapter, which is trained further: leave out --lora")
+    if settings.lora < 1:
+        raise UserError(f"--lora is the rank of the adapter and must be at least 1, not {settings.lora}")
+    targets = (settings.lora_targets or "q").split(",")
+    unknown = sorted(set(targets) - set(lora.MODULES))
+    if unknown:
+        raise UserError(f"--lora-targets: unknown '{', '.join(unknown)}'; choose from {', '.join(lora.MODULES)}")
