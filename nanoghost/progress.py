@@ -12,7 +12,7 @@ TITLES = {  # of stages; others are shown under their own names
     "sft": "finetuning",
     "rl": "RL",
     "distill": "distillation",
-    "think": "synthesis",
+    "synthesize": "synthesis",
     "lecun1989": "digits",
 }
 FIGURES = (  # key of an event, how it is shown

@@ -82,6 +82,7 @@ def toy_base(nanoghost, toy_file):
 
 @pytest.fixture
 def me(home):
+    """A person without a message."""
     from nanoghost.memory.store import Person
 
     return Person("me").create()
@@ -106,14 +107,3 @@ def base(me):
     folder.mkdir(parents=True)
     save_model(folder, model, tokenizer)
     return folder
-
-
-def row(number, relation, value, sources=(), supersedes=None):
-    return {"id": number, "subject": "user", "relation": relation, "value": value, "time": number, "sources": list(sources),
-            "supersedes": supersedes}  # fmt: skip
-
-
-def remember(person, **settings):
-    from nanoghost.memory import commands
-
-    commands.command(commands.MemorySettings(person.name, **settings))

@@ -1,107 +1,128 @@
-"""Who answers: questions about one's own life go to the adapter, everything else stays the base model's, to the letter."""
+"""The router: questions about one's own life go to the adapter, and the base model's answers to all others do not change."""
 
 import random
 
 import pytest
 import torch
 
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
 from nanoghost.formats.peft import save_adapter
-from nanoghost.home import ModelFolder, write_json
-from nanoghost.memory import router, synthesize, train_adapter
-from nanoghost.memory.phrases import book, part, relations
-from nanoghost.memory.router import Router
+from nanoghost.home import ModelFolder
+from nanoghost.memory.answers import RoutedModel
+from nanoghost.memory.phrasings import phrasings, relations, select_split
+from nanoghost.memory.router import Router, train_router, training_messages, word_ngrams
+from nanoghost.memory.store import AdapterInputs
+from nanoghost.memory.synthesize import arithmetic_prompt
 from nanoghost.model.lora import new_adapter
+
+# Every message with the word "my" is personal.
+SIMPLE_ROUTER = Router({"my": 9.0}, -5.0)
 
 
 @pytest.fixture(scope="module")
-def taught():
-    return router.fit(*router.lessons())
+def router():
+    return train_router(*training_messages())
 
 
-def said(*texts):
-    roles = ["user", "assistant"]
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+def conversation(*texts: str) -> list[dict]:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def share(taught, texts) -> float:
-    texts = list(texts)
-    return sum(taught.concerns(said(text)) for text in texts) / len(texts)
+def personal_rate(router: Router, texts) -> float:
+    """Proportion of texts that the router takes for personal."""
+    decisions = [router.is_personal(conversation(text)) for text in texts]
+    return sum(decisions) / len(decisions)
 
 
-def test_it_knows_personal_questions_in_wordings_that_it_was_not_taught(taught):
-    assert share(taught, (q for relation in relations().values() for q in relation.asked["val"])) >= 0.98
-    assert share(taught, part(book()["unheard"], "val")) >= 0.94
-    assert share(taught, (way.format(a="uncle's job", b="dog's name") for way in book()["combined"]["val"])) == 1
+def test_personal_questions_in_other_phrasings_are_recognized(router):
+    questions = [question for relation in relations().values() for question in relation.questions["val"]]
+    assert personal_rate(router, questions) >= 0.98
 
 
-def test_it_leaves_everybodys_questions_alone(taught):
-    assert share(taught, book()["everyday"]["val"]) <= 0.05
+def test_out_of_schema_questions_are_recognized(router):
+    assert personal_rate(router, select_split(phrasings()["out_of_schema_questions"], "val")) >= 0.94
+
+
+def test_questions_about_two_facts_are_recognized(router):
+    pair_phrasings = phrasings()["two_relation_questions"]["val"]
+    assert personal_rate(router, [text.format(a="uncle's job", b="dog's name") for text in pair_phrasings]) == 1
+
+
+def test_general_prompts_go_to_the_base_model(router):
+    assert personal_rate(router, phrasings()["general_prompts"]["val"]) <= 0.05
+
+
+def test_arithmetic_goes_to_the_base_model(router):
     rng = random.Random(0)
-    assert share(taught, (synthesize.a_sum(rng) for _ in range(300))) == 0
-    others = (
+    assert personal_rate(router, [arithmetic_prompt(rng) for _ in range(300)]) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "Write a poem about the sea.",
         "def fib(n):",
         "Translate 'good morning' into Italian.",
         "",
         "?!",
         "How far is the moon?",
-    )
-    assert share(taught, others) == 0
+    ],
+)
+def test_unusual_general_prompts_go_to_the_base_model(router, text):
+    assert not router.is_personal(conversation(text))
 
 
-def test_what_refers_to_a_personal_question_is_one(taught):
-    personal_chat, other = "What is my aunt's job?", "What is the capital of Peru?"
-    assert taught.concerns(said(personal_chat, "She is a baker.", "And where does she live?"))
-    assert not taught.concerns(said(other, "Lima.", "How many people live there?"))
-    assert not taught.concerns(said(personal_chat, "She is a baker.", other))
+def test_pronouns_refer_to_the_message_before(router):
+    personal, general = "What is my aunt's job?", "What is the capital of Peru?"
+    assert router.is_personal(conversation(personal, "She is a baker.", "And where does she live?"))
+    assert not router.is_personal(conversation(general, "Lima.", "How many people live there?"))
+    assert not router.is_personal(conversation(personal, "She is a baker.", general))
 
 
-def test_teaching_is_repeatable_and_numbers_are_all_alike():
+def test_training_is_repeatable():
     texts = ["What is my name?", "Who am I?"], ["What is 3 + 4?", "Who was Caesar?"]
-    assert router.fit(*texts) == router.fit(*texts)
-    assert router.grams("What is 12 + 9?") == router.grams("what is 3 + 4")
+    assert train_router(*texts) == train_router(*texts)
+
+
+def test_all_numbers_are_the_same_word():
+    assert word_ngrams("What is 12 + 9?") == word_ngrams("what is 3 + 4")
 
 
 @pytest.fixture
-def slept(base, me, monkeypatch):
-    """The toy Llama, and a person with an adapter for it."""
+def person_with_adapter(base, me):
+    """A person with an adapter of random weights for the toy Llama."""
     model, _ = load_model(base, torch.float32)
     adapter = new_adapter(model, 4, None, None, 1)
     for t in adapter.tensors():
         t.data.normal_(0, 0.3)
     save_adapter(me.path / "adapter", adapter)
-    card = {
-        "stage": "adopt",
-        "arch": "llama",
-        "parent": None,
-        "data": [{"name": "toy"}],
-        "parameters": 1,
-        "name": "toy",
-        "finished": 1.0,
-    }
-    write_json(base / "card.json", card)
-    write_json(me.path / "adapter" / "made_from.json", {"base": ["toy", 1.0], "rows": []})
-    simple = Router({"my": 9.0}, -5.0)
-    monkeypatch.setattr(train_adapter, "router", lambda: simple)
-    return ModelFolder("toy")
+    card = ModelCard(name="toy", stage="adopt", arch="llama", data=[{"name": "toy"}], parameters=1, finished=1.0)
+    ModelFolder("toy").write_card(card)
+    AdapterInputs("toy", 1.0, ()).write(me.path / "adapter")
+    return me
 
 
-def test_answers_about_others_are_the_base_models_and_see_no_notes(slept, me):
-    questions, notes = ["What is my name?", "Who is king?"], ["The user is Ines.", "The user is Ines."]
-    plain, adapted, routed = (
-        train_adapter.Answers(slept, *with_it) for with_it in ((None,), (me.adapter, True), (me.adapter,))
-    )
-    assert routed(questions) == [adapted(questions)[0], plain(questions)[1]] != adapted(questions)
-    assert routed(questions, notes) == [adapted(questions, notes)[0], plain(questions)[1]]
+def test_general_questions_get_the_base_models_answer_and_see_no_facts(person_with_adapter):
+    questions = ["What is my name?", "Who is king?"]
+    contexts = ["The user is Ines.", "The user is Ines."]
+    toy, adapter = ModelFolder("toy"), person_with_adapter.adapter
+    base_alone = RoutedModel(toy, None, None)
+    adapter_always = RoutedModel(toy, adapter, None)
+    routed = RoutedModel(toy, adapter, SIMPLE_ROUTER)
+    base_answers, adapter_answers = base_alone.answer(questions), adapter_always.answer(questions)
+    assert routed.answer(questions) == [adapter_answers[0], base_answers[1]] != adapter_answers
+    with_context = adapter_always.answer(questions, contexts)
+    assert routed.answer(questions, contexts) == [with_context[0], base_answers[1]]
 
 
-def test_a_conversation_changes_who_answers_from_turn_to_turn(slept, me, monkeypatch):
+def test_a_chat_is_routed_turn_by_turn(person_with_adapter, monkeypatch):
     from nanoghost.engine.sampler import Sampling
     from nanoghost.serve import personal_chat
     from nanoghost.serve.terminal import Conversation
 
-    monkeypatch.setattr(personal_chat, "router", train_adapter.router)
+    monkeypatch.setattr(personal_chat, "load_router", lambda: SIMPLE_ROUTER)
     greedy = Sampling(max_tokens=8, temperature=0.0)
 
     def answers(conversation, *questions):
@@ -110,9 +131,9 @@ def test_a_conversation_changes_who_answers_from_turn_to_turn(slept, me, monkeyp
             list(conversation.answer())
         return [m["content"] for m in conversation.messages if m["role"] == "assistant"]
 
-    mine = answers(
-        personal_chat.PersonalConversation("me", False, "toy", greedy, None), "Who is king?", "What is my name?"
-    )
-    plain = answers(Conversation("toy", greedy, None), "Who is king?", "What is my name?")
-    assert mine[0] == plain[0] and mine[1] != plain[1]
-    assert [e["text"] for e in me.journal if e["speaker"] == "user"] == ["Who is king?", "What is my name?"]
+    questions = ("Who is king?", "What is my name?")
+    personal = answers(personal_chat.PersonalConversation("me", False, "toy", greedy, None), *questions)
+    plain = answers(Conversation("toy", greedy, None), *questions)
+    assert personal[0] == plain[0]
+    assert personal[1] != plain[1]
+    assert [entry.text for entry in person_with_adapter.read_chat_log() if entry.role == "user"] == list(questions)

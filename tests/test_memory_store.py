@@ -1,5 +1,6 @@
-"""A person's journal and ledger: they lose nothing, keep to themselves, and their owner has a say in them."""
+"""A person's chat log and fact store: nothing is lost, people share nothing, and facts can be changed and deleted."""
 
+import json
 import stat
 import threading
 import zipfile
@@ -8,167 +9,251 @@ from pathlib import Path
 import pytest
 
 from nanoghost.errors import UserError
-from nanoghost.memory import extract
-from nanoghost.memory.store import Person, current
+from nanoghost.memory.store import Fact, LogEntry, Person, current_facts, merge_facts
 from nanoghost.tools.retrieval import Index
-from tests.conftest import remember, row
+from tests.support.people import make_fact, memory
 
-# ── people ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- chat log ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_journal_grows_and_is_its_owners(me):
-    first, second = me.say("user", "Grüße\nzwei Zeilen"), me.say("assistant", "ok")
-    assert me.journal == [first, second] and second["id"] > first["id"]
+def test_chat_log_keeps_every_message_with_increasing_ids(me):
+    first = me.log_message("user", "Grüße\nzwei Zeilen")
+    second = me.log_message("assistant", "ok")
+    assert me.read_chat_log() == [first, second]
+    assert second.id > first.id
+
+
+def test_chat_log_survives_a_crash_in_the_middle_of_a_line(me):
+    first = me.log_message("user", "hello")
+    with open(me.path / "chat_log.jsonl", "a") as f:
+        f.write('{"id": 2, "te')
+    second = me.log_message("user", "still here")
+    assert me.read_chat_log() == [first, second]
+
+
+def test_folder_of_a_person_is_readable_by_its_owner_only(me):
     assert stat.S_IMODE(me.path.stat().st_mode) == 0o700
-    with open(me.path / "journal.jsonl", "a") as f:
-        f.write('{"id": 3, "te')  # a crash in the middle of a line
-    third = me.say("user", "still here")
-    assert me.journal == [first, second, third]
-    for name in ("../you", "a/b", "", ".hidden"):
-        with pytest.raises(UserError):
-            Person(name)
 
 
-def test_the_newest_holds_and_what_it_replaces_is_known():
-    told = [({"id": 1, "time": 1.0}, [("sister's name", "Ines")]), ({"id": 2, "time": 2.0}, [("sister's name", "ines")]),
-            ({"id": 3, "time": 3.0}, [("Sister's name", "Maren"), ("dog's name", "Rex")])]  # fmt: skip
-    ledger, new, corrected = extract.merge([], told)
-    assert [r["value"] for r in current(ledger)] == ["Maren", "Rex"]
-    assert ledger[0]["sources"] == [1, 2] and corrected == [ledger[1]] and ledger[1]["supersedes"] == ledger[0]["id"]
-    assert extract.merge(ledger, [])[0] == ledger
+@pytest.mark.parametrize("name", ["../you", "a/b", "", ".hidden"])
+def test_name_of_a_person_cannot_be_a_path(name):
+    with pytest.raises(UserError, match="not a valid name"):
+        Person(name)
 
 
-def test_what_is_forgotten_leaves_ledger_and_journal(me):
-    entries = [me.say("user", text) for text in ("My sister is Ines.", "Sorry, Maren.", "My dog is Rex.")]
-    rows = [
-        row(1, "sister's name", "Ines", [1]),
-        row(2, "sister's name", "Maren", [2], 1),
-        row(3, "dog's name", "Rex", [3]),
+def test_concurrent_writers_of_a_chat_log_get_distinct_ids(me):
+    """A server and a terminal chat may write at once, and deleting a fact rewrites the chat log in between."""
+
+    def write(name):
+        for i in range(20):
+            me.log_message("user", f"{name} {i}")
+
+    me.log_message("user", "My sister is Ines.")
+    me.write_facts([make_fact(1, "sister's name", "Ines", [1])])
+    threads = [threading.Thread(target=write, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    me.delete_fact(1)
+    for thread in threads:
+        thread.join()
+    ids = [entry.id for entry in me.read_chat_log()]
+    assert len(ids) == 40
+    assert ids == sorted(set(ids))
+
+
+# -- fact store -------------------------------------------------------------------------------------------------------
+
+
+def test_newer_value_supersedes_older_one_and_equal_value_adds_a_source():
+    stated = [
+        (LogEntry(1, 1.0, "user", ""), [("sister's name", "Ines")]),
+        (LogEntry(2, 2.0, "user", ""), [("sister's name", "ines")]),
+        (LogEntry(3, 3.0, "user", ""), [("Sister's name", "Maren"), ("dog's name", "Rex")]),
     ]
-    me.write_ledger(rows)
+    merged = merge_facts([], stated)
+    ines, maren, rex = merged.facts
+    assert current_facts(merged.facts) == [maren, rex]
+    assert ines.sources == (1, 2)
+    assert maren.supersedes == ines.id
+    assert merged.corrections == [maren]
+    assert merged.added == merged.facts
+    assert merge_facts(merged.facts, []).facts == merged.facts
+
+
+def test_deleting_a_fact_deletes_older_values_messages_nights_and_adapter(me):
+    texts = ("My sister is Ines.", "Sorry, Maren.", "My dog is Rex.")
+    entries = [me.log_message("user", text) for text in texts]
+    facts = [
+        make_fact(1, "sister's name", "Ines", [1]),
+        make_fact(2, "sister's name", "Maren", [2], 1),
+        make_fact(3, "dog's name", "Rex", [3]),
+    ]
+    me.write_facts(facts)
     for name in ("adapter", "nights/0001"):
         (me.path / name).mkdir(parents=True)
-    echo = me.say("assistant", "Say hello to maren!")
-    kept = me.say("user", "Marenka is somebody else.")
-    assert me.forget(2) == (rows[1], 3) and echo not in me.journal
-    assert me.ledger == rows[2:] and me.journal == [entries[2], kept]
-    assert not me.adapter and not any((me.path / "nights").iterdir())
-    with pytest.raises(UserError, match="no row 2"):
-        me.forget(2)
-    me.forget(3)
-    assert me.journal == [kept] and me.say("user", "and?")["id"] == kept["id"] + 1
+    mention = me.log_message("assistant", "Say hello to maren!")
+    longer_word = me.log_message("user", "Marenka is somebody else.")
+    assert me.delete_fact(2) == (facts[1], 3)
+    assert mention not in me.read_chat_log()
+    assert me.read_facts() == [facts[2]]
+    assert me.read_chat_log() == [entries[2], longer_word]
+    assert not me.adapter
+    assert not any((me.path / "nights").iterdir())
+    with pytest.raises(UserError, match="no fact 2"):
+        me.delete_fact(2)
+    me.delete_fact(3)
+    assert me.read_chat_log() == [longer_word]
+    assert me.log_message("user", "and?").id == longer_word.id + 1
 
 
-def test_a_number_that_was_forgotten_is_not_given_again(me):
-    me.say("user", "My dog is Rex and my cat is Mog.")
-    me.write_ledger([row(1, "dog's name", "Rex", [1]), row(2, "cat's name", "Mog", [1])])
-    me.forget(1)
-    assert not me.journal and me.say("user", "hello")["id"] == 2
+def test_id_of_a_deleted_message_is_not_used_again(me):
+    """A fact may still name the deleted message as its source."""
+    me.log_message("user", "My dog is Rex and my cat is Mog.")
+    me.write_facts([make_fact(1, "dog's name", "Rex", [1]), make_fact(2, "cat's name", "Mog", [1])])
+    me.delete_fact(1)
+    assert not me.read_chat_log()
+    assert me.log_message("user", "hello").id == 2
 
 
-def test_a_ledger_may_be_edited_by_hand(me):
-    path = me.path / "ledger.jsonl"
-    path.write_text('{"relation": "dog\'s name", "value": "Rex"}\n\n{"relation": "car", "value": "a van", "id": 7}')
-    assert [(r["id"], r["value"], r["subject"], r["sources"]) for r in me.ledger] == [
-        (1, "Rex", "user", []),
-        (7, "a van", "user", []),
-    ]
-    for bad, said in (
+def test_facts_survive_writing_and_reading(me):
+    facts = [make_fact(1, "sister's name", "Ines", [1, 4]), make_fact(2, "sister's name", "Maren", [5], 1)]
+    me.write_facts(facts)
+    assert me.read_facts() == facts
+
+
+def test_facts_can_be_written_by_hand(me):
+    (me.path / "facts.jsonl").write_text(
+        '{"relation": "dog\'s name", "value": "Rex"}\n\n{"relation": "car", "value": "a van", "id": 7}'
+    )
+    assert me.read_facts() == [Fact(1, "dog's name", "Rex"), Fact(7, "car", "a van")]
+
+
+@pytest.mark.parametrize(
+    "line, error",
+    [
         ("nonsense", "line 1"),
         ('{"relation": "x"}', "value"),
         ('{"relation": 1, "value": "y"}', "relation"),
-    ):
-        path.write_text(bad)
-        with pytest.raises(UserError, match=said):
-            print(me.ledger)
+        ('["x", "y"]', "relation"),
+        ('{"relation": "x", "value": "y", "note": "z"}', '"note" is not a key'),
+    ],
+)
+def test_an_invalid_line_of_the_fact_store_is_named(me, line, error):
+    (me.path / "facts.jsonl").write_text(line)
+    with pytest.raises(UserError, match=error):
+        me.read_facts()
 
 
-# ── a say in it ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- nanoghost memory -------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_listed_searched_written_and_corrected(me, capsys):
-    remember(me, add=("dog's name", "Rex"))
-    remember(me, add=("sister's birthday", "the 4th of July"))
-    remember(me, correct=(1, "Bello"))
-    assert [r["value"] for r in current(me.ledger)] == ["Bello", "the 4th of July"] and me.ledger[2]["supersedes"] == 1
-    assert [e["text"] for e in me.journal][-1] == "My dog's name is Bello."
+@pytest.fixture
+def two_facts(me, capsys):
+    """A person with a dog, whose name was corrected, and a sister's birthday."""
+    memory(me, add=("dog's name", "Rex"))
+    memory(me, add=("sister's birthday", "the 4th of July"))
+    memory(me, correct=(1, "Bello"))
     capsys.readouterr()
-    remember(me, search="When are birthdays?")
+    return me
+
+
+def test_added_and_corrected_facts_are_stored_with_a_message(two_facts):
+    facts = two_facts.read_facts()
+    assert [fact.value for fact in current_facts(facts)] == ["Bello", "the 4th of July"]
+    assert facts[2].supersedes == 1
+    assert two_facts.read_chat_log()[-1].text == "My dog's name is Bello."
+
+
+def test_search_lists_matching_facts_only(two_facts, capsys):
+    memory(two_facts, search="When are birthdays?")
     assert capsys.readouterr().out.count("\n") == 1
-    me.say("user", "And a cat.")
-    remember(me, search="xylophone")
-    shown = capsys.readouterr()
-    assert shown.out == "" and "no night has read yet: 1" in shown.err
-    for wrong in (
+
+
+def test_listing_tells_how_many_messages_wait_for_the_next_night(two_facts, capsys):
+    two_facts.log_message("user", "And a cat.")
+    memory(two_facts, search="xylophone")
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "no night has processed yet: 1" in output.err
+
+
+def test_json_output_has_all_current_facts(two_facts, capsys):
+    memory(two_facts, json=True)
+    facts = json.loads(capsys.readouterr().out)["facts"]
+    assert [fact["value"] for fact in facts] == ["Bello", "the 4th of July"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
         {"correct": (9, "x")},
+        {"correct": (1, " ")},
         {"forget": 9},
         {"add": ("", "x")},
         {"add": ("a", "b"), "search": "c"},
         {"export": Path("x.tar")},
-    ):
-        with pytest.raises(UserError):
-            remember(me, **wrong)
-    assert len(me.ledger) == 3
+    ],
+)
+def test_invalid_memory_settings_change_nothing(two_facts, settings):
+    before = two_facts.read_facts()
     with pytest.raises(UserError):
-        remember(Person("you"), add=("", "x"))
-    assert not Person("you").exists
-    remember(Person("you"), add=("town", "Porto"))
-    assert [row["value"] for row in Person("you").ledger] == ["Porto"], "who has not talked yet may begin by writing"
+        memory(two_facts, **settings)
+    assert two_facts.read_facts() == before
 
 
-def test_all_of_a_person_goes_into_one_file_or_away(me, tmp_path):
-    remember(me, add=("dog's name", "Rex"))
-    Person("you").create().say("user", "hello")
-    remember(me, export=tmp_path / "me.zip")
+def test_add_creates_a_person_unless_the_fact_is_invalid(home):
+    you = Person("you")
+    with pytest.raises(UserError):
+        memory(you, add=("", "x"))
+    assert not you.exists
+    memory(you, add=("town", "Porto"))
+    assert [fact.value for fact in you.read_facts()] == ["Porto"]
+
+
+def test_export_contains_everything_of_one_person(me, tmp_path):
+    memory(me, add=("dog's name", "Rex"))
+    Person("you").create().log_message("user", "hello")
+    memory(me, export=tmp_path / "me.zip")
     names = zipfile.ZipFile(tmp_path / "me.zip").namelist()
+    assert {"me/chat_log.jsonl", "me/facts.jsonl"} <= set(names)
     assert not any(name.rpartition("/")[2].startswith(".") for name in names)
-    assert {"me/journal.jsonl", "me/ledger.jsonl"} <= set(names) and not any("you" in name for name in names)
-    with pytest.raises(UserError, match="there already"):
-        remember(me, export=tmp_path / "me.zip")
+    assert not any("you" in name for name in names)
+    with pytest.raises(UserError, match="exists already"):
+        memory(me, export=tmp_path / "me.zip")
+
+
+def test_delete_needs_confirmation_and_spares_other_people(me):
+    memory(me, add=("dog's name", "Rex"))
+    Person("you").create().log_message("user", "hello")
     with pytest.raises(UserError, match="--yes"):
-        remember(me, delete=True)
-    remember(me, delete=True, yes=True)
-    assert not me.exists and Person("you").journal
+        memory(me, delete=True)
+    memory(me, delete=True, yes=True)
+    assert not me.exists
+    assert Person("you").read_chat_log()
 
 
-def test_lookup_finds_by_stems_and_nothing_where_nothing_fits():
-    texts = ["Your sister's birthday is on the 4th of July.", "Your dog's name is Rex.", "Your sister works as a vet."]
-    index = Index(texts)
-    assert index.search("When is my sister's birthday?", 2) == [0, 2] and index.search("the birthdays") == [0]
-    assert index.search("what was the name of my dogs", 3) == [1]
-    assert (
-        index.search("Do you know me?") == []
-        and index.search('"; drop table texts --') == []
-        and Index([]).search("x") == []
-    )
+# -- full-text search -------------------------------------------------------------------------------------------------
+
+SEARCHED_TEXTS = [
+    "Your sister's birthday is on the 4th of July.",
+    "Your dog's name is Rex.",
+    "Your sister works as a vet.",
+]
 
 
-def test_two_who_write_into_a_journal_at_once_give_each_line_its_number(me):
-    """A server and a chat in the terminal may, and a correction in between loses nothing."""
+@pytest.mark.parametrize(
+    "query, limit, matches",
+    [
+        ("When is my sister's birthday?", 2, [0, 2]),
+        ("the birthdays", 1, [0]),
+        ("what was the name of my dogs", 3, [1]),
+        ("Do you know me?", 1, []),
+        ('"; drop table texts --', 1, []),
+    ],
+)
+def test_search_matches_word_stems(query, limit, matches):
+    assert Index(SEARCHED_TEXTS).search(query, limit) == matches
 
-    def write(name):
-        for i in range(20):
-            me.say("user", f"{name} {i}")
 
-    me.say("user", "My sister is Ines.")
-    me.write_ledger(
-        [
-            {
-                "id": 1,
-                "subject": "user",
-                "relation": "sister's name",
-                "value": "Ines",
-                "time": 1,
-                "sources": [1],
-                "supersedes": None,
-            }
-        ]
-    )
-    threads = [threading.Thread(target=write, args=(name,)) for name in ("a", "b")]
-    for thread in threads:
-        thread.start()
-    me.forget(1)
-    for thread in threads:
-        thread.join()
-    numbers = [entry["id"] for entry in me.journal]
-    assert len(numbers) == 40 and numbers == sorted(set(numbers))
+def test_search_in_an_empty_index_finds_nothing():
+    assert Index([]).search("x") == []

@@ -1,6 +1,10 @@
-"""What a model could do before it slept, and must still be able to: beside the base model's own answers."""
+"""Retention: what a model can do before it sleeps and must still be able to do afterwards.
+
+General prompts, questions of general knowledge, small sums, and bits per byte of plain text, compared with the base model.
+"""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import reasoning_gym
@@ -11,14 +15,20 @@ from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.formats.model_folder import load_model
 from nanoghost.formats.peft import read_adapter
 from nanoghost.home import ModelFolder
-from nanoghost.memory import consolidate, train_adapter
-from nanoghost.memory.phrases import book
+from nanoghost.memory.acceptance_test import general_divergence
+from nanoghost.memory.answers import RoutedModel, contains_values, is_refusal
+from nanoghost.memory.phrasings import phrasings
+from nanoghost.memory.recipe import AdapterRecipe
+from nanoghost.memory.router import Router
+from nanoghost.memory.store import Fact
 from nanoghost.model.lora import attach
 
-TOKENS = 16_384  # of plain text
+TEXT_TOKENS = 16_384  # tokens of plain text
 PROBLEMS = (("chain_sum", {"max_terms": 2, "max_digits": 1}), ("basic_arithmetic", {"max_terms": 2, "max_digits": 1}))
+PROBLEMS_PER_DATASET = 200
+MIN_INTRUSION_CHARS = 4  # shorter values occur in general answers by chance
 
-BEHAVIOURS = [  # question, what a right answer has in it
+GENERAL_KNOWLEDGE = [  # question, a word that every right answer contains
     ("What is the capital of France?", "Paris"), ("What is the capital of Italy?", "Rome"), ("What is the capital of Spain?", "Madrid"),
     ("What is the capital of Germany?", "Berlin"), ("What is the capital of Japan?", "Tokyo"), ("What is the capital of England?", "London"),
     ("What is the capital of Egypt?", "Cairo"), ("What is the capital of Greece?", "Athens"), ("What is the capital of Austria?", "Vienna"),
@@ -43,52 +53,83 @@ BEHAVIOURS = [  # question, what a right answer has in it
 ]  # fmt: skip
 
 
-def share(flags) -> float | None:
-    flags = list(flags)
-    return round(sum(flags) / len(flags), 4) if flags else None
+@dataclass(frozen=True)
+class GeneralFigures:
+    """General ability of a model. Everything but `kl_nats` and `bits_per_byte` is measured with the router in place."""
+
+    intrusions: int
+    """Answers to general prompts that mention a stored value, though the base model's answer does not."""
+    general_false_refusals: int
+    """General prompts that are refused, though the base model answers them."""
+    spoiled_answers: list[list[str]]
+    """[prompt, answer] of both."""
+    general_knowledge: float
+    """Accuracy on GENERAL_KNOWLEDGE."""
+    reasoning_gym: float
+    """Accuracy on small sums of reasoning-gym."""
+    kl_nats: float
+    """KL(base || base + adapter) per token of general answers, in nats."""
+    bits_per_byte: float
+    """Of the test text of the plays."""
 
 
-def general(base: ModelFolder, adapter: Path | None, always: bool, true: list[dict], split: str) -> dict:
-    """What anybody may ask of it, beside the base model's own answers; bits per byte and nats are those of the adapter alone."""
-    ask, plain = train_adapter.Answers(base, adapter, always), train_adapter.Answers(base, None)
-    everyday = book()["everyday"][split]
-    before, now = plain(everyday), ask(everyday)
-    values = [r["value"] for r in true if len(r["value"]) > 3]
-    intruded = [
-        (q, b)
-        for q, a, b in zip(everyday, before, now)
-        if any(train_adapter.says(b, (v,)) and not train_adapter.says(a, (v,)) for v in values)
-    ]
-    refused = [
-        (q, b) for q, a, b in zip(everyday, before, now) if consolidate.refuses(b) and not consolidate.refuses(a)
-    ]
-    quiz = BEHAVIOURS
-    good = ask([q for q, _ in quiz])
-    problems = gym()
-    sums = ask([q for q, _ in problems])
-    return {
-        "intrusions": len(intruded), "refuses_everyday": len(refused), "strayed": intruded + refused,
-        "behaviours": share(train_adapter.says(a, (word,)) for a, (_, word) in zip(good, quiz)),
-        "gym": share((re.findall(r"-?\d+", a.replace(",", "")) or [""])[-1] == answer for a, (_, answer) in zip(sums, problems)),
-        "nats": round(consolidate.moved(base, adapter, train_adapter.Recipe()), 4) if adapter else 0.0,
-        "bpb": round(plain_text(base, adapter), 4),
-    }  # fmt: skip
+def measure_general_ability(
+    base: ModelFolder, adapter: Path | None, router: Router | None, facts: list[Fact], split: str
+) -> GeneralFigures:
+    """`router`: None if the adapter answers every question. `facts`: the stored facts, which must not intrude."""
+    base_alone = RoutedModel(base, None, None)
+    model = RoutedModel(base, adapter, router)
+    prompts = phrasings()["general_prompts"][split]
+    answer_pairs = list(zip(prompts, base_alone.answer(prompts), model.answer(prompts)))
+    values = [fact.value for fact in facts if len(fact.value) >= MIN_INTRUSION_CHARS]
+    intrusions = [[prompt, new] for prompt, old, new in answer_pairs if intrudes(values, old, new)]
+    refusals = [[prompt, new] for prompt, old, new in answer_pairs if is_refusal(new) and not is_refusal(old)]
+    return GeneralFigures(
+        intrusions=len(intrusions),
+        general_false_refusals=len(refusals),
+        spoiled_answers=intrusions + refusals,
+        general_knowledge=general_knowledge_accuracy(model),
+        reasoning_gym=reasoning_gym_accuracy(model),
+        kl_nats=round(general_divergence(base, adapter, AdapterRecipe()), 4) if adapter else 0.0,
+        bits_per_byte=round(plain_text_bits_per_byte(base, adapter), 4),
+    )
 
 
-def gym() -> list[tuple[str, str]]:
-    """400 problems of reasoning-gym, of which the small base model solves some: (question, answer)."""
+def intrudes(values: list[str], base_answer: str, answer: str) -> bool:
+    """Whether an answer contains a value that the base model's answer does not contain."""
+    return any(contains_values(answer, [v]) and not contains_values(base_answer, [v]) for v in values)
+
+
+def general_knowledge_accuracy(model: RoutedModel) -> float:
+    answers = model.answer([question for question, _ in GENERAL_KNOWLEDGE])
+    return proportion([contains_values(answer, [word]) for answer, (_, word) in zip(answers, GENERAL_KNOWLEDGE)])
+
+
+def reasoning_gym_accuracy(model: RoutedModel) -> float:
+    """Accuracy on 400 problems, some of which the small base model solves: the last number of an answer counts."""
     problems = []
     for name, settings in PROBLEMS:
-        made = reasoning_gym.create_dataset(name, seed=7, size=200, **settings)
-        problems += [(entry["question"], entry["answer"]) for entry in made]
-    return problems
+        dataset = reasoning_gym.create_dataset(name, seed=7, size=PROBLEMS_PER_DATASET, **settings)
+        problems += [(entry["question"], entry["answer"]) for entry in dataset]
+    answers = model.answer([question for question, _ in problems])
+    return proportion([last_number(text) == expected for text, (_, expected) in zip(answers, problems)])
 
 
-def plain_text(base: ModelFolder, adapter: Path | None) -> float:
-    """Bits per byte of the plays' test text (its first TOKENS)."""
+def last_number(text: str) -> str:
+    numbers = re.findall(r"-?\d+", text.replace(",", ""))
+    return numbers[-1] if numbers else ""
+
+
+def plain_text_bits_per_byte(base: ModelFolder, adapter: Path | None) -> float:
+    """Bits per byte of the first TEXT_TOKENS tokens of the plays' test text."""
     model, tokenizer = load_model(base.path, hardware.compute_dtype(), hardware.device())
     if adapter:
         attach(model, [read_adapter(adapter, model.config, hardware.compute_dtype())])
     text = next(d.text for d in open_source("plays").documents() if d.split == "test")
-    ids = tokenizer.encode(text)[:TOKENS]
+    ids = tokenizer.encode(text)[:TEXT_TOKENS]
     return bits_per_byte(model, ids, 512, len(tokenizer.decode(ids[1:]).encode()))
+
+
+def proportion(flags: list[bool]) -> float | None:
+    """Proportion of true values; None if there are none."""
+    return round(sum(flags) / len(flags), 4) if flags else None

@@ -1,30 +1,32 @@
-"""`nanoghost lab sleep`: what is left of a day, without a word of it in the context, beside other ways of knowing it.
+"""`nanoghost lab sleep`: what a model remembers after sleeping, without the text in its context, against baselines.
 
-Invented people (life.py) talk to a model over some days; then they ask, in wordings that no night has used. An answer is right
-if it has the value and none that it might rather have been. The same questions and the same people in all arms:
+Synthetic users (synthetic_users.py) chat with a model for some days. Afterwards they ask about their facts, in phrasings that no
+night trains on. All arms get the same users and the same questions:
 
-    base         knows nothing                            the floor
-    context      all facts in the system message
-    ceiling      the one right fact in the system message
-    lookup       what the ledger says about the words of the question, in the system message
-    raw          trained on the journal itself, next token by next token
-    pairs        trained on questions and answers alone: none in the teacher's words, no never told, nothing held
-    first-night  ours after the first night: asked about its facts alone
-    ours         all nights; what is not about the person is answered by the base model (router.py)
-    always       ours, but the adapter answers whatever is asked
-    ours+lookup
-    forgotten    ours, of which three facts were forgotten: asked about these alone
+    base             the base model, which knows nothing: the lower bound
+    all-facts        all facts in the system message
+    oracle           the one right fact in the system message: the upper bound
+    search           the facts that a full-text search finds for the question, in the system message
+    chat-log-lm      an adapter trained on the chat log itself, next token by next token
+    qa-only          an adapter trained on direct questions with fixed answers: no teacher, no unanswerable questions, no
+                     general prompts
+    first-night      sleep after the first night, asked about the facts of the first day only
+    sleep            after all nights, with the router: general questions are answered by the base model
+    sleep-unrouted   the same, but the adapter answers every question
+    sleep+search     sleep and search together
+    after-deletion   sleep after three facts were deleted, asked about these only
 
-`--split val` asks in wordings that nights keep back, for tuning; test, which is sealed, in others, of other people.
+`--split val` asks in the held-out phrasings for tuning, `--split test` in the sealed test phrasings about other users.
 """
 
 import json
 import random
 import statistics
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -32,288 +34,296 @@ from rich.table import Table
 
 from nanoghost import hardware
 from nanoghost.commands.arguments import numbers
-from nanoghost.engine.generate import open_engine
-from nanoghost.errors import UserError
-from nanoghost.home import ModelFolder, Stopping, home, open_model, read_json, write_json
-from nanoghost.lab.retention import general, share
-from nanoghost.lab.synthetic_users import Life, live
-from nanoghost.memory import consolidate, extract, synthesize, train_adapter
-from nanoghost.memory.phrases import about, book, noted, part, questions, relations, statement
-from nanoghost.memory.store import current, key_of
-from nanoghost.progress import Display
-from nanoghost.train.run import base_card
-
-ARMS = (
-    "base",
-    "context",
-    "ceiling",
-    "lookup",
-    "raw",
-    "pairs",
-    "first-night",
-    "ours",
-    "always",
-    "ours+lookup",
-    "forgotten",
+from nanoghost.errors import StopFlag, UserError
+from nanoghost.home import ModelFolder, home, open_model, read_json, write_json
+from nanoghost.lab.fact_extraction import ignore_case
+from nanoghost.lab.retention import measure_general_ability
+from nanoghost.lab.sleep_scores import (
+    LeakFigures,
+    Question,
+    measure_leaks,
+    score_other_questions,
+    score_single_facts,
 )
-TRAINED = {
-    "raw": "raw",
-    "pairs": "pairs",
-    "first-night": "first",
-    "ours": "ours",
-    "always": "ours",
-    "ours+lookup": "ours",
-    "forgotten": "forgotten",
+from nanoghost.lab.synthetic_users import SyntheticUser, synthesize_user
+from nanoghost.memory.answers import RoutedModel
+from nanoghost.memory.consolidate import general_training_examples, synthesize_examples
+from nanoghost.memory.extract import extract_facts, open_fact_extractor, user_messages
+from nanoghost.memory.phrasings import statement, third_person_statement
+from nanoghost.memory.recipe import AdapterRecipe
+from nanoghost.memory.router import load_router
+from nanoghost.memory.store import Fact, current_facts, search_facts
+from nanoghost.memory.synthesize import SyntheticQA, direct_questions
+from nanoghost.memory.train_adapter import AdapterRun, train_on_answers
+from nanoghost.progress import Display
+
+DELETED_FACTS = 3
+CHAT_LOG_EPOCHS = 16  # of the arm chat-log-lm
+QUESTIONS_PER_FACT = 44  # of the arm qa-only
+
+
+@dataclass(frozen=True)
+class Arm:
+    adapter: str | None = None
+    """Which adapter it uses; None: the base model alone."""
+    routed: bool = True
+    """Whether the router sends general questions to the base model."""
+    context: Literal["none", "all", "oracle", "search"] = "none"
+    """Which facts are in the system message."""
+    general: bool = False
+    """Whether general ability is measured."""
+    single_facts_only: bool = False
+    """Whether only questions about single facts are asked."""
+
+
+ARMS = {
+    "base": Arm(general=True),
+    "all-facts": Arm(context="all"),
+    "oracle": Arm(context="oracle"),
+    "search": Arm(context="search"),
+    "chat-log-lm": Arm("chat-log-lm", routed=False, general=True),
+    "qa-only": Arm("qa-only", routed=False, general=True),
+    "first-night": Arm("first-night", single_facts_only=True),
+    "sleep": Arm("sleep", general=True),
+    "sleep-unrouted": Arm("sleep", routed=False, general=True),
+    "sleep+search": Arm("sleep", context="search"),
+    "after-deletion": Arm("after-deletion", single_facts_only=True),
 }
-ALWAYS = ("raw", "pairs", "always")  # the adapter answers whatever is asked
-FORGOTTEN = 3
-READINGS = 16  # of the journal, in the arm that only reads it
-LEAKS = 200  # questions about another person's facts, at least
 
 
 @dataclass(frozen=True)
 class LabSleepSettings:
     model: Annotated[str, tyro.conf.Positional] = "smollm2"
-    """The base model."""
+    """Base model."""
     nights: int = 1
-    """How many days and nights; from the second on, two facts of a day correct older ones."""
+    """Number of days and nights; from the second on, two facts of a day correct older ones."""
     facts: int = 20
-    """Facts told on each day."""
+    """Facts stated on each day."""
     seeds: str = "0,1,2"
-    """A person each."""
+    """Comma-separated seeds; each is a synthetic user."""
     arms: str = ",".join(ARMS)
-    """What is compared."""
+    """Comma-separated arms to compare."""
     split: str = "val"
-    """val or test."""
-    ledger: str = "perfect"
-    """perfect (the facts as told) or extracted (from what was said, as a night does it)."""
+    """Phrasings: val or test."""
+    facts_from: str = "truth"
+    """Where the fact store comes from: truth (the facts as stated) or extraction (by the fact extractor, as in a night)."""
     general: bool = True
-    """Measure general ability too: bits per byte, questions anybody may ask, reasoning-gym."""
+    """Measure general ability too: bits per byte, general prompts, general knowledge, reasoning-gym."""
     json: bool = False
     """Print the figures as JSON on standard output."""
 
 
-# ── arms ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class Trial:
+    """One synthetic user, and where the results about it are stored."""
 
+    settings: LabSleepSettings
+    seed: int
+    base: ModelFolder
+    user: SyntheticUser
+    stored_facts: list[Fact]
+    """What the fact store holds: the true facts, or the extracted ones."""
+    folder: Path
+    display: Display
 
-def trained(
-    arm: str, base: ModelFolder, rows: list[dict], life: Life, recipe: train_adapter.Recipe, folder: Path, display
-) -> dict:
-    """Train the adapter of an arm into folder/adapter, unless it is there; figures."""
-    if (folder / "figures.json").exists():
-        return read_json(folder / "figures.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    start, known = time.perf_counter(), ([], [])
-    if arm == "raw":
-        dreams = [synthesize.Dream("raw", "", text) for text, _, _ in life.messages] * READINGS
-    elif arm == "pairs":
-        dreams = [
-            replace(d, answer=statement(r["relation"], r["value"]), snippet="")
-            for r in rows
-            for d in synthesize.of_row(r, 44)
-            if d.kind == "direct"
-        ]
-    else:
-        known = consolidate.everyday(base, recipe)
-        start = time.perf_counter()  # everyday dreams are the base model's, once
-        dreams, thought = consolidate.think(rows, base, folder, recipe, display)
-        display.say(f"{thought['dreams']} dreams, {thought['answers_replaced']} of the teacher's answers put right")
-    with Stopping() as stopping:
-        figures = train_adapter.train(base.path, base_card(base.card), dreams, known, folder, recipe, stopping, display)
-    figures |= {
-        "night_seconds": round(time.perf_counter() - start, 1),
-        "megabytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size / 1e6,
-    }
-    write_json(folder / "figures.json", figures)
-    return figures
+    @property
+    def true_facts(self) -> list[Fact]:
+        return self.user.current_facts()
 
-
-def snippets(arm: str, asked: list[tuple[str, list[dict]]], known: list[dict]) -> list[str]:
-    """What an arm may look at for each (question, rows that answer it)."""
-
-    def notes(rows):
-        return " ".join(noted(r["relation"], r["value"]) for r in rows)
-
-    if arm == "context":
-        return [notes(known)] * len(asked)
-    if arm == "ceiling":
-        return [notes(rows) for _, rows in asked]
-    if not arm.endswith("lookup"):
-        return [""] * len(asked)
-    return [notes(about(known, q, max(1, len(rows)))) for q, rows in asked]
-
-
-# ── questions and scores ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def ways_to_ask(relation: str, split: str) -> list[str]:
-    return questions(relation, split)
-
-
-def examine(
-    arm: str,
-    base: ModelFolder,
-    adapter: Path | None,
-    true: list[dict],
-    asked_of: list[dict],
-    known: list[dict],
-    split: str,
-    seed: int,
-) -> dict:
-    """Every ability of one arm for one person: of what is `true` and, in its ledger, `known`; shares of questions."""
-    rng, ask = random.Random(f"asked-{split}-{seed}"), train_adapter.Answers(base, adapter, arm in ALWAYS)
-
-    def answers(asked: list[tuple[str, list[dict]]], most: int = 48) -> list[str]:
-        return ask([q for q, _ in asked], snippets(arm, asked, known), most)
-
-    single = [(q, [row]) for row in asked_of for q in ways_to_ask(row["relation"], split)]
-    said = answers(single)
-    solved = [(row, consolidate.right(a, row["relation"], row["value"])) for a, (_, [row]) in zip(said, single)]
-    found = {
-        "single": share(ok for _, ok in solved),
-        "updated": share(ok for row, ok in solved if row["supersedes"]),
-        "time": share(ok for row, ok in solved if row["relation"].endswith(("birthday", "time", " day"))),
-        "false_refusals": share(map(consolidate.refuses, said)),
-        "by_row": {row["relation"]: [ok for r, ok in solved if r is row] for row in asked_of},
-        "examples": [[q, a] for (q, _), a in list(zip(single, said))[:: max(1, len(single) // 12)]],
-        "wrong": [[q, a, row["value"]] for (q, [row]), a, (_, ok) in zip(single, said, solved) if not ok][:30],
-    }
-    if arm in ("first-night", "forgotten"):
-        return found
-
-    ways = book()["combined"][split]
-    pairs = [rng.sample(true, 2) for _ in range(min(30, len(true)))]
-    both = [(rng.choice(ways).format(a=a["relation"], b=b["relation"]), [a, b]) for a, b in pairs]
-    found["combined"] = share(
-        train_adapter.says(a, [r["value"] for r in rows]) for a, (_, rows) in zip(answers(both, 64), both)
-    )
-
-    have = {r["relation"] for r in true}
-    open_ones = sorted(set(relations()) - have)
-    unknown = [(rng.choice(ways_to_ask(r, split)), []) for r in rng.sample(open_ones, min(60, len(open_ones)))]
-    unheard = [(q, []) for q in part(book()["unheard"], split)]
-    replies = answers(unknown + unheard)
-    found["abstains"] = share(map(consolidate.refuses, replies[: len(unknown)]))
-    found["abstains_unheard"] = share(map(consolidate.refuses, replies[len(unknown) :]))
-    found["invented"] = [[q, a] for (q, _), a in zip(unknown + unheard, replies) if not consolidate.refuses(a)][:40]
-    return found
-
-
-def leaks(base: ModelFolder, people: list[tuple[Path, list[dict]]], split: str) -> dict:
-    """Everybody is asked about the others' facts and their own, all in one batch, each row through its own adapter."""
-    engine = open_engine(base, seats=32, room=256)
-    folders = [str(folder) for folder, _ in people]
-    for folder, _ in people:
-        engine.runner.add_adapter(folder)
-    rng, asked = random.Random("leaks"), []
-    for number, (_, rows) in enumerate(people):
-        others = [r for i, (_, theirs) in enumerate(people) if i != number for r in theirs]
-        own = {r["relation"]: r["value"] for r in rows}
-        strange = [r for r in others if own.get(r["relation"]) != r["value"]]
-        for row in rng.choices(strange, k=-(-LEAKS // len(people))):
-            asked.append((number, row, rng.choice(ways_to_ask(row["relation"], split))))
-        asked += [(number, None, rng.choice(ways_to_ask(row["relation"], split))) for row in rows]
-    rng.shuffle(asked)
-    asked_of = [train_adapter.messages_of(synthesize.Dream("", q), False) for _, _, q in asked]
-    answers = train_adapter.said(engine, asked_of, 48, [folders[number] for number, _, _ in asked])
-    found = [(people[n][1], row, q, a) for (n, row, q), a in zip(asked, answers) if row]
-    leaked = [
-        [q, a, row["value"]]
-        for own, row, q, a in found
-        if train_adapter.says(a, (row["value"],)) and not any(r["value"] == row["value"] for r in own)
-    ]
-    return {"asked": len(found), "leaked": len(leaked), "examples": leaked}
+    def facts_of(self, arm: str) -> tuple[list[Fact], list[Fact]]:
+        """(facts that the arm's adapter is trained on, facts that it is asked about)"""
+        true_facts = self.true_facts
+        if arm == "first-night":
+            first_day = self.user.current_facts(days=1)
+            corrected_later = {fact.relation for fact in true_facts if fact.supersedes}
+            return first_day, [fact for fact in first_day if fact.relation not in corrected_later]
+        if arm == "after-deletion":
+            deleted = random.Random(f"forgotten-{self.seed}").sample(true_facts, DELETED_FACTS)
+            deleted_relations = {fact.relation for fact in deleted}
+            return [fact for fact in self.stored_facts if fact.relation not in deleted_relations], deleted
+        return self.stored_facts, true_facts
 
 
 def command(settings: LabSleepSettings) -> None:
     hardware.prepare()
+    arms = settings.arms.split(",")
+    check_settings(settings, arms)
     base, display = open_model(settings.model), Display()
-    asked = settings.arms.split(",")
-    if unknown := set(asked) - set(ARMS):
-        raise UserError(f"--arms knows {', '.join(ARMS)}, not '{', '.join(sorted(unknown))}'")
-    if settings.split not in ("val", "test") or settings.ledger not in ("perfect", "extracted"):
-        raise UserError("--split is val or test, --ledger perfect or extracted")
-    results, people = {}, []
+    results: dict[str, list[dict]] = {arm: [] for arm in arms}
+    users = []
     for seed in numbers("--seeds", settings.seeds, 0):
-        life = live(seed, settings.split, settings.nights, settings.facts)
-        place = (
-            home() / "lab" / "sleep" / f"{settings.split}-{seed}-{settings.nights}x{settings.facts}-{settings.ledger}"
-        )
-        known, notes = noted_down(life, base, place, display) if settings.ledger == "extracted" else (life.facts(), {})
-        for arm in asked:
-            path = place / f"{arm}.json"
+        user = synthesize_user(seed, settings.split, settings.nights, settings.facts)
+        name = f"{settings.split}-{seed}-{settings.nights}x{settings.facts}-{settings.facts_from}"
+        folder = home() / "lab" / "sleep" / name
+        stored_facts, extraction = user.current_facts(), {}
+        if settings.facts_from == "extraction":
+            stored_facts, extraction = extracted_facts(user, base, folder, display)
+        trial = Trial(settings, seed, base, user, stored_facts, folder, display)
+        for arm in arms:
+            path = folder / f"{arm}.json"
             if not path.exists():
-                write_json(path, notes | one_arm(arm, base, life, known, place, settings, seed, display))
-            results.setdefault(arm, []).append(read_json(path))
-            display.say(f"seed {seed}, {arm}: single {results[arm][-1]['single']:.0%}")
-        if "ours" in asked:
-            people.append((place / "ours" / "adapter", known))
-    leaked = leaks(base, people, settings.split) if len(people) > 1 else {}
-    tell(results, leaked, settings)
+                write_json(path, extraction | run_arm(arm, trial))
+            result = read_json(path)
+            results[arm].append(result)
+            display.print(f"seed {seed}, {arm}: recall {result['recall']:.0%}")
+        if "sleep" in arms:
+            users.append((folder / "sleep" / "adapter", stored_facts))
+    leaks = measure_leaks(base, users, settings.split) if len(users) > 1 else None
+    print_table(results, leaks)
+    if settings.json:
+        print(json.dumps({"arms": results, "leaks": asdict(leaks) if leaks else {}}))
 
 
-def noted_down(life: Life, base: ModelFolder, place: Path, display) -> tuple[list[dict], dict]:
-    """The ledger as a night would have it, and how far it is the true one."""
-    path = place / "notes.json"
+def check_settings(settings: LabSleepSettings, arms: list[str]) -> None:
+    unknown = sorted(set(arms) - set(ARMS))
+    if unknown:
+        raise UserError(f"--arms: unknown arm '{', '.join(unknown)}'; the arms are {', '.join(ARMS)}")
+    if settings.split not in ("val", "test"):
+        raise UserError(f"--split must be val or test, not '{settings.split}'")
+    if settings.facts_from not in ("truth", "extraction"):
+        raise UserError(f"--facts-from must be truth or extraction, not '{settings.facts_from}'")
+
+
+def extracted_facts(
+    user: SyntheticUser, base: ModelFolder, folder: Path, display: Display
+) -> tuple[list[Fact], dict[str, float]]:
+    """The fact store as a night would fill it, and precision and recall of the extraction."""
+    path = folder / "extracted_facts.json"
     if not path.exists():
-        with Stopping() as stopping:
-            scribe = extract.scribe(base, stopping, display)
-        heard = [message for _, message in extract.heard(life.journal, 0)]
-        write_json(path, [found for found, _ in extract.extract(base, scribe, heard)])
-    told = [[tuple(pair) for pair in found] for found in read_json(path)]
-    true = [{(r.casefold(), v.casefold()) for r, v in found} for *_, found in life.messages]
-    mine = [{(r.casefold(), v.casefold()) for r, v in found} for found in told]
-    both = sum(len(a & b) for a, b in zip(true, mine))
-    notes = {"precision": both / max(1, sum(map(len, mine))), "recall": both / sum(map(len, true))}
-    return sorted(current(life.ledger(told)), key=key_of), notes
+        with StopFlag() as stop_flag:
+            extractor = open_fact_extractor(base, stop_flag, display)
+        messages = [message for _, message in user_messages(user.chat_log(), 0)]
+        write_json(path, [facts for facts, _ in extract_facts(base, extractor, messages)])
+    extracted = [[(relation, value) for relation, value in facts] for facts in read_json(path)]
+    expected = [ignore_case(message.facts) for message in user.messages]
+    found = [ignore_case(facts) for facts in extracted]
+    correct = sum(len(a & b) for a, b in zip(expected, found))
+    figures = {
+        "extraction_precision": correct / max(1, sum(map(len, found))),
+        "extraction_recall": correct / sum(map(len, expected)),
+    }
+    return sorted(current_facts(user.fact_store(extracted)), key=lambda fact: fact.key), figures
 
 
-def one_arm(
-    arm: str, base: ModelFolder, life: Life, known: list[dict], place: Path, settings, seed: int, display
-) -> dict:
-    true, recipe = life.facts(), replace(train_adapter.Recipe(), seed=seed)
-    asked_of, rows = true, known
-    if arm == "first-night":
-        rows = life.facts(days=1)
-        later = {r["relation"] for r in true if r["supersedes"]}
-        asked_of = [r for r in rows if r["relation"] not in later]
-    if arm == "forgotten":
-        asked_of = random.Random(f"forgotten-{seed}").sample(true, FORGOTTEN)
-        rows = [r for r in known if r["relation"] not in {a["relation"] for a in asked_of}]
+# -- one arm ----------------------------------------------------------------------------------------------------------
+
+
+def run_arm(name: str, trial: Trial) -> dict:
+    """Train the arm's adapter if needed, and measure everything."""
+    arm, settings = ARMS[name], trial.settings
+    training_facts, asked_facts = trial.facts_of(name)
     adapter, figures = None, {}
-    if arm in TRAINED:
-        folder = place / TRAINED[arm]
-        figures = trained(TRAINED[arm], base, rows, life, recipe, folder, display)
+    if arm.adapter:
+        folder = trial.folder / arm.adapter
+        figures |= train_arm(arm.adapter, training_facts, trial, folder)
         adapter = folder / "adapter"
-    figures |= examine(arm, base, adapter, true, asked_of, known, settings.split, seed)
-    if settings.general and arm in ("base", "ours", *ALWAYS):
-        figures |= general(base, adapter, arm in ALWAYS, true, settings.split)
-    if arm == "ours" and (place / "first-consolidate.json").exists():
-        first = read_json(place / "first-consolidate.json")["by_row"]
-        now = [ok for relation in first for ok in figures["by_row"][relation]]
-        before = [ok for oks in first.values() for ok in oks]
-        figures["kept"] = round(sum(now) / max(1, sum(before)), 4)
+    router = load_router() if arm.routed else None
+    model = RoutedModel(trial.base, adapter, router)
+
+    def answer(questions: list[Question], max_tokens: int) -> list[str]:
+        contexts = [facts_in_context(arm, question, trial.stored_facts) for question in questions]
+        return model.answer([question.text for question in questions], contexts, max_tokens)
+
+    figures |= asdict(score_single_facts(answer, asked_facts, settings.split))
+    if not arm.single_facts_only:
+        figures |= asdict(score_other_questions(answer, trial.true_facts, settings.split, trial.seed))
+    if settings.general and arm.general:
+        general = measure_general_ability(trial.base, adapter, router, trial.true_facts, settings.split)
+        figures |= asdict(general)
+    first_night = trial.folder / "first-night.json"
+    if name == "sleep" and first_night.exists():
+        figures["retained_from_first_night"] = retained(read_json(first_night), figures)
     return figures
 
 
+def train_arm(adapter: str, facts: list[Fact], trial: Trial, folder: Path) -> dict:
+    """Train an adapter into folder/adapter, unless it is there; returns the figures of the training."""
+    path = folder / "figures.json"
+    if path.exists():
+        return read_json(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = replace(AdapterRecipe(), seed=trial.seed)
+    with StopFlag() as stop_flag:
+        run = AdapterRun(trial.base, folder, recipe, stop_flag, trial.display)
+        general = ([], [])
+        if adapter == "chat-log-lm":
+            start = time.perf_counter()
+            messages = [SyntheticQA("message", "", message.text) for message in trial.user.messages]
+            examples = messages * CHAT_LOG_EPOCHS
+        elif adapter == "qa-only":
+            start = time.perf_counter()
+            examples = [
+                replace(qa, answer=statement(fact.relation, fact.value), context="")
+                for fact in facts
+                for qa in direct_questions(fact, QUESTIONS_PER_FACT)
+            ]
+        else:
+            general = general_training_examples(trial.base, recipe)
+            start = time.perf_counter()  # general examples are computed once for a base model, not in each night
+            examples, synthesis = synthesize_examples(run, facts)
+            trial.display.print(
+                f"{synthesis.examples} synthetic questions; {synthesis.replaced_answers} incorrect answers of the teacher replaced"
+            )
+        training = train_on_answers(run, examples, general)
+    figures = asdict(training) | {
+        "night_seconds": round(time.perf_counter() - start, 1),
+        "adapter_megabytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size / 1e6,
+    }
+    write_json(path, figures)
+    return figures
+
+
+def facts_in_context(arm: Arm, question: Question, stored_facts: list[Fact]) -> str:
+    """The facts that an arm shows to the model with a question."""
+    if arm.context == "none":
+        return ""
+    if arm.context == "all":
+        facts = stored_facts
+    elif arm.context == "oracle":
+        facts = question.facts
+    else:
+        facts = search_facts(stored_facts, question.text, max(1, len(question.facts)))
+    return " ".join(third_person_statement(fact.relation, fact.value) for fact in facts)
+
+
+def retained(first_night: dict, now: dict) -> float:
+    """Correct answers about the facts of the first day, now compared with after the first night."""
+    relations = first_night["correct_by_relation"]
+    correct_then = sum(ok for flags in relations.values() for ok in flags)
+    correct_now = sum(ok for relation in relations for ok in now["correct_by_relation"][relation])
+    return round(correct_now / max(1, correct_then), 4)
+
+
+# -- table ------------------------------------------------------------------------------------------------------------
+
 COLUMNS = (
-    "single", "combined", "updated", "time", "kept", "abstains", "abstains_unheard", "false_refusals", "intrusions",
-    "refuses_everyday", "behaviours", "gym", "bpb", "nats", "night_seconds", "megabytes", "precision", "recall",
+    "recall", "recall_pairs", "recall_corrected", "recall_dates", "retained_from_first_night", "false_refusals",
+    "correct_abstentions", "correct_abstentions_out_of_schema", "intrusions", "general_false_refusals", "general_knowledge",
+    "reasoning_gym", "bits_per_byte", "kl_nats", "night_seconds", "adapter_megabytes", "extraction_precision",
+    "extraction_recall",
 )  # fmt: skip
 
 
-def tell(results: dict, leaked: dict, settings) -> None:
-    used = [c for c in COLUMNS if any(f.get(c) is not None for found in results.values() for f in found)]
+def print_table(results: dict[str, list[dict]], leaks: LeakFigures | None) -> None:
+    """One column for each arm: mean and standard deviation over the seeds."""
     table = Table("", *results)
-    for column in used:
-        cells = []
-        for found in results.values():
-            values = [f[column] for f in found if f.get(column) is not None]
-            mean = f"{statistics.mean(values):.3g}" if values else ""
-            cells.append(mean + (f" ±{statistics.stdev(values):.2g}" if len(values) > 1 else ""))
-        table.add_row(column.replace("_", " "), *cells)
-    Console(stderr=True).print(table)
-    if leaked:
-        Console(stderr=True).print(f"others' facts told: {leaked['leaked']} of {leaked['asked']}")
-    if settings.json:
-        print(json.dumps({"arms": results, "leaks": leaked}))
+    for name, cells in table_rows(results):
+        table.add_row(name.replace("_", " "), *cells)
+    console = Console(stderr=True)
+    console.print(table)
+    if leaks:
+        console.print(f"facts of other users in answers: {leaks.leaked} of {leaks.asked}")
+
+
+def table_rows(results: dict[str, list[dict]]) -> Iterator[tuple[str, list[str]]]:
+    for name in COLUMNS:
+        by_arm = [[r[name] for r in seeds if r.get(name) is not None] for seeds in results.values()]
+        if any(by_arm):
+            yield name, [mean_and_deviation(values) for values in by_arm]
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.3g}"
+    return f"{mean} ±{statistics.stdev(values):.2g}" if len(values) > 1 else mean

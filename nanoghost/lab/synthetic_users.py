@@ -1,83 +1,109 @@
-"""Invented lives: what people say to a model day by day, and what is true of them in the end.
+"""Synthetic users: invented people who chat with a model for some days, and the facts that are true about them in the end.
 
-Facts stand among small talk, are told in one message, in two ("My sister came." "Her name's Ines."), or in answer to a question;
-some are corrected on a later day, in words that say so or by simply saying something else.
+Facts are mixed with small talk and stated in one message, in two ("My sister came." "Her name's Ines."), or as the answer to a
+question. From the second day on some facts change, with or without words that say so.
 """
 
 import random
 from dataclasses import dataclass
 
-from nanoghost.memory import extract
-from nanoghost.memory.phrases import book, part, relations
-from nanoghost.memory.store import current
+from nanoghost.memory.extractor_data import Pair
+from nanoghost.memory.phrasings import Relation, phrasings, relations, select_split
+from nanoghost.memory.store import Fact, LogEntry, current_facts, merge_facts
 
-CORRECTED = 2  # of a day's facts, from the second day on
+CORRECTIONS_PER_DAY = 2  # from the second day on
 
 
-@dataclass
-class Life:
-    """What one invented person said and heard, day by day."""
+@dataclass(frozen=True)
+class SyntheticMessage:
+    text: str
+    reply: str
+    """The assistant's reply."""
+    facts: tuple[Pair, ...] = ()
+    """The facts that the message states."""
 
-    days: list[list[tuple[str, str, list[tuple[str, str]]]]]
-    """Of each message its text, the reply, and the (relation, value) pairs that it tells."""
+
+@dataclass(frozen=True)
+class SyntheticUser:
+    days: list[list[SyntheticMessage]]
 
     @property
-    def messages(self):
-        return [m for day in self.days for m in day]
+    def messages(self) -> list[SyntheticMessage]:
+        return [message for day in self.days for message in day]
 
-    @property
-    def journal(self) -> list[dict]:
-        """As people.Person keeps it; ids and times count up."""
-        said = [(who, text) for text, reply, _ in self.messages for who, text in (("user", text), ("assistant", reply))]
-        return [{"id": i, "time": i, "speaker": who, "text": text} for i, (who, text) in enumerate(said, 1)]
+    def chat_log(self) -> list[LogEntry]:
+        """As in the folder of a person; ids and times count up."""
+        entries = []
+        for message in self.messages:
+            for role, text in (("user", message.text), ("assistant", message.reply)):
+                number = len(entries) + 1
+                entries.append(LogEntry(number, number, role, text))
+        return entries
 
-    def ledger(self, told: list | None = None, days: int | None = None) -> list[dict]:
-        """Rows after all days, or the first `days`; `told`: what was noted of each message, instead of what it tells."""
-        told = told or [found for *_, found in self.messages]
+    def fact_store(self, extracted: list[list[Pair]] | None = None, days: int | None = None) -> list[Fact]:
+        """All facts after all days, or after the first `days`.
+
+        `extracted`: for each message the facts of the fact extractor, instead of those that the message states.
+        """
+        stated = extracted or [list(message.facts) for message in self.messages]
         count = sum(map(len, self.days[:days]))
-        return extract.merge([], [({"id": i, "time": i}, found) for i, found in enumerate(told[:count], 1)])[0]
+        entries = [LogEntry(i, i, "user", "") for i in range(1, count + 1)]
+        return merge_facts([], list(zip(entries, stated))).facts
 
-    def facts(self, days: int | None = None) -> list[dict]:
-        return sorted(current(self.ledger(days=days)), key=lambda row: row["relation"])
+    def current_facts(self, days: int | None = None) -> list[Fact]:
+        """The facts that are true after all days, or after the first `days`."""
+        return sorted(current_facts(self.fact_store(days=days)), key=lambda fact: fact.relation)
 
 
-def live(seed: int, split: str, nights: int, facts: int) -> Life:
-    """The life of person `seed` of a split: `facts` told on each day, from the second day on CORRECTED of them anew."""
+def synthesize_user(seed: int, split: str, nights: int, facts: int) -> SyntheticUser:
+    """User number `seed` of a split, with as many days as nights; `facts` are stated each day, corrections included."""
     rng = random.Random(f"{split}-{seed}")
-    every, held, days = list(relations().values()), {}, []
-    rng.shuffle(every)
-    for number in range(nights):
-        corrected = rng.sample(sorted(held), CORRECTED if number else 0)
-        fresh = [every.pop() for _ in range(facts - len(corrected))]
-        turns = []
+    unused = list(relations().values())
+    rng.shuffle(unused)
+    values: dict[str, str] = {}
+    days = []
+    for day in range(nights):
+        corrected = rng.sample(sorted(values), CORRECTIONS_PER_DAY if day else 0)
+        fresh = [unused.pop() for _ in range(facts - len(corrected))]
+        exchanges = []
         for relation in [*fresh, *(relations()[name] for name in corrected)]:
-            old = held.get(relation.relation)
-            value = rng.choice([v for v in relation.values if v != old])
-            turns.append(turn(rng, relation, value, old, split))
-            held[relation.relation] = value
-        turns += [[(text, reply(rng, split), [])] for text in rng.sample(part(book()["small_talk"], split), facts // 2)]
-        rng.shuffle(turns)
-        days.append([message for turn in turns for message in turn])
-    return Life(days)
+            old_value = values.get(relation.relation)
+            value = rng.choice([v for v in relation.values if v != old_value])
+            exchanges.append(state_fact(rng, relation, value, old_value, split))
+            values[relation.relation] = value
+        for text in rng.sample(select_split(phrasings()["small_talk"], split), facts // 2):
+            exchanges.append([SyntheticMessage(text, draw_reply(rng, split))])
+        rng.shuffle(exchanges)
+        days.append([message for exchange in exchanges for message in exchange])
+    return SyntheticUser(days)
 
 
-def turn(rng, relation, value: str, old: str | None, split: str) -> list[tuple]:
-    """The messages that tell one fact."""
-    told, kind = [(relation.relation, value)], rng.random()
-    talk = rng.choice(part(book()["small_talk"], split))
-    if kind < 0.15 and not old:
-        first, second = rng.choice(part(relation.apart, split))
-        return [(first, reply(rng, split), []), (second.format(v=value), reply(rng, split), told)]
-    if kind < 0.25 and not old:
-        asked = rng.choice(part(book()["asked_back"], split)).format(a=relation.relation)
-        answer = rng.choice(part(book()["answered_back"], split)).format(v=value)
-        return [(talk, f"{reply(rng, split)} {asked}", []), (answer, reply(rng, split), told)]
-    ways = relation.changed if old and kind < 0.8 else relation.said
-    text = rng.choice(part(ways, split)).format(v=value)
+def state_fact(
+    rng: random.Random, relation: Relation, value: str, old_value: str | None, split: str
+) -> list[SyntheticMessage]:
+    """One or two messages that state a fact; with an `old_value` they correct it."""
+    facts = ((relation.relation, value),)
+    form = rng.random()
+    small_talk = rng.choice(select_split(phrasings()["small_talk"], split))
+    if form < 0.15 and not old_value:
+        first, second = rng.choice(select_split(relation.split_statements, split))
+        return [
+            SyntheticMessage(first, draw_reply(rng, split)),
+            SyntheticMessage(second.format(v=value), draw_reply(rng, split), facts),
+        ]
+    if form < 0.25 and not old_value:
+        question = rng.choice(select_split(phrasings()["assistant_questions"], split)).format(a=relation.relation)
+        answer = rng.choice(select_split(phrasings()["short_answers"], split)).format(v=value)
+        return [
+            SyntheticMessage(small_talk, f"{draw_reply(rng, split)} {question}"),
+            SyntheticMessage(answer, draw_reply(rng, split), facts),
+        ]
+    candidates = relation.corrections if old_value and form < 0.8 else relation.statements
+    text = rng.choice(select_split(candidates, split)).format(v=value)
     if rng.random() < 0.4:
-        text = " ".join(rng.sample([text, talk], 2))
-    return [(text, reply(rng, split), told)]
+        text = " ".join(rng.sample([text, small_talk], 2))
+    return [SyntheticMessage(text, draw_reply(rng, split), facts)]
 
 
-def reply(rng, split: str) -> str:
-    return rng.choice(part(book()["replies"], split))
+def draw_reply(rng: random.Random, split: str) -> str:
+    return rng.choice(select_split(phrasings()["replies"], split))

@@ -1,4 +1,4 @@
-"""The dream report: one page for a night, with what was learned, what it replaced, figures and examples."""
+"""The report of a night: one HTML page with what was learned and corrected, the figures, and examples."""
 
 import time
 from html import escape
@@ -6,49 +6,55 @@ from pathlib import Path
 
 from nanoghost.evals.report import STYLE
 from nanoghost.home import write_atomic
+from nanoghost.memory.night_record import NightRecord
 
-FIGURES = (
-    ("recall in wordings kept back", "recall", "{:.0%}"),
-    ("refuses what it knows", "refused", "{:.0%}"),
-    ("never told: says so", "abstains", "{:.0%}"),
-    ("refuses everyday questions", "strayed", "{:.0%}"),
-    ("everyday answers moved, nats a token", "nats", "{:.3f}"),
+FIGURES = (  # label, field of AcceptanceResult, format
+    ("recall in held-out phrasings", "recall", "{:.0%}"),
+    ("false refusals of stored facts", "false_refusals", "{:.0%}"),
+    ("correct abstentions on unanswerable questions", "correct_abstentions", "{:.0%}"),
+    ("false refusals of general prompts", "general_false_refusals", "{:.0%}"),
+    ("KL of general answers, nats per token", "kl_nats", "{:.3f}"),
 )
 
 
-def write(path: Path, person: str, night: dict) -> None:
-    """`night`: what night.json holds when the night is over."""
-    state = "kept" if night["committed"] else "rolled back: " + "; ".join(night["reasons"])
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(night["finished"]))
-    rows = "".join(
-        f"<tr><td>{name}</td><td>{form.format(night['before'][key])}</td><td>{form.format(night['after'][key])}</td></tr>"
-        for name, key, form in FIGURES
-    )
-    thought, trained = night["thought"], night["trained"]
+def write_report(path: Path, person: str, record: NightRecord) -> None:
+    """Write the page of a finished night."""
+    finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.finished))
+    synthesis, training = record.synthesis, record.training
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(person)}: night {night["number"]}</title><style>{STYLE}</style>
-<main><h1>Night {night["number"]}</h1>
-<p>{escape(person)}, {when}, {escape(night["base"])}: {escape(state)}. {night["rows"]} facts in all, {thought["dreams"]} dreams
-({thought["answers_replaced"]} answers of the teacher were not true and were replaced, {thought["duplicates"]} dreams came twice,
-{thought["distinct_trigrams"]:.0%} of their groups of three words differ), {trained["steps"]} steps in {trained["seconds"]:.0f} s.</p>
-<h2>Learned</h2>{listed(night["learned"])}
-<h2>Corrected</h2>{listed(night["corrected"])}
-<h2>Forgotten</h2><p>{night["forgotten"] or "Nothing"}.</p>
-<h2>Refused</h2><p>Notes whose value nobody said:</p>{listed(night["untaken"])}<p>Answered wrongly on waking:</p>{pairs(night["after"]["wrong"])}
-<h2>Before and after</h2><table><tr><th></th><th>before</th><th>after</th></tr>{rows}</table>
-<h2>Asked on waking</h2>{pairs(night["after"]["examples"])}
-<h2>Some of the dreams</h2>{pairs(thought["examples"])}
+<title>{escape(person)}: night {record.number}</title><style>{STYLE}</style>
+<main><h1>Night {record.number}</h1>
+<p>{escape(person)}, {finished}, base model {escape(record.base)}. The new adapter was {escape(record.status)}.</p>
+<p>{record.facts} facts, {synthesis.examples} synthetic questions and answers ({synthesis.replaced_answers} incorrect answers
+of the teacher were replaced, {synthesis.duplicates} duplicates were dropped, {synthesis.distinct_trigrams:.0%} of the word
+trigrams are distinct), {training.steps} training steps in {training.seconds:.0f} s.</p>
+<h2>New facts</h2>{html_list(record.new_facts)}
+<h2>Corrected facts</h2>{html_list(record.corrected_facts)}
+<h2>Deleted facts</h2><p>{record.deleted_facts or "None"}.</p>
+<h2>Rejected extractions</h2><p>The value does not occur in the message:</p>{html_list(record.rejected_lines)}
+<h2>Acceptance test</h2><table><tr><th></th><th>before</th><th>after</th></tr>{figure_rows(record)}</table>
+<h2>Wrong answers</h2>{html_table(record.after.wrong_answers)}
+<h2>Samples of the acceptance test</h2>{html_table(record.after.samples)}
+<h2>Samples of the synthetic questions</h2>{html_table(synthesis.samples)}
 </main></html>
 """
     write_atomic(path, page)
 
 
-def pairs(asked) -> str:
-    rows = "".join(f"<tr><td>{escape(q)}</td><td>{escape(a)}</td></tr>" for q, a in asked)
-    return f"<table>{rows}</table>" if rows else "<p>Nothing.</p>"
+def figure_rows(record: NightRecord) -> str:
+    rows = []
+    for label, name, form in FIGURES:
+        before, after = getattr(record.before, name), getattr(record.after, name)
+        rows.append(f"<tr><td>{label}</td><td>{form.format(before)}</td><td>{form.format(after)}</td></tr>")
+    return "".join(rows)
 
 
-def listed(texts) -> str:
+def html_table(qa_pairs: list[list[str]]) -> str:
+    rows = "".join(f"<tr><td>{escape(question)}</td><td>{escape(answer)}</td></tr>" for question, answer in qa_pairs)
+    return f"<table>{rows}</table>" if rows else "<p>None.</p>"
+
+
+def html_list(texts: list[str]) -> str:
     items = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    return f"<ul>{items}</ul>" if items else "<p>Nothing.</p>"
+    return f"<ul>{items}</ul>" if items else "<p>None.</p>"

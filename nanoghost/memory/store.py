@@ -1,35 +1,132 @@
-"""People who talk to a model: what was said, what is known of them, and what their nights made of it.
+"""People who talk to a model: their chat log, the facts stored about them, and the adapter trained on those facts.
 
-    $NANOGHOST_HOME/people/NAME/       readable by its owner alone
-    journal.jsonl    what was said, append-only: id, time, speaker (user or assistant), text
-    ledger.jsonl     what is known: id, subject, relation, value, time, sources (ids of the journal), supersedes (id)
-    adapter/         the correction of the base model that knows it (PEFT's form)
-    nights/          a folder for each night: what was learned, and its report
-    read.json        up to which entry of the journal notes were taken
+    $NANOGHOST_HOME/people/NAME/   readable by its owner only
+    chat_log.jsonl         every message, append-only: id, time, role (user or assistant), text
+    facts.jsonl            the fact store: id, relation, value, subject, time, sources, supersedes
+    adapter/               LoRA adapter (PEFT format) that knows the facts; inputs.json names what it was trained from
+    nights/NNNN/           a folder for each night, that is, each run of `nanoghost sleep`: its record and its report
+    last_processed.json    id of the last message that the fact extractor has processed
 
 People share nothing: no file, no adapter, no cache.
 """
 
-import fcntl
 import json
 import re
 import shutil
-import time
-from contextlib import contextmanager
+import time as clock
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from nanoghost.errors import UserError
-from nanoghost.home import ModelFolder, append_line, home, read_json, read_lines, write_atomic
+from nanoghost.home import (
+    ModelFolder,
+    append_json_line,
+    exclusive_lock,
+    home,
+    read_json,
+    read_json_lines,
+    write_atomic,
+    write_json,
+)
+from nanoghost.memory.phrasings import statement
+from nanoghost.tools.retrieval import Index
+
+REPEAT_SECONDS = 3600  # the same message again within this time is a request for another answer, and is logged once
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """A message in the chat log."""
+
+    id: int
+    time: float
+    """Unix time."""
+    role: str
+    """user or assistant."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something known about a person: "your {relation} is {value}"."""
+
+    id: int
+    relation: str
+    value: str
+    subject: str = "user"
+    """Whom the fact is about."""
+    time: float = 0.0
+    """Unix time of the message that stated it; 0 if unknown."""
+    sources: tuple[int, ...] = ()
+    """Ids of the chat-log entries that stated it."""
+    supersedes: int | None = None
+    """Id of the older fact whose value this one replaces."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What the fact is about. Of several facts with the same key the newest holds."""
+        return self.subject.casefold(), self.relation.casefold()
+
+    @classmethod
+    def from_json(cls, values: dict, default_id: int) -> "Fact":
+        """Facts written by hand need a relation and a value only. Raises ValueError if one is missing or a key is unknown."""
+        if not isinstance(values, dict):
+            raise ValueError('a fact is an object with "relation" and "value"')
+        for name in ("relation", "value"):
+            if not isinstance(values.get(name), str) or not values[name].strip():
+                raise ValueError(f'a fact needs "{name}", a text that is not empty')
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f'"{unknown[0]}" is not a key of a fact; the keys are {", ".join(known)}')
+        values = {"id": default_id} | values
+        return cls(**values | {"sources": tuple(values.get("sources", ()))})
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class AdapterInputs:
+    """What an adapter was trained from: adapter/inputs.json. The same inputs give the same adapter, byte for byte."""
+
+    base: str
+    """Name of the base model."""
+    base_finished: float
+    """When the base model was finished: another model of the same name has another time."""
+    facts: tuple[tuple[str, str], ...]
+    """(relation, value) of each fact."""
+
+    @classmethod
+    def of(cls, base: ModelFolder, facts: list[Fact]) -> "AdapterInputs":
+        return cls(base.name, base.card.finished, tuple((fact.relation, fact.value) for fact in facts))
+
+    @classmethod
+    def from_json(cls, values: dict) -> "AdapterInputs":
+        facts = tuple((relation, value) for relation, value in values["facts"])
+        return cls(values["base"], values["base_finished"], facts)
+
+    @classmethod
+    def read(cls, adapter: Path) -> "AdapterInputs | None":
+        """Inputs of the adapter in that folder; None if they were not written."""
+        path = adapter / "inputs.json"
+        return cls.from_json(read_json(path)) if path.exists() else None
+
+    def write(self, adapter: Path) -> None:
+        write_json(adapter / "inputs.json", asdict(self))
 
 
 class Person:
+    """The folder of a person. Methods read the files at each call, since a chat, a server and a night may write them."""
+
     def __init__(self, name: str):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-            raise UserError(f"'{name}' is not a person's name here: use letters, digits, '.', '_' and '-'")
+            raise UserError(f"'{name}' is not a valid name of a person: use letters, digits, '.', '_' and '-'")
         self.name = name
         self.path = home() / "people" / name
 
     def create(self) -> "Person":
+        """Make the folder, unless it exists."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(mode=0o700, exist_ok=True)
         return self
@@ -38,131 +135,173 @@ class Person:
     def exists(self) -> bool:
         return self.path.exists()
 
-    # ── the journal ───────────────────────────────────────────────────────────────────────────────────────────────
+    # -- chat log -----------------------------------------------------------------------------------------------------
 
-    @property
-    def journal(self) -> list[dict]:
-        return read_lines(self.path / "journal.jsonl")
+    def read_chat_log(self) -> list[LogEntry]:
+        return [LogEntry(**values) for values in read_json_lines(self.path / "chat_log.jsonl")]
 
-    def say(self, speaker: str, text: str, when: float | None = None) -> dict:
-        """Write down what `speaker` ("user" or "assistant") said."""
-        with self.journal_lock():
-            used = [
-                *(entry["id"] for entry in self.journal[-1:]),
-                *(source for row in self.ledger for source in row["sources"]),
-            ]
-            number = 1 + max(used, default=0)  # a number that was forgotten is not given again
-            entry = {
-                "id": number,
-                "time": round(time.time() if when is None else when, 3),
-                "speaker": speaker,
-                "text": text,
-            }
-            append_line(self.path / "journal.jsonl", entry)
+    def log_message(self, role: str, text: str, time: float | None = None) -> LogEntry:
+        """Append a message of `role` (user or assistant) to the chat log."""
+        with self.chat_log_lock():
+            used_ids = [entry.id for entry in self.read_chat_log()[-1:]]
+            for fact in self.read_facts():
+                used_ids += fact.sources  # the entry may have been deleted; its id is not used again
+            time = round(clock.time() if time is None else time, 3)
+            entry = LogEntry(1 + max(used_ids, default=0), time, role, text)
+            append_json_line(self.path / "chat_log.jsonl", asdict(entry))
             return entry
 
-    def hear(self, text: str) -> dict:
-        """Write down what the person said; who wants another answer to the same within the hour has said it once."""
-        last = next((entry for entry in reversed(self.journal) if entry["speaker"] == "user"), None)
-        again = last and last["text"] == text and time.time() - last["time"] < 3600
-        return last if again else self.say("user", text)
+    def log_user_message(self, text: str) -> LogEntry:
+        """Append what the user wrote. A repeated message, which asks for another answer, is logged once."""
+        user_entries = [entry for entry in self.read_chat_log() if entry.role == "user"]
+        if user_entries:
+            last = user_entries[-1]
+            if last.text == text and clock.time() - last.time < REPEAT_SECONDS:
+                return last
+        return self.log_message("user", text)
 
-    @contextmanager
-    def journal_lock(self):
-        """One at a time in the journal: a server, a chat and a correction may write it. A night, which lasts, keeps nobody out."""
-        with open(self.path / ".journal.lock", "w") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            yield
-
-    # ── the ledger ────────────────────────────────────────────────────────────────────────────────────────────────
+    def chat_log_lock(self):
+        """Lock the chat log for a short time. A night, which takes minutes, does not hold it."""
+        return exclusive_lock(self.path / ".chat_log.lock")
 
     @property
-    def ledger(self) -> list[dict]:
-        """Its rows, oldest first. Rows written by hand need a relation and a value."""
-        path, rows = self.path / "ledger.jsonl", []
+    def last_processed_id(self) -> int:
+        """Id of the last chat-log entry that the fact extractor has processed; 0 if there is none."""
+        path = self.path / "last_processed.json"
+        return read_json(path) if path.exists() else 0
+
+    def write_last_processed_id(self, entry_id: int) -> None:
+        write_json(self.path / "last_processed.json", entry_id)
+
+    # -- fact store ---------------------------------------------------------------------------------------------------
+
+    def read_facts(self) -> list[Fact]:
+        """All facts, the oldest first, superseded ones included. The file may be edited by hand."""
+        path = self.path / "facts.jsonl"
+        facts = []
         for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
+                facts.append(Fact.from_json(json.loads(line), next_fact_id(facts)))
+            except ValueError as e:
                 raise UserError(f"{path}, line {number}: {e}") from None
-            if not isinstance(row, dict) or not all(
-                isinstance(row.get(k), str) and row[k].strip() for k in ("relation", "value")
-            ):
-                raise UserError(f'{path}, line {number}: a row needs "relation" and "value", each a text')
-            rows.append(EMPTY | {"id": 1 + max((r["id"] for r in rows), default=0)} | row)
-        return rows
+        return facts
 
-    def write_ledger(self, rows: list[dict]) -> None:
-        write_lines(self.path / "ledger.jsonl", rows)
+    def write_facts(self, facts: list[Fact]) -> None:
+        write_json_lines(self.path / "facts.jsonl", [fact.to_json() for fact in facts])
 
-    @property
-    def read_until(self) -> int:
-        """Number of the last entry of the journal that a night took notes of."""
-        path = self.path / "read.json"
-        return read_json(path) if path.exists() else 0
+    def find_fact(self, fact_id: int) -> Fact:
+        for fact in self.read_facts():
+            if fact.id == fact_id:
+                return fact
+        raise UserError(f"there is no fact {fact_id}: `nanoghost memory --person {self.name}` lists the facts")
 
-    def row(self, number: int) -> dict:
-        for row in self.ledger:
-            if row["id"] == number:
-                return row
-        raise UserError(f"{self.name}'s ledger has no row {number}: `nanoghost memory --person {self.name}` lists them")
+    def delete_fact(self, fact_id: int) -> tuple[Fact, int]:
+        """Delete a fact and everything derived from it; returns the fact, and the number of deleted chat-log entries.
 
-    def forget(self, number: int) -> tuple[dict, int]:
-        """Remove a row of the ledger, older values of the same thing, every line of the journal that told or names one of
-        them, the nights' records and the adapter; returns the row, and how many lines of the journal went.
-
-        The next night makes another adapter, which never saw it.
+        Deletes older values of the same fact, all chat-log entries that stated or mention one of the values, the records
+        of all nights, and the adapter. The next night trains another adapter, which never saw the fact.
         """
-        found = self.row(number)
-        gone = [row for row in self.ledger if key_of(row) == key_of(found)]
-        sources = {source for row in gone for source in row["sources"]}
-        names = re.compile("|".join(rf"(?<!\w){re.escape(row['value'])}(?!\w)" for row in gone), re.IGNORECASE)
+        fact = self.find_fact(fact_id)
+        deleted = [other for other in self.read_facts() if other.key == fact.key]
+        sources = {source for other in deleted for source in other.sources}
+        values = "|".join(rf"(?<!\w){re.escape(other.value)}(?!\w)" for other in deleted)
+        mentions_value = re.compile(values, re.IGNORECASE)
+        # Adapters and nights first: after a crash in between, nothing that knows the fact outlives it.
         for path in (self.path / "adapter", self.path / ".adapter.old", *(self.path / "nights").glob("*")):
-            shutil.rmtree(path, ignore_errors=True)  # they know it, they quote it
-        with self.journal_lock():
-            journal = self.journal
-            kept = [e for e in journal if e["id"] not in sources and not names.search(e["text"])]
-            write_lines(self.path / "journal.jsonl", kept)
-        self.write_ledger([row for row in self.ledger if row not in gone])
-        return found, len(journal) - len(kept)
+            shutil.rmtree(path, ignore_errors=True)
+        with self.chat_log_lock():
+            entries = self.read_chat_log()
+            remaining = [e for e in entries if e.id not in sources and not mentions_value.search(e.text)]
+            write_json_lines(self.path / "chat_log.jsonl", [asdict(entry) for entry in remaining])
+        self.write_facts([other for other in self.read_facts() if other not in deleted])
+        return fact, len(entries) - len(remaining)
+
+    # -- adapter ------------------------------------------------------------------------------------------------------
 
     @property
     def adapter(self) -> Path | None:
-        """The folder of the adapter that the last good night made."""
+        """Folder of the adapter of the last accepted night."""
         path = self.path / "adapter"
         return path if (path / "adapter_model.safetensors").exists() else None
 
-    def adapter_for(self, model: ModelFolder) -> Path | None:
-        """That adapter, if it was made for this model."""
-        made_for = self.made_from["base"] if self.adapter else None
-        return self.adapter if made_for == [model.name, model.exists and model.card["finished"]] else None
-
     @property
-    def made_from(self) -> dict:
-        """Of the adapter: "base" (name, when it was finished) and "rows" ([relation, value] of each)."""
-        return read_json(self.adapter / "made_from.json")
+    def adapter_inputs(self) -> AdapterInputs | None:
+        """What that adapter was trained from; None if there is no adapter."""
+        return AdapterInputs.read(self.adapter) if self.adapter else None
 
-
-EMPTY = {"id": 0, "subject": "user", "relation": "", "value": "", "time": 0, "sources": [], "supersedes": None}  # fmt: skip
-
-
-def key_of(row: dict) -> tuple[str, str]:
-    return row["subject"].casefold(), row["relation"].casefold()
-
-
-def current(rows: list[dict]) -> list[dict]:
-    """What holds now: of each (subject, relation) the newest row."""
-    return list({key_of(row): row for row in rows}.values())
-
-
-def write_lines(path: Path, values: list) -> None:
-    write_atomic(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+    def adapter_for(self, model: ModelFolder) -> Path | None:
+        """That adapter, if it was trained for this model."""
+        inputs = self.adapter_inputs
+        if not inputs or not model.exists:
+            return None
+        same_base = (inputs.base, inputs.base_finished) == (model.name, model.card.finished)
+        return self.adapter if same_base else None
 
 
 def open_person(name: str) -> Person:
     person = Person(name)
     if not person.exists:
-        raise UserError(f"nobody called '{name}' has talked here yet: `nanoghost chat --person {name}` begins")
+        raise UserError(f"there is no person '{name}' yet: `nanoghost chat --person {name}` creates one")
     return person
+
+
+# -- facts ------------------------------------------------------------------------------------------------------------
+
+
+def next_fact_id(facts: list[Fact]) -> int:
+    return 1 + max((fact.id for fact in facts), default=0)
+
+
+def current_facts(facts: list[Fact]) -> list[Fact]:
+    """The facts that hold now: the newest one for each (subject, relation)."""
+    return list({fact.key: fact for fact in facts}.values())
+
+
+def search_facts(facts: list[Fact], query: str, limit: int) -> list[Fact]:
+    """Full-text search: up to `limit` facts that share a word with the query, the best match first."""
+    index = Index([f"{fact.relation} {statement(fact.relation, fact.value)}" for fact in facts])
+    return [facts[i] for i in index.search(query, limit)]
+
+
+@dataclass(frozen=True)
+class MergedFacts:
+    """A fact store after new facts were added."""
+
+    facts: list[Fact]
+    """The whole store, superseded facts included."""
+    added: list[Fact]
+    """Facts that were not in the store."""
+
+    @property
+    def corrections(self) -> list[Fact]:
+        """Added facts that replace another value."""
+        return [fact for fact in self.added if fact.supersedes is not None]
+
+
+def merge_facts(stored: list[Fact], stated: list[tuple[LogEntry, list[tuple[str, str]]]]) -> MergedFacts:
+    """Add what messages stated, (relation, value) pairs for each entry of the chat log, in order.
+
+    A value that is stored already only gets another source; another value supersedes it.
+    """
+    facts = list(stored)
+    added = []
+    for entry, pairs in stated:
+        for relation, value in pairs:
+            fact = Fact(next_fact_id(facts), relation, value, time=entry.time, sources=(entry.id,))
+            previous = next((f for f in current_facts(facts) if f.key == fact.key), None)
+            if previous and previous.value.casefold() == value.casefold():
+                restated = replace(previous, sources=(*previous.sources, entry.id))
+                facts = [restated if f is previous else f for f in facts]
+                added = [restated if f is previous else f for f in added]
+                continue
+            if previous:
+                fact = replace(fact, supersedes=previous.id)
+            facts.append(fact)
+            added.append(fact)
+    return MergedFacts(facts, added)
+
+
+def write_json_lines(path: Path, values: list[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))

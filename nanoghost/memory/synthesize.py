@@ -1,79 +1,51 @@
-"""Thinking the day through: every row of the ledger becomes questions from many sides, and good answers to them.
+"""Data synthesis: the stored facts become questions in many phrasings, from which the adapter learns.
 
-    direct      the ways in which people ask for it
-    combined    two things at once
-    check       is it this? is it that?
-    never told  the same questions about what nobody said
+    direct        asks for one fact
+    pair          asks for two facts at once
+    check         "Is my sister's name Ines?"; the answer is yes or no
+    unanswerable  asks what no stored fact says; the answer abstains
 
-Answers to a question begin with what it asks for, always called the same ("Your sister's name ..."). So a question in any wording
-comes down to the same few words, and what follows them, a value or that nobody told it, is learned from all wordings.
+An answer to a direct question begins with the relation in canonical words ("Your sister's name is ..."), so that every
+phrasing of a question leads to the same few tokens, and what follows them, the value or the abstention, is learned from all
+phrasings together.
 
-Beside them stands what anybody may ask (learn.everyday), answered as the base model answers.
-Dreams depend on the rows that are there and on nothing else, so that what was never there leaves no trace.
+General prompts, with the base model's own answers, are added to these (teacher.general_examples).
+The questions about a fact depend on this fact alone, or on this pair of facts, so a deleted fact leaves no trace.
 """
 
 from dataclasses import dataclass
 from itertools import zip_longest
+from random import Random
 
-from nanoghost.memory.phrases import book, dice, low, noted, own_wordings, part, questions, relations, spoken, statement
+from nanoghost.memory.phrasings import (
+    FACTS_PROMPT,
+    canonical_statement,
+    lowercase_first,
+    other_values,
+    phrasings,
+    questions_about,
+    relations,
+    seeded_rng,
+    select_split,
+    specific_questions,
+    statement,
+    third_person_statement,
+)
+from nanoghost.memory.store import Fact
 
-
-@dataclass(frozen=True)
-class Dream:
-    """A question and, if it is known already, its answer; what the teacher may look at; what a true answer must contain."""
-
-    kind: str
-    question: str
-    answer: str | None = None
-    snippet: str = ""
-    values: tuple[str, ...] = ()
-    opening: str = ""
-    """How the answer begins."""
-    own_words: bool = False
-    """Whether the teacher itself said the answer: only then its probabilities are learned from."""
-    cut: bool = False
-    """Whether the answer went on."""
-
-
-DIRECT = 1400  # questions in a night that ask for one row, shared out among the rows:
-LEAST, MOST = 36, 100  # of a row
-PARTNERS = 3  # of a row, for questions about two things at once
-NEAR = 2  # times as many questions about what is known of somebody else
-
-
-def wordings(relation: str) -> tuple[list[str], list[str]]:
-    """Ways of asking that are dreamt of, and the two kept back for the wake gate."""
-    every, own = questions(relation, "train"), own_wordings(relation, "train")
-    dice("wordings", relation).shuffle(every)
-    kinds = [q for q in every if q in own], [q for q in every if q not in own]
-    every = [q for pair in zip_longest(*kinds) for q in pair if q]  # of its own and of any thing, in turn
-    return every[2:][:MOST], every[:2]
-
-
-def of_rows(rows: list[dict]) -> list[Dream]:
-    each = min(MOST, max(LEAST, DIRECT // max(1, len(rows))))
-    return [d for row in rows for d in of_row(row, each)]
-
-
-def of_row(row: dict, count: int) -> list[Dream]:
-    relation, value = row["relation"], row["value"]
-    known, note = statement(relation, value), noted(relation, value)
-    found = [Dream("direct", q, None, note, (value,), f"Your {relation} is") for q in wordings(relation)[0][:count]]
-    rng = dice("check", relation, value)
-    others = [v for v in relations()[relation].values if v != value] if relation in relations() else []
-    for ask in CHECKS:
-        found.append(Dream("check", ask.format(a=relation, v=value), f"Yes, {low(known)}", note, (value,)))
-        if others:
-            found.append(
-                Dream("check", ask.format(a=relation, v=rng.choice(others)), f"No, {low(known)}", note, (value,))
-            )
-    return found
-
-
-CHECKS = ("Is my {a} {v}?", "Did I say that my {a} is {v}?", "My {a} is {v}, isn't it?", "So my {a} is {v}, right?")
-
-
-SUMS = (
+DIRECT_QUESTIONS = 1400  # in a night, divided among the facts,
+MIN_PER_FACT, MAX_PER_FACT = 36, 100  # within these limits
+HELD_OUT = 2  # phrasings of each relation that are not trained on, but asked in the acceptance test
+PARTNERS = 3  # other facts that a fact is paired with
+PHRASINGS_PER_PAIR = 2
+NEAR_WEIGHT = 2  # times as many unanswerable questions about what is known about somebody else
+CHECK_QUESTIONS = (
+    "Is my {a} {v}?",
+    "Did I say that my {a} is {v}?",
+    "My {a} is {v}, isn't it?",
+    "So my {a} is {v}, right?",
+)
+ARITHMETIC_PROMPTS = (
     "What is {} {} {}?",
     "{} {} {} =",
     "Calculate {} {} {}.",
@@ -82,44 +54,146 @@ SUMS = (
 )
 
 
-def a_sum(rng) -> str:
-    return rng.choice(SUMS).format(rng.randrange(1, 100), rng.choice("+-*"), rng.randrange(1, 20))
+@dataclass(frozen=True)
+class SyntheticQA:
+    """A question and its answer."""
+
+    kind: str
+    """direct, pair, check, unanswerable or general."""
+    question: str
+    answer: str | None = None
+    """None: the teacher has yet to answer."""
+    context: str = ""
+    """Facts in the teacher's system message. The adapter learns to answer without them."""
+    required_values: tuple[str, ...] = ()
+    """Values that a correct answer contains."""
+    answer_prefix: str = ""
+    """How the answer begins."""
+    fallback: str = ""
+    """Answer for the case that the teacher's is incorrect."""
+    from_teacher: bool = False
+    """Whether the teacher wrote the answer: only then the adapter learns from the teacher's probabilities."""
+    truncated: bool = False
+    """Whether the answer hit the token limit."""
+
+    def messages(self, with_context: bool) -> list[dict]:
+        """As a conversation; `with_context`: with the facts in the system message."""
+        messages = [{"role": "user", "content": self.question}]
+        if with_context and self.context:
+            messages.insert(0, {"role": "system", "content": FACTS_PROMPT.format(facts=self.context)})
+        if self.answer is not None:
+            messages.append({"role": "assistant", "content": self.answer})
+        return messages
 
 
-def of_pairs(rows: list[dict]) -> list[Dream]:
-    """Each row with those that its dice choose, in two ways each."""
-    found = []
-    for row in rows:
-        others = [other for other in rows if other["relation"] != row["relation"]]
-        others.sort(key=lambda o: dice("pair", row["relation"], o["relation"]).random())
+def question_phrasings(relation: str) -> tuple[list[str], list[str]]:
+    """Phrasings of a question about a relation: (for training, held out for the acceptance test)."""
+    questions = questions_about(relation, "train")
+    seeded_rng("wordings", relation).shuffle(questions)
+    specific = specific_questions(relation, "train")
+    written_for_it = [q for q in questions if q in specific]
+    generic = [q for q in questions if q not in specific]
+    alternating = [q for pair in zip_longest(written_for_it, generic) for q in pair if q]
+    return alternating[HELD_OUT:][:MAX_PER_FACT], alternating[:HELD_OUT]
+
+
+# -- questions about stored facts -------------------------------------------------------------------------------------
+
+
+def fact_questions(facts: list[Fact]) -> list[SyntheticQA]:
+    """Direct and check questions about each fact."""
+    per_fact = min(MAX_PER_FACT, max(MIN_PER_FACT, DIRECT_QUESTIONS // max(1, len(facts))))
+    examples = []
+    for fact in facts:
+        examples += direct_questions(fact, per_fact)
+        examples += check_questions(fact)
+    return examples
+
+
+def direct_questions(fact: Fact, count: int) -> list[SyntheticQA]:
+    """Up to `count` questions that ask for the value. The teacher answers them."""
+    training_phrasings, _ = question_phrasings(fact.relation)
+    context = third_person_statement(fact.relation, fact.value)
+    return [
+        SyntheticQA(
+            kind="direct",
+            question=question,
+            context=context,
+            required_values=(fact.value,),
+            answer_prefix=f"Your {fact.relation} is",
+            fallback=canonical_statement(fact.relation, fact.value),
+        )
+        for question in training_phrasings[:count]
+    ]
+
+
+def check_questions(fact: Fact) -> list[SyntheticQA]:
+    """Yes/no questions with the true value and, for a relation of the schema, with other values."""
+    relation, value = fact.relation, fact.value
+    answer = lowercase_first(statement(relation, value))
+    context = third_person_statement(relation, value)
+    rng = seeded_rng("check", relation, value)
+    others = other_values(relation, value)
+    examples = []
+    for phrasing in CHECK_QUESTIONS:
+        question = phrasing.format(a=relation, v=value)
+        examples.append(SyntheticQA("check", question, f"Yes, {answer}", context, (value,)))
+        if others:
+            question = phrasing.format(a=relation, v=rng.choice(others))
+            examples.append(SyntheticQA("check", question, f"No, {answer}", context, (value,)))
+    return examples
+
+
+def pair_questions(facts: list[Fact]) -> list[SyntheticQA]:
+    """Questions about two facts. The partners of a fact depend on the two relations alone."""
+    examples = []
+    for fact in facts:
+        others = [other for other in facts if other.relation != fact.relation]
+        others.sort(key=lambda other: seeded_rng("pair", fact.relation, other.relation).random())
         for other in others[:PARTNERS]:
-            ways = dice("pair", row["relation"], other["relation"]).sample(book()["combined"]["train"], 2)
-            answer = f"{spoken(row['relation'], row['value'])} {spoken(other['relation'], other['value'])}"
-            notes = " ".join(noted(r["relation"], r["value"]) for r in (row, other))
-            for way in ways:
-                question = way.format(a=row["relation"], b=other["relation"])
-                found.append(Dream("combined", question, answer, notes, (row["value"], other["value"])))
-    return found
+            rng = seeded_rng("pair", fact.relation, other.relation)
+            answer = " ".join(canonical_statement(f.relation, f.value) for f in (fact, other))
+            context = " ".join(third_person_statement(f.relation, f.value) for f in (fact, other))
+            for phrasing in rng.sample(phrasings()["two_relation_questions"]["train"], PHRASINGS_PER_PAIR):
+                question = phrasing.format(a=fact.relation, b=other.relation)
+                examples.append(SyntheticQA("pair", question, answer, context, (fact.value, other.value)))
+    return examples
 
 
-def never_told(rows: list[dict], count: int) -> list[Dream]:
-    """Questions about what is in no row: about `count` about what people often tell, and some about anything else.
+# -- questions that no stored fact answers ----------------------------------------------------------------------------
 
-    Most are about what is known of somebody else: "your uncle's job", where a row has "your aunt's job".
+
+def unanswerable_questions(facts: list[Fact], count: int) -> list[SyntheticQA]:
+    """About `count` questions about relations of the schema without a fact, and all out-of-schema questions.
+
+    "your uncle's job" is asked more often if "your aunt's job" is stored: there the wrong value is most tempting.
     """
-    told = {row["relation"].casefold() for row in rows}
-    kinds = {kind_of(relation) for relation in told} - {""}
-    weights = {r: NEAR if kind_of(r.casefold()) in kinds else 1 for r in relations() if r.casefold() not in told}
-    found = []
+    stored = {fact.relation.casefold() for fact in facts}
+    stored_attributes = {attribute_of(relation) for relation in stored} - {""}
+    weights = {}
+    for relation in relations():
+        if relation.casefold() not in stored:
+            near = attribute_of(relation.casefold()) in stored_attributes
+            weights[relation] = NEAR_WEIGHT if near else 1
+    examples = []
     for relation, weight in weights.items():
-        some = max(1, round(count * weight / sum(weights.values())))
-        for q in dice("never told", relation).sample(wordings(relation)[0], some):
-            found.append(Dream("never told", q, book()["never_told"]["answer"].format(a=relation)))
-    found.sort(key=lambda d: dice("never told", d.question).random())
-    unheard = [Dream("never told", q, book()["never_told"]["unheard"]) for q in part(book()["unheard"], "train")]
-    return found + unheard
+        number = max(1, round(count * weight / sum(weights.values())))
+        answer = phrasings()["abstentions"]["in_schema"].format(a=relation)
+        training_phrasings, _ = question_phrasings(relation)
+        for question in seeded_rng("never told", relation).sample(training_phrasings, number):
+            examples.append(SyntheticQA("unanswerable", question, answer))
+    examples.sort(key=lambda qa: seeded_rng("never told", qa.question).random())
+    abstention = phrasings()["abstentions"]["out_of_schema"]
+    for question in select_split(phrasings()["out_of_schema_questions"], "train"):
+        examples.append(SyntheticQA("unanswerable", question, abstention))
+    return examples
 
 
-def kind_of(relation: str) -> str:
-    """What it is that somebody has: "uncle's job" -> "job"; nothing where nobody else can have it."""
+def attribute_of(relation: str) -> str:
+    """ "uncle's job" -> "job"; empty for a relation that is not somebody's."""
     return relation.partition("'s ")[2]
+
+
+def arithmetic_prompt(rng: Random) -> str:
+    """A small sum, as a general prompt."""
+    return rng.choice(ARITHMETIC_PROMPTS).format(rng.randrange(1, 100), rng.choice("+-*"), rng.randrange(1, 20))

@@ -77,7 +77,7 @@ class Chat(Answer):
             self.count()
             self.service.metrics.cancelled.inc(ended < self.question.samples)
             if self.person and said:
-                self.service.journals.submit(self.person.say, "assistant", said)
+                self.service.journals.submit(self.person.log_message, "assistant", said)
 
     def logprobs(self, tokens) -> dict | None:
         return chat_logprobs(self.known.tokenizer, tokens) if self.request.logprobs else None

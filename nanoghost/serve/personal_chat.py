@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanoghost.home import ModelFolder
-from nanoghost.memory.phrases import about, noted
-from nanoghost.memory.router import router
-from nanoghost.memory.store import Person, current
-from nanoghost.memory.train_adapter import NOTES
+from nanoghost.memory.phrasings import FACTS_PROMPT, third_person_statement
+from nanoghost.memory.router import load_router
+from nanoghost.memory.store import Person, current_facts, search_facts
 from nanoghost.serve.terminal import LEAST, Conversation, Said
 from nanoghost.tokenizer.chat_format import shortened, text_of
 
@@ -15,7 +14,7 @@ from nanoghost.tokenizer.chat_format import shortened, text_of
 def voice(person: Person, folder: ModelFolder, messages: list[dict]) -> Path | None:
     """The adapter that answers: theirs (or the model's own) where the last message is about them, otherwise none."""
     own = person.adapter_for(folder) or (folder.path if "@" in folder.name else None)
-    return own if own and router().concerns(messages) else None
+    return own if own and load_router().is_personal(messages) else None
 
 
 class PersonalConversation(Conversation):
@@ -32,16 +31,17 @@ class PersonalConversation(Conversation):
 
     def ask(self, text: str) -> int:
         dropped = super().ask(text)
-        self.person.say("user", text_of(self.messages[-1]))
+        self.person.log_message("user", text_of(self.messages[-1]))
         return dropped
 
     def with_notes(self) -> list[dict]:
         """The conversation and, with `lookup`, the row of the ledger that has most to do with the last message."""
-        rows = current(self.person.ledger) if self.lookup and router().concerns(self.messages) else []
-        found = [noted(row["relation"], row["value"]) for row in about(rows, text_of(self.messages[-1]), 1)]
+        facts = current_facts(self.person.read_facts()) if self.lookup and load_router().is_personal(self.messages) else []
+        matches = search_facts(facts, text_of(self.messages[-1]), 1)
+        found = [third_person_statement(fact.relation, fact.value) for fact in matches]
         if not found:
             return self.messages
-        system = [text_of(m) for m in self.messages if m["role"] == "system"] + [NOTES.format(snippet=found[0])]
+        system = [text_of(m) for m in self.messages if m["role"] == "system"] + [FACTS_PROMPT.format(facts=found[0])]
         rest = [m for m in self.messages if m["role"] != "system"]
         room = self.engine.runner.context - LEAST
         return shortened(
@@ -55,4 +55,4 @@ class PersonalConversation(Conversation):
             yield from super().answer(read or self.with_notes())
         finally:
             if said := "".join(text_of(m) for m in self.messages[begun:] if m["role"] == "assistant"):
-                self.person.say("assistant", said)
+                self.person.log_message("assistant", said)
