@@ -115,7 +115,7 @@ def folder(request, toy_llama):
     (home_folder.path / "config.json").write_text(json.dumps(settings | model.settings()))
     tensors = {n: t.detach().clone().contiguous() for n, t in model.exported_tensors().items()}
     safetensors.torch.save_file(tensors, home_folder.path / "model.safetensors", {"format": "pt"})
-    home_folder.write_card(home_folder.card | {"arch": config.model_type})
+    home_folder.write_card(replace(home_folder.card, arch=config.model_type))
     return home_folder
 
 
@@ -335,10 +335,9 @@ def test_without_the_hubs_library_there_is_a_clear_line(nanoghost, monkeypatch):
     assert code == 2 and "nanoghost[hub]" in err
 
 
-def test_rows_turned_and_turned_back_are_the_same():
-    from nanoghost.formats.gguf_llama import turned, turned_back
+def test_unpermute_inverts_permute():
+    from nanoghost.formats.gguf_llama import permute, unpermute
 
     x = np.random.default_rng(0).standard_normal((12, 5))
-    assert np.array_equal(turned_back(turned(x, 2), 2), x)
-    assert not np.array_equal(turned(x, 2), x)
-    assert kind_of(LLAMA3) == "llama3" and GGUF.__doc__
+    assert np.array_equal(unpermute(permute(x, 2), 2), x)
+    assert not np.array_equal(permute(x, 2), x)

@@ -13,7 +13,7 @@ import torch
 
 from nanoghost.commands import adopt
 from nanoghost.errors import UserError
-from nanoghost.formats.gguf_reader import GGUF
+from nanoghost.formats.gguf_reader import GGUFFile
 from nanoghost.formats.model_folder import load_model, save_model
 from nanoghost.home import home
 from nanoghost.model.llama import Llama, LlamaConfig
@@ -80,9 +80,9 @@ def write_gguf(path, fields: dict, tensors: dict) -> None:
 
 
 def test_a_gguf_of_any_wrong_settings(their_gguf, tmp_path):
-    g, rng = GGUF(their_gguf), random.Random(0)
+    g, rng = GGUFFile(their_gguf), random.Random(0)
     fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in g.fields.items()}
-    tensors = {name: g.tensor(name) for name in g.tensors}
+    tensors = {name: g.read_tensor(name) for name in g.tensors}
     optional = {"llama.attention.head_count_kv", "llama.rope.scaling.type", "llama.rope.scaling.factor"}
     values = [v for v in STRANGE if v is None or not isinstance(v, dict) and v not in ([], [[]])]
     path, refused, cases = tmp_path / "damaged.gguf", 0, 0
@@ -98,9 +98,9 @@ def test_a_gguf_of_any_wrong_settings(their_gguf, tmp_path):
 
 
 def test_a_gguf_of_wrong_tensors(their_gguf, tmp_path):
-    g = GGUF(their_gguf)
+    g = GGUFFile(their_gguf)
     fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in g.fields.items()}
-    tensors = {name: g.tensor(name) for name in g.tensors}
+    tensors = {name: g.read_tensor(name) for name in g.tensors}
     path = tmp_path / "damaged.gguf"
     for name, x in tensors.items():
         others = {name: x.T[:, ::2].copy() if x.ndim == 2 else x[::2]}
@@ -109,7 +109,7 @@ def test_a_gguf_of_wrong_tensors(their_gguf, tmp_path):
             # a file without a head is one whose head is the embedding
             assert outcome(path) or (name == "output.weight" and name not in damaged)
     write_gguf(path, fields, tensors | {"rope_freqs.weight": np.zeros(4, np.float32)})
-    assert "stretches" in outcome(path)
+    assert "RoPE scaling" in outcome(path)
 
 
 def places(value, path=()):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from nanoghost.errors import UserError
-from nanoghost.formats.gguf_reader import GGUF, READABLE
+from nanoghost.formats.gguf_reader import GGUFFile, READABLE_TYPES
 
-WRITABLE = [k for k in READABLE if not k.endswith("_K")]
+WRITABLE = [k for k in READABLE_TYPES if not k.endswith("_K")]
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def small(tmp_path):
 
 def test_what_is_written_is_read(small):
     path, written = small
-    g = GGUF(path)
+    g = GGUFFile(path)
     assert g.fields["general.architecture"] == "llama" and g.fields["llama.block_count"] == 2
     assert (g.fields["llama.eps"], g.fields["yes"], g.fields["name"]) == (0.5, True, "naïve")
     assert (g.fields["words"], g.fields["numbers"].tolist()) == (["a", "", "ö"], [1, -2, 3])
     assert list(g.tensors) == WRITABLE
     for kind, (x, rounded) in written.items():
-        assert np.array_equal(g.tensor(kind), rounded.reshape(3, 64))
-        assert np.abs(g.tensor(kind) - x).max() < 0.4, kind
+        assert np.array_equal(g.read_tensor(kind), rounded.reshape(3, 64))
+        assert np.abs(g.read_tensor(kind) - x).max() < 0.4, kind
     theirs = {t.name: t for t in gguf.GGUFReader(path).tensors}
     assert {n: (t.start, t.size) for n, t in g.tensors.items()} == {
         n: (int(t.data_offset), int(t.n_bytes)) for n, t in theirs.items()
@@ -58,11 +58,11 @@ def test_what_is_written_is_read(small):
 def test_a_file_cut_anywhere_is_refused(small):
     path, _ = small
     whole = path.read_bytes()
-    end = max(t.start + t.size for t in GGUF(path).tensors.values())  # behind it is only padding
+    end = max(t.start + t.size for t in GGUFFile(path).tensors.values())  # behind it is only padding
     for length in [*range(0, 1200, 7), *range(1200, end, 61), end - 1]:
         path.write_bytes(whole[:length])
         with pytest.raises(UserError):
-            GGUF(path)
+            GGUFFile(path)
 
 
 def test_absurd_counts_are_refused_before_memory_is_taken(small):
@@ -72,7 +72,7 @@ def test_absurd_counts_are_refused_before_memory_is_taken(small):
         for count in (2**63, 2**40, 2**32):
             path.write_bytes(whole[:place] + struct.pack("<Q", count) + whole[place + 8 :])
             with pytest.raises(UserError):
-                GGUF(path)
+                GGUFFile(path)
 
 
 def test_no_damage_does_more_than_raise(small):
@@ -86,10 +86,10 @@ def test_no_damage_does_more_than_raise(small):
             damaged[rng.randrange(1100)] = rng.choice((0, 1, 255, rng.randrange(256)))
         path.write_bytes(damaged)
         try:
-            g = GGUF(path)
+            g = GGUFFile(path)
             with np.errstate(all="ignore"):
                 for name in g.tensors:
-                    g.tensor(name)
+                    g.read_tensor(name)
         except UserError:
             refused += 1
     assert 100 < refused < 600
@@ -158,4 +158,4 @@ def test_k_quants_are_read_as_they_are_defined(tmp_path, kind, slow, halves):
     w.write_tensors_to_file()
     w.close()
     expected = np.stack([slow(block.tobytes()) for block in raw.reshape(-1, size)]).reshape(3, 512)
-    assert np.allclose(GGUF(path).tensor("x"), expected, rtol=1e-6, atol=1e-6)
+    assert np.allclose(GGUFFile(path).read_tensor("x"), expected, rtol=1e-6, atol=1e-6)

@@ -14,9 +14,10 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanoghost import home
-from nanoghost.formats.gguf_llama import PRE_TOKENIZERS, bos_post_processor
+from nanoghost.formats.gguf_tokenizer import PRE_TOKENIZERS, bos_post_processor
 from nanoghost.formats.gguf_reader import GGUFFile, READABLE_TYPES
 from nanoghost.formats.model_folder import load_model, save_model
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.tokenizer.chat_format import render, render_text
@@ -53,7 +54,7 @@ def made(name: str, config: LlamaConfig, tokenizer: Tokenizer) -> ModelFolder:
     folder = ModelFolder(name)
     save_model(folder.path, with_noise(Llama(config)), tokenizer)
     data = [{"name": "noise", "license": "none", "attribution": "nobody"}]
-    folder.write_card({"stage": "pretrain", "parent": None, "data": data, "arch": config.model_type, "finished": 1})
+    folder.write_card(ModelCard(name=folder.name, stage="pretrain", data=data, arch=config.model_type, finished=1))
     return folder
 
 

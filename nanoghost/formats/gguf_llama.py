@@ -1,31 +1,33 @@
-"""A Llama-family model in a GGUF file, said in Hugging Face's words: settings, tensors, tokenizer, chat template.
+"""Models of the Llama family in GGUF files: config and tensors, translated to the form of Hugging Face transformers.
 
-llama.cpp turns the rows of queries and keys (of some kinds) so that pairs of channels stand side by side; here they are
-turned back. What has no place in a model folder is refused by name.
+llama.cpp stores the query and key projections of some architectures with permuted rows: in each head, the two channels
+that rotate together are neighbors, where Hugging Face has the first channels of all pairs, then the second ones.
+`permute` and `unpermute` convert. What a Hugging Face config cannot express raises UserError.
 """
 
-import json
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
-import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from nanoghost.errors import UserError
-from nanoghost.formats.gguf_reader import GGUF
-from nanoghost.formats.validation import FLAG, INTEGERS, TEXT, check, check_settings, every, maybe, one_of, whole
+from nanoghost.formats.gguf_reader import GGUFFile
+from nanoghost.formats.validation import check_fields, check_llama_config, integer, one_of, optional
 
-FAMILY = ("llama", "qwen2", "qwen3", "smollm3")
-TURNED = ("llama", "smollm3")
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
+PERMUTED_ARCHITECTURES = ("llama", "smollm3")
+LLAMA3_CONTEXT = 8192
+"""Context that Llama 3 was trained with before its RoPE frequencies were scaled; a GGUF file does not store it."""
+ROPE_DIVISORS = "rope_freqs.weight"
+"""Tensor with one divisor for each RoPE frequency: how GGUF stores Llama 3's RoPE scaling."""
 
-NAMES = {
+TENSOR_NAMES = {  # GGUF -> Hugging Face
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-LAYER_NAMES = {
+LAYER_TENSOR_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -39,7 +41,7 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
-FIELDS = {  # config.json's word: the header's, behind the kind of model
+CONFIG_KEYS = {  # key of config.json -> key of the GGUF header, after the prefix "ARCHITECTURE."
     "max_position_embeddings": "context_length",
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
@@ -49,238 +51,167 @@ FIELDS = {  # config.json's word: the header's, behind the kind of model
     "intermediate_size": "feed_forward_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
-HEADER = {  # what config.json has other words for, or none
-    "block_count": whole(1, 1024),
-    "attention.value_length": maybe(whole(1, 1024)),
-    "attention.sliding_window": maybe(whole(0, 2**24)),
-    "rope.dimension_count": maybe(whole(1, 1024)),
-    "rope.scaling.type": maybe(one_of("none", "linear", "yarn")),
+HEADER_CHECKS = {  # header fields that are used here and are not copied to config.json, where they would be checked
+    "block_count": integer(1, 1024),
+    "attention.value_length": optional(integer(1, 1024)),
+    "attention.sliding_window": optional(integer(0, 2**24)),
+    "rope.dimension_count": optional(integer(1, 1024)),
+    "rope.scaling.type": optional(one_of("none", "linear", "yarn")),
 }
-MARKS = ("bos", "eos", "eot")
-SCALING = ("type", "factor", "original_context_length", "finetuned")
-TOKENIZER = {
-    "tokenizer.ggml.tokens": every(TEXT),
-    "tokenizer.ggml.token_type": INTEGERS,
-    "tokenizer.ggml.merges": every(TEXT),
-    "tokenizer.ggml.add_bos_token": maybe(FLAG),
-    "tokenizer.chat_template": TEXT,
-}
+ROPE_SCALING_KEYS = ("type", "factor", "original_context_length", "finetuned")
 
 
-def their_name(name: str) -> str | None:
-    """Hugging Face's name of a tensor, None if there is none."""
-    if name in NAMES:
-        return NAMES[name]
+def huggingface_name(name: str) -> str | None:
+    """Hugging Face's name of a tensor in a GGUF file; None if the family has no such tensor."""
+    if name in TENSOR_NAMES:
+        return TENSOR_NAMES[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in LAYER_NAMES:
+    if not match or match[2] not in LAYER_TENSOR_NAMES:
         return None
-    return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{match[3]}"
+    layer, module, kind = match.groups()
+    return f"model.layers.{layer}.{LAYER_TENSOR_NAMES[module]}.{kind}"
 
 
 def gguf_name(name: str) -> str:
-    """llama.cpp's name of Hugging Face's tensor."""
-    names = {theirs: ours for ours, theirs in NAMES.items()}
+    """GGUF's name of a tensor that has this name in Hugging Face's form."""
+    names = {huggingface: gguf for gguf, huggingface in TENSOR_NAMES.items()}
     if name in names:
         return names[name]
-    _, _, layer, *inside, end = name.split(".")
-    layer_names = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
-    return f"blk.{layer}.{layer_names['.'.join(inside)]}.{end}"
+    modules = {huggingface: gguf for gguf, huggingface in LAYER_TENSOR_NAMES.items()}
+    _, _, layer, *module, kind = name.split(".")
+    return f"blk.{layer}.{modules['.'.join(module)]}.{kind}"
 
 
-def settings_of(g: GGUF) -> dict:
-    """config.json."""
-    check(g.fields, {"general.architecture": one_of(*FAMILY)}, g.path)
-    kind = g.fields["general.architecture"]
-    check(g.fields, {f"{kind}.{name}": rule for name, rule in HEADER.items()}, g.path)
+# ── config ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def field(name: str, default=None):
-        return g.fields.get(f"{kind}.{name}", default)
 
-    strange = [name for name in g.tensors if their_name(name) is None and name != "rope_freqs.weight"]
-    prefix = f"{kind}.rope.scaling."
-    strange += [name for name in g.fields if name.startswith(prefix) and name.removeprefix(prefix) not in SCALING]
-    if strange:
-        raise UserError(f"{g.path} has what nanoghost does not know in a {kind} model: {strange[0]}")
-    settings = {
-        "model_type": kind,
-        "vocab_size": g.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in g.tensors else None,
-        **{theirs: field(name) for theirs, name in FIELDS.items()},
+def read_config(gguf: GGUFFile) -> dict:
+    """config.json of the model in a GGUF file."""
+    check_fields(gguf.fields, {"general.architecture": one_of(*ARCHITECTURES)}, gguf.path)
+    architecture = gguf.fields["general.architecture"]
+    header_checks = {f"{architecture}.{key}": check for key, check in HEADER_CHECKS.items()}
+    check_fields(gguf.fields, header_checks, gguf.path)
+    _refuse_unknown(gguf, architecture)
+
+    def field(key: str, default=None):
+        return gguf.fields.get(f"{architecture}.{key}", default)
+
+    embedding = gguf.tensors.get("token_embd.weight")
+    config = {
+        "model_type": architecture,
+        "vocab_size": embedding.shape[0] if embedding else None,
+        **{key: field(header_key) for key, header_key in CONFIG_KEYS.items()},
         "rope_theta": field("rope.freq_base", 10000.0),
         "rope_scaling": None,
-        "tie_word_embeddings": "output.weight" not in g.tensors,
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "hidden_act": "silu",
-        "attention_bias": "blk.0.attn_output.bias" in g.tensors,
+        "attention_bias": "blk.0.attn_output.bias" in gguf.tensors,
         "mlp_bias": False,
     }
-    if (how := field("rope.scaling.type", "none")) != "none":
-        original = {"original_max_position_embeddings": field("rope.scaling.original_context_length")}
-        settings["rope_scaling"] = {"rope_type": how, "factor": field("rope.scaling.factor")} | (
-            original if how == "yarn" else {}
+    rope_type = field("rope.scaling.type", "none")
+    if rope_type != "none":
+        config["rope_scaling"] = {"rope_type": rope_type, "factor": field("rope.scaling.factor")}
+    if rope_type == "yarn":
+        original_context = field("rope.scaling.original_context_length")
+        config["rope_scaling"]["original_max_position_embeddings"] = original_context
+    if architecture == "smollm3":  # hard-coded in llama.cpp: every fourth layer is without rotary embedding
+        config["no_rope_layers"] = [int((layer + 1) % 4 != 0) for layer in range(field("block_count"))]
+    check_llama_config(config, gguf.path)
+
+    config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
+    head_width = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
+    config["head_dim"] = head_width
+    config["rms_norm_eps"] = shortest_float32(config["rms_norm_eps"])
+    if field("rope.dimension_count", head_width) != head_width:
+        raise UserError(
+            f"{gguf.path} applies rotary embeddings to a part of each head, which nanoghost does not support"
         )
-    if kind == "smollm3":  # llama.cpp has it so, whatever the file says
-        settings["no_rope_layers"] = [int((layer + 1) % 4 != 0) for layer in range(field("block_count"))]
-    check_settings(settings, g.path)
-    heads = settings["num_attention_heads"]
-    head_width = settings["head_dim"] or settings["hidden_size"] // heads
-    if {field("rope.dimension_count", head_width), field("attention.value_length", head_width)} != {head_width}:
-        raise UserError(f"{g.path} turns only a part of each head, which nanoghost cannot represent")
+    if field("attention.value_length", head_width) != head_width:
+        raise UserError(f"{gguf.path} has values of another width than keys, which nanoghost does not support")
     if field("attention.sliding_window"):
-        raise UserError(f"{g.path} has sliding windows and does not say in which layers; adopt its safetensors instead")
-    if "rope_freqs.weight" in g.tensors:
-        settings["rope_scaling"] = stretched_by(g, settings["rope_theta"], head_width)
-    return settings | {
-        "num_key_value_heads": settings["num_key_value_heads"] or heads,
-        "head_dim": head_width,
-        "rms_norm_eps": rounded(settings["rms_norm_eps"]),
-    }
+        raise UserError(
+            f"{gguf.path} has sliding windows, but does not store for which layers:"
+            " adopt the model's Hugging Face folder instead"
+        )
+    if ROPE_DIVISORS in gguf.tensors:
+        config["rope_scaling"] = _llama3_rope_scaling(gguf, config["rope_theta"], head_width)
+    return config
 
 
-def rounded(x: float) -> float:
-    """The shortest number that is this one in fp32: 1e-05, not 9.999999747378752e-06."""
+def _refuse_unknown(gguf: GGUFFile, architecture: str) -> None:
+    """Raise UserError for tensors and RoPE scaling fields that would be lost."""
+    unknown = [name for name in gguf.tensors if huggingface_name(name) is None and name != ROPE_DIVISORS]
+    prefix = f"{architecture}.rope.scaling."
+    rope_fields = [key for key in gguf.fields if key.startswith(prefix)]
+    unknown += [key for key in rope_fields if key.removeprefix(prefix) not in ROPE_SCALING_KEYS]
+    if unknown:
+        raise UserError(f"{gguf.path}: '{unknown[0]}' is not supported in a {architecture} model")
+
+
+def shortest_float32(x: float) -> float:
+    """The shortest decimal number that is the same in fp32: 1e-05 instead of 9.999999747378752e-06."""
     return float(str(np.float32(x)))
 
 
-def stretched_by(g: GGUF, base: float, head_width: int) -> dict:
-    """Llama 3's way is stored as one divisor for each frequency: find which it was."""
-    if g.tensors["rope_freqs.weight"].shape != (head_width // 2,):
-        raise UserError(f"{g.path}: rope_freqs.weight has not one number for each pair of channels")
-    divisors = g.tensor("rope_freqs.weight").astype(np.float64)
-    frequency = base ** -(np.arange(head_width // 2) / (head_width // 2))
+def _llama3_rope_scaling(gguf: GGUFFile, base: float, head_width: int) -> dict:
+    """Llama 3's RoPE scaling, recovered from the divisors of the frequencies."""
+    frequency_count = head_width // 2
+    if gguf.tensors[ROPE_DIVISORS].shape != (frequency_count,):
+        raise UserError(f"{gguf.path}: {ROPE_DIVISORS} does not have {frequency_count} values, one for each frequency")
+    divisors = gguf.read_tensor(ROPE_DIVISORS).astype(np.float64)
+    frequency = base ** -(np.arange(frequency_count) / frequency_count)
     factor = float(divisors.max())
-    turns = 8192 * frequency / (2 * math.pi)
-    keep = np.clip((turns - 1.0) / 3.0, 0, 1)
-    if not (divisors >= 1).all() or not np.allclose(1 / divisors, keep + (1 - keep) / factor, rtol=1e-3):
-        raise UserError(f"{g.path} stretches positions in a way that nanoghost does not know")
+    rotations = LLAMA3_CONTEXT * frequency / (2 * math.pi)  # of each frequency over the original context
+    unscaled = np.clip((rotations - 1.0) / 3.0, 0, 1)
+    if not (divisors >= 1).all() or not np.allclose(1 / divisors, unscaled + (1 - unscaled) / factor, rtol=1e-3):
+        raise UserError(f"{gguf.path} has a RoPE scaling that nanoghost does not support ({ROPE_DIVISORS})")
     return {
         "rope_type": "llama3",
         "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
+        "original_max_position_embeddings": LLAMA3_CONTEXT,
     }
 
 
-def tensors_of(g: GGUF, settings: dict):
-    """(Hugging Face's name, numbers in fp32) of each tensor, one at a time."""
-    for name in g.tensors:
-        if name == "rope_freqs.weight":
+# ── tensors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tensor_shapes(gguf: GGUFFile) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight, by Hugging Face's names."""
+    return {huggingface_name(name): info.shape for name, info in gguf.tensors.items() if name != ROPE_DIVISORS}
+
+
+def read_weights(gguf: GGUFFile, config: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """(Hugging Face's name, values in fp32) of each weight, one at a time."""
+    for name in gguf.tensors:
+        if name == ROPE_DIVISORS:
             continue
-        x = g.tensor(name)
-        if settings["model_type"] in TURNED and (match := re.search(r"attn_([qk])\.", name)):
-            heads = settings["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
-            x = turned_back(x, heads)
-        yield their_name(name), x
+        weight, target_name = gguf.read_tensor(name), huggingface_name(name)
+        heads = permuted_heads(
+            target_name, config["model_type"], config["num_attention_heads"], config["num_key_value_heads"]
+        )
+        if heads:
+            weight = unpermute(weight, heads)
+        yield target_name, weight
 
 
-def turned_back(x: np.ndarray, heads: int) -> np.ndarray:
-    """From llama.cpp's order of a head's rows (pairs side by side) to Hugging Face's (halves)."""
-    return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+def permuted_heads(name: str, architecture: str, query_heads: int, key_value_heads: int) -> int | None:
+    """Number of heads in a tensor (by Hugging Face's name) whose rows llama.cpp permutes; None for other tensors."""
+    if architecture not in PERMUTED_ARCHITECTURES:
+        return None
+    if ".q_proj." in name:
+        return query_heads
+    if ".k_proj." in name:
+        return key_value_heads
+    return None
 
 
-def turned(x: np.ndarray, heads: int) -> np.ndarray:
-    """From Hugging Face's order to llama.cpp's."""
+def permute(x: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of each head from Hugging Face's rotary layout to that of llama.cpp: halves to pairs."""
     return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-# ── the tokenizer ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def _split(pattern: str):
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def _digits():
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-PRE_TOKENIZERS = {
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": _digits,
-    "llama-bpe": lambda: _split(CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + REST),
-    "qwen2": lambda: _split(CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + REST),
-}
-
-
-def tokenizer_of(g: GGUF) -> tokenizers.Tokenizer:
-    """tokenizer.json."""
-    check(g.fields, dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre"), maybe(TEXT)), g.path)
-    kind, pre = g.fields.get("tokenizer.ggml.model"), g.fields.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise UserError(
-            f"{g.path} has a tokenizer of kind {kind}/{pre}; nanoghost rebuilds gpt2 with {', '.join(PRE_TOKENIZERS)}:"
-            f" adopt the model's Hugging Face folder instead"
-        )
-    check(g.fields, TOKENIZER, g.path)
-    tokens, kinds = g.fields["tokenizer.ggml.tokens"], g.fields["tokenizer.ggml.token_type"]
-    check(g.fields, {f"tokenizer.ggml.{mark}_token_id": maybe(whole(0, len(tokens) - 1)) for mark in MARKS}, g.path)
-    merges = [tuple(merge.split(" ", 1)) for merge in g.fields["tokenizer.ggml.merges"]]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens) or len(kinds) != len(tokens):
-        raise UserError(f"{g.path} has a vocabulary that names a token twice, or kinds for other tokens")
-    if strange := [m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocabulary.keys()]:
-        raise UserError(f"{g.path} merges what its vocabulary does not have (first: {strange[0]})")
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-    if g.fields["general.architecture"].startswith("qwen"):  # Qwen's own; llama.cpp leaves it out
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True) for t, k in zip(tokens, kinds) if k == CONTROL])
-    backend.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, kinds) if k == USER_DEFINED])
-    bos = g.fields.get("tokenizer.ggml.bos_token_id")
-    if bos is not None and g.fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-        if {":", "$"} & set(tokens[bos]):
-            raise UserError(f"{g.path} puts {tokens[bos]!r} before each text, which tokenizer.json has no way to say")
-        backend.post_processor = begins_with(tokens[bos], bos)
-    return backend
-
-
-def begins_with(token: str, id: int):
-    """What puts a token before each text, for programs that ask for it (ours never do)."""
-    return processors.TemplateProcessing(
-        single=[token, "$A"], pair=[token, "$A", token, "$B:1"], special_tokens=[(token, id)]
-    )
-
-
-def tokenizer_fields(tokenizer, vocab_size: int) -> tuple[list[str], list[int], list[str], str, bool]:
-    """A byte-level BPE tokenizer for a GGUF file, with a token for each row of the embedding.
-
-    (tokens, their kinds, merges, how words are split, whether a mark is put before each text)
-    """
-    said = json.loads(tokenizer.to_json())
-    split = [pre for pre, make in PRE_TOKENIZERS.items() if _same(said["pre_tokenizer"], make())]
-    if not split or said["model"]["ignore_merges"] != (split[0] == "llama-bpe"):
-        raise UserError("this tokenizer splits words in a way that llama.cpp has no name for here")
-    if said["normalizer"] not in (None, {"type": "NFC"}):
-        raise UserError(f"this tokenizer changes the text first ({said['normalizer']['type']}), which GGUF cannot say")
-    tokens = [""] * vocab_size
-    for token, i in said["model"]["vocab"].items():
-        tokens[i] = token
-    kinds = [NORMAL if token else UNUSED for token in tokens]
-    for added in said["added_tokens"]:
-        tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
-    merges = [m if isinstance(m, str) else " ".join(m) for m in said["model"]["merges"]]
-    begun = bool(tokenizers.Tokenizer.from_str(tokenizer.to_json()).encode("").ids)
-    return [token or f"[UNUSED{i}]" for i, token in enumerate(tokens)], kinds, merges, split[0], begun
-
-
-def _same(said: dict, candidate) -> bool:
-    """Whether two ways of splitting are one; `trim_offsets` only matters to who asks for offsets."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = candidate
-
-    def essence(value):
-        if isinstance(value, dict):
-            return {k: essence(v) for k, v in value.items() if k != "trim_offsets"}
-        return [essence(v) for v in value] if isinstance(value, list) else value
-
-    return essence(said) == essence(json.loads(backend.to_str())["pre_tokenizer"])
+def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of each head from llama.cpp's rotary layout to that of Hugging Face: pairs to halves."""
+    return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)

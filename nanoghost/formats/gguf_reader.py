@@ -1,7 +1,7 @@
-"""GGUF, the file of llama.cpp: metadata, then tensors, most of them quantised.
+"""Read GGUF, the file format of llama.cpp: metadata fields, then tensors, most of them quantized.
 
-Such files come from strangers. The header is parsed here, and every count is held against the bytes that are left before
-anything is made of it; the numbers behind it are decoded by the library of llama.cpp's authors.
+GGUF files are untrusted input. The header is parsed here, and every count in it is compared with the number of bytes
+that are left before anything is allocated. Tensor data is decoded by the `gguf` package of llama.cpp's authors.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -10,6 +10,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -18,27 +19,33 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nanoghost.errors import UserError
 
-READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
+READABLE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+# Metadata value types: the number in the file -> format character, which is the same in `struct` and in numpy.
+NUMBER_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING_TYPE, ARRAY_TYPE = 8, 9
+ALIGNMENTS = tuple(2**i for i in range(3, 21))
+# Smallest size in bytes of an entry: what an announced number of entries is checked against.
+MIN_TENSOR_INFO_BYTES = 24
+MIN_FIELD_BYTES = 13
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """Where a tensor lies in the file."""
+class TensorInfo:
+    """Where a tensor lies in the file, and how it is stored."""
 
     shape: tuple[int, ...]
-    """Rows first, as in PyTorch (the file has it the other way round)."""
-    kind: GGMLQuantizationType
+    """Rows first, as in PyTorch (the file has the reverse order)."""
+    type: GGMLQuantizationType
     start: int
+    """Position of the first byte in the file."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
 
 
-class GGUF:
-    """A file's metadata, and its tensors by name; nothing is decoded until it is asked for.
+class GGUFFile:
+    """Metadata fields and tensors of a GGUF file. Tensors are decoded one by one, when they are read.
 
-    Anything wrong with the file raises UserError.
+    Any damage to the file raises UserError.
     """
 
     def __init__(self, path: Path):
@@ -46,101 +53,123 @@ class GGUF:
         try:
             with open(path, "rb") as f:
                 self._bytes = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as e:  # mmap calls an empty file a ValueError
+        except (OSError, ValueError) as e:  # mmap raises ValueError for an empty file
             raise UserError(f"cannot read {path}: {e}") from None
-        self._at = 0
-        if self._take(4) != b"GGUF":
-            raise self._bad("it does not begin with 'GGUF'")
-        version = self._number("I")
+        self._position = 0
+        if self._read_bytes(4) != b"GGUF":
+            raise self._error("it does not begin with 'GGUF'")
+        version = self._read_number("I")
         if version not in (2, 3):
-            raise self._bad(f"its version is {version}; nanoghost reads 2 and 3")
-        tensors, fields = self._count(24), self._count(13)
-        self.fields: dict = {}
-        for _ in range(fields):
-            key = self._text()
-            if key in self.fields:
-                raise self._bad(f"'{key}' is there twice")
-            self.fields[key] = self._value(self._number("I"))
-        self.tensors = self._directory(tensors)
+            raise self._error(f"its version is {version}; nanoghost reads versions 2 and 3")
+        tensor_count = self._read_count(MIN_TENSOR_INFO_BYTES)
+        field_count = self._read_count(MIN_FIELD_BYTES)
+        self.fields: dict = self._read_fields(field_count)
+        self.tensors: dict[str, TensorInfo] = self._read_tensor_infos(tensor_count)
 
-    def tensor(self, name: str) -> np.ndarray:
-        """The numbers of a tensor, fp32."""
-        t = self.tensors[name]
-        raw = np.frombuffer(self._bytes, np.uint8, t.size, t.start)
-        return gguf.quants.dequantize(raw, t.kind).reshape(t.shape)
+    def read_tensor(self, name: str) -> np.ndarray:
+        """The values of a tensor in fp32."""
+        info = self.tensors[name]
+        raw = np.frombuffer(self._bytes, np.uint8, info.size, info.start)
+        return gguf.quants.dequantize(raw, info.type).reshape(info.shape)
 
-    def _directory(self, count: int) -> dict[str, Tensor]:
-        found = []
+    # ── header ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _read_fields(self, count: int) -> dict:
+        fields = {}
         for _ in range(count):
-            name, dimensions = self._text(), self._number("I")
+            key = self._read_string()
+            if key in fields:
+                raise self._error(f"the field '{key}' occurs twice")
+            fields[key] = self._read_value(self._read_number("I"))
+        return fields
+
+    def _read_tensor_infos(self, count: int) -> dict[str, TensorInfo]:
+        entries = []
+        for _ in range(count):
+            name, dimensions = self._read_string(), self._read_number("I")
             if not 1 <= dimensions <= 4:
-                raise self._bad(f"tensor '{name}' has {dimensions} dimensions")
-            shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
-            found.append((name, shape, self._number("I"), self._number("Q")))
+                raise self._error(f"tensor '{name}' has {dimensions} dimensions")
+            reversed_shape = [self._read_number("Q") for _ in range(dimensions)]
+            entries.append((name, tuple(reversed(reversed_shape)), self._read_number("I"), self._read_number("Q")))
         alignment = self.fields.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment not in (2**i for i in range(3, 21)):
-            raise self._bad(f"its alignment is {alignment}")
-        data = -(-self._at // alignment) * alignment
-        names = {kind.value: kind for kind in GGMLQuantizationType}
+        if not isinstance(alignment, int) or alignment not in ALIGNMENTS:
+            raise self._error(f"its alignment is {alignment}")
+        data_start = math.ceil(self._position / alignment) * alignment  # the header ends here
         tensors = {}
-        for name, shape, number, offset in found:
-            kind = names.get(number)
-            if kind is None or kind.name not in READABLE:
-                raise self._bad(f"tensor '{name}' is stored as {kind.name if kind else number}, which is not read here")
-            block, block_bytes = GGML_QUANT_SIZES[kind]
-            if shape[-1] % block or not all(shape):
-                raise self._bad(f"the rows of tensor '{name}', {shape[-1]} long, are no whole blocks of {block}")
-            t = Tensor(shape, kind, data + offset, math.prod(shape) // block * block_bytes)
-            if offset % alignment or t.start + t.size > len(self._bytes):
-                raise self._bad(f"tensor '{name}' lies outside of the file's {len(self._bytes)} bytes")
+        for name, shape, type_number, offset in entries:
             if name in tensors:
-                raise self._bad(f"tensor '{name}' is there twice")
-            tensors[name] = t
-        in_order = sorted((t.start, t.start + t.size, name) for name, t in tensors.items())
-        for (_, end, name), (start, _, other) in zip(in_order, in_order[1:]):
-            if start < end:
-                raise self._bad(f"tensors '{name}' and '{other}' overlap")
+                raise self._error(f"tensor '{name}' occurs twice")
+            if offset % alignment:
+                raise self._error(f"tensor '{name}' does not begin at a multiple of {alignment} bytes")
+            tensors[name] = self._tensor_info(name, shape, type_number, data_start + offset)
+        self._check_no_overlap(tensors)
         return tensors
 
-    # ── bytes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _tensor_info(self, name: str, shape: tuple[int, ...], type_number: int, start: int) -> TensorInfo:
+        types = {t.value: t for t in GGMLQuantizationType}
+        tensor_type = types.get(type_number)
+        if tensor_type is None or tensor_type.name not in READABLE_TYPES:
+            type_name = tensor_type.name if tensor_type else type_number
+            raise self._error(f"tensor '{name}' is stored as {type_name}, which nanoghost cannot decode")
+        block, block_bytes = GGML_QUANT_SIZES[tensor_type]
+        if shape[-1] % block or not all(shape):
+            raise self._error(
+                f"tensor '{name}' has rows of {shape[-1]} values, not a multiple of the block size {block}"
+            )
+        info = TensorInfo(shape, tensor_type, start, math.prod(shape) // block * block_bytes)
+        if info.start + info.size > len(self._bytes):
+            raise self._error(f"tensor '{name}' lies outside of the file's {len(self._bytes)} bytes")
+        return info
 
-    def _bad(self, why: str) -> UserError:
-        return UserError(f"{self.path} is no GGUF file that can be read: {why}")
+    def _check_no_overlap(self, tensors: dict[str, TensorInfo]) -> None:
+        in_file_order = sorted(tensors, key=lambda name: (tensors[name].start, tensors[name].size))
+        for name, next_name in pairwise(in_file_order):
+            if tensors[next_name].start < tensors[name].start + tensors[name].size:
+                raise self._error(f"tensors '{name}' and '{next_name}' overlap")
 
-    def _take(self, count: int) -> bytes:
-        if count > len(self._bytes) - self._at:
-            raise self._bad(f"it ends at byte {len(self._bytes)}, in the middle of its header")
-        self._at += count
-        return self._bytes[self._at - count : self._at]
+    # ── values ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _number(self, form: str):
-        return struct.unpack("<" + form, self._take(struct.calcsize("<" + form)))[0]
+    def _error(self, reason: str) -> UserError:
+        return UserError(f"cannot read {self.path} as a GGUF file: {reason}")
 
-    def _count(self, least: int) -> int:
-        """A number of things that take at least so many bytes each."""
-        count = self._number("Q")
-        if count * least > len(self._bytes) - self._at:
-            raise self._bad(f"it announces {count} entries, more than {len(self._bytes)} bytes can hold")
+    def _read_bytes(self, count: int) -> bytes:
+        if count > len(self._bytes) - self._position:
+            raise self._error(f"it ends at byte {len(self._bytes)}, in the middle of its header")
+        self._position += count
+        return self._bytes[self._position - count : self._position]
+
+    def _read_number(self, format_character: str):
+        number_format = "<" + format_character
+        return struct.unpack(number_format, self._read_bytes(struct.calcsize(number_format)))[0]
+
+    def _read_count(self, min_bytes: int) -> int:
+        """A number of entries, each of which takes at least `min_bytes`."""
+        count = self._read_number("Q")
+        if count * min_bytes > len(self._bytes) - self._position:
+            raise self._error(f"it announces {count} entries, more than fit into {len(self._bytes)} bytes")
         return count
 
-    def _text(self) -> str:
+    def _read_string(self) -> str:
         try:
-            return self._take(self._number("Q")).decode()
+            return self._read_bytes(self._read_number("Q")).decode()
         except UnicodeDecodeError:
-            raise self._bad("a text in it is not UTF-8") from None
+            raise self._error("a string in it is not UTF-8") from None
 
-    def _value(self, kind: int):
-        if kind == STRING:
-            return self._text()
-        if kind == ARRAY:
-            inner = self._number("I")
-            if inner == STRING:
-                return [self._text() for _ in range(self._count(8))]
-            if inner not in NUMBERS:
-                raise self._bad(f"an array in it holds values of kind {inner}")
-            form = NUMBERS[inner]  # the same letters in struct and numpy
-            count = self._count(struct.calcsize("<" + form))
-            return np.frombuffer(self._take(count * struct.calcsize("<" + form)), "<" + form)
-        if kind not in NUMBERS:
-            raise self._bad(f"a value in it is of kind {kind}")
-        return self._number(NUMBERS[kind])
+    def _read_value(self, value_type: int):
+        if value_type == STRING_TYPE:
+            return self._read_string()
+        if value_type == ARRAY_TYPE:
+            return self._read_array(self._read_number("I"))
+        if value_type not in NUMBER_TYPES:
+            raise self._error(f"a value in it has the unknown type {value_type}")
+        return self._read_number(NUMBER_TYPES[value_type])
+
+    def _read_array(self, value_type: int) -> list[str] | np.ndarray:
+        if value_type == STRING_TYPE:
+            return [self._read_string() for _ in range(self._read_count(8))]
+        if value_type not in NUMBER_TYPES:
+            raise self._error(f"an array in it has values of the unknown type {value_type}")
+        number_format = "<" + NUMBER_TYPES[value_type]
+        number_bytes = struct.calcsize(number_format)
+        count = self._read_count(number_bytes)
+        return np.frombuffer(self._read_bytes(count * number_bytes), number_format)

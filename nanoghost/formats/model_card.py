@@ -48,7 +48,7 @@ class ModelCard:
     compile: dict | None = None
     """Whether the model was compiled ("on"), and why ("reason") (pretrain)."""
     steps: int | None = None
-    """Number of optimizer steps; None until it is decided. Fixed before step 0, so that a resumed run ends where it should."""
+    """Number of optimizer steps, fixed before step 0, so that a resumed run ends at the same step; None before that."""
     skipped_batches: list[list[int]] = field(default_factory=list)
     """[step, count] for each rollback: from this step on, the run uses batches that come `count` later."""
     conversations: int | None = None
@@ -89,8 +89,8 @@ class ModelCard:
         version = values.pop("format", None)
         if version != FORMAT:
             raise UserError(
-                f"model '{values.get('name')}' has format {version}, and this version of nanoghost reads format {FORMAT}:"
-                " make the model again, or remove its folder"
+                f"model '{values.get('name')}' has format {version}, but this nanoghost reads format {FORMAT}:"
+                " train the model again, or remove its folder"
             )
         for key in ("parent", "teacher"):
             if values.get(key):

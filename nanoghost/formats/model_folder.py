@@ -1,4 +1,7 @@
-"""Model folders on disk: what Hugging Face transformers and others read, and checkpoints for an exact resume."""
+"""Model folders on disk: config, weights, tokenizer and chat template, in the form of Hugging Face transformers.
+
+A folder with `adapter_config.json` holds only a LoRA adapter, named BASE@NAME; its base is the folder BASE next to it.
+"""
 
 from pathlib import Path
 
@@ -6,7 +9,7 @@ import safetensors.torch
 import torch
 
 from nanoghost.errors import UserError
-from nanoghost.formats.peft import read_adapter, save_adapter
+from nanoghost.formats.peft import base_folder, read_adapter, save_adapter
 from nanoghost.formats.safetensors_file import read_tensors
 from nanoghost.home import read_json, write_atomic, write_json
 from nanoghost.model.lora import attach
@@ -17,16 +20,18 @@ from nanoghost.tokenizer.tokenizer import Tokenizer
 
 
 def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
-    """Write config, weights, tokenizer and chat template; the weights last. Of an adapted model only the adapter."""
+    """Write the files of a model folder, the weights last. Of a model with an adapter, write only the adapter."""
     if model.adapters:
-        return save_adapter(folder, model.adapters[0])
+        save_adapter(folder, model.adapters[0])
+        return
     dialect = tokenizer.dialect
     names = tokenizer.names
-    ends = {"eos_token_id": sorted(dialect.ends) if dialect else tokenizer.special(names["eos_token"])}
+    token_ids = {"eos_token_id": sorted(dialect.ends) if dialect else tokenizer.special(names["eos_token"])}
     if "bos_token" in names:
-        ends["bos_token_id"] = tokenizer.special(names["bos_token"])
-    write_json(folder / "config.json", model.settings() | ends)
-    write_json(folder / "generation_config.json", ends | {"do_sample": True, "temperature": 0.8, "top_p": 0.95})
+        token_ids["bos_token_id"] = tokenizer.special(names["bos_token"])
+    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+    write_json(folder / "config.json", model.settings() | token_ids)
+    write_json(folder / "generation_config.json", token_ids | sampling)
     tokenizer.save(folder)
     write_json(
         folder / "tokenizer_config.json",
@@ -44,38 +49,40 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
 def load_model(folder: Path, dtype: torch.dtype, device="cpu"):
     """(model in the compute dtype, tokenizer) of a model folder. Unreadable weights raise UserError."""
     if (folder / "adapter_config.json").exists():
-        return load_adapted([folder], dtype, device)
+        return load_with_adapters([folder], dtype, device)
     config = load_config(folder)
-    model = architecture(config.model_type)[1](config)
+    _, model_class = architecture(config.model_type)
+    model = model_class(config)
     tensors, _ = read_tensors(folder / "model.safetensors")
-    expected = {name: tuple(t.shape) for name, t in model.exported_tensors().items()}
-    if wrong := [n for n, shape in expected.items() if n not in tensors or tuple(tensors[n].shape) != shape]:
-        raise UserError(f"the weights in {folder} do not fit its config.json (first: {wrong[0]})")
+    for name, expected in model.exported_tensors().items():
+        if name not in tensors or tensors[name].shape != expected.shape:
+            raise UserError(f"the weights in {folder} do not fit its config.json (first: {name})")
     model.import_tensors(tensors)
     return model.cast(dtype).to(device), load_tokenizer(folder)
 
 
 def load_config(folder: Path):
-    """The configuration that a model folder is of."""
-    settings = read_json(folder / "config.json")
-    return architecture(settings["model_type"])[0].from_settings(settings)
+    """GhostConfig or LlamaConfig of a model folder."""
+    config = read_json(folder / "config.json")
+    config_class, _ = architecture(config["model_type"])
+    return config_class.from_settings(config)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer, and how its model writes conversations."""
+    """The tokenizer, with the chat template and the stop ids of its model if they are not nanoghost's own."""
     tokenizer = Tokenizer.load(folder)
-    said, generation = read_json(folder / "tokenizer_config.json"), read_json(folder / "generation_config.json")
-    if said["chat_template"] != CHAT_TEMPLATE:
-        names = {key: said[key] for key in ("bos_token", "eos_token") if said.get(key)}
-        eos = generation["eos_token_id"]
-        ends = set(eos if isinstance(eos, list) else [eos])
-        tokenizer.dialect = Dialect(said["chat_template"], names, ends)
+    config = read_json(folder / "tokenizer_config.json")
+    generation_config = read_json(folder / "generation_config.json")
+    if config["chat_template"] != CHAT_TEMPLATE:
+        names = {key: config[key] for key in ("bos_token", "eos_token") if config.get(key)}
+        eos = generation_config["eos_token_id"]
+        stop_ids = set(eos) if isinstance(eos, list) else {eos}
+        tokenizer.dialect = Dialect(config["chat_template"], names, stop_ids)
     return tokenizer
 
 
-def load_adapted(folders: list[Path], dtype: torch.dtype, device="cpu"):
-    """(base with the adapters of these folders on it, in their order, tokenizer); they must have the same base."""
-    base = folders[0].with_name(folders[0].name.partition("@")[0])
-    model, tokenizer = load_model(base, dtype, device)
+def load_with_adapters(folders: list[Path], dtype: torch.dtype, device="cpu"):
+    """(model with the adapters of these folders in this order, tokenizer). All adapters must have the same base."""
+    model, tokenizer = load_model(base_folder(folders[0]), dtype, device)
     attach(model, [read_adapter(folder, model.config, dtype) for folder in folders])
     return model, tokenizer

@@ -1,10 +1,11 @@
-"""LoRA adapters on disk, as folders in PEFT's form.
+"""LoRA adapters on disk: folders in PEFT's format.
 
 An adapter is named BASE@NAME; its base is read from the folder BASE next to it.
 
-M and N are the widths of a matrix's input and output, R is the rank.
+M and N are the numbers of inputs and outputs of a matrix, R is the rank.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -17,26 +18,33 @@ from nanoghost.home import finish_time, read_card, read_json, write_atomic, writ
 from nanoghost.model.lora import MODULES, Adapter
 
 
+def base_folder(folder: Path) -> Path:
+    """Folder of the model that an adapter belongs to."""
+    base_name, _, _ = folder.name.partition("@")
+    return folder.with_name(base_name)
+
+
 def check_base(folder: Path) -> None:
-    """An adapter of ours is of use only beside the model that it was made for."""
-    base = folder.with_name(folder.name.partition("@")[0])
-    card = read_card(folder).parent
-    while "@" in card.name:
-        card = card.parent
-    if finish_time(base / "card.json") != card.finished:
+    """Raise UserError if the base was replaced by another model since this adapter was trained on it."""
+    base_card = read_card(folder).parent
+    while "@" in base_card.name:
+        base_card = base_card.parent
+    base = base_folder(folder)
+    if finish_time(base / "card.json") != base_card.finished:
         raise UserError(
-            f"adapter '{folder.name}' was made for another model '{base.name}' than the one that is there now"
+            f"adapter '{folder.name}' was trained on another model '{base.name}' than the one that is there now:"
+            " train the adapter again, or restore its base"
         )
 
 
 def save_adapter(folder: Path, adapter: Adapter, base: str | None = None) -> None:
-    """Write the settings and the weights, the weights last. `base`: its name, if the folder is not called BASE@NAME."""
+    """Write settings and weights, the weights last. `base`: name of the base, if the folder is not named BASE@NAME."""
     write_json(
         folder / "adapter_config.json",
         {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base or folder.name.partition("@")[0],
+            "base_model_name_or_path": base or base_folder(folder).name,
             "r": adapter.rank,
             "lora_alpha": adapter.alpha,
             "target_modules": [MODULES[name].split(".")[1] for name in adapter.targets],
@@ -45,45 +53,56 @@ def save_adapter(folder: Path, adapter: Adapter, base: str | None = None) -> Non
             "inference_mode": True,
         },
     )
-    tensors = {
-        _their_name(*key, part): t.detach().cpu().contiguous()
-        for key, (a_RM, b_NR, _) in adapter.pairs.items()
-        for part, t in (("A", a_RM), ("B", b_NR))
-    }
+    tensors = {}
+    for (layer, name), (a_RM, b_NR, _) in adapter.pairs.items():
+        tensors[_tensor_name(layer, name, "A")] = a_RM.detach().cpu().contiguous()
+        tensors[_tensor_name(layer, name, "B")] = b_NR.detach().cpu().contiguous()
     write_atomic(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
 
 
 def read_adapter(folder: Path, config, dtype: torch.dtype) -> Adapter:
-    """The adapter of a folder, ours or another's, for a base of this configuration. What cannot be represented raises UserError."""
+    """The adapter of a folder that nanoghost or PEFT wrote, for a base with this config.
+
+    Raises UserError if the adapter does not fit the base or has features that nanoghost does not support.
+    """
     if (folder / "card.json").exists():
         check_base(folder)
-    c = read_json(folder / "adapter_config.json")
-    refuse = {
-        f"the method {c.get('peft_type')}": c.get("peft_type") != "LORA",
-        "DoRA": c.get("use_dora"),
-        "biases of its own": c.get("bias", "none") != "none",
-        "whole modules of its own": c.get("modules_to_save"),
-        "ranks that differ": c.get("rank_pattern") or c.get("alpha_pattern"),
-    }
-    if reasons := [reason for reason, applies in refuse.items() if applies]:
-        raise UserError(f"the adapter in {folder} has {' and '.join(reasons)}, which nanoghost cannot represent")
-    rank, alpha = c["r"], float(c["lora_alpha"])
+    settings = read_json(folder / "adapter_config.json")
+    unsupported = list(_unsupported_features(settings))
+    if unsupported:
+        raise UserError(f"the adapter in {folder} has {' and '.join(unsupported)}, which nanoghost does not support")
+    rank, alpha = settings["r"], float(settings["lora_alpha"])
+    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     tensors, _ = read_tensors(folder / "adapter_model.safetensors")
     pairs = {}
     for layer in range(config.depth):
         for name, (N, M) in config.matrix_shapes().items():
-            names = [_their_name(layer, name, part) for part in "AB"]
-            if names[0] in tensors or names[1] in tensors:
-                found = [tensors.pop(n, None) for n in names]
-                shapes = [None if t is None else tuple(t.shape) for t in found]
-                if shapes != [(rank, M), (N, rank)]:
-                    raise UserError(f"the adapter in {folder} does not fit the base's {name} of layer {layer}")
-                scale = alpha / (rank**0.5 if c.get("use_rslora") else rank)
-                pairs[layer, name] = (*(nn.Parameter(t.to(dtype)) for t in found), scale)
-    if tensors or not pairs:
-        raise UserError(f"the adapter in {folder} is not for this base: {min(tensors, default='it holds no weights')}")
+            a_RM = tensors.pop(_tensor_name(layer, name, "A"), None)
+            b_NR = tensors.pop(_tensor_name(layer, name, "B"), None)
+            if a_RM is None and b_NR is None:
+                continue
+            if a_RM is None or b_NR is None or a_RM.shape != (rank, M) or b_NR.shape != (N, rank):
+                raise UserError(f"the adapter in {folder} does not fit the base's {name} of layer {layer}")
+            pairs[layer, name] = (nn.Parameter(a_RM.to(dtype)), nn.Parameter(b_NR.to(dtype)), scale)
+    if tensors:
+        raise UserError(f"the adapter in {folder} has a tensor that does not fit this base: {min(tensors)}")
+    if not pairs:
+        raise UserError(f"the adapter in {folder} holds no weights")
     return Adapter(rank, alpha, pairs)
 
 
-def _their_name(layer: int, name: str, part: str) -> str:
+def _unsupported_features(settings: dict) -> Iterator[str]:
+    if settings.get("peft_type") != "LORA":
+        yield f"the method {settings.get('peft_type')}"
+    if settings.get("use_dora"):
+        yield "DoRA"
+    if settings.get("bias", "none") != "none":
+        yield "biases"
+    if settings.get("modules_to_save"):
+        yield "whole modules (modules_to_save)"
+    if settings.get("rank_pattern") or settings.get("alpha_pattern"):
+        yield "ranks that differ between modules"
+
+
+def _tensor_name(layer: int, name: str, part: str) -> str:
     return f"base_model.model.model.layers.{layer}.{MODULES[name]}.lora_{part}.weight"
