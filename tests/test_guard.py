@@ -192,7 +192,7 @@ def test_a_name_is_a_name(server, name):
 
 def test_paths_lead_nowhere(server):
     ways = ["/static/../secret.txt", "/static/..%2fsecret.txt", "/static/%2e%2e/secret.txt", "/static//etc/passwd", "/static/..\\secret.txt",
-            "/runs/../people/report", "/runs/..%2f..%2fpeople%2fmaya/report", "/runs/%2e%2e/report", "/people/maya/journal.jsonl",
+            "/runs/../people/report", "/runs/..%2f..%2fpeople%2fmaya/report", "/runs/%2e%2e/report", "/people/maya/chat_log.jsonl",
             "/static/....//secret.txt"]  # fmt: skip
     for way in ways:
         got = raw(

@@ -20,8 +20,8 @@ from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.task_accuracy import accuracy
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, home
-from nanoghost.lab.retention import BEHAVIOURS
-from nanoghost.memory import train_adapter
+from nanoghost.lab.retention import GENERAL_KNOWLEDGE
+from nanoghost.memory.answers import RoutedModel, contains_values
 from nanoghost.tasks.base import distinct_problems
 from nanoghost.tasks.registry import all_tasks
 from tests.conftest import toy_text
@@ -46,7 +46,7 @@ SKILL = (
 )
 SCORING = """
 from nanoghost.home import ModelFolder
-from nanoghost.memory.train_adapter import says
+from nanoghost.memory.answers import contains_values
 from nanoghost.tasks.base import Problem, assistant, user
 from nanoghost.tasks.registry import all_tasks
 
@@ -57,7 +57,7 @@ def score(doc, results):
     return {"acc": counting.score(problem, [assistant(results[0])])}
 
 def knows(doc, results):
-    return {"acc": says(results[0], (doc["answer"],))}
+    return {"acc": contains_values(results[0], [doc["answer"]])}
 """
 
 
@@ -126,7 +126,7 @@ def test_smollm2_knows_and_solves_as_much(tmp_path, monkeypatch):
     asked = {
         "knowledge": (
             SKILL.replace("LONGEST", "48").replace("scoring.score", "scoring.knows"),
-            [{"text": q, "answer": a} for q, a in BEHAVIOURS],
+            [{"text": q, "answer": a} for q, a in GENERAL_KNOWLEDGE],
         ),
         "counting": (
             SKILL.replace("LONGEST", "128"),
@@ -135,8 +135,8 @@ def test_smollm2_knows_and_solves_as_much(tmp_path, monkeypatch):
     }
     with bench.server("smollm2", 16) as (port, _):
         found = lm_eval(tmp_path, asked, port, folder, 2047, "--apply_chat_template")
-    answers = train_adapter.Answers(folder, None)([question for question, _ in BEHAVIOURS])
-    known = sum(train_adapter.says(a, (word,)) for a, (_, word) in zip(answers, BEHAVIOURS)) / len(BEHAVIOURS)
+    answers = RoutedModel(folder, None, None).answer([question for question, _ in GENERAL_KNOWLEDGE])
+    known = sum(contains_values(a, [word]) for a, (_, word) in zip(answers, GENERAL_KNOWLEDGE)) / len(GENERAL_KNOWLEDGE)
     solved, _ = accuracy(model, tokenizer, counting, problems)
     theirs = {name: found[name]["acc,none"] for name in asked}
     print(f"lm-eval {theirs}, our own: knowledge {known}, counting {solved['accuracy']}")

@@ -332,12 +332,12 @@ def test_a_person_is_heard_and_their_adapter_speaks_where_it_is_about_them(serve
         "what anybody may ask, the base answers"
     )
     assert server.chat(**about).json()["choices"][0]["message"]["content"] == anybody, "nobody else hears it"
-    server.wait(lambda: len(maya.journal) == 4, 2)
-    assert [(e["id"], e["speaker"], e["text"]) for e in maya.journal] == [
+    server.wait(lambda: len(maya.read_chat_log()) == 4, 2)
+    assert [(e.id, e.role, e.text) for e in maya.read_chat_log()] == [
         (1, "user", about["text"]), (2, "assistant", own), (3, "user", "Good morrow"), (4, "assistant", KING)]  # fmt: skip
     server.chat(person="maya")
-    server.wait(lambda: len(maya.journal) == 5, 2)
-    assert maya.journal[-1]["speaker"] == "assistant", "who wants another answer has asked once"
+    server.wait(lambda: len(maya.read_chat_log()) == 5, 2)
+    assert maya.read_chat_log()[-1].role == "assistant", "who wants another answer has asked once"
     assert server.chat(person="nobody").status_code == 404 and not (server.home / "people" / "nobody").exists()
 
 

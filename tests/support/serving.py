@@ -18,7 +18,9 @@ import torch
 from nanoghost.engine import kernels
 from nanoghost.formats.model_folder import save_model
 from nanoghost.formats.peft import save_adapter
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import home, write_json
+from nanoghost.memory.store import AdapterInputs
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.lora import Adapter, attach, new_adapter
 from nanoghost.tokenizer.chat_format import render
@@ -94,7 +96,7 @@ def make_home(path: Path) -> Path:
     wide = Llama(
         LlamaConfig(tokenizer.vocab_size, 64, 1, 64, 2, 2, 64)
     )  # its heads are not of a width that can be packed
-    facts = {"stage": "sft", "parent": None, "arch": "llama", "finished": 1.0, "data": [], "figures": {}, "steps": 1}
+    facts = {"stage": "sft", "arch": "llama", "steps": 1}
     for name, made in (("toy", model), ("plain", wide)):
         folder = path / "models" / name
         folder.mkdir(parents=True)
@@ -102,7 +104,7 @@ def make_home(path: Path) -> Path:
         count = sum(p.numel() for p in made.parameters())
         write_json(
             folder / "card.json",
-            facts | {"format": 1, "name": name, "parameters": count, "finished": 1.0 + (name == "toy")},
+            ModelCard(name=name, parameters=count, finished=2.0 if name == "toy" else 1.0, **facts).to_json(),
         )
     (path / "models" / "toy" / "events.jsonl").write_text(
         '{"stage": "sft", "step": 1, "loss": 2.5}\n{"stage": "sft", "step": 2, "lo'
@@ -112,12 +114,12 @@ def make_home(path: Path) -> Path:
     for folder in (path / "models" / "toy@odd", person / "adapter"):
         folder.mkdir(parents=True)
         save_adapter(folder, adapter)
-    parent = {"name": "toy", "finished": 2.0}
+    parent = ModelCard(name="toy", finished=2.0, **facts)
     write_json(
         path / "models" / "toy@odd" / "card.json",
-        facts | {"format": 1, "name": "toy@odd", "parameters": 1, "parent": parent},
+        ModelCard(name="toy@odd", parameters=1, parent=parent, finished=1.0, **facts).to_json(),
     )
-    write_json(person / "adapter" / "made_from.json", {"base": ["toy", 2.0], "rows": []})
+    AdapterInputs("toy", 2.0, ()).write(person / "adapter")
     return path
 
 
