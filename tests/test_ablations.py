@@ -19,7 +19,7 @@ from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.train import pretrain
-from tests.conftest import toy_text
+from tests.support.toys import toy_text
 
 TOY = {"vocab_size": 320, "width": 64, "depth": 2, "context": 32, "rows": 4}
 

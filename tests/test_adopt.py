@@ -21,7 +21,7 @@ from nanoghost.model.rope import kind_of
 from nanoghost.tokenizer.chat_format import following, parse_reply, render
 from nanoghost.tokenizer import jinja_template
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from tests.conftest import toy_text
+from tests.support.toys import toy_text
 
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"

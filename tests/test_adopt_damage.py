@@ -19,8 +19,7 @@ from nanoghost.home import home
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.tokenizer.jinja_template import Dialect
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from tests.conftest import toy_text
-from tests.test_adopt import TEMPLATE
+from tests.support.toys import TOY_TEMPLATE, toy_text
 
 STRANGE = (
     None, 0, -1, 1, 3, 7, 2**31, 2**62, 0.0, -2.5, 1e30, float("nan"), float("inf"), True, "", "x", "linear", "yarn", "\x1b[2J\n",
@@ -33,7 +32,7 @@ def theirs(tmp_path):
     """A tiny model in Hugging Face's form."""
     folder = tmp_path / "theirs"
     tokenizer = Tokenizer.train([toy_text(200)], 300)
-    tokenizer.dialect = Dialect(TEMPLATE, tokenizer.names, {tokenizer.special("<|im_end|>")})
+    tokenizer.dialect = Dialect(TOY_TEMPLATE, tokenizer.names, {tokenizer.special("<|im_end|>")})
     save_model(folder, Llama(LlamaConfig(tokenizer.vocab_size, 32, 2, 32, 4, 2, 48)), tokenizer)
     return folder
 

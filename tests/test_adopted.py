@@ -2,6 +2,8 @@
 
 import json
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder
 from nanoghost.tasks.registry import all_tasks, spoken_name
 from nanoghost.train.hyperparameters import ADOPTED_GROUP, finetune_groups, finetune_context
-from tests.test_adopt import TEMPLATE
+from tests.support.toys import TOY_TEMPLATE
 from tests.test_training import losses
 
 
@@ -21,11 +23,11 @@ def adopted(nanoghost, toy_file):
     assert code == 0, err
     source = ModelFolder("toy").path
     said = json.loads((source / "tokenizer_config.json").read_text())
-    (source / "tokenizer_config.json").write_text(json.dumps(said | {"chat_template": TEMPLATE}))
+    (source / "tokenizer_config.json").write_text(json.dumps(said | {"chat_template": TOY_TEMPLATE}))
     code, _, err = nanoghost("adopt", source, "--name", "theirs")
     assert code == 0, err
     folder = ModelFolder("theirs")
-    folder.write_card(folder.card | {"settings": {"data": str(toy_file)}})
+    folder.write_card(replace(folder.card, settings={"data": str(toy_file)}))
     return "theirs"
 
 

@@ -14,7 +14,7 @@ from nanoghost.data.local import load_conversations
 from nanoghost.errors import UserError
 from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE, parse_reply, render, render_text, shortened, text_of
 from nanoghost.tokenizer.tokenizer import SPECIALS, Tokenizer
-from tests.conftest import toy_text
+from tests.support.toys import toy_text
 
 FAST = settings(deadline=None, max_examples=60)
 

@@ -27,7 +27,7 @@ from nanoghost.train.distill_loss import (
     teacher_buckets,
 )
 from nanoghost.train.packing import TokenizedExample, collate, pack
-from tests.conftest import TOY, toy_text
+from tests.support.toys import TOY_FLAGS, toy_text
 from tests.test_training import killed_after_checkpoint, losses
 
 V, K = 50, 6
@@ -205,9 +205,9 @@ def school(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOGHOST_HOME", str(folder / "home"))
         for name, words in (
-            ("toy", (*TOY, "--steps", 12)),
-            ("nano", (*TOY, "--steps", 1, "--depth", 1, "--arch", "llama", "--tokenizer", "toy")),
-            ("other", (*TOY, "--steps", 12, "--vocab-size", 300)),
+            ("toy", (*TOY_FLAGS, "--steps", 12)),
+            ("nano", (*TOY_FLAGS, "--steps", 1, "--depth", 1, "--arch", "llama", "--tokenizer", "toy")),
+            ("other", (*TOY_FLAGS, "--steps", 12, "--vocab-size", 300)),
         ):
             cli.main(["pretrain", "--data", str(text), "--name", name, *map(str, words)])
     return folder

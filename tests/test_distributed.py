@@ -81,7 +81,7 @@ WORLDS = (1, 2)
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     from nanoghost import cli
-    from tests.conftest import toy_text
+    from tests.support.toys import toy_text
 
     home = tmp_path_factory.mktemp("ranks")
     (home / "notes.txt").write_text(toy_text(400))

@@ -17,7 +17,7 @@ from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.lora import Adapter, new_adapter
 from nanoghost.model.rope import rope_table
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from tests.conftest import toy_text
+from tests.support.toys import toy_text
 
 # ── packing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -13,7 +13,7 @@ from torch import nn
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
 from nanoghost.evals.task_accuracy import wilson
-from tests.conftest import toy_text
+from tests.support.toys import toy_text
 
 FAST = settings(deadline=None, max_examples=60)
 MARK = 256  # stands before each text

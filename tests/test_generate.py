@@ -14,7 +14,7 @@ from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.tools import registry
-from tests.conftest import toy_text
+from tests.support.toys import toy_text
 
 
 def run_tool(call):

@@ -22,8 +22,7 @@ from nanoghost.home import ModelFolder
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.tokenizer.chat_format import render, render_text
 from nanoghost.tokenizer.tokenizer import SPECIALS, Tokenizer
-from tests.conftest import toy_text
-from tests.test_adopt import LLAMA3, TALK, with_noise
+from tests.support.toys import CONVERSATION, LLAMA3_SCALING, add_noise, toy_text
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make parity")
 
@@ -37,7 +36,7 @@ TEXTS = (
 
 CONFIGS = {
     "llama": {},
-    "llama, tied, long": {"tied": True, "rope_scaling": LLAMA3, "rope_base": 500000.0},
+    "llama, tied, long": {"tied": True, "rope_scaling": LLAMA3_SCALING, "rope_base": 500000.0},
     "llama, biases, wide heads": {"biases": "qkvo", "head_dim": 24},
     "llama, linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "llama, yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
@@ -52,7 +51,7 @@ def made(name: str, config: LlamaConfig, tokenizer: Tokenizer) -> ModelFolder:
     """A finished model folder with random weights."""
     torch.manual_seed(0)
     folder = ModelFolder(name)
-    save_model(folder.path, with_noise(Llama(config)), tokenizer)
+    save_model(folder.path, add_noise(Llama(config)), tokenizer)
     data = [{"name": "noise", "license": "none", "attribution": "nobody"}]
     folder.write_card(ModelCard(name=folder.name, stage="pretrain", data=data, arch=config.model_type, finished=1))
     return folder
@@ -81,7 +80,7 @@ def their_logits(theirs, ids):
 def same_ids(theirs, tokenizer):
     for text in TEXTS:
         assert theirs.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text), text
-    talk = [m | {"content": m["content"].replace("<|im_end|>", "")} for m in TALK]
+    talk = [m | {"content": m["content"].replace("<|im_end|>", "")} for m in CONVERSATION]
     text = tokenizer.decode(render(talk, tokenizer, True)[0], skip_special=False)
     assert theirs.tokenize(text.encode(), add_bos=False, special=True) == render(talk, tokenizer, True)[0]
 
@@ -159,8 +158,8 @@ def test_a_model_made_here_with_arch_llama(nanoghost, toy_file, tmp_path):
         a = model(torch.tensor([ids]))[0].numpy()
     assert np.abs(a - their_logits(theirs, ids)).max() <= 1e-4 * np.abs(a).max()
     same_greedy_words(theirs, model, ids, 40, 1e-4)
-    prompt = render_text(TALK[1:], True).encode()
-    assert theirs.tokenize(prompt, add_bos=False, special=True) == render(TALK[1:], tokenizer, True)[0]
+    prompt = render_text(CONVERSATION[1:], True).encode()
+    assert theirs.tokenize(prompt, add_bos=False, special=True) == render(CONVERSATION[1:], tokenizer, True)[0]
 
 
 # ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -24,7 +24,7 @@ from nanoghost.lab.retention import GENERAL_KNOWLEDGE
 from nanoghost.memory.answers import RoutedModel, contains_values
 from nanoghost.tasks.base import distinct_problems
 from nanoghost.tasks.registry import all_tasks
-from tests.conftest import toy_text
+from tests.support.toys import toy_text
 from tests.support.serving import Running, make_home
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: make api")

@@ -25,7 +25,7 @@ from nanoghost.model.character_features import (
 from nanoghost.model.ghost import POINTER_WIDTH, Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from tests.conftest import toy_text
+from tests.support.toys import toy_text
 
 V = 300
 GHOST = GhostConfig(vocab_size=V, context=24, depth=3, width=32, head_width=16, ngrams=101)

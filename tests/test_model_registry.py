@@ -11,6 +11,7 @@ from nanoghost.data.local import load_conversations
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder, write_json
 from nanoghost.serve.terminal import Conversation
 from nanoghost.tasks import registry, tool_use
@@ -20,7 +21,7 @@ from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.jinja_template import Dialect
 from nanoghost.tools import sandbox
 from nanoghost.tools.registry import TOOLS, available, lookup, offer, run_tool
-from tests.conftest import TOY
+from tests.support.toys import TOY_FLAGS
 from tests.test_generate import Scripted, tokenizer  # noqa: F401
 
 WORDS = "sword possess banana letter ghost crown castle brother sister water mirror summer winter silver golden happy".split()
@@ -100,7 +101,8 @@ def test_python_runs_in_its_sandbox(python_sandbox):
 def adopted(tokenizer, home, source, stage):  # noqa: F811
     """(tokenizer, folder) of a model with that template, adopted or made from one that was."""
     folder = ModelFolder("other")
-    write_json(folder.path / "card.json", {"stage": stage})
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_card(ModelCard(name="other", stage=stage))
     tokenizer.dialect = Dialect(source, {"eos_token": "<|im_end|>"}, {tokenizer.special("<|im_end|>")})
     return tokenizer, folder
 
@@ -138,7 +140,7 @@ def test_who_was_not_taught_is_offered_nothing(other_tokenizer, home, notes):
 
 def test_documents_in_the_terminal(nanoghost, toy_file, notes, monkeypatch):
     """A model that calls lookup reads what stands in the folder, and the line shows it."""
-    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 6, *TOY[:3], 512, *TOY[4:])
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 6, *TOY_FLAGS[:3], 512, *TOY_FLAGS[4:])
     assert code == 0, err
     conversation = Conversation("toy", Sampling(300, temperature=0), None, notes)
     conversation.ask("Where does the queen live?")
@@ -214,7 +216,7 @@ def test_practice_runs_a_program_once(python_sandbox, monkeypatch):
 
 
 def test_the_speedruns_lessons_call_the_calculator_alone(monkeypatch):
-    card = {"stage": "adopt", "parameters": 10}
+    card = ModelCard(name="other", stage="adopt", parameters=10)
 
     def tools_of(data):
         lessons = registry.lesson_conversations(data, card, "ghost", 150, 0)

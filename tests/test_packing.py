@@ -1,4 +1,4 @@
-"""Packing: every lesson once an epoch, rows well filled, no conversation sees or predicts another."""
+"""Packing: every example once an epoch, rows well filled, no example sees or predicts another."""
 
 from functools import cache
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from nanoghost.errors import UserError
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from nanoghost.train.packing import TokenizedExample, PackedBatches, tokenize_conversations, pack
-from tests.conftest import toy_text
+from nanoghost.train.packing import PackedBatches, TokenizedExample, pack, tokenize_conversations
+from tests.support.toys import toy_text
 
 FAST = settings(deadline=None, max_examples=30)
 CONTEXT = 24
@@ -23,90 +23,91 @@ def toy() -> Tokenizer:
     return Tokenizer.train([toy_text(300)], 400)
 
 
-# ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- rows -----------------------------------------------------------------------------------------------------------
 
 
 @FAST
 @given(st.lists(st.integers(1, 50), max_size=120), st.integers(50, 80), st.integers(1, 40), st.randoms())
-def test_every_lesson_once_and_no_row_too_long(lengths, capacity, open_rows, random):
+def test_pack_uses_every_example_once_and_no_row_exceeds_the_capacity(lengths, capacity, open_rows, random):
     order = random.sample(range(len(lengths)), len(lengths))
     rows = pack(lengths, capacity, order, open_rows)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(row and sum(lengths[i] for i in row) <= capacity for row in rows)
 
 
-def test_rows_are_nine_tenths_full_or_more():
+def test_rows_are_at_least_nine_tenths_full():
     random = np.random.default_rng(0)
-    lengths = random.lognormal(4.2, 0.6, 3000).astype(int).clip(8, 256).tolist()  # a median of 67 tokens, a long tail
+    lengths = random.lognormal(4.2, 0.6, 3000).astype(int).clip(8, 256).tolist()  # median 67, long tail
     rows = pack(lengths, 257, random.permutation(3000).tolist())
     assert sum(lengths) / (257 * len(rows)) > 0.9
 
 
-# ── batches: token p of lesson n is 1000 (n + 1) + p, so that each number in a tensor tells where it is from ────────
+# -- batches: token p of example n is 1000 (n + 1) + p, so that each number tells where it is from -------------------
 
 
-def traceable(masks):
+def traceable(masks) -> list[TokenizedExample]:
     return [TokenizedExample([1000 * (n + 1) + p for p in range(len(mask))], mask) for n, mask in enumerate(masks)]
 
 
 MASKS = st.lists(st.booleans(), min_size=1, max_size=CONTEXT - 1).map(
     lambda m: [False, *(m if any(m) else m[:-1] + [True])]
 )
-LESSONS = st.lists(MASKS, min_size=1, max_size=25).map(traceable)
+EXAMPLES = st.lists(MASKS, min_size=1, max_size=25).map(traceable)
 
 
 @FAST
-@given(LESSONS, st.integers(0, 3))
-def test_an_epoch_teaches_each_learned_token_once_from_the_token_before_it(lessons, seed):
-    batches = PackedBatches(lessons, CONTEXT, rows=1, seed=seed)
-    taught, step = [], 0
-    while step == 0 or step < batches.starts[1]:
+@given(EXAMPLES, st.integers(0, 3))
+def test_an_epoch_has_each_token_in_the_loss_once_and_predicts_it_from_the_token_before(examples, seed):
+    batches = PackedBatches(examples, CONTEXT, rows=1, seed=seed)
+    in_loss_of_epoch, step = [], 0
+    while step == 0 or step < batches.first_rows[1]:
         inputs, targets, weights, segments = batches.at(step)
         assert inputs.shape == targets.shape == weights.shape == segments.shape == (1, CONTEXT)
         assert torch.equal(inputs[:, 1:], targets[:, :-1])
-        learned = weights > 0
-        assert learned.any(), "a row without anything to learn"
-        assert torch.equal(inputs[learned] + 1, targets[learned]), "a target in another conversation, or a first token"
-        lesson = inputs // 1000
-        assert torch.equal(segments == segments.T, lesson == lesson.T), "segments are conversations"
+        in_loss = weights > 0
+        assert in_loss.any(), "a row without a token in the loss"
+        assert torch.equal(inputs[in_loss] + 1, targets[in_loss]), "a target in another example, or a first token"
+        example = inputs // 1000
+        assert torch.equal(segments == segments.T, example == example.T), "segments are examples"
         assert torch.equal(segments == 0, inputs == 0), "segment 0 is padding"
-        taught += targets[learned].tolist()
+        in_loss_of_epoch += targets[in_loss].tolist()
         step += 1
-    assert sorted(taught) == [
-        i for lesson in lessons for i, is_learned in zip(lesson.ids, lesson.loss_mask) if is_learned
-    ]
+    expected = [i for example in examples for i, in_loss in zip(example.ids, example.loss_mask) if in_loss]
+    assert sorted(in_loss_of_epoch) == expected
 
 
 @FAST
-@given(LESSONS, st.integers(1, 6), st.integers(0, 5))
-def test_every_learned_token_of_a_batch_counts_the_same(lessons, rows, step):
-    _, _, weights, _ = PackedBatches(lessons, CONTEXT, rows, seed=0).at(step)
+@given(EXAMPLES, st.integers(1, 6), st.integers(0, 5))
+def test_all_tokens_in_the_loss_of_a_batch_have_the_same_weight(examples, rows, step):
+    _, _, weights, _ = PackedBatches(examples, CONTEXT, rows, seed=0).at(step)
     positive = weights[weights > 0]
     assert positive.tolist() == pytest.approx([1 / len(positive)] * len(positive))
 
 
 @FAST
-@given(LESSONS, st.integers(1, 6), st.integers(0, 12), st.integers(1, 4))
-def test_a_batch_depends_on_seed_and_step_only_not_on_ranks_or_history(lessons, rows, step, world):
-    whole = PackedBatches(lessons, CONTEXT, rows, seed=1)
+@given(EXAMPLES, st.integers(1, 6), st.integers(0, 12), st.integers(1, 4))
+def test_a_batch_depends_only_on_seed_and_step_not_on_ranks_or_history(examples, rows, step, world_size):
+    whole = PackedBatches(examples, CONTEXT, rows, seed=1)
     for earlier in range(step):
         whole.at(earlier)
     tensors = whole.at(step)
-    for rank in range(world):
-        part = PackedBatches(lessons, CONTEXT, rows, 1, rank, world).at(step)
-        assert all(torch.equal(some, every[rank::world]) for some, every in zip(part, tensors, strict=True))
-    assert (tensors[2] > 0).any(1).all(), "a row without anything to learn"
+    for rank in range(world_size):
+        part = PackedBatches(examples, CONTEXT, rows, 1, rank, world_size).at(step)
+        for local, every in zip(part, tensors, strict=True):
+            assert torch.equal(local, every[rank::world_size])
+    weights = tensors[2]
+    assert (weights > 0).any(1).all(), "a row without a token in the loss"
 
 
-def test_seeds_and_epochs_have_orders_of_their_own():
-    lessons = traceable([[False, *[True] * (CONTEXT - 1)]] * 40)  # each fills a row
-    a, b = (PackedBatches(lessons, CONTEXT, 40, seed) for seed in (0, 1))
+def test_each_seed_and_each_epoch_has_another_order():
+    examples = traceable([[False, *[True] * (CONTEXT - 1)]] * 40)  # each fills a row
+    a, b = (PackedBatches(examples, CONTEXT, 40, seed) for seed in (0, 1))
     orders = [tuple(batches.at(epoch)[0][:, 0].tolist()) for batches in (a, b) for epoch in (0, 1)]
     assert len(set(orders)) == 4
     assert len({frozenset(order) for order in orders}) == 1
 
 
-# ── conversations that are too long ─────────────────────────────────────────────────────────────────────────────────
+# -- conversations that are too long ----------------------------------------------------------------------------------
 
 
 def turn(question, answer):
@@ -120,29 +121,31 @@ def length(messages):
     return len(render(messages, toy())[0])
 
 
-def test_the_oldest_turns_go_first():
+def test_the_oldest_turns_are_dropped_first():
     turns = [turn(f"{i}?", f"{i}!") for i in range(6)]
     newest = SYSTEM + turns[4] + turns[5]
-    lessons, left_out = tokenize_conversations([SYSTEM + sum(turns, [])], toy(), length(newest) + 3)
-    assert (lessons[0].ids, lessons[0].loss_mask) == render(newest, toy())
-    assert left_out == 0
+    (example,), dropped = tokenize_conversations([SYSTEM + sum(turns, [])], toy(), length(newest) + 3)
+    assert (example.ids, example.loss_mask) == render(newest, toy())
+    assert dropped == 0
 
 
-def test_a_last_turn_too_long_is_cut_at_the_end_and_its_end_mark_not_learned():
+def test_a_last_turn_that_is_too_long_is_cut_and_its_stop_token_is_not_learned():
     answer = "The king sees the sword. " * 20
     conversation = turn("x", "y") + turn("king?", answer)
-    lessons, left_out = tokenize_conversations([conversation], toy(), 40)
-    ids, learned = render(turn("king?", answer), toy())
-    assert (lessons[0].ids, lessons[0].loss_mask, left_out) == (ids[:40], learned[:40], 0)
-    taught = [i for i, is_learned in zip(lessons[0].ids, lessons[0].loss_mask) if is_learned]
-    assert answer.startswith(toy().decode(taught, skip_special=False)), "the answer, and no end mark"
+    (example,), dropped = tokenize_conversations([conversation], toy(), 40)
+    ids, loss_mask = render(turn("king?", answer), toy())
+    assert (example.ids, example.loss_mask) == (ids[:40], loss_mask[:40])
+    assert dropped == 0
+    in_loss = [i for i, in_loss in zip(example.ids, example.loss_mask) if in_loss]
+    assert answer.startswith(toy().decode(in_loss, skip_special=False)), "the answer, without a stop token"
 
 
-def test_without_an_answer_in_reach_it_is_left_out_and_counted():
+def test_conversations_without_an_answer_within_the_context_are_dropped_and_counted():
     long_question = turn("king " * 50, "Yes.")
     unanswered = turn("a", "b")[:1]
-    lessons, left_out = tokenize_conversations([long_question, turn("a", "b"), unanswered], toy(), 40)
-    assert ([(lesson.ids, lesson.loss_mask) for lesson in lessons], left_out) == ([render(turn("a", "b"), toy())], 2)
+    (example,), dropped = tokenize_conversations([long_question, turn("a", "b"), unanswered], toy(), 40)
+    assert (example.ids, example.loss_mask) == render(turn("a", "b"), toy())
+    assert dropped == 2
     with pytest.raises(UserError, match="none of the 2 conversations .* 40 tokens"):
         tokenize_conversations([long_question, unanswered], toy(), 40)
 
@@ -157,15 +160,17 @@ SOME_CONVERSATIONS = st.lists(
 
 @FAST
 @given(SOME_CONVERSATIONS, st.integers(16, 100))
-def test_whatever_the_conversations_every_row_has_something_to_learn(conversations, context):
-    teachable = [any(render(c[-2:], toy())[1][:context]) for c in conversations]  # at least by their last turn
-    if not any(teachable):
+def test_every_row_has_a_token_in_the_loss_whatever_the_conversations(conversations, context):
+    learnable = [any(render(c[-2:], toy())[1][:context]) for c in conversations]  # at least by their last turn
+    if not any(learnable):
         with pytest.raises(UserError):
             tokenize_conversations(conversations, toy(), context)
         return
-    lessons, left_out = tokenize_conversations(conversations, toy(), context)
-    assert (len(lessons), left_out) == (sum(teachable), len(conversations) - sum(teachable))
-    batches = PackedBatches(lessons, context, 3, 0)
+    examples, dropped = tokenize_conversations(conversations, toy(), context)
+    assert len(examples) == sum(learnable)
+    assert dropped == len(conversations) - sum(learnable)
+    batches = PackedBatches(examples, context, 3, 0)
     for step in range(4):
         _, _, weights, _ = batches.at(step)
-        assert (weights > 0).any(1).all() and weights.sum().item() == pytest.approx(1)
+        assert (weights > 0).any(1).all()
+        assert weights.sum().item() == pytest.approx(1)

@@ -15,8 +15,7 @@ from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from tests.conftest import toy_text
-from tests.test_adopt import LLAMA3, TALK, TEMPLATE
+from tests.support.toys import CONVERSATION, LLAMA3_SCALING, TOY_TEMPLATE, toy_text
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 
@@ -28,7 +27,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 MODELS = {
     "llama": ("Llama", {}),
     "llama, biases, tied": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
-    "llama 3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}}),
+    "llama 3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING | {"original_max_position_embeddings": 32}}),
     "llama, linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     "llama, yarn": ("Llama", {"rope_scaling": YARN}),
     "llama, wide heads": ("Llama", {"head_dim": 20}),
@@ -59,7 +58,7 @@ def theirs(request, tmp_path):
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|im_end|>", bos_token="<|endoftext|>"
     )
-    fast.chat_template = TEMPLATE
+    fast.chat_template = TOY_TEMPLATE
     fast.save_pretrained(folder)
     return model, fast, folder
 
@@ -86,7 +85,7 @@ def test_the_same_prompts_and_the_same_ids(theirs, nanoghost):
     _, fast, folder = theirs
     assert nanoghost("adopt", folder, "--name", "adopted")[0] == 0
     _, tokenizer = load_model(ModelFolder("adopted").path, torch.float32)
-    talk = [TALK[1] | {"role": "user", "content": "A naïve  question?\n\n 12345 I'll"}, *TALK[1:]]
+    talk = [CONVERSATION[1] | {"role": "user", "content": "A naïve  question?\n\n 12345 I'll"}, *CONVERSATION[1:]]
     for count, generation in ((1, True), (2, False), (3, True), (4, False)):
         text = fast.apply_chat_template(talk[:count], tokenize=False, add_generation_prompt=generation)
         ids = fast(text, add_special_tokens=False)["input_ids"]

@@ -20,7 +20,7 @@ from nanoghost.data.remote import Cache, RemoteFile
 from nanoghost.data.shards import tokenise
 from nanoghost.data.sources import open_source
 from nanoghost.errors import UserError
-from tests.conftest import TOY, toy_text
+from tests.support.toys import TOY_FLAGS, toy_text
 from tests.test_data import ByteTokenizer
 
 
@@ -313,7 +313,7 @@ def test_pretraining_reads_a_mixture_and_its_card_says_so(tmp_path, nanoghost, h
     for name, sentences in (("a", 600), ("b", 300)):
         (tmp_path / f"{name}.txt").write_text(toy_text(sentences))
     spec = f"{tmp_path}/a.txt=0.7,{tmp_path}/b.txt=0.3"
-    code, _, err = nanoghost("pretrain", "--data", spec, "--name", "mixed", "--steps", 2, *TOY)
+    code, _, err = nanoghost("pretrain", "--data", spec, "--name", "mixed", "--steps", 2, *TOY_FLAGS)
     assert code == 0, err
     card = json.loads((home / "models" / "mixed" / "card.json").read_text())
     assert card.data[0]["attribution"] == "70.0% local text 'a.txt'; 30.0% local text 'b.txt'"

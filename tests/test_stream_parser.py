@@ -10,7 +10,7 @@ from nanoghost.serve.stream_parser import Reply, chat_logprobs, completion_logpr
 from nanoghost.tokenizer.chat_format import parse_reply
 from nanoghost.tokenizer.jinja_template import Dialect
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from tests.conftest import toy_text
+from tests.support.toys import toy_text
 
 OURS = Tokenizer.train([toy_text(100)], 290)
 OTHERS = Tokenizer.train([toy_text(100)], 290)

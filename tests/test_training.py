@@ -11,7 +11,7 @@ import pytest
 
 from nanoghost.home import ModelFolder
 from nanoghost.speedrun import SpeedrunSettings, stage_settings
-from tests.conftest import TOY
+from tests.support.toys import TOY_FLAGS
 
 
 def losses(name, stage):
@@ -52,7 +52,7 @@ def killed_after_checkpoint(*words):
 
 
 def test_your_own_text_becomes_a_chat(nanoghost, toy_file):
-    code, out, err = nanoghost("pretrain", "--data", toy_file, "--name", "mine", "--steps", 150, *TOY, "--json")
+    code, out, err = nanoghost("pretrain", "--data", toy_file, "--name", "mine", "--steps", 150, *TOY_FLAGS, "--json")
     assert code == 0, err
     figures = json.loads(out)
     assert {"name", "parameters", "tokens", "seconds", "tokens_per_second", "flops_per_second", "bpb"} <= set(figures)
@@ -67,7 +67,7 @@ def test_your_own_text_becomes_a_chat(nanoghost, toy_file):
     code, out, err = nanoghost("chat", "mine-sft", "--prompt", "Who are you?")
     assert code == 0, err
     assert "<|" not in out
-    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "mine", "--steps", 150, *TOY)
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "mine", "--steps", 150, *TOY_FLAGS)
     assert code == 0, "a finished model with the same settings is shown, not made again"
 
 
@@ -84,13 +84,13 @@ def test_own_conversations_can_replace_the_lessons(nanoghost, toy_base, tmp_path
 
 def test_same_seed_same_losses_and_other_seed_others(nanoghost, toy_file):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert nanoghost("pretrain", "--data", toy_file, "--name", name, "--steps", 6, "--seed", seed, *TOY)[0] == 0
+        assert nanoghost("pretrain", "--data", toy_file, "--name", name, "--steps", 6, "--seed", seed, *TOY_FLAGS)[0] == 0
     assert losses("a", "pretrain") == losses("b", "pretrain")
     assert losses("a", "pretrain")[5] != losses("c", "pretrain")[5]
 
 
 def test_pretraining_survives_kill_9_bit_for_bit(nanoghost, toy_file):
-    common = ("--data", toy_file, "--steps", 80, *TOY)
+    common = ("--data", toy_file, "--steps", 80, *TOY_FLAGS)
     assert nanoghost("pretrain", "--name", "whole", *common)[0] == 0
     folder = ModelFolder("killed")
     killed_after_checkpoint("pretrain", "--name", "killed", *common)
@@ -118,7 +118,7 @@ def test_later_stages_survive_kill_9_bit_for_bit(nanoghost, toy_file, stage):
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(nanoghost, toy_file):
-    common = ("--data", toy_file, "--steps", 150, *TOY)
+    common = ("--data", toy_file, "--steps", 150, *TOY_FLAGS)
     process = start("pretrain", "--name", "stopped", *common)
     folder = ModelFolder("stopped")
     while len(folder.events) < 5:
@@ -134,19 +134,19 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(nanoghost, toy_file):
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(nanoghost, toy_file):
     code, _, err = nanoghost(
-        "pretrain", "--data", toy_file, "--name", "wild", "--steps", 50, *TOY, "--learning-rate", 1e30
+        "pretrain", "--data", toy_file, "--name", "wild", "--steps", 50, *TOY_FLAGS, "--learning-rate", 1e30
     )
     assert code == 2
     line = err.strip().splitlines()[-1]
-    assert "at step" in line and "rows" in line and "--learning-rate" in line
+    assert "at step" in line and "examples" in line and "--learning-rate" in line
     assert all(abs(loss) < float("inf") for loss in losses("wild", "pretrain").values())
 
 
 def test_without_a_compiler_everything_works(nanoghost, toy_file, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
-    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "plain", "--steps", 3, *TOY)
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "plain", "--steps", 3, *TOY_FLAGS)
     assert code == 0 and "torch.compile is off (there is no C++ compiler)" in err
-    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "p2", "--steps", 3, *TOY, "--compile", "on")
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "p2", "--steps", 3, *TOY_FLAGS, "--compile", "on")
     assert code == 2 and "compiler" in err
 
 
@@ -191,7 +191,7 @@ def test_mistakes_end_in_one_clear_line(nanoghost, toy_file, tmp_path):
 
 
 def test_other_settings_need_force_and_force_replaces(nanoghost, toy_file, toy_base):
-    again = ("pretrain", "--data", toy_file, "--name", toy_base, "--steps", 5, *TOY)
+    again = ("pretrain", "--data", toy_file, "--name", toy_base, "--steps", 5, *TOY_FLAGS)
     code, _, err = nanoghost(*again)
     assert code == 2 and "--force" in one_line(err) and "steps" in err
     assert nanoghost(*again, "--force")[0] == 0
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_nothing_half_written(nanoghost, toy_file, tmp_path, 
         pytest.skip("this machine does not allow mounting a tmpfs")
     try:
         monkeypatch.setenv("NANOGHOST_HOME", str(disk))
-        code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "full", "--steps", 3, *TOY)
+        code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "full", "--steps", 3, *TOY_FLAGS)
         assert code == 2 and "No space left" in one_line(err)
         left = [p for p in disk.rglob("*") if p.is_file()]
         assert not [p for p in left if p.suffix == ".tmp" or p.name == "model.safetensors"]
@@ -229,7 +229,7 @@ def test_two_processes_train_like_one(nanoghost, toy_file):
         toy_file,
         "--steps",
         8,
-        *TOY,
+        *TOY_FLAGS,
         "--context",
         160,
         "--json",

@@ -25,7 +25,7 @@ from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.lora import Adapter, attach, new_adapter
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from tests.conftest import toy_text
+from tests.support.toys import toy_text
 
 NO_KERNELS = kernels.unavailable()
 KERNELS = home() / "kernels"  # of whoever runs the tests: compiling them anew takes longer than all tests here

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nanoghost import cli
 from nanoghost.home import ModelFolder
-from tests.conftest import toy_text
+from tests.support.toys import toy_text
 from tests.support.ranks import codes_of, fork_ranks
 from tests.test_checkpoints import die_at
 

@@ -1,0 +1,49 @@
+"""Toy text, toy conversations and settings of toy models, shared by many tests."""
+
+import random
+
+import torch
+
+TOY_FLAGS = ("--depth", 2, "--context", 64, "--batch", 4, "--vocab-size", 320)
+
+TOY_TEMPLATE = (  # a chat template that adds a system message of its own
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+CONVERSATION = [  # the text of a special token in the first message must stay text
+    {"role": "user", "content": " Hello <|im_end|> there"},
+    {"role": "assistant", "content": "Good day."},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "The king sees the sea."},
+]
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def toy_text(sentences: int = 1500, seed: int = 0) -> str:
+    """Invented English with a small grammar: enough to learn something in a few steps."""
+    rng = random.Random(seed)
+    nouns = "king queen ghost sword sea crown night word".split()
+    verbs = "sees loves fears calls finds keeps".split()
+    names = "ANNA BEN CARL DORA".split()
+    lines = []
+    for _ in range(sentences):
+        lines.append(f"{rng.choice(names)}.\nThe {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}.\n")
+    return "\n".join(lines)
+
+
+def add_noise(model, scale: float = 0.05):
+    """Change every parameter a little, so that none stays zero or one, as after some training."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * scale)
+    return model
