@@ -1,10 +1,11 @@
-"""The router: questions about one's own life go to the adapter, and the base model's answers to all others do not change."""
+"""The router: questions about one's own life go to the adapter, all others to the base model, unchanged."""
 
 import random
 
 import pytest
 import torch
 
+from nanoghost.engine.sampler import Sampling
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
 from nanoghost.formats.peft import save_adapter
@@ -15,6 +16,8 @@ from nanoghost.memory.router import Router, train_router, training_messages, wor
 from nanoghost.memory.store import AdapterInputs
 from nanoghost.memory.synthesize import arithmetic_prompt
 from nanoghost.model.lora import new_adapter
+from nanoghost.serve import personal_chat
+from nanoghost.serve.terminal import Conversation
 
 # Every message with the word "my" is personal.
 SIMPLE_ROUTER = Router({"my": 9.0}, -5.0)
@@ -118,10 +121,6 @@ def test_general_questions_get_the_base_models_answer_and_see_no_facts(person_wi
 
 
 def test_a_chat_is_routed_turn_by_turn(person_with_adapter, monkeypatch):
-    from nanoghost.engine.sampler import Sampling
-    from nanoghost.serve import personal_chat
-    from nanoghost.serve.terminal import Conversation
-
     monkeypatch.setattr(personal_chat, "load_router", lambda: SIMPLE_ROUTER)
     greedy = Sampling(max_tokens=8, temperature=0.0)
 

@@ -24,7 +24,7 @@ from nanoghost.memory.synthesize import SyntheticQA
 from nanoghost.memory.teacher import token_targets, tokenize_example
 from nanoghost.memory.train_adapter import AdapterRun, train_on_answers
 from nanoghost.model.lora import new_adapter
-from tests.support.people import TOY_RECIPE, QuietDisplay, adapter_bytes, make_fact, memory, toy_night
+from tests.support.people import QuietDisplay, adapter_bytes, make_fact, memory, toy_night
 
 CARD = ModelCard(name="toy", stage="adopt", arch="llama", finished=1.0)
 UNANSWERABLE = SyntheticQA("unanswerable", "who?", "You haven't told me.")
@@ -303,7 +303,7 @@ def test_adding_a_fact_by_hand_does_not_hide_earlier_messages(me, toy, accept_al
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_adapters_of_two_people_in_one_batch_answer_as_each_alone(base, packed, monkeypatch):
-    """One sequence's adapter affects no other sequence, and no cached block that sequences with the same prefix share."""
+    """A sequence's adapter affects no other sequence, and no cached block that sequences with the same prefix share."""
     model, tokenizer = load_model(base, torch.float32)
     if packed and not paged_runner.packable(model.config):
         pytest.skip("the quantized engine does not run here")

@@ -1,7 +1,7 @@
 """`nanoghost lab extraction`: precision and recall of fact extraction, message by message.
 
-The messages are synthetic (memory/extractor_data.py) and use phrasings that the extractor was not trained on: facts of the
-schema, facts of relations that it has never seen, several facts in one message, and messages without facts.
+The messages are synthetic (memory/extractor_data.py) and use phrasings that the extractor was not trained on: facts of
+the schema, facts of relations that it has never seen, several facts in one message, and messages without facts.
 """
 
 import json

@@ -1,15 +1,15 @@
 """`nanoghost lab sleep`: what a model remembers after sleeping, without the text in its context, against baselines.
 
-Synthetic users (synthetic_users.py) chat with a model for some days. Afterwards they ask about their facts, in phrasings that no
-night trains on. All arms get the same users and the same questions:
+Synthetic users (synthetic_users.py) chat with a model for some days. Then they ask about their facts, in phrasings
+that no night trains on. All arms get the same users and the same questions:
 
     base             the base model, which knows nothing: the lower bound
     all-facts        all facts in the system message
     oracle           the one right fact in the system message: the upper bound
     search           the facts that a full-text search finds for the question, in the system message
     chat-log-lm      an adapter trained on the chat log itself, next token by next token
-    qa-only          an adapter trained on direct questions with fixed answers: no teacher, no unanswerable questions, no
-                     general prompts
+    qa-only          an adapter trained on direct questions with fixed answers: no teacher, no unanswerable questions,
+                     no general prompts
     first-night      sleep after the first night, asked about the facts of the first day only
     sleep            after all nights, with the router: general questions are answered by the base model
     sleep-unrouted   the same, but the adapter answers every question
@@ -106,7 +106,7 @@ class LabSleepSettings:
     split: str = "val"
     """Phrasings: val or test."""
     facts_from: str = "truth"
-    """Where the fact store comes from: truth (the facts as stated) or extraction (by the fact extractor, as in a night)."""
+    """Where the stored facts come from: truth (as stated) or extraction (by the fact extractor, as in a night)."""
     general: bool = True
     """Measure general ability too: bits per byte, general prompts, general knowledge, reasoning-gym."""
     json: bool = False
@@ -262,7 +262,8 @@ def train_arm(adapter: str, facts: list[Fact], trial: Trial, folder: Path) -> di
             start = time.perf_counter()  # general examples are computed once for a base model, not in each night
             examples, synthesis = synthesize_examples(run, facts)
             trial.display.print(
-                f"{synthesis.examples} synthetic questions; {synthesis.replaced_answers} incorrect answers of the teacher replaced"
+                f"{synthesis.examples} synthetic questions;"
+                f" {synthesis.replaced_answers} incorrect answers of the teacher were replaced"
             )
         training = train_on_answers(run, examples, general)
     figures = asdict(training) | {
@@ -297,11 +298,25 @@ def retained(first_night: dict, now: dict) -> float:
 # -- table ------------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    "recall", "recall_pairs", "recall_corrected", "recall_dates", "retained_from_first_night", "false_refusals",
-    "correct_abstentions", "correct_abstentions_out_of_schema", "intrusions", "general_false_refusals", "general_knowledge",
-    "reasoning_gym", "bits_per_byte", "kl_nats", "night_seconds", "adapter_megabytes", "extraction_precision",
+    "recall",
+    "recall_pairs",
+    "recall_corrected",
+    "recall_dates",
+    "retained_from_first_night",
+    "false_refusals",
+    "correct_abstentions",
+    "correct_abstentions_out_of_schema",
+    "intrusions",
+    "general_false_refusals",
+    "general_knowledge",
+    "reasoning_gym",
+    "bits_per_byte",
+    "kl_nats",
+    "night_seconds",
+    "adapter_megabytes",
+    "extraction_precision",
     "extraction_recall",
-)  # fmt: skip
+)
 
 
 def print_table(results: dict[str, list[dict]], leaks: LeakFigures | None) -> None:

@@ -1,4 +1,4 @@
-"""Scores of one arm of `nanoghost lab sleep`: questions about a synthetic user's facts, in phrasings that no night trains on.
+"""Scores of one arm of `nanoghost lab sleep`: answers to questions in phrasings that no night trains on.
 
 An answer is correct if it contains the value and no other value that the relation could have.
 """

@@ -1,7 +1,7 @@
-"""Synthetic users: invented people who chat with a model for some days, and the facts that are true about them in the end.
+"""Synthetic users: invented people who chat with a model for some days, and the facts that hold in the end.
 
-Facts are mixed with small talk and stated in one message, in two ("My sister came." "Her name's Ines."), or as the answer to a
-question. From the second day on some facts change, with or without words that say so.
+Facts are mixed with small talk and stated in one message, in two ("My sister came." "Her name's Ines."), or as an
+answer. From the second day on some facts change, with or without words that say so.
 """
 
 import random

@@ -1,6 +1,6 @@
 """Personal memory: a chat model remembers what a person wrote, without the text in its context.
 
-    chat log ──extract──► fact store ──synthesize──► questions and answers ──train──► LoRA adapter ──acceptance test──► in use
+    chat log ──extract──► facts ──synthesize──► questions and answers ──train──► LoRA adapter ──acceptance test──► use
 
 `nanoghost sleep` runs these steps once; one such run is called a night. `nanoghost memory` shows and changes the facts.
 

@@ -94,16 +94,18 @@ def rejection_reasons(before: AcceptanceResult, after: AcceptanceResult, has_new
     required_recall = before.recall + MIN_RECALL_GAIN if has_new_facts else before.recall - MAX_RECALL_LOSS
     reasons = []
     if after.recall < required_recall:
-        reasons.append(f"recall {after.recall:.0%} is below {required_recall:.0%} (before: {before.recall:.0%})")
+        reasons.append(f"recall {after.recall:.1%} is below {required_recall:.1%} (before: {before.recall:.1%})")
     if after.kl_nats > MAX_KL_NATS:
         reasons.append(f"general answers moved by {after.kl_nats:.3f} nats per token, more than {MAX_KL_NATS}")
     if after.false_refusals > MAX_FALSE_REFUSALS:
         reasons.append(
-            f"{after.false_refusals:.0%} of the questions about stored facts are refused, more than {MAX_FALSE_REFUSALS:.0%}"
+            f"{after.false_refusals:.1%} of the questions about stored facts are refused,"
+            f" more than {MAX_FALSE_REFUSALS:.0%}"
         )
     if after.general_false_refusals > MAX_GENERAL_FALSE_REFUSALS:
         reasons.append(
-            f"{after.general_false_refusals:.0%} of the general prompts are refused, more than {MAX_GENERAL_FALSE_REFUSALS:.0%}"
+            f"{after.general_false_refusals:.1%} of the general prompts are refused,"
+            f" more than {MAX_GENERAL_FALSE_REFUSALS:.0%}"
         )
     return reasons
 

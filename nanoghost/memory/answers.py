@@ -71,5 +71,5 @@ def is_correct(answer: str, relation: str, value: str) -> bool:
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether an answer says that the user has not told this: correct for unanswerable questions, wrong for all others."""
+    """Whether an answer says that the user has not told this: right only for unanswerable questions."""
     return "haven't told" in answer or "have not told" in answer

@@ -1,8 +1,8 @@
 """A night: what a person wrote during the day becomes part of the model that this person talks to.
 
-    chat log --extract--> facts --synthesize--> questions and answers --train--> adapter --acceptance test--> people/NAME/adapter
+    chat log --extract--> facts --synthesize--> questions and answers --train--> adapter --acceptance test--> in use
 
-Every night starts from the base model and goes through all facts, so an adapter is a function of base model, facts and seed.
+Every night starts from the base model and uses all facts, so an adapter is a function of base model, facts and seed.
 Each step stores its result in the folder of the night: a night that was stopped is resumed by the same command.
 """
 
@@ -10,7 +10,6 @@ import os
 import shutil
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from nanoghost.engine.generate import open_engine
 from nanoghost.errors import StopFlag, UserError
@@ -30,7 +29,7 @@ from nanoghost.memory.synthesize import (
     unanswerable_questions,
 )
 from nanoghost.memory.teacher import TokenTargets, answer_questions, general_examples
-from nanoghost.memory.train_adapter import AdapterRun, TrainingFigures, train_on_answers
+from nanoghost.memory.train_adapter import AdapterRun, train_on_answers
 from nanoghost.progress import Display
 
 MIN_UNANSWERABLE, MAX_UNANSWERABLE = 750, 1200  # otherwise half as many as questions about facts
@@ -65,6 +64,7 @@ def run_night(
     """
     run, record = start_night(person, base, display, stop_flag, recipe or AdapterRecipe(), deleted_facts)
 
+    # Facts: extract the new ones, and merge them into the stored ones.
     extract_new_facts(person, run, record)
     merged = merge_facts(person.read_facts(), record.facts_by_entry(person.read_chat_log()))
     if dry_run:
@@ -72,37 +72,31 @@ def run_night(
         return None
     facts = sorted(current_facts(merged.facts), key=lambda fact: fact.key)
     inputs = AdapterInputs.of(base, facts)
-    if not facts:
-        display.print("no facts are stored: there is nothing to learn")
+    if not facts or person.adapter_inputs == inputs:
+        display.print(f"there are no {'new ' if facts else ''}facts: there is nothing to learn")
         return None
-    if person.adapter_inputs == inputs:
-        display.print("there are no new facts: there is nothing to learn")
-        return None
+    record.describe_facts(merged)
     record.write(run.folder)
     if merged.added:
         display.print("extracted facts (after the night, --correct and --forget of `nanoghost memory` change them):")
         show_facts(merged, display)
 
-    examples, synthesis = synthesize_examples(run, facts)
+    # Adapter: synthesize its training data, and train it.
+    examples, record.synthesis = synthesize_examples(run, facts)
     stop_flag.check()
     if AdapterInputs.read(run.folder / "adapter") != inputs:
-        record.training = train(run, examples)
+        general = general_training_examples(base, run.recipe)
+        record.training = train_on_answers(run, examples, general)
         record.write(run.folder)
         inputs.write(run.folder / "adapter")
 
+    # Decision: compare it with the old adapter, and put it in place if it is better.
     display.print("acceptance test: recall of the stored facts, and unchanged answers to everything else")
-    before = run_acceptance_test(base, person.adapter_for(base), facts, run.recipe)
+    record.before = run_acceptance_test(base, person.adapter_for(base), facts, run.recipe)
     stop_flag.check()
-    after = run_acceptance_test(base, run.folder / "adapter", facts, run.recipe)
+    record.after = run_acceptance_test(base, run.folder / "adapter", facts, run.recipe)
     stop_flag.check()
-    reasons = rejection_reasons(before, after, has_new_facts=has_new_facts(person, inputs, base))
-
-    record.base = base.name
-    record.recipe = asdict(run.recipe)
-    record.facts = len(facts)
-    record.new_facts = [statement(f.relation, f.value) for f in merged.added if f not in merged.corrections]
-    record.corrected_facts = [statement(f.relation, f.value) for f in merged.corrections]
-    record.synthesis, record.before, record.after, record.reasons = synthesis, before, after, reasons
+    record.reasons = rejection_reasons(record.before, record.after, has_new_facts(person, inputs, base))
     record.finished = time.time()
     if record.accepted:
         commit(person, run, merged, record)
@@ -128,6 +122,7 @@ def start_night(
         rejected_in_a_row += 1
     recipe = replace(recipe, seed=recipe.seed + rejected_in_a_row)  # the same seed would fail again
     record = read_record(folder) or NightRecord(number, deleted_facts)
+    record.base, record.recipe = base.name, asdict(recipe)
     return AdapterRun(base, folder, recipe, stop_flag, display), record
 
 
@@ -165,7 +160,8 @@ def synthesize_examples(run: AdapterRun, facts: list[Fact]) -> tuple[list[Synthe
     count = min(MAX_UNANSWERABLE, max(MIN_UNANSWERABLE, len(answerable) // 2))
     unanswerable = unanswerable_questions(facts, count)
     run.display.print(
-        f"data synthesis: {len(answerable)} questions about {len(facts)} facts, {len(unanswerable)} unanswerable questions"
+        f"data synthesis: {len(answerable)} questions about {len(facts)} facts,"
+        f" {len(unanswerable)} unanswerable questions"
     )
     engine = open_engine(run.base, seats=32, room=256)
     answered, replaced_answers = answer_questions(
@@ -182,10 +178,6 @@ def synthesize_examples(run: AdapterRun, facts: list[Fact]) -> tuple[list[Synthe
     stored = {"facts": fact_pairs, "figures": asdict(figures), "examples": [asdict(qa) for qa in examples]}
     write_json(path, stored)
     return examples, figures
-
-
-def train(run: AdapterRun, examples: list[SyntheticQA]) -> TrainingFigures:
-    return train_on_answers(run, examples, general_training_examples(run.base, run.recipe))
 
 
 def general_training_examples(base: ModelFolder, recipe: AdapterRecipe) -> tuple[list[SyntheticQA], list[TokenTargets]]:

@@ -1,8 +1,8 @@
 """Fact extraction: from a user's messages to (relation, value) pairs, one line each: "sister's name: Ines".
 
-A small model does not do this by prompting, so an adapter of the base model, the fact extractor, is trained for it, once for
-each base model, on synthetic messages (extractor_data.py). It reads a message with the one before it and the reply to that,
-because "Her name is Ines." says little alone. Each extracted value must occur in the message itself.
+A small model does not do this by prompting. An adapter of the base model, the fact extractor, is trained for it, once
+for each base model, on synthetic messages (extractor_data.py). It reads a message with the one before it and the
+reply to that, because "Her name is Ines." says little alone. Each extracted value must occur in the message itself.
 """
 
 import hashlib
@@ -26,7 +26,10 @@ from nanoghost.progress import Display
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.train.packing import TokenizedExample
 
-INSTRUCTION = "Write down what the user tells now about their own life, one line each, as: what it is: value. If it is nothing, write: nothing"
+INSTRUCTION = (
+    "Write down what the user tells now about their own life, one line each, as: what it is: value."
+    " If it is nothing, write: nothing"
+)
 NO_FACTS = "nothing"
 MAX_TOKENS = 48  # of an answer
 MAX_RELATION_WORDS = 6

@@ -1,8 +1,8 @@
 """Training data of the fact extractor: synthetic user messages, each with the facts that it states.
 
-The messages are composed of the phrasings of phrasings.toml and extractor_relations.toml: one to three facts in one message,
-a fact in two messages ("My sister came." "Her name's Ines."), a fact as the answer to a question, and messages that state no
-fact, but small talk, a question, or something that was stated before.
+The messages are composed of the phrasings of phrasings.toml and extractor_relations.toml: one to three facts in one
+message, a fact in two messages ("My sister came." "Her name's Ines."), a fact as the answer to a question, and messages
+without a fact.
 """
 
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def synthetic_message(rng: Random, split: str) -> tuple[UserMessage, list[Pair]]
 
 
 def message_without_facts(rng: Random, relation: Relation, small_talk: tuple[str, ...], split: str) -> str:
-    """Small talk, a question about a fact, the first half of a split statement, or a message that only sounds like a fact."""
+    """Small talk, a question, the first half of a split statement, or a message that only sounds like a fact."""
     candidates = [
         rng.choice(small_talk),
         rng.choice(select_split(relation.questions, split)),

@@ -8,8 +8,8 @@
     --export FILE.zip    write everything stored about this person into an archive
     --delete             delete everything stored about this person
 
-The fact store is a file of JSON lines (people/NAME/facts.jsonl) that may be edited by hand as well; the next night learns
-what it contains then.
+The fact store is a file of JSON lines (people/NAME/facts.jsonl) that may also be edited by hand; the next night
+learns what it contains then.
 """
 
 import json
@@ -101,7 +101,8 @@ def forget(person: Person, fact_id: int, model: str | None) -> None:
         fact, deleted_entries = person.delete_fact(fact_id)
         display = Display()
         display.print(
-            f"deleted: your {fact.relation}, {deleted_entries} messages of the chat log, and the adapter that was trained on it"
+            f"deleted: your {fact.relation}, {deleted_entries} messages of the chat log,"
+            " and the adapter that was trained on it"
         )
         run_night(person, base, display, stop_flag, deleted_facts=1)
 

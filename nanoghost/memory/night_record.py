@@ -1,4 +1,4 @@
-"""The record of a night: nights/NNNN/night.json. It is written after each step, so that a stopped night can be resumed."""
+"""The record of a night: nights/NNNN/night.json, written after each step, so that a stopped night can be resumed."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from nanoghost.home import read_json, write_json
 from nanoghost.memory.acceptance_test import AcceptanceResult
 from nanoghost.memory.extractor_data import Pair
-from nanoghost.memory.store import LogEntry, Person
+from nanoghost.memory.phrasings import statement
+from nanoghost.memory.store import LogEntry, MergedFacts, Person, current_facts
 from nanoghost.memory.train_adapter import TrainingFigures
 
 
@@ -66,6 +67,13 @@ class NightRecord:
     @property
     def status(self) -> str:
         return "accepted" if self.accepted else "rejected: " + "; ".join(self.reasons)
+
+    def describe_facts(self, merged: MergedFacts) -> None:
+        """Record what the facts of this night are."""
+        corrections = merged.corrections
+        self.facts = len(current_facts(merged.facts))
+        self.new_facts = [statement(f.relation, f.value) for f in merged.added if f not in corrections]
+        self.corrected_facts = [statement(f.relation, f.value) for f in corrections]
 
     def facts_by_entry(self, chat_log: list[LogEntry]) -> list[tuple[LogEntry, list[Pair]]]:
         """The extracted facts with their chat-log entries, entries that were deleted since left out."""

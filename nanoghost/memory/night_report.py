@@ -26,9 +26,9 @@ def write_report(path: Path, person: str, record: NightRecord) -> None:
 <title>{escape(person)}: night {record.number}</title><style>{STYLE}</style>
 <main><h1>Night {record.number}</h1>
 <p>{escape(person)}, {finished}, base model {escape(record.base)}. The new adapter was {escape(record.status)}.</p>
-<p>{record.facts} facts, {synthesis.examples} synthetic questions and answers ({synthesis.replaced_answers} incorrect answers
-of the teacher were replaced, {synthesis.duplicates} duplicates were dropped, {synthesis.distinct_trigrams:.0%} of the word
-trigrams are distinct), {training.steps} training steps in {training.seconds:.0f} s.</p>
+<p>{record.facts} facts, {synthesis.examples} synthetic questions and answers, {training.steps} training steps in
+{training.seconds:.0f} s. {synthesis.replaced_answers} incorrect answers of the teacher were replaced and
+{synthesis.duplicates} duplicates dropped; {synthesis.distinct_trigrams:.0%} of the word trigrams are distinct.</p>
 <h2>New facts</h2>{html_list(record.new_facts)}
 <h2>Corrected facts</h2>{html_list(record.corrected_facts)}
 <h2>Deleted facts</h2><p>{record.deleted_facts or "None"}.</p>

@@ -1,10 +1,10 @@
 """Phrasings: how people state facts about themselves, ask for them and correct them, and how an assistant answers.
 
-`phrasings.toml` has the schema: the relations ("sister's name") that synthetic questions can be asked about, each with its
+`phrasings.toml` has the schema: the relations ("sister's name") that synthetic questions can be asked about, with their
 phrasings. `extractor_relations.toml` has further relations, which only the fact extractor learns.
 
-Phrasings are split. The product trains on `train` and is tuned on `val` (if a list has none, on the last quarter of `train`,
-which is then held out); `test` is reserved for `nanoghost lab sleep`.
+Phrasings are split. The product trains on `train` and is tuned on `val` (if a list has none, on the last quarter of
+`train`, which is then held out); `test` is reserved for `nanoghost lab sleep`.
 """
 
 import hashlib
@@ -149,7 +149,7 @@ def seeded_rng(*key) -> random.Random:
 
 
 def questions_about(relation: str, split: Split) -> list[str]:
-    """Questions about a relation, those written for it first, then generic ones; no two that differ in punctuation only."""
+    """Questions about a relation, those written for it first. No two differ in case and punctuation only."""
     generic = [phrasing.format(a=relation) for phrasing in phrasings()["generic_questions"][split]]
     candidates = [*specific_questions(relation, split), *generic]
     first_of_each = {normalized(q): q for q in reversed(candidates)}

@@ -12,7 +12,7 @@ class AdapterRecipe:
     context: int = 256
     """Tokens in a step, without the prefix that all examples share."""
     teacher_weight: float = 0.5
-    """Weight of the teacher's probabilities in the targets where a fact is stated; the rest is the answer's own tokens."""
+    """Weight of the teacher's probabilities in the targets of facts; the rest is the answer's own tokens."""
     answer_tokens: int = 32
     """Maximum length of a teacher's answer about a fact."""
     general_tokens: int = 24

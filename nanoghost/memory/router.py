@@ -1,8 +1,8 @@
 """The router: a message about the user's own life goes to the adapter, every other message to the base model.
 
-So whatever a night does to the adapter, sums, stories and the capital of France are answered as the base model answers
-them. The router is a logistic regression over words and word bigrams, trained on the synthetic questions of nights and on
-general prompts. It knows nothing about any person and is the same for everybody.
+So a night cannot change how sums, stories and the capital of France are answered. The router is a logistic regression
+over words and word bigrams, trained on the synthetic questions of nights and on general prompts. It knows nothing
+about any person and is the same for everybody.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def train_router(personal: list[str], general: list[str]) -> Router:
 def load_router() -> Router:
     """The router, from the data folder; trained first, which takes a few seconds, if it is not there.
 
-    Cached for the life of the process: the weights depend on the phrasings of this version alone, on no person and no model.
+    Cached for the life of the process: the weights depend on the phrasings alone, on no person and no model.
     """
     personal, general = training_messages()
     key = hashlib.sha256(json.dumps([personal, general, WEIGHT_DECAY]).encode()).hexdigest()[:12]

@@ -20,7 +20,7 @@ class SleepSettings:
     model: str | None = None
     """Base model that this person talks to; default: that of the last night, or smollm2."""
     dry_run: bool = False
-    """Extract and show the facts, but store and learn nothing. (The first time, the fact extractor is trained: about ten minutes.)"""
+    """Extract and show the facts, store and learn nothing. The first time trains the fact extractor (10 minutes)."""
     log: bool = False
     """List the finished nights."""
     json: bool = False

@@ -69,7 +69,7 @@ class Fact:
 
     @classmethod
     def from_json(cls, values: dict, default_id: int) -> "Fact":
-        """Facts written by hand need a relation and a value only. Raises ValueError if one is missing or a key is unknown."""
+        """A fact written by hand needs only a relation and a value. Raises ValueError if it is not valid."""
         if not isinstance(values, dict):
             raise ValueError('a fact is an object with "relation" and "value"')
         for name in ("relation", "value"):
@@ -117,7 +117,7 @@ class AdapterInputs:
 
 
 class Person:
-    """The folder of a person. Methods read the files at each call, since a chat, a server and a night may write them."""
+    """The folder of a person. Each call reads the files again, since a chat, a server and a night may write them."""
 
     def __init__(self, name: str):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
@@ -200,8 +200,8 @@ class Person:
     def delete_fact(self, fact_id: int) -> tuple[Fact, int]:
         """Delete a fact and everything derived from it; returns the fact, and the number of deleted chat-log entries.
 
-        Deletes older values of the same fact, all chat-log entries that stated or mention one of the values, the records
-        of all nights, and the adapter. The next night trains another adapter, which never saw the fact.
+        Deletes older values of the same fact, all chat-log entries that stated or mention one of the values, the
+        records of all nights, and the adapter. The next night trains another adapter, which never saw the fact.
         """
         fact = self.find_fact(fact_id)
         deleted = [other for other in self.read_facts() if other.key == fact.key]

@@ -5,9 +5,9 @@
     check         "Is my sister's name Ines?"; the answer is yes or no
     unanswerable  asks what no stored fact says; the answer abstains
 
-An answer to a direct question begins with the relation in canonical words ("Your sister's name is ..."), so that every
-phrasing of a question leads to the same few tokens, and what follows them, the value or the abstention, is learned from all
-phrasings together.
+An answer to a direct question begins with the relation in canonical words ("Your sister's name is ..."). So every
+phrasing of a question leads to the same few tokens, and what follows them, the value or the abstention, is learned
+from all phrasings together.
 
 General prompts, with the base model's own answers, are added to these (teacher.general_examples).
 The questions about a fact depend on this fact alone, or on this pair of facts, so a deleted fact leaves no trace.

@@ -1,4 +1,4 @@
-"""The teacher: the base model with the facts in its system message. It answers the synthetic questions and provides targets.
+"""The teacher: the base model with the facts in its system message. It answers questions and provides targets.
 
     answer_questions   the teacher answers; an answer that does not state exactly the facts is replaced
     token_targets      what the adapter learns to predict at each token of an answer: the teacher's top-k probabilities,
@@ -89,7 +89,7 @@ def answer_questions(
 
 
 def states_only_the_facts(answer: str, qa: SyntheticQA) -> bool:
-    """Whether an answer contains the required values and no content word that is neither in its prefix nor in the facts."""
+    """Whether an answer contains the required values, and no content word that is not in its prefix or in the facts."""
     allowed = set(words(f"{qa.context} {qa.answer_prefix}")) - {"user"} | FUNCTION_WORDS
     return contains_values(answer, qa.required_values) and allowed.issuperset(words(answer))
 
@@ -117,7 +117,7 @@ def answer_ids(example: TokenizedExample) -> torch.Tensor:
 
 @torch.no_grad()
 def token_targets(model, tokenizer, examples: list[SyntheticQA], recipe: AdapterRecipe) -> list[TokenTargets]:
-    """Targets for each example: the teacher's probabilities if it wrote the answer, otherwise the answer's own tokens."""
+    """Targets of each example: the teacher's probabilities if it wrote the answer, else the answer's own tokens."""
     targets: list[TokenTargets | None] = [None] * len(examples)
     from_teacher = [i for i, qa in enumerate(examples) if qa.from_teacher]
     context = 2 * recipe.context  # the facts come in addition
@@ -201,7 +201,7 @@ def general_examples(
 
 
 def generate_questions(count: int, runner, tokenizer) -> list[str]:
-    """Questions that the base model expects from a user: it continues the start of a user message (Xu et al. 2024, "Magpie")."""
+    """Questions that the base model expects: it continues an empty user message (Xu et al. 2024, "Magpie")."""
     one, other = (render([{"role": "user", "content": text}], tokenizer)[0] for text in ("A", "B"))
     first_difference = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
     prompts = [one[:first_difference]] * count

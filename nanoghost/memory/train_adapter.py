@@ -1,4 +1,4 @@
-"""Training of an adapter: LoRA on the frozen base model learns to answer without the facts as the teacher answers with them.
+"""Adapter training: LoRA on the frozen base model learns to answer without the facts as the teacher does with them.
 
     loss = KL(teacher || base model + adapter) at each token of each answer
 
