@@ -21,7 +21,9 @@ def init_distributed() -> None:
     if world_size == 1:
         return
     if "MASTER_ADDR" not in os.environ:
-        raise UserError(f"WORLD_SIZE={world_size} is set, but MASTER_ADDR is not: start with torchrun, or unset WORLD_SIZE")
+        raise UserError(
+            f"WORLD_SIZE={world_size} is set, but MASTER_ADDR is not: start with torchrun, or unset WORLD_SIZE"
+        )
     on_cuda = device().type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device())
@@ -31,7 +33,8 @@ def init_distributed() -> None:
     store, rank, _ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=world_size)
-    # gloo's threads hold tensors: if they are freed while Python shuts down, the process aborts (pytorch/pytorch#179291)
+    # gloo's threads hold tensors: if they are freed while Python shuts down, the process aborts
+    # (pytorch/pytorch#179291)
     atexit.register(dist.destroy_process_group)
 
 

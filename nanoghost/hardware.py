@@ -1,6 +1,6 @@
-"""What this computer can do: number format, threads, devices, ranks. `nanoghost doctor` (doctor.py) measures it.
+"""What this computer can do: number format, threads, device, memory, throughput. `nanoghost doctor` shows all of it.
 
-Nothing happens at import. A stage calls `prepare()` once, and `start_ranks()` if it can run under torchrun.
+Nothing happens at import. A stage calls `prepare()` once, before its first large tensor.
 """
 
 import ctypes
@@ -21,50 +21,70 @@ import torch
 
 from nanoghost.errors import UserError
 
-# The few that decide how fast training and quantised decoding can be (names as in torch.cpu.get_capabilities).
-INSTRUCTION_SETS_THAT_MATTER = (
-    "avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "neon", "dot", "i8mm", "bf16", "sve",
-)  # fmt: skip
+# CPU features that determine the speed of training and of quantized decoding (names as in torch.cpu.get_capabilities)
+CPU_FEATURES = (
+    "avx2",
+    "avx512_f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "neon",
+    "dot",
+    "i8mm",
+    "bf16",
+    "sve",
+)
 
 
-# -- set-up -----------------------------------------------------------------------------------------------------------
+# -- setup ------------------------------------------------------------------------------------------------------------
 
 
 def prepare() -> None:
-    """Set up this process for heavy work; every stage calls it once, before it makes its first large tensor."""
-    # Small gradients and optimizer moments end as denormals, which many CPUs compute in slow microcode. The flag
-    # belongs to a thread and is inherited by threads it starts: set it before the first parallel operation.
+    """Set up this process for training or inference; every stage calls it once, before its first large tensor."""
+    # Small gradients and optimizer moments become denormals, which many CPUs compute in slow microcode. The flag
+    # belongs to a thread and is inherited by the threads it starts: set it before the first parallel operation.
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads())
-    # oneDNN keeps the code it made for each shape of a product, 1024 of them by default. Generation makes new shapes
-    # with every token, and they took a gigabyte in half an hour of work (measured); it reads this at its first product.
+    # oneDNN caches the code it generates for each matmul shape, 1024 of them by default. Generation has new shapes with
+    # every token, and the cache grew to a gigabyte in half an hour (measured). oneDNN reads this at its first matmul.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if platform.libc_ver()[0] == "glibc":
-        # glibc serves a large block with a fresh mmap and unmaps it when freed, so every large tensor pays again
-        # for page faults, 4 KB at a time. Without mmap and trimming, blocks are reused: elementwise operations
-        # in training ran 3x faster (measured). The price: a process keeps its peak memory until it ends.
+        # glibc serves a large block with a new mmap and unmaps it when it is freed, so every large tensor costs page
+        # faults, 4 KB at a time. Without mmap and trimming, blocks are reused: elementwise operations in training
+        # are 3x faster (measured). The price: a process keeps its peak memory until it ends.
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def release_memory() -> None:
+    """Return the memory of a finished stage to the system, which `prepare` told malloc not to do by itself."""
+    gc.collect()
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 # -- facts ------------------------------------------------------------------------------------------------------------
 
 
 def device() -> torch.device:
-    """Where this process computes: its own CUDA device, else Apple's GPU, else the CPU."""
+    """The device of this process: its CUDA device, else Apple's GPU, else the CPU."""
     if torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", "0"))
         if index >= torch.cuda.device_count():
-            raise UserError(f"process {index} of this node has no GPU: there are only {torch.cuda.device_count()}")
+            raise UserError(
+                f"process {index} of this node has no GPU: start at most {torch.cuda.device_count()} processes"
+            )
         return torch.device("cuda", index)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def instruction_sets() -> list[str]:
+    """The features of CPU_FEATURES that this CPU has."""
     capabilities = torch.cpu.get_capabilities()
-    return [name for name in INSTRUCTION_SETS_THAT_MATTER if capabilities.get(name)]
+    return [name for name in CPU_FEATURES if capabilities.get(name)]
 
 
 def cpu_dtype(flags: Collection[str]) -> torch.dtype:
@@ -73,7 +93,7 @@ def cpu_dtype(flags: Collection[str]) -> torch.dtype:
 
 
 def compute_dtype(on: torch.device | None = None) -> torch.dtype:
-    """The format of matrix products; master weights are float32. Never fp16: its range needs loss scaling."""
+    """Number format of matmuls; master weights are float32. Never fp16: its small range needs loss scaling."""
     on = on or device()
     if on.type == "cpu":
         return cpu_dtype(instruction_sets())
@@ -83,50 +103,53 @@ def compute_dtype(on: torch.device | None = None) -> torch.dtype:
 
 
 def cores() -> int:
-    """Physical cores this process may use: its affinity, hyperthreads counted once, within a container's quota."""
+    """Physical cores that this process may use, given its CPU affinity and the quota of its container."""
     if not hasattr(os, "sched_getaffinity"):  # macOS
         return torch.cpu.get_capabilities()["num_physical_cores"]
-    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     available = os.sched_getaffinity(0)
-    known = all(Path(siblings.format(cpu)).exists() for cpu in available)  # some sandboxes hide it
-    count = len({Path(siblings.format(cpu)).read_text() for cpu in available}) if known else len(available)
+    sibling_files = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in available]
+    if all(path.exists() for path in sibling_files):
+        count = len({path.read_text() for path in sibling_files})  # hyperthreads of a core have the same list
+    else:  # some sandboxes hide the files
+        count = len(available)
     quota, _, period = container_limit("cpu.max").partition(" ")
     return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
 
 
 def container_limit(name: str) -> str:
-    """One limit of the container we are in (cgroup v2, kernel's cgroup-v2.rst), "max" if there is none."""
+    """A limit of this container (cgroup v2, see the kernel's cgroup-v2.rst); "max" without a limit."""
     path = Path("/sys/fs/cgroup") / name
     return path.read_text().strip() if path.exists() else "max"
 
 
 def memory_gb() -> float:
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Installed memory, or the limit of the container."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = container_limit("memory.max")
-    return round((installed if limit == "max" else min(installed, int(limit))) / 1e9, 1)
+    if limit != "max":
+        memory = min(memory, int(limit))
+    return round(memory / 1e9, 1)
 
 
 def threads() -> int:
-    """OMP_NUM_THREADS if the user chose it, else this process's share of the physical cores."""
+    """OMP_NUM_THREADS if the user has set it, else the physical cores divided by the processes of this node."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets it
-    chosen = os.environ.get("OMP_NUM_THREADS")
-    # torchrun sets OMP_NUM_THREADS=1 when it is unset: under it, 1 is nobody's choice.
-    if chosen and not (world_size > 1 and chosen == "1"):
-        if not (chosen.isdecimal() and int(chosen) > 0):
-            raise UserError(
-                f"OMP_NUM_THREADS={chosen} is not a thread count: use a whole number from 1 up, or unset it"
-            )
-        return int(chosen)
+    requested = os.environ.get("OMP_NUM_THREADS")
+    set_by_torchrun = world_size > 1 and requested == "1"  # its default if the variable is unset
+    if requested and not set_by_torchrun:
+        if not (requested.isdecimal() and int(requested) > 0):
+            raise UserError(f"OMP_NUM_THREADS={requested} must be a whole number of at least 1, or unset")
+        return int(requested)
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
 
 
 def compiler_name() -> str:
-    """The C++ compiler torch.compile will call: the same rule as torch._inductor.config.cpp.cxx."""
+    """The C++ compiler that torch.compile calls: the same rule as torch._inductor.config.cpp.cxx."""
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile can build its C++: a compiler that answers, and Python's headers, which it includes."""
+    """Whether torch.compile can build C++: it needs a compiler that runs, and the headers of Python."""
     path = shutil.which(compiler_name())
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     if path is None or not headers.exists():
@@ -134,19 +157,8 @@ def has_compiler() -> bool:
     return subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0
 
 
-def release_memory() -> None:
-    """Give what a finished stage held back to the system: cycles are collected, and `prepare` had told malloc to keep all."""
-    gc.collect()
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-# -- measurements --------------------------------------------------------------------------------------------------
-
-
 def describe() -> dict:
-    """Facts that cost nothing to find out, ready for JSON (they go into `card.json`)."""
-    rank, world_size = (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    """The facts of this machine, ready for JSON (`card.json` has them)."""
     return {
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
         "cores": cores(),
@@ -159,14 +171,17 @@ def describe() -> dict:
         "gpu": torch.cuda.get_device_name(device()) if device().type == "cuda" else None,
         "dtype": str(compute_dtype()).removeprefix("torch."),
         "threads": threads(),
-        "rank": rank,
-        "world_size": world_size,
+        "rank": int(os.environ.get("RANK", "0")),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "compiler": has_compiler(),
     }
 
 
+# -- measurements -----------------------------------------------------------------------------------------------------
+
+
 def timed(work: Callable[[], object], on: torch.device) -> float:
-    """Seconds of one call, the device's queue included."""
+    """Seconds of one call, until the device has finished."""
     start = time.perf_counter()
     work()
     if on.type != "cpu":
@@ -175,7 +190,7 @@ def timed(work: Callable[[], object], on: torch.device) -> float:
 
 
 def median_seconds(work: Callable[[], object], on: torch.device, seconds: float) -> float:
-    """Median time of one call, over `seconds` and at least three calls, after one to warm up."""
+    """Median time of one call, over `seconds` and at least three calls, after one warm-up call."""
     timed(work, on)
     times = []
     while len(times) < 3 or sum(times) < seconds:
@@ -184,9 +199,9 @@ def median_seconds(work: Callable[[], object], on: torch.device, seconds: float)
 
 
 def matmul_gflops_per_second(dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Peak of square matrix products, the limit of training; `seconds` of measuring.
+    """Peak throughput of square matmuls, the limit of training, measured for `seconds`.
 
-    The size grows until about twenty products fill the time: small ones measure the overhead instead.
+    The size grows until about twenty matmuls fill the time: small ones would measure the overhead.
     """
     on = device()
     for size in (512, 1024, 2048, 4096, 8192, 16384):
@@ -199,14 +214,14 @@ def matmul_gflops_per_second(dtype: torch.dtype, seconds: float = 1.0) -> float:
 
 
 def bandwidth_gb_per_second(seconds: float = 1.0) -> float:
-    """Rate of reading memory, the limit of decoding: the sum of 335 MB, more than most caches hold."""
+    """Bandwidth of reading memory, the limit of decoding: the sum of 335 MB, more than most caches hold."""
     on = device()
     x = torch.ones(80 * 2**20, device=on)
     return x.nbytes / median_seconds(x.sum, on, seconds) / 1e9
 
 
 def measure(seconds: float = 1.0) -> dict:
-    """`describe()` and three measured rates, about `seconds` each."""
+    """`describe()` and three measurements of about `seconds` each."""
     return describe() | {
         "bf16_gflops_per_second": round(matmul_gflops_per_second(torch.bfloat16, seconds), 1),
         "fp32_gflops_per_second": round(matmul_gflops_per_second(torch.float32, seconds), 1),

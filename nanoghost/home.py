@@ -4,7 +4,7 @@ A model is a folder under `$NANOGHOST_HOME/models/NAME/` (an adapter is called B
 
     config.json, model.safetensors, tokenizer.json ...   what other programs read
     card.json        how the model was made (written when the stage starts, completed when it ends)
-    events.jsonl     append-only log of figures; a child starts with a copy of its parent's, so one folder has the whole story
+    events.jsonl     append-only log of figures; begins with a copy of the parent's, so one folder has the whole story
     state/           checkpoints for an exact resume; removed when the stage is finished
 """
 
@@ -82,8 +82,8 @@ def read_json_lines(path: Path) -> list:
 def exclusive_lock(path: Path, error_if_locked: str | None = None):
     """Hold a file lock on `path`, an existing folder or a file that is created if needed.
 
-    Waits until the lock is free, or raises UserError(error_if_locked) if that is given. The system releases the lock when
-    the process and the children that inherited the descriptor have ended, however they end.
+    Waits until the lock is free, or raises UserError(error_if_locked) if that is given. The system releases the lock
+    when the process and the children that inherited the descriptor have ended, however they end.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, flags, 0o666)
@@ -99,7 +99,8 @@ def exclusive_lock(path: Path, error_if_locked: str | None = None):
 
 @contextmanager
 def write_lock(folder):
-    """Lock the folder of a model or a person, so that it has one writer at a time; UserError if there is another writer."""
+    """Lock the folder of a model or a person, so that it has one writer at a time; UserError if there is another
+    writer."""
     folder.path.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder.path / ".lock", f"another process is writing '{folder.name}'"):
         yield
@@ -148,7 +149,8 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def finish_time(card_file: Path) -> float:
-    """Unix time when a model was finished, 0 if it is not. Also reads cards of older formats, so that `list` and `rm` work."""
+    """Unix time when a model was finished, 0 if it is not. Also reads cards of older formats, so that `list` and `rm`
+    work."""
     return read_json(card_file).get("finished") or 0.0
 
 

@@ -18,7 +18,7 @@ from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss
 from nanoghost.train.rl import RlSettings
-from nanoghost.train.rollouts import compute_advantages, policy_gradient
+from nanoghost.train.rollouts import Rollouts, compute_advantages, policy_gradient
 from tests.support.toys import toy_text
 
 FAST = settings(deadline=None, max_examples=50)
@@ -28,7 +28,8 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def batch(seed=0, drift=0.3):
-    """Log-probabilities of two policies that differ by `drift`, advantages, a ragged mask, and the prompt of each rollout."""
+    """Log-probabilities of two policies that differ by `drift`, advantages, a ragged mask, and the prompt of each
+    rollout."""
     random = torch.Generator().manual_seed(seed)
     old_NT = -2 * torch.rand(N, T, generator=random, dtype=torch.double) - 0.1
     logp_NT = (old_NT + drift * torch.randn(N, T, generator=random, dtype=torch.double)).requires_grad_()
@@ -48,7 +49,7 @@ def gradient_of(variant, logp_NT, *rest):
     return gradient_NT
 
 
-# -- the slow, clear version: one loop for each paper ----------------------------------------------------------------------
+# -- the slow, clear version: one loop for each paper -----------------------------------------------------------------
 
 
 def surrogate(ratio, advantage, low, high):
@@ -103,7 +104,7 @@ def test_loss_and_gradient_equal_those_of_the_slow_loops(variant, drift):
             assert gradient[n][t] == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4, abs=1e-7)
 
 
-# -- properties of all variants ------------------------------------------------------------------------------------------
+# -- properties of all variants ---------------------------------------------------------------------------------------
 
 
 def test_on_policy_all_variants_push_in_the_same_direction():
@@ -256,7 +257,7 @@ def test_only_the_std_of_the_group_favors_problems_that_are_almost_solved():
         assert ratio > 2.5 if VARIANTS[variant].advantage_std == "group" else ratio == pytest.approx(1.75)
 
 
-# -- a real model: the sampler stores the probabilities that the trainer computes -----------------------------------------------
+# -- a real model: the sampler stores the probabilities that the trainer computes -------------------------------------
 
 
 def test_ratios_of_fresh_rollouts_are_one_and_micro_batches_do_not_change_the_gradient():
@@ -269,8 +270,8 @@ def test_ratios_of_fresh_rollouts_are_one_and_micro_batches_do_not_change_the_gr
     rows = generate(model, tokenizer, prompts, Sampling(max_tokens=8, temperature=1.0, seed=3), 4)
     rewards = [random.Random(i + 4 * p).random() for p in range(2) for i in range(4)]
     settings = RlSettings(max_tokens=8, rollouts=4)
-    lengths = [sum(row.sampled) for row in rows]
-    advantages_N, denominators_N = compute_advantages(rewards, lengths, settings)
+    rollouts = Rollouts(rows, ["toy"] * 8, rewards, [sum(row.sampled) for row in rows], [sum(row.logprobs) for row in rows])
+    advantages_N, denominators_N = compute_advantages(rollouts, settings)
     losses, gradients = [], []
     for micro_batch in (2, 1):
         model.zero_grad(set_to_none=True)

@@ -70,7 +70,7 @@ class Ours:
         """Attempts a minute."""
         start = time.perf_counter()
         rollouts = rollout(self.model, self.tokenizer, self.tasks, self.settings, self.at)
-        advantages_N, denominators_N = compute_advantages(rollouts.rewards, rollouts.lengths, self.settings)
+        advantages_N, denominators_N = compute_advantages(rollouts, self.settings)
         policy_gradient(self.model, rollouts.sequences, advantages_N, denominators_N, self.settings)
         self.optimizer.step(1e-3)  # so small that the next step finds the same model
         self.at += 1

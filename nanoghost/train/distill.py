@@ -42,22 +42,25 @@ class DistillSettings(FinetuneSettings):
     name: str = "pupil"
     """Name of the new model."""
     kind: str = "sequence"
-    """sequence (the teacher's answers), token (its probabilities for given text) or on-policy (its probabilities for the student's samples)."""
+    """sequence: learn the teacher's answers; token: its probabilities for given examples; on-policy: its
+    probabilities for what the student samples."""
     data: str = "lessons"
-    """Examples: lessons (the built-in mix), a JSONL file of conversations, or lessons+FILE; for token and on-policy also
-    text: plays, a file or folder, or hub:OWNER/NAME."""
+    """Examples: lessons (the built-in mix), a JSONL file of conversations, or lessons+FILE; token and on-policy also
+    take text: plays, a file or folder, or hub:OWNER/NAME."""
     examples: int = 500
     """Maximum number of examples: conversations, or evenly spaced rows of text."""
     top_k: int = 32
     """Number of most probable tokens whose probability is learned individually; all others count as one."""
     beta: float | None = None
-    """Divergence, 0: KL(teacher || student), 1: KL(student || teacher), between: generalized Jensen-Shannon. Default: 0, on-policy 1."""
+    """Divergence. 0: KL(teacher || student), 1: KL(student || teacher), between: generalized Jensen-Shannon. Default:
+    0, on-policy 1."""
     teacher_weight: float = 0.7
     """Weight of the distillation loss (kind token); the rest is next-token loss."""
     max_tokens: int = 96
     """Longest sampled answer, in tokens."""
     temperature: float | None = None
-    """Sampling temperature. Default: 0.7 for the teacher's answers (sequence), 1 for the student's samples (on-policy)."""
+    """Sampling temperature. Default: 0.7 for the teacher's answers (sequence), 1 for the student's samples
+    (on-policy)."""
     batch: int = 16
     """Packed rows in a step, over all processes; on-policy: prompts."""
     context: int | None = None
@@ -74,11 +77,8 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
     settings, parent = prepare_finetuning("distill", settings)
     teacher_folder = open_model(settings.teacher)
     check(settings, parent, teacher_folder)
-    shards, conversations = None, []
-    if is_text(settings.data):
-        shards = tokenise(open_source(settings.data), tokenizer_of(parent))
-    else:
-        conversations = own_conversations(settings.data)
+    shards = tokenise(open_source(settings.data), tokenizer_of(parent)) if is_text(settings.data) else None
+    conversations = [] if shards else own_conversations(settings.data)
 
     with start_run("distill", settings, display, parent) as run:
         if run is None:
@@ -95,21 +95,15 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         groups = finetune_groups(parent.card.root, model.config.width, settings.learning_rate)
         model, optimizer = build_optimizer(model, groups, settings)
         if run.card.steps is None:
-            teacher_seconds = round(clock.seconds, 1)
-            run.update_card(
-                steps=settings.steps or calibrated_steps(settings, parent, groups, method),
-                data=combined_sources(run.card.data, teacher_folder, shards),
-                teacher=teacher_folder.card,
-                teacher_seconds=teacher_seconds,
-                adapters=[adapter.summary() for adapter in model.adapters],
-            )
+            data = combined_sources(run.card.data, teacher_folder, shards)
+            run.update_card(teacher=teacher_folder.card, teacher_seconds=round(clock.seconds, 1), data=data)
+            steps = settings.steps or calibrated_steps(settings, parent, groups, method)
+            run.update_card(steps=steps, adapters=[adapter.summary() for adapter in model.adapters])
         guard = StepGuard(run, optimizer)
         start, saved = guard.resume()
         steps, tokens = run.card.steps, saved.get("tokens", 0)
         resumed = f", resuming at step {start}" if start else ""
-        display.print(
-            f"distilling {teacher_folder.name} into {settings.name}, kind {settings.kind}: {steps} steps{resumed}"
-        )
+        display.print(f"distilling {settings.teacher} into {settings.name}, {settings.kind}: {steps} steps{resumed}")
 
         clock = Clock(saved.get("seconds", 0.0), settings.checkpoint_seconds)
         throughput = Throughput()
@@ -132,19 +126,9 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
 
         seconds = clock.seconds
         run.save_model(model, tokenizer)
-        figures = run.finish(
-            name=settings.name,
-            parameters=run.card.parameters,
-            tokens=tokens,
-            seconds=round(seconds, 1),
-            tokens_per_second=throughput.tokens_per_second,
-            flops_per_second=throughput.tokens_per_second * model.flops_per_token(context),
-            loss=final_loss,
-            steps=steps,
-            teacher=teacher_folder.name,
-            teacher_seconds=run.card.teacher_seconds,
-            **final_bits_per_byte(model, shards, context),
-        )
+        results = {"teacher": teacher_folder.name, "teacher_seconds": run.card.teacher_seconds, "loss": final_loss}
+        results |= final_bits_per_byte(model, shards, context)
+        figures = run.finish(tokens, seconds, throughput, model.flops_per_token(context), **results)
     display.print(f"{settings.name}: loss {final_loss:.3f} after {seconds:.0f} s of training")
     return figures
 
@@ -176,8 +160,8 @@ def check(settings: DistillSettings, parent: ModelFolder, teacher: ModelFolder) 
     difference = tokenizer_difference(tokenizer_of(parent), tokenizer_of(teacher))
     if difference:
         raise UserError(
-            f"'{parent.name}' cannot learn from the probabilities of '{teacher.name}': {difference}; use --kind sequence,"
-            f" or a student made with `pretrain --tokenizer {teacher.name}`"
+            f"'{parent.name}' cannot learn from the probabilities of '{teacher.name}': {difference};"
+            f" use --kind sequence, or a student made with `pretrain --tokenizer {teacher.name}`"
         )
 
 
@@ -188,8 +172,9 @@ def tokenizer_difference(student, teacher) -> str:
     if student.specials != teacher.specials:
         return "their special tokens differ"
     for i in range(student.vocab_size):
-        if student.token_bytes(i) != teacher.token_bytes(i):
-            return f"token {i} is {student.token_bytes(i)!r} for the student and {teacher.token_bytes(i)!r} for the teacher"
+        of_student, of_teacher = student.token_bytes(i), teacher.token_bytes(i)
+        if of_student != of_teacher:
+            return f"token {i} is {of_student!r} for the student and {of_teacher!r} for the teacher"
     return ""
 
 

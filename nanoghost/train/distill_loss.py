@@ -1,15 +1,15 @@
-"""How far a student's expectations are from its teacher's.
+"""Divergence between the next-token distributions of a student and its teacher.
 
-The vocabulary is sorted into buckets: the k tokens that the teacher finds most probable, each alone, and all others
-together. The token that really comes next always has a bucket of its own: where it is not among the k, it takes the
-last one's place. Both distributions are at temperature 1, and both sum to 1 over the buckets, so a divergence of 0 means
-that they agree on them. Merging tokens can only make a divergence smaller; with k = V it is the full one.
+The vocabulary is divided into buckets: one for each of the k tokens that the teacher finds most probable, and one for
+all other tokens together. The true next token always has its own bucket: if it is not among the k, it replaces the
+last one. Both distributions are at temperature 1 and sum to 1 over the buckets, so a divergence of 0 means that they
+agree on the buckets. Merging tokens can only make a divergence smaller; with k = V it is the exact one.
 
-    beta   divergence                              the student
-    0      KL(teacher || student)                  covers all that the teacher holds possible   Hinton et al. 2015
-    1      KL(student || teacher)                  keeps to what the teacher finds probable     Gu et al. 2024, MiniLLM
-    else   beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student:
-           generalised Jensen-Shannon                                                           Agarwal et al. 2024, GKD
+    beta   divergence                                       the student
+    0      KL(teacher || student)                           covers all modes of the teacher  Hinton et al. 2015
+    1      KL(student || teacher)                           seeks the teacher's modes        Gu et al. 2024, MiniLLM
+    else   beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student:
+           generalized Jensen-Shannon                                                        Agarwal et al. 2024, GKD
 
 N positions, D width, V vocabulary, K = k, B = K + 1 buckets; R rows, T tokens in a row.
 """
@@ -23,7 +23,7 @@ from nanoghost.model.layers import CHUNK, text_layout
 
 
 def teacher_buckets(logits_NV, targets_N, k: int):
-    """The tokens that have a bucket of their own, (N, K), and the teacher's log P of every bucket, (N, B) fp32."""
+    """(ids of the tokens with their own bucket, (N, K), the teacher's log P of every bucket, (N, B) fp32)."""
     logprobs_NV = torch.log_softmax(logits_NV.float(), 1)
     ids_NK = logprobs_NV.topk(min(k, logits_NV.size(1)), 1).indices
     missing_N = (ids_NK != targets_N[:, None]).all(1)
@@ -32,7 +32,7 @@ def teacher_buckets(logits_NV, targets_N, k: int):
 
 
 def divergence(student_NB, teacher_NB, beta: float):
-    """Nats for each position, (N,), of two log-distributions."""
+    """Divergence of two log-distributions at each position in nats, (N,)."""
 
     def kl(p, q):
         return (p.exp() * (p - q)).sum(1)
@@ -45,41 +45,44 @@ def divergence(student_NB, teacher_NB, beta: float):
     return beta * kl(teacher_NB, middle_NB) + (1 - beta) * kl(student_NB, middle_NB)
 
 
-def distill_loss(student_NB, teacher_NB, ids_NK, targets_N, beta: float, share: float):
-    """For each position `share` of the divergence from the teacher and 1 - share of the plain next-token loss, (N,)."""
-    true_N1 = (ids_NK == targets_N[:, None]).int().argmax(1, keepdim=True)
-    plain_N = -student_NB.gather(1, true_N1)[:, 0]
-    return share * divergence(student_NB, teacher_NB, beta) + (1 - share) * plain_N
+def distill_loss(student_NB, teacher_NB, ids_NK, targets_N, beta: float, teacher_weight: float):
+    """At each position `teacher_weight` x divergence from the teacher + (1 - `teacher_weight`) x next-token loss,
+    (N,)."""
+    true_bucket_N1 = (ids_NK == targets_N[:, None]).int().argmax(1, keepdim=True)
+    next_token_loss_N = -student_NB.gather(1, true_bucket_N1)[:, 0]
+    divergence_N = divergence(student_NB, teacher_NB, beta)
+    return teacher_weight * divergence_N + (1 - teacher_weight) * next_token_loss_N
 
 
-# ── the student's buckets ───────────────────────────────────────────────────────────────────────────────────────────
+# -- the student's buckets --------------------------------------------------------------------------------------------
 
 
 def student_buckets(model, tokens_RT, ids_NK, segments_RT, places):
     """log P of the tokens `ids_NK` at each of `places` (row, position), and of all others together: (N, B) fp32."""
-    if isinstance(model, Ghost):  # its pointers point at tokens of the text: only the whole distribution has it all
+    if isinstance(model, Ghost):  # its copy heads add to the softmax of the head: only `forward` has the sum
         return gather_buckets(model(tokens_RT, segments_BT=segments_RT)[places], ids_NK)
     h_RTD = model.hidden(tokens_RT, text_layout(tokens_RT, model.head.dtype, segments_RT))
     return bucket_logprobs(h_RTD[places], model.head, ids_NK)
 
 
 def logits_at(model, tokens_RT, segments_RT, places):
-    """Logits (N, V) at those places alone: a long vocabulary costs more than the rest of a small model."""
+    """Logits (N, V) at `places` only: with a large vocabulary the head costs more than the rest of a small model."""
     if isinstance(model, Ghost):
         return model(tokens_RT, segments_BT=segments_RT)[places]
     return model.hidden(tokens_RT, text_layout(tokens_RT, model.head.dtype, segments_RT))[places] @ model.head.T
 
 
 def bucket_logprobs(hidden_ND, head_VD, ids_NK):
-    """The same from hidden states. As with layers.token_logprobs the fp32 logits of the whole batch never exist.
+    """log P of the buckets (N, B) from hidden states, in chunks: the fp32 logits of the whole batch are never in
+    memory.
 
-    The others are summed, not what is left of 1: rounding would leave nothing, or less.
+    The probability of the last bucket is a sum over its tokens. 1 minus the others could be 0 or negative by rounding.
     """
     return _BucketLogProbs.apply(hidden_ND, head_VD, ids_NK)
 
 
 def gather_buckets(logprobs_NV, ids_NK):
-    """The same from the log-probabilities of the whole vocabulary."""
+    """log P of the buckets (N, B) from the log-probabilities of the whole vocabulary."""
     return _buckets(logprobs_NV.exp(), ids_NK).log()
 
 
@@ -98,23 +101,23 @@ class _BucketLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_NB):
         hidden_ND, head_VD, ids_NK, probs_NV, buckets_NB = ctx.saved_tensors
-        # d log P(bucket) / d logit = (its share of the bucket, if it is in there) - p
+        # d log P(bucket) / d logit(token) = (p(token) / P(bucket) if the token is in the bucket, else 0) - p(token)
         total_N1 = grad_NB.sum(1, keepdim=True)
         ids_grad_NK = grad_NB[:, :-1] - buckets_NB[:, :-1] * total_N1
         others_N1 = grad_NB[:, -1:] / buckets_NB[:, -1:] - total_N1
-        grad_logits = probs_NV.mul_(others_N1.to(probs_NV.dtype))  # in their place: they are not needed again
+        grad_logits = probs_NV.mul_(others_N1.to(probs_NV.dtype))  # in place: they are not needed again
         grad_logits.scatter_(1, ids_NK, ids_grad_NK.to(probs_NV.dtype))
-        head_learns = ctx.needs_input_grad[1]
-        return grad_logits @ head_VD, grad_logits.T @ hidden_ND if head_learns else None, None
+        grad_head = grad_logits.T @ hidden_ND if ctx.needs_input_grad[1] else None
+        return grad_logits @ head_VD, grad_head, None
 
 
 def _chunks(positions: int, vocabulary: int):
-    """Slices of positions whose probabilities together are as many as CHUNK of a small vocabulary."""
+    """Slices of positions: CHUNK positions with a vocabulary of 4096, fewer with a larger one."""
     size = max(1, CHUNK * 4096 // vocabulary)
     return [slice(i, i + size) for i in range(0, positions, size)]
 
 
 def _buckets(probs_NV, ids_NK):
-    """Probabilities of K tokens and, summed, of all others: (N, B) fp32, none quite 0."""
+    """Probabilities of K tokens and of all others together: (N, B) fp32, at least 1e-30."""
     others_N = probs_NV.scatter(1, ids_NK, 0.0).sum(1, dtype=torch.float32)
     return torch.cat([probs_NV.gather(1, ids_NK).float(), others_N[:, None]], 1).clamp_min(1e-30)

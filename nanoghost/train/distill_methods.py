@@ -31,7 +31,8 @@ from nanoghost.train.teacher_cache import (
 
 
 def text_rows(tokens, context: int, max_rows: int, check=None) -> list[TokenizedExample]:
-    """Up to `max_rows` evenly spaced rows of `context` + 1 tokens. `check(positions, tokens)` verifies the file there."""
+    """Up to `max_rows` evenly spaced rows of `context` + 1 tokens. `check(positions, tokens)` verifies the file
+    there."""
     available = (len(tokens) - 1) // context
     if not available:
         raise UserError(

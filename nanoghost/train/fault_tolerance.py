@@ -26,7 +26,7 @@ class StepGuard:
         batch_index = guard.batch_index(step)
         ... gradients, mean loss over all processes
         if not math.isfinite(loss):
-            guard.handle_bad_loss(step, local_loss, rows)
+            guard.handle_bad_loss(step, local_loss, examples)
             continue
         guard.save_if_due(step, clock, loss)
         optimizer.step(...)
@@ -60,8 +60,8 @@ class StepGuard:
         return step + sum(count for first, count in self.run.card.skipped_batches if step >= first)
 
     def save_if_due(self, step: int, clock: Clock, score: float, **values) -> None:
-        """Between gradients and update: save the state before `step` if it is time. Raises Stopped, with everything saved,
-        if a stop was requested.
+        """Between gradients and update: save the state before `step` if it is time. Raises Stopped, with everything
+        saved, if a stop was requested.
 
         `score`: quality of the model in this step, lower is better. `values` are saved with the checkpoint.
         """
@@ -87,23 +87,26 @@ class StepGuard:
             self.run.display.print(f"{self.run.folder.name} is saved at step {step} of {self.run.card.steps}")
             raise Stopped
 
-    def handle_bad_loss(self, step: int, local_loss: float, rows: list) -> None:
+    def handle_bad_loss(self, step: int, local_loss: float, examples: list) -> None:
         """The mean loss is NaN or inf: discard the gradients and follow --bad-loss (stop, skip, or roll back).
 
-        `rows`: positions of this process's training data in the batch, for the error message.
+        `examples`: what this process trained on in this step (positions in the text, indices of conversations ...),
+        for the log.
         """
         if self.watchdog:
             self.watchdog.reset()
         self.checkpoints.finish_save()
         for bucket in self.optimizer.buckets.values():
             bucket.gradient()  # clears the gradients
-        every_rank = distributed.all_gather_object((local_loss, rows))
-        bad_rows = {rank: rows for rank, (loss, rows) in enumerate(every_rank) if not math.isfinite(loss)}
-        bad_value = next(loss for loss, _ in every_rank if not math.isfinite(loss))
-        ranks = ", ".join(map(str, bad_rows))
-        first_rows = next(iter(bad_rows.values()))[:4]
-        problem = f"the loss is {bad_value} at step {step}, on rank {ranks} (rows {first_rows} ...)"
-        self.run.log_event(step, bad_loss=str(bad_value), rows=bad_rows, action=self.policy)
+        of_ranks = distributed.all_gather_object((local_loss, examples))
+        bad_ranks = {rank: examples for rank, (loss, examples) in enumerate(of_ranks) if not math.isfinite(loss)}
+        bad_value = next(loss for loss, _ in of_ranks if not math.isfinite(loss))
+        first_examples = next(iter(bad_ranks.values()))[:4]
+        problem = (
+            f"the loss is {bad_value} at step {step}, on rank {', '.join(map(str, bad_ranks))}"
+            f" (training examples {first_examples} ...)"
+        )
+        self.run.log_event(step, bad_loss=str(bad_value), examples=bad_ranks, action=self.policy)
         if self.policy == "skip":
             self.skip_batch(step, problem)
         elif self.policy == "roll-back":
@@ -181,7 +184,8 @@ class Watchdog:
 
 
 class AutoMicroBatch:
-    """Gradients of a batch in micro-batches that fit into memory: their size is halved until the first step succeeds."""
+    """Gradients of a batch in micro-batches that fit into memory: their size is halved until the first step
+    succeeds."""
 
     def __init__(self, accumulate_gradients: Callable[..., float], rows: int, log: Callable[[str], None]):
         """`accumulate_gradients(model, *batch, rows)` adds the gradients of a batch to .grad, `rows` rows at a time."""
@@ -189,7 +193,8 @@ class AutoMicroBatch:
         self.fits = False  # known after the first step
 
     def __call__(self, model, *batch) -> float:
-        """Compute the gradients of a batch; returns the loss. The size of the micro-batches does not affect the result."""
+        """Compute the gradients of a batch; returns the loss. The size of the micro-batches does not affect the
+        result."""
         while True:
             try:
                 loss = self.accumulate_gradients(model, *batch, self.rows)

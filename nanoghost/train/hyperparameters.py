@@ -18,7 +18,8 @@ DEFAULT_DEPTH = 4
 
 
 def depth_for(minutes: float | None, gflops_per_second: float = REFERENCE_GFLOPS) -> tuple[int, str]:
-    """(depth, reason): the depth with the lowest loss after `minutes` of training on a machine with this matmul throughput."""
+    """(depth, reason): the depth with the lowest loss after `minutes` of training on a machine with this matmul
+    throughput."""
     if minutes is None:
         return DEFAULT_DEPTH, f"depth {DEFAULT_DEPTH} is the default where no minutes are given"
     reference_minutes = minutes * gflops_per_second / REFERENCE_GFLOPS
@@ -30,7 +31,9 @@ def model_config(arch: str, depth: int, vocab_size: int, context: int):
     """Width is 64 x depth, in heads of 64."""
     width = 64 * depth
     if arch == "llama":
-        mlp_width = 64 * math.ceil(8 * width / (3 * 64))  # 8/3 of the width, as in Llama, rounded up to a multiple of 64
+        mlp_width = 64 * math.ceil(
+            8 * width / (3 * 64)
+        )  # 8/3 of the width, as in Llama, rounded up to a multiple of 64
         return LlamaConfig(
             vocab_size=vocab_size,
             context=context,
@@ -66,7 +69,8 @@ def pretrain_groups(width: int, scale: float = 1.0, adamw_scale: float = 1.0) ->
 
 
 def finetune_groups(root: ModelCard, width: int, scale: float = 1.0, adamw_scale: float = 1.0) -> dict[str, Group]:
-    """Optimizer settings for training a model further; `root` is the card of the pretrained model that it descends from.
+    """Optimizer settings for training a model further; `root` is the card of the pretrained model that it descends
+    from.
 
     Models that were pretrained here continue with the settings of pretraining. Adopted models and LoRA adapters need
     AdamW with small learning rates.
@@ -94,7 +98,8 @@ def finetune_context(model_context: int, requested: int | None = None) -> int:
 
 
 def compile_decision(requested: str, minutes: float | None) -> dict:
-    """{"on": bool, "reason": str}. Compiling takes about a minute on two cores and makes a step about a fifth faster."""
+    """{"on": bool, "reason": str}. Compiling takes about a minute on two cores and makes a step about a fifth
+    faster."""
     if requested == "off":
         return {"on": False, "reason": "--compile off"}
     if not hardware.has_compiler():

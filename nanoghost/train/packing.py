@@ -1,4 +1,5 @@
-"""Packing: SFT examples of different lengths share rows of a fixed length; attention never crosses from one to the next.
+"""Packing: SFT examples of different lengths share rows of a fixed length; attention never crosses from one to the
+next.
 
 R rows in a batch, T tokens in a row.
 """
@@ -29,8 +30,8 @@ def tokenize_conversations(
     """(examples, number of conversations that were dropped).
 
     A conversation longer than `context` loses its oldest turns. If its last turn alone is too long, its end is cut off:
-    the answer is learned as far as it fits, and its stop token is not. A conversation that then has no token in the loss
-    is dropped, so that no row consists of padding.
+    the answer is learned as far as it fits, and its stop token is not. A conversation that then has no token in the
+    loss is dropped, so that no row consists of padding.
     """
     examples = []
     for messages in conversations:
@@ -42,14 +43,15 @@ def tokenize_conversations(
             examples.append(example)
     if not examples:
         raise UserError(
-            f"none of the {len(conversations)} conversations has an assistant's answer within a context of {context} tokens"
+            f"none of the {len(conversations)} conversations has an assistant's answer"
+            f" within a context of {context} tokens"
         )
     return examples, len(conversations) - len(examples)
 
 
 def pack(lengths: list[int], capacity: int, order: Iterable[int], max_open_rows: int = 32) -> list[list[int]]:
-    """Best-fit packing: rows of indices whose lengths sum to at most `capacity`. Each index goes into the open row where
-    it leaves the least room."""
+    """Best-fit packing: rows of indices whose lengths sum to at most `capacity`. Each index goes into the open row
+    where it leaves the least room."""
     rows = []
     open_rows: list[tuple[int, list[int]]] = []  # (room, indices)
     for index in order:
@@ -108,7 +110,8 @@ class PackedBatches:
 def collate(rows: list[list[int]], examples: list[TokenizedExample], context: int, loss_tokens: int):
     """inputs, targets, weights, segments of packed rows, each (R, T).
 
-    weights: 1 / `loss_tokens` for targets in the loss, else 0. segments: number of the example in its row, 0 is padding.
+    weights: 1 / `loss_tokens` for targets in the loss, else 0. segments: number of the example in its row, 0 is
+    padding.
     """
     R, T = len(rows), context
     ids = np.zeros((R, T + 1), np.int64)

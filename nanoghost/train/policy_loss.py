@@ -1,14 +1,15 @@
 """Policy-gradient losses for rollouts with a verified reward: one function, five named variants.
 
-    variant    ratio      clip            sum over tokens                  advantage divided by
-    cispo      token      above only      mean per prompt, then mean       std of the batch       MiniMax-M1 2025, ScaleRL 2025
-    dr_grpo    token      1 +- 0.2        sum / (rollouts x max tokens)    nothing                Liu et al. 2025
-    dapo       token      0.8 .. 1.28     sum / all tokens                 std of the group       Yu et al. 2025
-    gspo       sequence   3e-4, 4e-4      mean per rollout, then mean      std of the group       Zheng et al. 2025
-    reinforce  none       none            sum / all tokens                 nothing                Williams 1992
+    variant    ratio      clip          sum over tokens                advantage divided by
+    cispo      token      above only    mean per prompt, then mean     std of the batch      MiniMax-M1, ScaleRL 2025
+    dr_grpo    token      1 +- 0.2      sum / (rollouts x max tokens)  nothing               Liu et al. 2025
+    dapo       token      0.8 .. 1.28   sum / all tokens               std of the group      Yu et al. 2025
+    gspo       sequence   3e-4, 4e-4    mean per rollout, then mean    std of the group      Zheng et al. 2025
+    reinforce  none       none          sum / all tokens               nothing               Williams 1992
 
 Ratios are relative to the probabilities that the sampler stored when it drew the tokens. With one update per batch of
-rollouts they are 1 up to rounding, and all variants push in the same direction; they differ in the weight of each token.
+rollouts they are 1 up to rounding, and all variants push in the same direction; they differ in the weight of each
+token.
 
 N rollouts, P prompts, G rollouts of each prompt (a group), T tokens.
 """
@@ -24,8 +25,8 @@ NEVER = float("inf")  # a clip range without a limit
 @dataclass(frozen=True)
 class Variant:
     objective: Literal["weighted", "clipped", "plain"]
-    """weighted: the clipped ratio is a constant weight of log P (CISPO). clipped: the minimum of the clipped and the unclipped
-    ratio times the advantage (PPO). plain: log P times the advantage, without a ratio (REINFORCE)."""
+    """weighted: the clipped ratio is a constant weight of log P (CISPO). clipped: the minimum of the clipped and the
+    unclipped ratio times the advantage (PPO). plain: log P times the advantage, without a ratio (REINFORCE)."""
     normalize_by: Literal["prompts", "rollouts", "tokens", "max_tokens"]
     """What the sum over tokens is divided by; see `denominators`."""
     advantage_std: Literal["batch", "group", "none"]
@@ -49,7 +50,9 @@ VARIANTS = {
 
 def advantages(rewards_PG: torch.Tensor, variant: str) -> torch.Tensor:
     """Reward minus the mean of the group, (P, G); exactly 0 in groups whose rewards are all equal."""
-    has_signal_P = rewards_PG.amax(1) > rewards_PG.amin(1)  # the mean of equal rewards may differ from them by a rounding
+    has_signal_P = rewards_PG.amax(1) > rewards_PG.amin(
+        1
+    )  # the mean of equal rewards may differ from them by a rounding
     centered_PG = (rewards_PG - rewards_PG.mean(1, keepdim=True)) * has_signal_P[:, None]
     advantage_std = VARIANTS[variant].advantage_std
     if advantage_std == "batch":  # over groups with a signal: the others must not shrink the deviation
@@ -63,8 +66,8 @@ def advantages(rewards_PG: torch.Tensor, variant: str) -> torch.Tensor:
 
 
 def denominators(mask_NT: torch.Tensor, prompts_N: torch.Tensor, variant: str, max_tokens: int) -> torch.Tensor:
-    """What the loss of each rollout's tokens is divided by, (N,). Computed from the whole batch, so that the size of the
-    micro-batches does not change the loss.
+    """What the loss of each rollout's tokens is divided by, (N,). Computed from the whole batch, so that the size of
+    the micro-batches does not change the loss.
 
     `prompts_N`: number of the prompt of each rollout.
     """
@@ -84,9 +87,11 @@ def denominators(mask_NT: torch.Tensor, prompts_N: torch.Tensor, variant: str, m
 
 
 def policy_loss(logp_NT, old_logp_NT, advantages_N, mask_NT, denominators_N, variant: str) -> torch.Tensor:
-    """Scalar whose gradient ascends the expected reward. Tokens outside the mask (prompt, tool results) get no gradient.
+    """Scalar whose gradient ascends the expected reward. Tokens outside the mask (prompt, tool results) get no
+    gradient.
 
-    `logp_NT` carries the gradient; `old_logp_NT` is from the sampler. The sum over micro-batches is the loss of the batch.
+    `logp_NT` carries the gradient; `old_logp_NT` is from the sampler. The sum over micro-batches is the loss of the
+    batch.
     """
     v = VARIANTS[variant]
     log_ratio_NT = (logp_NT - old_logp_NT) * mask_NT

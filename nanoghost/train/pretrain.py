@@ -37,9 +37,11 @@ class PretrainSettings(StageSettings):
     name: str = "ghost-base"
     """Name of the new model."""
     data: str = "plays"
-    """Training text: plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, or a mixture (plays=0.7,notes/=0.3)."""
+    """Training text: plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, or a mixture
+    (plays=0.7,notes/=0.3)."""
     depth: int | None = None
-    """The dial: number of layers; determines width, heads and learning rates. Default: the best depth for the given minutes."""
+    """The dial: number of layers; determines width, heads and learning rates. Default: the best depth for the given
+    minutes."""
     dial_minutes: float | None = None
     """Choose the depth for this training time instead, because other stages will train the model further."""
     arch: Literal["ghost", "llama"] = "ghost"
@@ -120,17 +122,9 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
 
         seconds = clock.seconds  # without the evaluation that follows
         run.save_model(model, tokenizer)
-        figures = run.finish(
-            name=settings.name,
-            parameters=run.card.parameters,
-            tokens=steps * tokens_per_step,
-            seconds=round(seconds, 1),
-            tokens_per_second=throughput.tokens_per_second,
-            flops_per_second=throughput.tokens_per_second * model.flops_per_token(settings.context),
-            **final_bits_per_byte(model, source, shards, settings.context),
-            steps=steps,
-            loss=final_loss,
-        )
+        results = final_bits_per_byte(model, source, shards, settings.context) | {"loss": final_loss}
+        flops_per_token = model.flops_per_token(settings.context)
+        figures = run.finish(steps * tokens_per_step, seconds, throughput, flops_per_token, **results)
     display.print(
         f"{settings.name}: {figures['bpb']:.3f} bits per byte on held-out text after {seconds:.0f} s"
         f" (n-gram baseline, Kneser-Ney of order 6: {figures['kneser_ney_bpb']:.3f})"
@@ -139,7 +133,8 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
 
 
 def accumulate_gradients(model, inputs_BT, targets_BT, micro_batch: int) -> float:
-    """Add the gradients of the mean loss over this process's rows, `micro_batch` rows at a time; returns the loss (nats per token)."""
+    """Add the gradients of the mean loss over this process's rows, `micro_batch` rows at a time; returns the loss
+    (nats per token)."""
     device = hardware.device()
     total = torch.zeros((), device=device)
     for inputs, targets in zip(inputs_BT.split(micro_batch), targets_BT.split(micro_batch)):
@@ -204,7 +199,8 @@ def calibrated_steps(seconds: float, model, optimizer, batches, forward_backward
 
 
 def build_model(depth: int, settings: PretrainSettings, tokenizer, epochs: float = 1.0):
-    """(model, optimizer) with random weights. If the text is read several times, AdamW's learning rates shrink accordingly."""
+    """(model, optimizer) with random weights. If the text is read several times, AdamW's learning rates shrink
+    accordingly."""
     torch.manual_seed(settings.seed)
     model = make_model(model_config(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
     groups = pretrain_groups(model.config.width, settings.learning_rate, adamw_scale=1 / epochs)
@@ -225,11 +221,12 @@ def compile_blocks(model) -> None:
 
 def describe(card: ModelCard, epochs: float, settings: PretrainSettings, start: int) -> str:
     matmul_parameters = card.parameter_counts["matrices"] + card.parameter_counts["head"]
+    on = "on" if card.compile["on"] else "off"
     resumed = f"; resuming at step {start}" if start else ""
     return (
-        f"pretraining {settings.name}: {card.parameters / 1e6:.1f}M parameters ({matmul_parameters / 1e6:.1f}M in matmuls),"
-        f" depth {card.depth} ({card.depth_reason}); {card.steps} steps of {settings.batch} x {settings.context} tokens,"
-        f" {epochs:.1f} epochs; torch.compile is {'on' if card.compile['on'] else 'off'} ({card.compile['reason']}){resumed}"
+        f"pretraining {settings.name}: {card.parameters / 1e6:.1f}M parameters ({matmul_parameters / 1e6:.1f}M in"
+        f" matmuls), depth {card.depth} ({card.depth_reason}); {card.steps} steps of {settings.batch} x"
+        f" {settings.context} tokens, {epochs:.1f} epochs; torch.compile is {on} ({card.compile['reason']}){resumed}"
     )
 
 

@@ -2,7 +2,8 @@
 
 problems -> rollouts (sampled with the engine) -> rewards -> advantages within each group -> policy gradient
 
-Each step also trains on a few SFT examples of other tasks, so that these are not forgotten (the "ptx" term of InstructGPT).
+Each step also trains on a few SFT examples of other tasks, so that these are not forgotten (the "ptx" term of
+InstructGPT).
 """
 
 import math
@@ -14,8 +15,9 @@ import tyro
 
 from nanoghost import distributed
 from nanoghost.errors import UserError
-from nanoghost.evals.task_accuracy import accuracy
+from nanoghost.evals import task_accuracy
 from nanoghost.home import ModelFolder
+from nanoghost.optim.optimizer import Group
 from nanoghost.optim.schedule import learning_rate
 from nanoghost.progress import Display
 from nanoghost.tasks.base import Task, distinct_problems
@@ -27,12 +29,12 @@ from nanoghost.train.hyperparameters import finetune_context, finetune_groups
 from nanoghost.train.packing import PackedBatches, tokenize_conversations
 from nanoghost.train.policy_loss import VARIANTS
 from nanoghost.train.rollouts import compute_advantages, policy_gradient, rollout, rollout_stats
-from nanoghost.train.run import build_optimizer, load_parent, prepare_finetuning, print_figures, start_run
+from nanoghost.train.run import Run, build_optimizer, load_parent, prepare_finetuning, print_figures, start_run
 from nanoghost.train.settings import DEFAULT_FINETUNE_MINUTES, FinetuneSettings
 from nanoghost.train.sft import accumulate_packed_gradients
 
-# AdamW moves the embedding of a rare token as far as that of a common one: with the learning rates of pretraining, a reward
-# that was seen once would rewrite a word.
+# AdamW moves the embedding of a rare token as far as that of a common one: with the learning rates of pretraining, a
+# reward that was seen once would rewrite a word.
 ADAMW_SCALE = 0.1
 MAX_SFT_CONVERSATIONS = 4000  # of each source
 RL_TASKS = (
@@ -66,7 +68,8 @@ class RlSettings(FinetuneSettings):
     max_tokens: int = 32
     """Longest rollout in tokens; sums with their calculator calls need up to 56, programs and notes up to 96."""
     data: str = "lessons"
-    """SFT examples that each step also trains on: lessons or tools (without the RL tasks), a JSONL file of conversations, or lessons+FILE."""
+    """SFT examples that each step also trains on: lessons or tools (the built-in mixes without the RL tasks), a JSONL
+    file of conversations, or lessons+FILE."""
     sft_rows: int = 4
     """Packed rows of SFT examples in a step, over all processes (0 = none)."""
     eval_problems: int = 500
@@ -96,40 +99,28 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         model, tokenizer = load_parent(parent, settings)
         root = parent.card.root
         groups = finetune_groups(root, model.config.width, settings.learning_rate, ADAMW_SCALE)
-        known_tasks = all_tasks(root, settings.name)
-        tasks = {name: known_tasks[name] for name in settings.task_names}
-        sft_batches = None
-        if settings.sft_rows:
-            sft_batches = sft_examples(conversations, settings, parent, model, tokenizer)
+        tasks_by_name = all_tasks(root, settings.name)
+        tasks = {name: tasks_by_name[name] for name in settings.task_names}
+        sft_batches = (
+            pack_sft_examples(conversations, settings, parent, model, tokenizer) if settings.sft_rows else None
+        )
         if run.card.steps is None:
-            display.print(f"before: {settings.eval_problems} held-out problems of each task ...")
-            accuracy_before = evaluate(model, tokenizer, tasks, settings)
-            steps = settings.steps or calibrated_steps(settings, parent, groups, tokenizer, tasks, sft_batches, clock)
-            adapters = [adapter.summary() for adapter in model.adapters]
-            run.update_card(steps=steps, accuracy_before=accuracy_before, adapters=adapters)
+            plan_run(run, settings, parent, model, tokenizer, groups, tasks, sft_batches, clock)
         model, optimizer = build_optimizer(model, groups, settings)
         guard = StepGuard(run, optimizer)
         start, saved = guard.resume()
         steps, tokens = run.card.steps, saved.get("tokens", 0)
         resumed = f", resuming at step {start}" if start else ""
-        display.print(
-            f"RL training of {settings.name}: {steps} steps of {settings.problems} problems x {settings.rollouts} rollouts,"
-            f" {settings.variant}{resumed}"
-        )
+        batch = f"{settings.problems} problems x {settings.rollouts} rollouts"
+        display.print(f"RL training of {settings.name}: {steps} steps of {batch}, {settings.variant}{resumed}")
 
         clock = Clock(saved.get("seconds", clock.seconds), settings.checkpoint_seconds)
         throughput = Throughput()
         for step in guard.steps():  # the steps that are left; after a rollback some come again
             batch_index = guard.batch_index(step)  # differs from `step` once a rollback has skipped batches
             rollouts = rollout(model, tokenizer, tasks, settings, batch_index)
-            advantages_N, denominators_N = compute_advantages(rollouts.rewards, rollouts.lengths, settings)
-            gradient = policy_gradient(
-                model,
-                rollouts.sequences,
-                rollouts.local(advantages_N) * world_size,  # the optimizer averages over processes; the loss is a sum
-                rollouts.local(denominators_N),
-                settings,
-            )
+            advantages_N, denominators_N = compute_advantages(rollouts, settings)
+            gradient = policy_gradient(model, rollouts.sequences, advantages_N, denominators_N, settings)
             loss = distributed.all_reduce_mean(gradient.loss)
             if not math.isfinite(loss):
                 guard.handle_bad_loss(step, gradient.loss, [f"problems of batch {batch_index}"])
@@ -154,20 +145,10 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         seconds = clock.seconds
         accuracy_after = evaluate(model, tokenizer, tasks, settings)
         run.save_model(model, tokenizer)
-        compared = {
-            name: {"before": run.card.accuracy_before[name], "after": after} for name, after in accuracy_after.items()
-        }
-        figures = run.finish(
-            name=settings.name,
-            parameters=run.card.parameters,
-            tokens=tokens,
-            seconds=round(seconds, 1),
-            tokens_per_second=throughput.tokens_per_second,
-            steps=steps,
-            accuracy=compared,
-            flops_per_second=throughput.tokens_per_second * model.flops_per_token(32),
-        )
-    for name, a in compared.items():
+        accuracy = {name: {"before": run.card.accuracy_before[name], "after": accuracy_after[name]} for name in tasks}
+        flops_per_token = model.flops_per_token(settings.max_tokens)
+        figures = run.finish(tokens, seconds, throughput, flops_per_token, accuracy=accuracy)
+    for name, a in accuracy.items():
         display.print(f"{name}: {a['before']['accuracy']:.1%} -> {a['after']['accuracy']:.1%} of held-out problems")
     return figures
 
@@ -183,10 +164,14 @@ def check(settings: RlSettings, world_size: int) -> None:
     if settings.problems % world_size:
         raise UserError(f"--problems {settings.problems} is not divisible by the number of processes, {world_size}")
     if settings.rollouts < 2:
-        raise UserError("--rollouts must be at least 2: the reward of a rollout is compared with the others of its group")
+        raise UserError(
+            "--rollouts must be at least 2: the reward of a rollout is compared with the others of its group"
+        )
 
 
-def sft_examples(conversations: list, settings: RlSettings, parent: ModelFolder, model, tokenizer) -> PackedBatches:
+def pack_sft_examples(
+    conversations: list, settings: RlSettings, parent: ModelFolder, model, tokenizer
+) -> PackedBatches:
     """Batches of the given conversations and of the built-in mix, without the tasks that RL trains."""
     rank, world_size = distributed.rank_and_world_size()
     count = min(MAX_SFT_CONVERSATIONS, len(conversations))
@@ -204,33 +189,46 @@ def sft_examples(conversations: list, settings: RlSettings, parent: ModelFolder,
     return PackedBatches(examples, context, settings.sft_rows, settings.seed, rank, world_size)
 
 
+def plan_run(
+    run: Run,
+    settings: RlSettings,
+    parent: ModelFolder,
+    model,
+    tokenizer,
+    groups: dict[str, Group],
+    tasks: dict[str, Task],
+    sft_batches: PackedBatches | None,
+    clock: Clock,
+) -> None:
+    """Evaluate the parent and decide the number of steps, once for all resumes."""
+    run.display.print(f"before: {settings.eval_problems} held-out problems of each task ...")
+    accuracy_before = evaluate(model, tokenizer, tasks, settings)
+    steps = settings.steps
+    if not steps:
+        trial_model, optimizer = build_optimizer(load_parent(parent, settings)[0], groups, settings)
+
+        def one_step(step: int) -> None:
+            rollouts = rollout(trial_model, tokenizer, tasks, settings, step)
+            advantages_N, denominators_N = compute_advantages(rollouts, settings)
+            policy_gradient(trial_model, rollouts.sequences, advantages_N, denominators_N, settings)
+            if sft_batches:
+                accumulate_packed_gradients(trial_model, sft_batches.at(step), sft_batches.world_size)
+            optimizer.step(0.0)
+
+        evaluation_seconds = clock.seconds  # the evaluation after the training takes as long
+        seconds = (settings.minutes or DEFAULT_FINETUNE_MINUTES) * 60 - 2 * evaluation_seconds
+        steps = steps_that_fit(seconds, one_step, trials=5)
+    adapters = [adapter.summary() for adapter in model.adapters]
+    run.update_card(steps=steps, accuracy_before=accuracy_before, adapters=adapters)
+
+
 def evaluate(model, tokenizer, tasks: dict[str, Task], settings: RlSettings) -> dict[str, dict]:
     """Accuracy on held-out problems of each task."""
     results = {}
     for name, task in tasks.items():
         problems = distinct_problems(task, settings.eval_problems)
-        results[name], _ = accuracy(model, tokenizer, task, problems, settings.max_tokens)
+        results[name], _ = task_accuracy.accuracy(model, tokenizer, task, problems, settings.max_tokens)
     return results
-
-
-def calibrated_steps(
-    settings: RlSettings, parent: ModelFolder, groups, tokenizer, tasks, sft_batches: PackedBatches | None, clock: Clock
-) -> int:
-    """Number of steps that fit into --minutes, from steps with a throwaway model."""
-    evaluation_seconds = clock.seconds  # of the evaluation before the training; the one after it takes as long
-    model, optimizer = build_optimizer(load_parent(parent, settings)[0], groups, settings)
-
-    def one_step(step: int) -> None:
-        rollouts = rollout(model, tokenizer, tasks, settings, step)
-        advantages_N, denominators_N = compute_advantages(rollouts.rewards, rollouts.lengths, settings)
-        local_advantages_N, local_denominators_N = rollouts.local(advantages_N), rollouts.local(denominators_N)
-        policy_gradient(model, rollouts.sequences, local_advantages_N, local_denominators_N, settings)
-        if sft_batches:
-            accumulate_packed_gradients(model, sft_batches.at(step), sft_batches.world_size)
-        optimizer.step(0.0)
-
-    seconds = (settings.minutes or DEFAULT_FINETUNE_MINUTES) * 60 - 2 * evaluation_seconds
-    return steps_that_fit(seconds, one_step, trials=5)
 
 
 def command(settings: RlSettings) -> None:

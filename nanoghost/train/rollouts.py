@@ -31,12 +31,6 @@ class Rollouts:
     logprobs: list[float]
     """Log-probability of each whole rollout under the sampler."""
 
-    def local(self, values_N: torch.Tensor) -> torch.Tensor:
-        """The values of this process's rollouts."""
-        rank, _ = distributed.rank_and_world_size()
-        count = len(self.sequences)
-        return values_N[rank * count : (rank + 1) * count]
-
 
 def problems_of_step(tasks: dict[str, Task], settings, step: int, rank: int, world_size: int) -> list[Problem]:
     """This process's problems. The problems of a step are the same for any number of processes."""
@@ -67,9 +61,10 @@ def score(task: Task, problem: Problem, sequence: Row) -> float:
     return task.score(problem, sequence.messages) if sequence.finish_reason == "stop" else 0.0
 
 
-def compute_advantages(rewards: list[float], lengths: list[int], settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages_N, denominators_N) of the rollouts of all processes."""
-    rewards_N, lengths_N = torch.tensor(rewards, dtype=torch.float32), torch.tensor(lengths)
+def compute_advantages(rollouts: Rollouts, settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages_N, denominators_N) of this process's rollouts, computed from the rollouts of all processes."""
+    rewards_N = torch.tensor(rollouts.rewards, dtype=torch.float32)
+    lengths_N = torch.tensor(rollouts.lengths)
     advantages_N = advantages(rewards_N.view(-1, settings.rollouts), settings.variant).flatten()
     denominators_N = torch.ones_like(advantages_N)
     informative = advantages_N.nonzero()[:, 0]
@@ -77,7 +72,9 @@ def compute_advantages(rewards: list[float], lengths: list[int], settings) -> tu
         mask_NT = torch.arange(int(lengths_N.max())) < lengths_N[informative, None]
         prompts_N = informative // settings.rollouts
         denominators_N[informative] = denominators(mask_NT, prompts_N, settings.variant, settings.max_tokens)
-    return advantages_N, denominators_N
+    rank, _ = distributed.rank_and_world_size()
+    local = slice(rank * len(rollouts.sequences), (rank + 1) * len(rollouts.sequences))
+    return advantages_N[local], denominators_N[local]
 
 
 @dataclass
@@ -93,11 +90,14 @@ class PolicyGradient:
 def policy_gradient(
     model, sequences: list[Row], advantages_N, denominators_N, settings, micro_batch: int = 16
 ) -> PolicyGradient:
-    """Backpropagate the policy loss of the rollouts with a nonzero advantage.
+    """Backpropagate the policy loss of this process's rollouts with a nonzero advantage.
 
     A prompt goes through the model once for all its rollouts, and identical rollouts count as one with the sum of their
     advantages: several times faster than one row per rollout.
     """
+    # The loss is a sum over all processes, and the optimizer averages the gradients over them.
+    _, world_size = distributed.rank_and_world_size()
+    advantages_N = advantages_N * world_size
     indices_of: dict[tuple, dict[tuple, list[int]]] = {}  # prompt -> token ids -> indices of the identical rollouts
     for n in advantages_N.nonzero()[:, 0].tolist():
         of_prompt = indices_of.setdefault(tuple(sequences[n].prompt), {})

@@ -1,4 +1,5 @@
-"""A run: one stage that writes one model folder. Creating or resuming the folder, its card and its events, saving the model."""
+"""A run: one stage that writes one model folder. Creating or resuming the folder, its card and its events, saving the
+model."""
 
 import json
 import os
@@ -53,7 +54,8 @@ class Run:
             )
 
     def update_card(self, **values) -> None:
-        """Set fields of the card; they are saved at once and hold for all resumes (number of steps, compile decision ...)."""
+        """Set fields of the card; they are saved at once and hold for all resumes (number of steps, compile decision
+        ...)."""
         self.card = replace(self.card, **values)
         if self.is_main_process:
             self.folder.write_card(self.card)
@@ -64,8 +66,18 @@ class Run:
         if self.is_main_process:
             save_model(self.folder.path, model, tokenizer)
 
-    def finish(self, **figures) -> dict:
-        """Mark the model as finished, with its results; checkpoints are removed unless --keep-every asks for them."""
+    def finish(self, tokens: int, seconds: float, throughput: Throughput, flops_per_token: int, **results) -> dict:
+        """Mark the model as finished and return its figures; checkpoints are removed unless --keep-every asks for
+        them."""
+        figures = {
+            "name": self.folder.name,
+            "parameters": self.card.parameters,
+            "steps": self.card.steps,
+            "tokens": tokens,
+            "seconds": round(seconds, 1),
+            "tokens_per_second": throughput.tokens_per_second,
+            "flops_per_second": throughput.tokens_per_second * flops_per_token,
+        } | results
         self.update_card(finished=round(time.time(), 3), figures=figures)
         if self.is_main_process and not self.settings.keep_every:
             shutil.rmtree(self.folder.path / "state", ignore_errors=True)

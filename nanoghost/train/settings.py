@@ -40,7 +40,8 @@ class StageSettings:
     """Settings of every stage."""
 
     minutes: float | None = None
-    """Training time in minutes; it is converted to steps before the first one. Default: 4 for pretrain, 2.5 for the other stages."""
+    """Training time in minutes; it is converted to steps before the first one. Default: 4 for pretrain, 2.5 for the
+    other stages."""
     steps: int | None = None
     """Number of training steps, instead of minutes."""
     checkpoint_seconds: float = 60.0
@@ -50,9 +51,11 @@ class StageSettings:
     keep_every: int = 0
     """Keep a permanent checkpoint every N steps (0 = never)."""
     bad_loss: Literal["stop", "skip", "roll-back"] = "stop"
-    """If the loss is NaN or inf: stop; skip the batch; or roll back to the last checkpoint and continue with later batches."""
+    """If the loss is NaN or inf: stop; skip the batch; or roll back to the last checkpoint and continue with later
+    batches."""
     hang_minutes: float = 10.0
-    """Watchdog for distributed runs: if a step takes longer, dump the stacks and exit, so that torchrun restarts the job."""
+    """Watchdog for distributed runs: if a step takes longer, dump the stacks and exit, so that torchrun restarts the
+    job."""
     force: bool = False
     """Replace an existing model of the same name."""
     json: bool = False

@@ -29,7 +29,8 @@ class SftSettings(FinetuneSettings):
     name: str = "ghost-sft"
     """Name of the new model."""
     data: str = "lessons"
-    """lessons (the built-in mix), tools (the same plus calls of Python and lookup), a JSONL file of conversations, or lessons+FILE."""
+    """lessons (the built-in mix), tools (the same plus calls of Python and lookup), a JSONL file of conversations, or
+    lessons+FILE."""
     lessons: int = 40000
     """Number of conversations from the built-in mix."""
     batch: int = 8
@@ -71,9 +72,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         if run.card.steps is None:
             steps = settings.steps or calibrated_steps(settings, parent, groups, batches, forward_backward, clock)
             adapters = [adapter.summary() for adapter in model.adapters]
-            run.update_card(
-                steps=steps, conversations=len(examples), dropped_conversations=dropped, adapters=adapters
-            )
+            run.update_card(steps=steps, conversations=len(examples), dropped_conversations=dropped, adapters=adapters)
         guard = StepGuard(run, optimizer)
         start, saved = guard.resume()
         steps, tokens = run.card.steps, saved.get("tokens", 0)
@@ -101,16 +100,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
 
         seconds = clock.seconds
         run.save_model(model, tokenizer)
-        figures = run.finish(
-            name=settings.name,
-            parameters=run.card.parameters,
-            tokens=tokens,
-            seconds=round(seconds, 1),
-            tokens_per_second=throughput.tokens_per_second,
-            flops_per_second=throughput.tokens_per_second * model.flops_per_token(context),
-            loss=final_loss,
-            steps=steps,
-        )
+        figures = run.finish(tokens, seconds, throughput, model.flops_per_token(context), loss=final_loss)
     display.print(f"{settings.name}: loss {final_loss:.3f} on the assistant's tokens after {seconds:.0f} s")
     return figures
 
@@ -118,8 +108,8 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
 def accumulate_packed_gradients(model, batch, world_size: int, micro_batch: int | None = None) -> float:
     """Add the gradients of this process's part of the loss over a packed batch, `micro_batch` rows at a time.
 
-    `batch`: inputs, targets, weights, segments of `PackedBatches.at`. Returns this part times `world_size`: the mean of it
-    over the processes is the loss, as the mean of the gradients is its gradient.
+    `batch`: inputs, targets, weights, segments of `PackedBatches.at`. Returns this part times `world_size`: the mean
+    of it over the processes is the loss, as the mean of the gradients is its gradient.
     """
     total = 0.0
     rows = micro_batch or len(batch[0]) or 1  # a process has no rows if there are fewer than processes

@@ -85,7 +85,8 @@ def teacher_answers(settings, prompts: list[list[dict]], teacher: Teacher, run: 
         raise UserError(f"none of the teacher's {len(prompts)} answers ended in time: try a larger --max-tokens")
     conversations = load_conversations(joined)
     run.display.print(
-        f"{len(conversations)} of {len(prompts)} answers ended within {settings.max_tokens} tokens; they are in {joined}"
+        f"{len(conversations)} of {len(prompts)} answers ended within {settings.max_tokens} tokens;"
+        f" they are in {joined}"
     )
     return conversations
 
@@ -116,7 +117,8 @@ def answer(model, tokenizer, prompts: list[list[dict]], sampling: Sampling) -> l
 def teacher_probabilities(
     settings, examples: list[TokenizedExample], context: int, vocab_size: int, teacher: Teacher, run: Run
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each example: ids (N, K) and log P of the buckets (N, K + 1) at each token in the loss (see distill_loss.py)."""
+    """For each example: ids (N, K) and log P of the buckets (N, K + 1) at each token in the loss (see
+    distill_loss.py)."""
 
     def compute(number: int) -> bytes:
         model, _ = teacher.load()
