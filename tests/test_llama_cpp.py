@@ -14,15 +14,14 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanoghost import home
+from nanoghost.formats.gguf_reader import READABLE_TYPES, GGUFFile
 from nanoghost.formats.gguf_tokenizer import PRE_TOKENIZERS, bos_post_processor
-from nanoghost.formats.gguf_reader import GGUFFile, READABLE_TYPES
-from nanoghost.formats.model_folder import load_model, save_model
-from nanoghost.formats.model_card import ModelCard
+from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder
-from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.llama import LlamaConfig
 from nanoghost.tokenizer.chat_format import render, render_text
 from nanoghost.tokenizer.tokenizer import SPECIALS, Tokenizer
-from tests.support.toys import CONVERSATION, LLAMA3_SCALING, add_noise, toy_text
+from tests.support.toys import CONVERSATION, LLAMA3_SCALING, random_llama_folder, toy_text
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make parity")
 
@@ -47,21 +46,13 @@ CONFIGS = {
 }
 
 
-def made(name: str, config: LlamaConfig, tokenizer: Tokenizer) -> ModelFolder:
-    """A finished model folder with random weights."""
-    torch.manual_seed(0)
-    folder = ModelFolder(name)
-    save_model(folder.path, add_noise(Llama(config)), tokenizer)
-    data = [{"name": "noise", "license": "none", "attribution": "nobody"}]
-    folder.write_card(ModelCard(name=folder.name, stage="pretrain", data=data, arch=config.model_type, finished=1))
-    return folder
-
-
 @pytest.fixture(params=CONFIGS)
 def folder(request):
     tokenizer = Tokenizer.train([toy_text()], 400)
     said = {"depth": 2} | CONFIGS[request.param]
-    return made("toy", LlamaConfig(420, 256, width=96, heads=4, key_value_heads=2, mlp_width=160, **said), tokenizer)
+    return random_llama_folder(
+        "toy", LlamaConfig(420, 256, width=96, heads=4, key_value_heads=2, mlp_width=160, **said), tokenizer
+    )
 
 
 def opened(path):
@@ -134,7 +125,7 @@ def test_words_are_split_as_there(nanoghost, tmp_path, pre):
     if pre == "llama-bpe":
         backend.post_processor = bos_post_processor("<|endoftext|>", 0)
     tokenizer = Tokenizer(backend)
-    folder = made("toy", LlamaConfig(tokenizer.vocab_size, 256, 1, 32, 2, 2, 64), tokenizer)
+    folder = random_llama_folder("toy", LlamaConfig(tokenizer.vocab_size, 256, 1, 32, 2, 2, 64), tokenizer)
     assert nanoghost("export", folder.name, "--gguf", "--out", tmp_path / "toy.gguf")[0] == 0
     theirs = opened(tmp_path / "toy.gguf")
     same_ids(theirs, tokenizer)
@@ -199,7 +190,7 @@ def test_every_kind_of_number_is_read_as_they_read_it(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q5_K_M", "Q6_K"])
 def test_a_file_of_k_quants_made_there(nanoghost, tmp_path, kind):
     tokenizer = Tokenizer.train([toy_text()], 400)
-    folder = made("toy", LlamaConfig(tokenizer.vocab_size, 256, 2, 256, 4, 2, 512), tokenizer)
+    folder = random_llama_folder("toy", LlamaConfig(tokenizer.vocab_size, 256, 2, 256, 4, 2, 512), tokenizer)
     assert nanoghost("export", folder.name, "--gguf", "--quant", "f32", "--out", tmp_path / "toy.gguf")[0] == 0
     how = llama_cpp.llama_model_quantize_default_params()
     how.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")

@@ -4,6 +4,12 @@ import random
 
 import torch
 
+from nanoghost.formats.model_card import ModelCard
+from nanoghost.formats.model_folder import save_model
+from nanoghost.home import ModelFolder
+from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.tokenizer.tokenizer import Tokenizer
+
 TOY_FLAGS = ("--depth", 2, "--context", 64, "--batch", 4, "--vocab-size", 320)
 
 TOY_TEMPLATE = (  # a chat template that adds a system message of its own
@@ -47,3 +53,14 @@ def add_noise(model, scale: float = 0.05):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * scale)
     return model
+
+
+def random_llama_folder(name: str, config: LlamaConfig, tokenizer: Tokenizer) -> ModelFolder:
+    """A finished model folder with random weights, in the home folder of the test."""
+    torch.manual_seed(0)
+    folder = ModelFolder(name)
+    save_model(folder.path, add_noise(Llama(config)), tokenizer)
+    data = [{"name": "noise", "license": "none", "attribution": "nobody"}]
+    folder.write_card(ModelCard(name=name, stage="pretrain", data=data, arch=config.model_type, finished=1.0))
+    (folder.path / "events.jsonl").touch()
+    return folder
