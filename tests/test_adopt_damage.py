@@ -1,10 +1,11 @@
-"""Models from strangers: whatever is wrong with their files ends in one line, and leaves nothing behind."""
+"""Models of unknown origin: damage to their files ends in a UserError of one line, and no file is left behind."""
 
 import copy
 import json
 import random
 import resource
 import shutil
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -21,16 +22,19 @@ from nanoghost.tokenizer.jinja_template import Dialect
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.toys import TOY_TEMPLATE, toy_text
 
-STRANGE = (
-    None, 0, -1, 1, 3, 7, 2**31, 2**62, 0.0, -2.5, 1e30, float("nan"), float("inf"), True, "", "x", "linear", "yarn", "\x1b[2J\n",
-    ["a", "b"], [1, 2, 3], [0.5], {}, [], {"rope_type": "yarn"}, {"rope_type": "llama3", "factor": 0}, {"type": []}, [[]],
-)  # fmt: skip
+LLAMA3_WITHOUT_FACTOR = {"rope_type": "llama3", "factor": 0}
+STRANGE_NUMBERS = (0, -1, 1, 3, 7, 2**31, 2**62, 0.0, -2.5, 1e30, float("nan"), float("inf"), True)
+STRANGE_TEXTS = ("", "x", "linear", "yarn", "\x1b[2J\n")
+STRANGE_LISTS = (["a", "b"], [1, 2, 3], [0.5])
+STRANGE_JSON = ({}, [], {"rope_type": "yarn"}, LLAMA3_WITHOUT_FACTOR, {"type": []}, [[]])
+STRANGE = (None, *STRANGE_NUMBERS, *STRANGE_TEXTS, *STRANGE_LISTS, *STRANGE_JSON)
+STRANGE_IN_GGUF = (None, *STRANGE_NUMBERS, *STRANGE_TEXTS, *STRANGE_LISTS)
 
 
 @pytest.fixture
-def theirs(tmp_path):
-    """A tiny model in Hugging Face's form."""
-    folder = tmp_path / "theirs"
+def source(tmp_path):
+    """A tiny model as a Hugging Face folder."""
+    folder = tmp_path / "source"
     tokenizer = Tokenizer.train([toy_text(200)], 300)
     tokenizer.dialect = Dialect(TOY_TEMPLATE, tokenizer.names, {tokenizer.special("<|im_end|>")})
     save_model(folder, Llama(LlamaConfig(tokenizer.vocab_size, 32, 2, 32, 4, 2, 48)), tokenizer)
@@ -38,24 +42,30 @@ def theirs(tmp_path):
 
 
 @pytest.fixture
-def their_gguf(theirs, nanoghost, tmp_path):
-    assert nanoghost("adopt", theirs, "--name", "whole")[0] == 0
-    assert nanoghost("export", "whole", "--gguf", "--quant", "f32", "--out", tmp_path / "whole.gguf")[0] == 0
+def source_gguf(source, nanoghost, tmp_path):
+    """The same model as a GGUF file."""
+    path = tmp_path / "whole.gguf"
+    assert nanoghost("adopt", source, "--name", "whole")[0] == 0
+    assert nanoghost("export", "whole", "--gguf", "--quant", "f32", "--out", path)[0] == 0
     shutil.rmtree(home() / "models" / "whole")
-    return tmp_path / "whole.gguf"
+    return path
 
 
-def outcome(source) -> str:
-    """What became of adopting it: the refusal, or "" if the model runs."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def adoption_error(source: Path) -> str:
+    """The error of adopting this source, or "" if it is adopted and the model runs.
+
+    Either way: the error is one printable line, no file is left behind, and no large memory is taken.
+    """
+    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         adopt.main(adopt.AdoptSettings(str(source), "damaged"))
     except UserError as e:
         assert str(e).isprintable(), repr(str(e))
-        assert not list((home() / "models").iterdir()), "something half-written"
+        assert not list((home() / "models").iterdir()), "a file was left behind"
         return str(e)
     finally:
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "memory was taken"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert peak - peak_before < 300_000, "memory was allocated before the check"  # kilobytes
     model, _ = load_model(home() / "models" / "damaged", torch.float32)
     with torch.no_grad():
         model(torch.tensor([[1]]))
@@ -63,120 +73,182 @@ def outcome(source) -> str:
     return ""
 
 
-def write_gguf(path, fields: dict, tensors: dict) -> None:
-    """As llama.cpp's library writes, except that any value may be anything."""
-    kinds = {str: "STRING", bool: "BOOL", int: "INT64", float: "FLOAT64", list: "ARRAY"}
-    w = gguf.GGUFWriter(path, "llama")
-    w.kv_data = [{}]
+# ── GGUF files ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_gguf(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """(fields, tensors) as Python values and fp32 arrays."""
+    file = GGUFFile(path)
+    fields = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in file.fields.items()}
+    return fields, {name: file.read_tensor(name) for name in file.tensors}
+
+
+def write_gguf(path: Path, fields: dict, tensors: dict[str, np.ndarray]) -> None:
+    """Write with llama.cpp's library, which does not check what a value means."""
+    value_types = {str: "STRING", bool: "BOOL", int: "INT64", float: "FLOAT64", list: "ARRAY"}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.kv_data = [{}]
     for key, value in fields.items():
-        w.add_key_value(key, value, gguf.GGUFValueType[kinds[type(value)]])
+        writer.add_key_value(key, value, gguf.GGUFValueType[value_types[type(value)]])
     for name, x in tensors.items():
-        w.add_tensor(name, np.ascontiguousarray(x))
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
+        writer.add_tensor(name, np.ascontiguousarray(x))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
-def test_a_gguf_of_any_wrong_settings(their_gguf, tmp_path):
-    g, rng = GGUFFile(their_gguf), random.Random(0)
-    fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in g.fields.items()}
-    tensors = {name: g.read_tensor(name) for name in g.tensors}
-    optional = {"llama.attention.head_count_kv", "llama.rope.scaling.type", "llama.rope.scaling.factor"}
-    values = [v for v in STRANGE if v is None or not isinstance(v, dict) and v not in ([], [[]])]
-    path, refused, cases = tmp_path / "damaged.gguf", 0, 0
-    assert outcome(their_gguf) == ""
-    for key in [*fields, *optional, "llama.attention.sliding_window", "tokenizer.ggml.eot_token_id"]:
-        for value in rng.sample(values, 5):
+def test_strange_values_in_a_gguf_header_are_refused(source_gguf, tmp_path):
+    """Each field of the header, and some that are missing, with strange values; sometimes another field is removed."""
+    fields, tensors = read_gguf(source_gguf)
+    missing = {"llama.attention.head_count_kv", "llama.rope.scaling.type", "llama.rope.scaling.factor"}
+    keys = [*fields, *sorted(missing), "llama.attention.sliding_window", "tokenizer.ggml.eot_token_id"]
+    rng = random.Random(0)
+    path = tmp_path / "damaged.gguf"
+    refused, cases = 0, 0
+    assert adoption_error(source_gguf) == ""
+    for key in keys:
+        for value in rng.sample(STRANGE_IN_GGUF, 5):
             damaged = {k: v for k, v in (fields | {key: value}).items() if v is not None}
             if rng.random() < 0.2:
                 damaged.pop(rng.choice(list(damaged)))
             write_gguf(path, damaged, tensors)
-            refused, cases = refused + bool(outcome(path)), cases + 1
+            cases += 1
+            if adoption_error(path):
+                refused += 1
     assert refused > cases / 2
 
 
-def test_a_gguf_of_wrong_tensors(their_gguf, tmp_path):
-    g = GGUFFile(their_gguf)
-    fields = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in g.fields.items()}
-    tensors = {name: g.read_tensor(name) for name in g.tensors}
+def test_missing_renamed_or_reshaped_tensors_are_refused(source_gguf, tmp_path):
+    fields, tensors = read_gguf(source_gguf)
     path = tmp_path / "damaged.gguf"
     for name, x in tensors.items():
-        others = {name: x.T[:, ::2].copy() if x.ndim == 2 else x[::2]}
-        for damaged in (tensors | others, {k: v for k, v in tensors.items() if k != name}, tensors | {name + "\n": x}):
+        reshaped = tensors | {name: x.T[:, ::2].copy() if x.ndim == 2 else x[::2]}
+        missing = {k: v for k, v in tensors.items() if k != name}
+        renamed = tensors | {name + "\n": x}
+        for damaged in (reshaped, missing, renamed):
             write_gguf(path, fields, damaged)
-            # a file without a head is one whose head is the embedding
-            assert outcome(path) or (name == "output.weight" and name not in damaged)
+            is_tied_model = name == "output.weight" and name not in damaged  # valid: the head is the embedding
+            assert adoption_error(path) or is_tied_model
+
+
+def test_unknown_rope_scaling_is_refused(source_gguf, tmp_path):
+    fields, tensors = read_gguf(source_gguf)
+    path = tmp_path / "damaged.gguf"
     write_gguf(path, fields, tensors | {"rope_freqs.weight": np.zeros(4, np.float32)})
-    assert "RoPE scaling" in outcome(path)
+    assert "RoPE scaling" in adoption_error(path)
 
 
-def places(value, path=()):
-    """The way to each value inside of JSON."""
+# ── Hugging Face folders ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def paths_in(value, path=()):
+    """The path (keys and indices) of each value in a JSON document."""
     yield path
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in list(inside)[:40]:
-        yield from places(inner, (*path, key))
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    else:
+        items = []
+    for key, inner in items[:40]:
+        yield from paths_in(inner, (*path, key))
 
 
-def changed(said, path, value):
-    """Another value at that place; None takes it out."""
+def with_value(document, path, value):
+    """A copy of the document with another value at this path; None removes the key of an object."""
     if not path:
         return value
-    said = copy.deepcopy(said)
-    inside = said
-    for key in path[:-1]:
-        inside = inside[key]
-    if value is None and isinstance(inside, dict):
-        del inside[path[-1]]
+    document = copy.deepcopy(document)
+    *parents, last = path
+    container = document
+    for key in parents:
+        container = container[key]
+    if value is None and isinstance(container, dict):
+        del container[last]
     else:
-        inside[path[-1]] = value
-    return said
+        container[last] = value
+    return document
 
 
-@pytest.mark.parametrize(
-    ("file", "cases"),
-    [("config.json", 120), ("tokenizer_config.json", 60), ("generation_config.json", 40), ("tokenizer.json", 80)],
-)
-def test_a_folder_with_anything_anywhere(theirs, file, cases):
-    rng, whole = random.Random(file), (theirs / file).read_text()
-    said, refused = json.loads(whole), 0
-    ways = list(places(said))
+JSON_FILES = {"config.json": 120, "tokenizer_config.json": 60, "generation_config.json": 40, "tokenizer.json": 80}
+"""File -> number of damaged versions to try."""
+
+
+@pytest.mark.parametrize(("file", "cases"), list(JSON_FILES.items()))
+def test_strange_values_anywhere_in_a_json_file_are_refused_or_harmless(source, file, cases):
+    rng = random.Random(file)
+    document = json.loads((source / file).read_text())
+    paths = list(paths_in(document))
+    refused = 0
     for _ in range(cases):
-        (theirs / file).write_text(json.dumps(changed(said, rng.choice(ways), rng.choice(STRANGE))))
-        refused += bool(outcome(theirs))
+        (source / file).write_text(json.dumps(with_value(document, rng.choice(paths), rng.choice(STRANGE))))
+        if adoption_error(source):
+            refused += 1
     assert refused > cases / 4
-    for damaged in (whole[: len(whole) // 2], "", "[" * 100000, "\x00", "[]", "null"):
-        (theirs / file).write_text(damaged)
-        assert outcome(theirs), damaged[:9]
-    (theirs / file).write_bytes(b"\xff" + whole.encode())
-    assert outcome(theirs)
 
 
-def test_weights_cut_or_changed(theirs):
-    path, rng = theirs / "model.safetensors", random.Random(0)
+@pytest.mark.parametrize("file", list(JSON_FILES))
+def test_files_that_are_not_a_json_object_are_refused(source, file):
+    whole = (source / file).read_text()
+    for content in (whole[: len(whole) // 2], "", "[" * 100000, "\x00", "[]", "null"):
+        (source / file).write_text(content)
+        assert adoption_error(source), content[:9]
+    (source / file).write_bytes(b"\xff" + whole.encode())
+    assert adoption_error(source)
+
+
+def test_truncated_weights_are_refused(source):
+    path = source / "model.safetensors"
     whole = path.read_bytes()
     header = int.from_bytes(whole[:8], "little") + 8
     for length in (0, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert outcome(theirs)
+        assert adoption_error(source), length
+
+
+def test_changed_bytes_in_the_weights_header_are_refused_or_harmless(source):
+    path, rng = source / "model.safetensors", random.Random(0)
+    whole = path.read_bytes()
+    header = int.from_bytes(whole[:8], "little") + 8
     refused = 0
     for _ in range(120):
         damaged = bytearray(whole)
         damaged[rng.randrange(header)] = rng.choice(b'019"{}[],:FIa\x00\xff')
         path.write_bytes(damaged)
-        refused += bool(outcome(theirs))
+        if adoption_error(source):
+            refused += 1
     assert refused > 80
-    path.unlink()
-    assert "model.safetensors" in outcome(theirs)
 
 
-def test_an_index_that_leads_nowhere(theirs):
-    index = theirs / "model.safetensors.index.json"
-    for said in ({}, {"weight_map": 3}, {"weight_map": {}}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "gone.safetensors"}},
-                 {"weight_map": {"a": "../model.safetensors"}}, {"weight_map": {"a": "/etc/passwd"}},
-                 {"weight_map": {"a": "config.json"}}, {"weight_map": {"a": ".."}}, {"weight_map": {"a": ""}}):  # fmt: skip
-        index.write_text(json.dumps(said))
-        assert outcome(theirs), said
-    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
-    assert not outcome(theirs)
+def test_missing_weights_are_named(source):
+    (source / "model.safetensors").unlink()
+    assert "model.safetensors" in adoption_error(source)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {},
+        {"weight_map": 3},
+        {"weight_map": {}},
+        {"weight_map": {"a": 1}},
+        {"weight_map": {"a": "gone.safetensors"}},
+        {"weight_map": {"a": "../model.safetensors"}},
+        {"weight_map": {"a": "/etc/passwd"}},
+        {"weight_map": {"a": "config.json"}},
+        {"weight_map": {"a": ".."}},
+        {"weight_map": {"a": ""}},
+    ],
+    ids=json.dumps,
+)
+def test_an_index_with_invalid_file_names_is_refused(source, index):
+    """An index must not lead to files outside of the model's folder."""
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert adoption_error(source)
+
+
+def test_an_index_with_one_valid_file_is_adopted(source):
+    index = {"weight_map": {"a": "model.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not adoption_error(source)
