@@ -1,4 +1,4 @@
-"""Distillation: divergences against plain fp64 oracles, what is refused, and every kind at toy size, as a user runs it."""
+"""Distillation: divergences against plain fp64 oracles, errors, and every kind at toy size, as a user runs it."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from nanoghost.home import ModelFolder
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from nanoghost.train.distill import DistillSettings, difference, distill_step, taught
+from nanoghost.train.distill import tokenizer_difference
 from nanoghost.train.distill_loss import (
     bucket_logprobs,
     distill_loss,
@@ -26,7 +26,9 @@ from nanoghost.train.distill_loss import (
     student_buckets,
     teacher_buckets,
 )
+from nanoghost.train.distill_methods import accumulate_distill_gradients
 from nanoghost.train.packing import TokenizedExample, collate, pack
+from nanoghost.train.teacher_cache import teacher_targets
 from tests.support.toys import TOY_FLAGS, toy_text
 from tests.test_training import killed_after_checkpoint, losses
 
@@ -43,7 +45,7 @@ def true_tokens(rows: int = 20):
 
 
 def slow_divergence(student_NV, teacher_NV, ids_NK, beta: float) -> torch.Tensor:
-    """The table of distill_loss.py, one bucket after another."""
+    """The table of distill_loss.py, in a loop over the buckets."""
     divergences = []
     for q, p, ids in zip(student_NV.softmax(1), teacher_NV.softmax(1), ids_NK.tolist()):
         others = [v for v in range(V) if v not in ids]
@@ -61,10 +63,10 @@ def term(p, q, beta):
     )  # fmt: skip
 
 
-# ── the loss ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_k_most_probable_tokens_and_the_true_one_have_buckets_of_their_own():
+def test_the_k_most_probable_tokens_and_the_true_one_have_their_own_buckets():
     ids, buckets = teacher_buckets(logits(), true_tokens(), K)
     probs = logits().softmax(1)
     for n, target in enumerate(true_tokens().tolist()):
@@ -75,8 +77,8 @@ def test_the_k_most_probable_tokens_and_the_true_one_have_buckets_of_their_own()
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_divergence_and_its_gradient_are_those_of_the_plain_sum(beta):
-    """From the hidden states and the head, through chunks, to one number: against fp64 with nothing left out."""
+def test_divergence_and_gradient_equal_those_of_the_plain_sum(beta):
+    """The chunked fp32 path from hidden states to one number, against fp64 without chunks."""
     ids, _ = teacher_buckets(logits(seed=1), true_tokens(), K)
     teacher = gather_buckets(logits(seed=1).log_softmax(1), ids)
     generator = torch.Generator().manual_seed(5)
@@ -93,7 +95,7 @@ def test_divergence_and_its_gradient_are_those_of_the_plain_sum(beta):
     assert_close(w32.grad.double(), w64.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_the_size_of_the_chunks_does_not_change_the_gradient(monkeypatch):
     ids, _ = teacher_buckets(logits(), true_tokens(), K)
     results = []
     for positions in (20, 3):
@@ -108,7 +110,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_no_divergence_and_no_gradient_from_oneself(beta):
+def test_divergence_and_gradient_from_the_same_distribution_are_zero(beta):
     student = logits().requires_grad_()
     ids, _ = teacher_buckets(logits(), true_tokens(), K)
     own = gather_buckets(student.log_softmax(1), ids)
@@ -119,7 +121,7 @@ def test_no_divergence_and_no_gradient_from_oneself(beta):
     assert (other > 0).all()
 
 
-def test_all_tokens_alone_are_the_full_divergence_and_fewer_are_less():
+def test_divergence_grows_with_the_number_of_buckets_to_the_exact_kl():
     student, teacher = logits().log_softmax(1), logits(seed=1).log_softmax(1)
     full = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
     before = torch.zeros(20, dtype=torch.float64)
@@ -131,7 +133,7 @@ def test_all_tokens_alone_are_the_full_divergence_and_fewer_are_less():
     assert_close(before, full, rtol=1e-4, atol=1e-5)
 
 
-def test_no_share_of_the_teacher_is_the_plain_loss():
+def test_with_teacher_weight_0_it_is_cross_entropy_and_with_another_the_weighted_sum():
     ids, buckets = teacher_buckets(logits(seed=1), true_tokens(), K)
     student = gather_buckets(logits().log_softmax(1), ids)
     plain = F.cross_entropy(logits(), true_tokens(), reduction="none")
@@ -140,7 +142,7 @@ def test_no_share_of_the_teacher_is_the_plain_loss():
     assert_close(both.double(), 0.75 * plain + 0.25 * divergence(student, buckets, 0.0), rtol=1e-5, atol=1e-5)
 
 
-# ── models ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- models -----------------------------------------------------------------------------------------------------------
 
 
 def toy_model(kind: str, seed: int):
@@ -158,16 +160,16 @@ def toy_model(kind: str, seed: int):
 
 def toy_batch():
     generator = torch.Generator().manual_seed(0)
-    lessons = [
+    examples = [
         TokenizedExample(torch.randint(61, (n,), generator=generator).tolist(), [False] * 2 + [True] * (n - 2))
         for n in (33, 20, 9, 25, 12)
     ]
-    rows = pack([len(lesson.ids) for lesson in lessons], 33, range(len(lessons)))
-    return collate(rows, lessons, 32, sum(sum(lesson.loss_mask) for lesson in lessons))
+    rows = pack([len(example.ids) for example in examples], 33, range(len(examples)))
+    return collate(rows, examples, 32, sum(sum(example.loss_mask) for example in examples))
 
 
 @pytest.mark.parametrize("kind", ["llama", "ghost"])
-def test_a_model_tells_its_buckets_as_its_whole_distribution_does(kind):
+def test_student_buckets_equal_those_of_the_whole_distribution(kind):
     model = toy_model(kind, 0)
     inputs, targets, weights, segments = toy_batch()
     places = (weights > 0).nonzero(as_tuple=True)
@@ -178,28 +180,28 @@ def test_a_model_tells_its_buckets_as_its_whole_distribution_does(kind):
 
 @pytest.mark.parametrize("kind", ["llama", "ghost"])
 @pytest.mark.parametrize("beta", BETAS)
-def test_a_student_comes_to_expect_what_its_teacher_expects(kind, beta):
+def test_a_student_learns_the_distribution_of_its_teacher(kind, beta):
     batch = toy_batch()
-    targets = taught(toy_model("ghost", 1), batch, DistillSettings(top_k=K), 61)
+    targets = teacher_targets(toy_model("ghost", 1), batch, top_k=K, vocab_size=61)
     student = toy_model(kind, 2)
     optimizer = torch.optim.Adam(student.parameters(), 0.02)
-    course = []
+    losses = []
     for _ in range(60):
-        course.append(distill_step(student, batch, targets, beta, share=1.0))
+        losses.append(accumulate_distill_gradients(student, batch, targets, beta, teacher_weight=1.0))
         optimizer.step()
         optimizer.zero_grad()
-    assert course[-1] < 0.1 * course[0]
+    assert losses[-1] < 0.1 * losses[0]
 
 
-# ── the stage ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- the stage --------------------------------------------------------------------------------------------------------
 
 SMALL = ("--context", 64, "--batch", 4, "--examples", 20, "--max-tokens", 8)
 
 
 @pytest.fixture(scope="module")
-def school(tmp_path_factory):
-    """A home with a teacher, toy; nano, with toy's tokenizer; and other, with a tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("school")
+def models(tmp_path_factory):
+    """A home with three models: toy (the teacher), nano with the same tokenizer, and other with another tokenizer."""
+    folder = tmp_path_factory.mktemp("distill")
     text = folder / "notes.txt"
     text.write_text(toy_text())
     with pytest.MonkeyPatch.context() as patch:
@@ -214,9 +216,9 @@ def school(tmp_path_factory):
 
 
 @pytest.fixture
-def distill(school, home, nanoghost):
-    """Run `distill` in a copy of that home: figures, or the line that refuses."""
-    shutil.copytree(school / "home", home)
+def distill(models, home, nanoghost):
+    """Run `distill` in a copy of that home; returns the figures, or the last line of the error."""
+    shutil.copytree(models / "home", home)
 
     def run(student, *words):
         code, out, err = nanoghost("distill", student, *SMALL, *words, "--json")
@@ -226,33 +228,34 @@ def distill(school, home, nanoghost):
     return run
 
 
-def test_probabilities_are_asked_once_and_learned(distill, school, home, nanoghost):
-    common = ("--teacher", "toy", "--kind", "token", "--data", school / "notes.txt")
+def test_kind_token_learns_the_cached_probabilities_and_recomputes_only_missing_files(distill, models, home, nanoghost):
+    common = ("--teacher", "toy", "--kind", "token", "--data", models / "notes.txt")
     figures = distill("nano", *common, "--name", "with", "--steps", 40, "--teacher-weight", 1)
     assert {"name", "parameters", "tokens", "seconds", "tokens_per_second", "flops_per_second", "bpb"} <= set(figures)
     assert figures["tokens"] == 40 * 4 * 64
-    course = losses("with", "distill")
-    assert course[39] < 0.5 * course[0]
+    by_step = losses("with", "distill")
+    assert by_step[39] < 0.5 * by_step[0]
     first, *others = sorted(home.glob("data/probabilities-*/*"))
     times, content = [path.stat().st_mtime_ns for path in others], first.read_bytes()
     first.unlink()
     assert distill("nano", *common, "--name", "without", "--steps", 2, "--teacher-weight", 0)["name"] == "without"
-    assert first.read_bytes() == content, "what is missing is asked again, and is the same"
-    assert others and times == [path.stat().st_mtime_ns for path in others], "the rest was there already"
+    assert first.read_bytes() == content, "a missing file is computed again, with the same content"
+    assert others and times == [path.stat().st_mtime_ns for path in others], "the other files are reused"
     card = ModelFolder("with").card
-    assert card.teacher["name"] == "toy" and card.parent["name"] == "nano"
+    assert card.teacher.name == "toy"
+    assert card.parent.name == "nano"
     code, _, err = nanoghost("report", "with")
     assert code == 0, err
 
 
-def test_answers_are_kept_as_conversations_and_learned(distill, home, tmp_path, nanoghost):
-    """The tokenizers differ. The teacher has one answer for everything, so the student can learn it."""
-    chats, asked = tmp_path / "chats.jsonl", tmp_path / "asked.jsonl"
+def test_kind_sequence_caches_the_answers_as_conversations_and_learns_them(distill, home, tmp_path, nanoghost):
+    """The tokenizers differ. The teacher always gives the same answer, so that a toy student can learn it."""
+    chats, prompts = tmp_path / "chats.jsonl", tmp_path / "prompts.jsonl"
     turns = [{"role": "user", "content": "king?"}, {"role": "assistant", "content": "The king sees."}]
     chats.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(20)))
-    asked.write_text("".join(json.dumps({"messages": turns[:1]}) + "\n" for _ in range(20)))
+    prompts.write_text("".join(json.dumps({"messages": turns[:1]}) + "\n" for _ in range(20)))
     assert nanoghost("sft", "toy", "--name", "teacher", "--data", chats, "--steps", 40, "--batch", 4)[0] == 0
-    words = ("--teacher", "teacher", "--data", asked, "--temperature", 0)
+    words = ("--teacher", "teacher", "--data", prompts, "--temperature", 0)
     figures = distill("other", *words, "--name", "pupil", "--steps", 60)
     assert figures["teacher"] == "teacher" and figures["loss"] < 0.5
     [path] = home.glob("data/answers-*/answers.jsonl")
@@ -261,28 +264,28 @@ def test_answers_are_kept_as_conversations_and_learned(distill, home, tmp_path, 
     assert "--max-tokens" in distill("other", *words, "--name", "short", "--max-tokens", 2)
 
 
-def test_on_policy_the_student_comes_nearer_on_what_it_writes_itself(distill, school):
+def test_kind_on_policy_reduces_the_divergence_on_the_students_samples(distill, models):
     common = ("--teacher", "toy", "--kind", "on-policy", "--learning-rate", 0.5)
-    distill("nano", *common, "--name", "pupil", "--data", school / "notes.txt", "--steps", 30)
-    course = list(losses("pupil", "distill").values())
-    assert sum(course[-5:]) < 0.5 * sum(course[:5])
+    distill("nano", *common, "--name", "pupil", "--data", models / "notes.txt", "--steps", 30)
+    values = list(losses("pupil", "distill").values())
+    assert sum(values[-5:]) < 0.5 * sum(values[:5])
     figures = distill("toy", *common, "--name", "itself", "--steps", 2)  # the built-in questions; a Ghost as student
-    assert figures["loss"] < 0.02, "nobody is far from itself"
+    assert figures["loss"] < 0.02, "a model does not diverge from itself"
 
 
 @pytest.mark.parametrize("kind", ["token", "on-policy"])
-def test_an_adapter_can_learn_and_teach(distill, school, kind):
-    common = ("--kind", kind, "--data", school / "notes.txt", "--steps", 6)
+def test_an_adapter_can_be_student_and_teacher(distill, models, kind):
+    common = ("--kind", kind, "--data", models / "notes.txt", "--steps", 6)
     assert distill("nano", *common, "--teacher", "toy", "--name", "taught", "--lora", 4)["name"] == "nano@taught"
     assert distill("nano@taught", *common, "--teacher", "toy", "--name", "more")["name"] == "nano@more"
     assert ModelFolder("nano@more").card.adapters[0]["rank"] == 4
     figures = distill("nano", *common, "--teacher", "nano@more", "--name", "pupil", "--teacher-weight", 1)
-    assert figures["loss"] < losses("nano@taught", "distill")[0], "an adapter is nearer to its base than toy is"
+    assert figures["loss"] < losses("nano@taught", "distill")[0], "an adapter is closer to its base than toy is"
 
 
 @pytest.mark.parametrize("kind", ["token", "on-policy"])
-def test_it_survives_kill_9_bit_for_bit(distill, school, nanoghost, kind):
-    common = ("distill", "nano", "--teacher", "toy", "--kind", kind, "--data", school / "notes.txt", *SMALL,
+def test_distillation_resumes_after_kill_9_bit_for_bit(distill, models, nanoghost, kind):
+    common = ("distill", "nano", "--teacher", "toy", "--kind", kind, "--data", models / "notes.txt", *SMALL,
               "--steps", 25)  # fmt: skip
     assert nanoghost(*common, "--name", "whole")[0] == 0
     killed_after_checkpoint(*common, "--name", "killed")
@@ -292,8 +295,8 @@ def test_it_survives_kill_9_bit_for_bit(distill, school, nanoghost, kind):
     assert weights[0] == weights[1]
 
 
-def test_two_processes_learn_like_one(distill, school):
-    common = ("--teacher", "toy", "--kind", "token", "--data", school / "notes.txt", "--steps", 4)
+def test_two_processes_have_the_losses_of_one(distill, models):
+    common = ("--teacher", "toy", "--kind", "token", "--data", models / "notes.txt", "--steps", 4)
     distill("nano", *common, "--name", "one")
     torchrun = (sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 -m nanoghost".split())
     words = map(str, ("distill", "nano", *SMALL, *common, "--name", "two"))
@@ -303,23 +306,28 @@ def test_two_processes_learn_like_one(distill, school):
     assert list(two.values()) == pytest.approx(list(one.values()), rel=5e-3) and len(two) == 4
 
 
-def test_what_cannot_be_learned_from_is_refused(distill, school, tmp_path):
-    for words, hint in (
+@pytest.mark.parametrize(
+    "words, hint",
+    [
         (("--teacher", "other", "--kind", "token"), "300"),
         (("--teacher", "other", "--kind", "on-policy"), "--tokenizer other"),
         (("--teacher", "nobody"), "nobody"),
         (("--teacher", "toy", "--kind", "magic"), "magic"),
-        (("--teacher", "toy", "--data", school / "notes.txt"), "sequence"),
+        (("--teacher", "toy", "--data", "TEXT"), "sequence"),
         (("--teacher", "toy", "--kind", "token", "--beta", 2), "--beta"),
-        (("--teacher", "toy", "--kind", "token", "--data", tmp_path / "none.txt"), "none.txt"),
-        (("--teacher", "toy", "--kind", "token", "--data", tmp_path / "none.jsonl"), "none.jsonl"),
-    ):
-        assert hint in distill("nano", "--name", "pupil", "--steps", 2, *words), words
-        assert not ModelFolder("pupil").path.exists()
+        (("--teacher", "toy", "--kind", "token", "--data", "none.txt"), "none.txt"),
+        (("--teacher", "toy", "--kind", "token", "--data", "none.jsonl"), "none.jsonl"),
+    ],
+)
+def test_unsuitable_teachers_settings_and_data_are_refused(distill, models, words, hint):
+    words = [models / "notes.txt" if word == "TEXT" else word for word in words]
+    assert hint in distill("nano", "--name", "pupil", "--steps", 2, *words)
+    assert not ModelFolder("pupil").path.exists()
 
 
-def test_tokenizers_that_give_one_id_two_meanings_differ(school):
-    mine, theirs = Tokenizer.load(school / "home/models/toy"), Tokenizer.load(school / "home/models/other")
-    assert difference(mine, mine) == "" and "300" in difference(mine, theirs)
-    theirs = Tokenizer.train([toy_text(seed=1).replace("king", "wolf")], 320)
-    assert re.match(r"token \d+ is b'", difference(mine, theirs))
+def test_tokenizers_with_the_same_size_and_other_tokens_differ(models):
+    student, other = Tokenizer.load(models / "home/models/toy"), Tokenizer.load(models / "home/models/other")
+    assert tokenizer_difference(student, student) == ""
+    assert "300" in tokenizer_difference(student, other)
+    same_size = Tokenizer.train([toy_text(seed=1).replace("king", "wolf")], 320)
+    assert re.match(r"token \d+ is b'", tokenizer_difference(student, same_size))

@@ -329,11 +329,11 @@ def test_transformers_computes_the_same_llama(tokenizer, tmp_path, tied):
 
 
 def test_attempts_behind_a_shared_prompt_are_as_likely_as_alone(model):
-    from nanoghost.train.rl import attempt_logprobs
+    from nanoghost.train.rollouts import rollout_logprobs
 
     prompts = [[5, 9, 7], [3, 4, 8, 6, 11]]
     attempts = [[[10, 12, 2], [13], [10, 12, 14, 15]], [[2], [9, 9, 9]]]
-    shared = attempt_logprobs(model, prompts, attempts)
+    shared = rollout_logprobs(model, prompts, attempts)
     flat = [(p, a) for p, group in zip(prompts, attempts) for a in group]
     for logp, (prompt, attempt) in zip(shared, flat):
         ids = torch.tensor([prompt + attempt])

@@ -2,20 +2,30 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
 from nanoghost import home
 from nanoghost.commands import models
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder, write_lock
 
 
 def make(name, finished=1.0):
     folder = ModelFolder(name)
-    folder.write_card({
-        "stage": "pretrain", "parent": None, "parameters": 1_500_000, "steps": 3, "seed": 0, "command": "nanoghost pretrain",
-        "data": [{"name": "plays", "license": "CC BY 2.5"}], "figures": {"bpb": 2.0}, "finished": finished,
-    })  # fmt: skip
+    folder.write_card(
+        ModelCard(
+            name=name,
+            stage="pretrain",
+            parameters=1_500_000,
+            steps=3,
+            command="nanoghost pretrain",
+            data=[{"name": "plays", "license": "CC BY 2.5"}],
+            figures={"bpb": 2.0},
+            finished=finished,
+        )
+    )
     return folder
 
 
@@ -39,7 +49,7 @@ def test_list_and_show(nanoghost):
 def test_rename_moves_the_folder_and_the_name(nanoghost):
     before = make("a").card
     assert nanoghost("rename", "a", "b")[0] == 0
-    assert ModelFolder("b").card == before | {"name": "b"} and not ModelFolder("a").path.exists()
+    assert ModelFolder("b").card == replace(before, name="b") and not ModelFolder("a").path.exists()
     make("c")
     for words in (("b", "c"), ("b", "b"), ("nobody", "d"), ("b", "../d"), ("b", "x/y")):
         code, _, err = nanoghost("rename", *words)
@@ -47,7 +57,7 @@ def test_rename_moves_the_folder_and_the_name(nanoghost):
     with write_lock(ModelFolder("b")):
         assert nanoghost("rename", "b", "d")[0] == 2
         assert nanoghost("rm", "b", "--yes")[0] == 2
-    assert ModelFolder("b").card == before | {"name": "b"}
+    assert ModelFolder("b").card == replace(before, name="b")
 
 
 def test_a_full_disk_leaves_a_model_under_its_old_name(nanoghost, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 from nanoghost.evals.charts import chart, smooth, ticks
 from nanoghost.evals.report import write_report
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder
 
 STAGES = ("pretrain", "sft", "rl")
@@ -14,23 +15,23 @@ NAMES = ("ghost-base", "ghost-sft", "ghost")
 HOSTILE = '<script>alert("x")</script><img src=x onerror=y> | [red]`**\x1b[2J\ud800\u202e [link](javascript:z)'
 
 
-def card(stage: str, parent: dict | None) -> dict:
+def card(stage: str, parent: ModelCard | None) -> ModelCard:
     i = STAGES.index(stage)
     result = {"before": {"accuracy": 0.123, "count": 500}, "after": {"accuracy": 0.456, "count": 500}}
     figures = {"tokens": 1000 * (i + 1), "seconds": 60.0 * (i + 1), "tokens_per_second": 50.0, "flops_per_second": 2e9,
                "steps": 40, "loss": 3.25}  # fmt: skip
     figures |= {"bpb": 2.047, "kneser_ney_bpb": 2.283} if stage == "pretrain" else {}
     figures |= {"accuracy": {"chain_sum": result}} if stage == "rl" else {}
-    return {
-        "format": 1, "name": NAMES[i], "stage": stage, "parent": parent, "settings": {"seed": 7, "minutes": None},
-        "seed": 7, "command": f"nanoghost {stage} --seed 7", "started": 1000.0 * i, "finished": 1000.0 * i + 900,
-        "steps": 40, "parameters": 16253194, "figures": figures,
-        "data": [{"name": "plays", "fingerprint": "ad2ac05cc55b2262", "license": "CC BY 2.5", "attribution": "see http://x.org"}],
-        "machine": {"cpu": "Abacus", "cores": 2, "memory_gb": 8.0, "instruction_sets": ["avx2"], "system": "Linux",
-                    "gpu": None, "dtype": "bfloat16", "threads": 2, "world_size": 1},
-        "versions": {"nanoghost": "0.1.0", "torch": "2.13.0"}, "compile": {"on": False, "reason": "too short"},
-        "depth_reason": "as asked", "arch": "ghost", "vocab_size": 4096, "config": {"depth": 4}, "parameter_counts": {"matrices": 3145728},
-    }  # fmt: skip
+    return ModelCard(
+        name=NAMES[i], stage=stage, parent=parent, settings={"seed": 7, "minutes": None}, seed=7,
+        command=f"nanoghost {stage} --seed 7", started=1000.0 * i, finished=1000.0 * i + 900, steps=40, parameters=16253194,
+        figures=figures,
+        data=[{"name": "plays", "fingerprint": "ad2ac05cc55b2262", "license": "CC BY 2.5", "attribution": "see http://x.org"}],
+        machine={"cpu": "Abacus", "cores": 2, "memory_gb": 8.0, "instruction_sets": ["avx2"], "system": "Linux",
+                 "gpu": None, "dtype": "bfloat16", "threads": 2, "world_size": 1},
+        versions={"nanoghost": "0.1.0", "torch": "2.13.0"}, compile={"on": False, "reason": "too short"},
+        depth_reason="as asked", arch="ghost", vocab_size=4096, config={"depth": 4}, parameter_counts={"matrices": 3145728},
+    )  # fmt: skip
 
 
 def events(stage: str, said: str) -> list[dict]:
@@ -66,7 +67,7 @@ def folder_of(last: str = "rl", said: str = "12 + 30 = 42.", evaluated: bool = T
     for stage in STAGES[: STAGES.index(last) + 1]:
         whole = card(stage, whole)
         log += [e for e in events(stage, said) if evaluated or not e["stage"].endswith("-eval")]
-    folder = ModelFolder(whole["name"])
+    folder = ModelFolder(whole.name)
     folder.path.mkdir(parents=True)
     folder.write_card(whole)
     (folder.path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
@@ -125,8 +126,8 @@ def test_what_a_model_says_is_shown_and_not_obeyed(nanoghost):
 def test_a_hostile_name_or_role_cannot_leave_its_place(nanoghost):
     folder = folder_of()
     whole = folder.card
-    whole["data"][0] |= {"license": HOSTILE}
-    whole["parent"]["parent"]["data"][0] |= {"name": HOSTILE.replace("\ud800", "")}
+    whole.data[0] |= {"license": HOSTILE}
+    whole.parent.parent.data[0] |= {"name": HOSTILE.replace("\ud800", "")}
     folder.write_card(whole)
     log = folder.events
     log[-1]["samples"][0]["messages"][0]["role"] = 'user"><script>'
