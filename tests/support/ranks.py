@@ -1,6 +1,8 @@
-"""Several ranks in little time: a process that has imported everything forks them. python -m tests.support.ranks MODULE:FUNCTION 2,3 ARGUMENT
+"""Several ranks quickly: a process that has imported everything forks them.
 
-Forked before anything has been computed, so nothing of torch's threads is lost on the way.
+    python -m tests.support.ranks MODULE:FUNCTION 2,3 ARGUMENT
+
+The process must not have computed anything before: torch's threads do not survive a fork.
 """
 
 import importlib
@@ -17,41 +19,57 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def fork_ranks(world: int, function, *arguments) -> list[int]:
-    """Processes 0 to `world` - 1, as torchrun announces them, at work on `function(*arguments)`: their ids."""
+def fork_ranks(world_size: int, function, *arguments) -> list[int]:
+    """Fork `world_size` processes that call `function(*arguments)` in the environment that torchrun sets; process ids."""
     port = free_port()
-    found = []
-    for rank in range(world):
-        child = os.fork()
-        if child:
-            found.append(child)
+    processes = []
+    for rank in range(world_size):
+        process = os.fork()
+        if process:
+            processes.append(process)
             continue
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
-        try:
-            function(*arguments)
-            code = 0
-        except SystemExit as e:
-            code = e.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return found
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        os._exit(exit_code(function, arguments))
+    return processes
+
+
+def exit_code(function, arguments) -> int:
+    """Call a function; returns the code with which a process that called it would exit."""
+    try:
+        function(*arguments)
+        code = 0
+    except SystemExit as e:
+        code = e.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def codes_of(processes: list[int]) -> list[int]:
-    """Exit codes; of the killed, minus the signal."""
-    return [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in processes]
+    """Wait for the processes; returns their exit codes, minus the signal for those that were killed."""
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
-def in_ranks(function: str, worlds, argument, timeout: float = 600) -> None:
-    """Run MODULE:FUNCTION in as many processes as each of `worlds` says, one world after the other."""
-    command = [sys.executable, "-m", "tests.support.ranks", function, ",".join(map(str, worlds)), str(argument)]
+def in_ranks(function: str, world_sizes, argument, timeout: float = 600) -> None:
+    """Run MODULE:FUNCTION with each of the world sizes, one after the other, in a new process."""
+    sizes = ",".join(map(str, world_sizes))
     done = subprocess.run(
-        command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-m", "tests.support.ranks", function, sizes, str(argument)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
 
