@@ -228,57 +228,89 @@ def test_an_adapter_survives_kill_9_bit_for_bit(nanoghost, toy):
     assert (folder.path / "adapter_model.safetensors").read_bytes() == whole
 
 
-def test_what_an_adapter_of_others_has_and_we_cannot_do_is_refused(model, tmp_path):
+@pytest.fixture
+def adapter_folder(model, tmp_path):
+    """An adapter of rank 2 on the queries of `model`."""
     folder = tmp_path / "toy@me"
     peft.save_adapter(folder, noisy(new_adapter(model, 2, 8.0, "q", 0)))
-    assert peft.read_adapter(folder, model.config, torch.float32).pairs[0, "q"][2] == 4.0
+    return folder
+
+
+def change_adapter_config(folder, change: dict) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 4, "use_rslora": True}))
-    safetensors.torch.save_file({n: torch.cat([t, t], "AB".index(n[-8])) for n, t in tensors.items()},
-                                folder / "adapter_model.safetensors")  # fmt: skip
-    assert peft.read_adapter(folder, model.config, torch.float32).pairs[0, "q"][2] == 4.0  # 8 / sqrt(4)
-    for change, hint in (
-        ({"use_dora": True}, "DoRA"), ({"bias": "all"}, "biases"), ({"modules_to_save": ["lm_head"]}, "whole modules"),
-        ({"peft_type": "IA3"}, "IA3"), ({"rank_pattern": {"q_proj": 3}}, "ranks"), ({"r": 3}, "does not fit"),
-    ):  # fmt: skip
-        (folder / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match=hint):
-            peft.read_adapter(folder, model.config, torch.float32)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+
+
+def test_scale_of_a_loaded_adapter_is_alpha_by_rank(model, adapter_folder):
+    assert peft.read_adapter(adapter_folder, model.config, torch.float32).pairs[0, "q"][2] == 8 / 2
+
+
+def test_scale_of_a_rslora_adapter_is_alpha_by_the_root_of_the_rank(model, adapter_folder):
+    """Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA"."""
+    change_adapter_config(adapter_folder, {"r": 4, "use_rslora": True})
+    path = adapter_folder / "adapter_model.safetensors"
+    doubled = {}
+    for name, tensor in safetensors.torch.load_file(path).items():
+        doubled[name] = torch.cat([tensor, tensor], dim=0 if "lora_A" in name else 1)
+    safetensors.torch.save_file(doubled, path)
+    assert peft.read_adapter(adapter_folder, model.config, torch.float32).pairs[0, "q"][2] == 8 / 4**0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "biases"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"rank_pattern": {"q_proj": 3}}, "ranks"),
+        ({"r": 3}, "does not fit"),
+    ],
+)
+def test_unsupported_adapters_are_refused(model, adapter_folder, change, hint):
+    change_adapter_config(adapter_folder, change)
+    with pytest.raises(UserError, match=hint):
+        peft.read_adapter(adapter_folder, model.config, torch.float32)
+
+
+def test_an_adapter_with_a_tensor_for_another_module_is_refused(model, adapter_folder):
+    """Otherwise part of the adapter would be ignored."""
+    path = adapter_folder / "adapter_model.safetensors"
     head = {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 32)}
-    safetensors.torch.save_file(tensors | head, folder / "adapter_model.safetensors")
+    safetensors.torch.save_file(safetensors.torch.load_file(path) | head, path)
     with pytest.raises(UserError, match="lm_head"):
-        peft.read_adapter(folder, model.config, torch.float32)
+        peft.read_adapter(adapter_folder, model.config, torch.float32)
 
 
 # ── against PEFT itself ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_peft_computes_the_same(nanoghost, toy):
+def test_logits_with_an_adapter_equal_those_of_peft(nanoghost, toy):
     peft = pytest.importorskip("peft", reason="peft is not installed: make parity")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
     assert nanoghost("sft", toy, "--lora", 4, "--name", "me", "--learning-rate", 10, *SHORT)[0] == 0
-    ours, _ = load_model(ModelFolder("toy@me").path, torch.float32)
+    model, _ = load_model(ModelFolder("toy@me").path, torch.float32)
     base = transformers.AutoModelForCausalLM.from_pretrained(ModelFolder(toy).path, dtype=torch.float32)
     ids = torch.randint(10, 300, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        plain = base(ids).logits
-        theirs = peft.PeftModel.from_pretrained(base, ModelFolder("toy@me").path)(ids).logits
-        assert (theirs - plain).abs().max() > 0.01, "the adapter does something"
-        assert (ours(ids) - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+        without_adapter = base(ids).logits
+        expected = peft.PeftModel.from_pretrained(base, ModelFolder("toy@me").path)(ids).logits
+        assert (expected - without_adapter).abs().max() > 0.01, "the adapter changes something"
+        assert (model(ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_an_adapter_that_peft_saved_is_read(nanoghost, toy, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed: make parity")
+def test_an_adapter_saved_by_peft_is_loaded(nanoghost, toy, tmp_path):
+    huggingface_peft = pytest.importorskip("peft", reason="peft is not installed: make parity")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
     base = transformers.AutoModelForCausalLM.from_pretrained(ModelFolder(toy).path, dtype=torch.float32)
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM",
-                             init_lora_weights=False)  # fmt: skip
-    theirs = peft.get_peft_model(base, config)
-    theirs.save_pretrained(tmp_path / "toy@theirs")
+    config = huggingface_peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    expected_model = huggingface_peft.get_peft_model(base, config)
+    folder = tmp_path / "toy@saved"
+    expected_model.save_pretrained(folder)
     model, _ = load_model(ModelFolder(toy).path, torch.float32)
-    attach(model, [peft.read_adapter(tmp_path / "toy@theirs", model.config, torch.float32)])
+    attach(model, [peft.read_adapter(folder, model.config, torch.float32)])
     ids = torch.randint(10, 300, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert (model(ids) - theirs(ids).logits).abs().max() <= 1e-4 * model(ids).abs().max()
+        assert (model(ids) - expected_model(ids).logits).abs().max() <= 1e-4 * model(ids).abs().max()

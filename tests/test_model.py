@@ -270,14 +270,14 @@ def test_of_a_text_that_is_read_again_the_tables_meet_each_line_about_once():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_model_comes_back_bit_for_bit(model, tokenizer, tmp_path, dtype):
+def test_saved_model_is_loaded_bit_for_bit(model, tokenizer, tmp_path, dtype):
     model.cast(dtype)
     save_model(tmp_path, model, tokenizer)
-    loaded, its_tokenizer = load_model(tmp_path, dtype)
+    loaded, loaded_tokenizer = load_model(tmp_path, dtype)
     assert loaded.config == model.config
     assert torch.equal(loaded(tokens(2, 20)), model(tokens(2, 20)))
     assert {n: t.dtype for n, t in loaded.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
-    assert its_tokenizer.encode("The king sees.") == tokenizer.encode("The king sees.")
+    assert loaded_tokenizer.encode("The king sees.") == tokenizer.encode("The king sees.")
 
 
 def test_a_token_knows_the_letters_of_its_word_so_far(tokenizer):
@@ -303,7 +303,7 @@ def test_a_token_knows_the_letters_of_its_word_so_far(tokenizer):
         assert all(r // SYMBOLS == place for place, r in enumerate(row) if r != NOTHING)
 
 
-def test_damaged_weights_are_explained(model, tokenizer, tmp_path):
+def test_damaged_or_missing_weights_raise_an_error_that_names_the_file(model, tokenizer, tmp_path):
     save_model(tmp_path, model, tokenizer)
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
@@ -317,15 +317,15 @@ def test_damaged_weights_are_explained(model, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_transformers_computes_the_same_llama(tokenizer, tmp_path, tied):
+def test_saved_llama_has_the_same_logits_in_transformers(tokenizer, tmp_path, tied):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model = fresh(replace(LLAMA, tied=tied)).requires_grad_(False)
     for p in model.parameters():
         p.add_(torch.randn_like(p) * 0.2)
     save_model(tmp_path, model, tokenizer)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
-        assert_close(theirs(tokens(2, 20)).logits, model(tokens(2, 20)), rtol=1e-4, atol=1e-4)
+        assert_close(expected(tokens(2, 20)).logits, model(tokens(2, 20)), rtol=1e-4, atol=1e-4)
 
 
 def test_attempts_behind_a_shared_prompt_are_as_likely_as_alone(model):
