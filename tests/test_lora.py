@@ -173,7 +173,7 @@ def test_mistakes_with_adapters_end_in_one_line(nanoghost, toy, toy_file):
     before = sorted(p.name for p in ModelFolder(toy).path.parent.iterdir())
     for words, hint in (
         (("sft", toy, "--lora", 0), "at least 1"),
-        (("sft", toy, "--lora", 2, "--lora-targets", "q,x"), "not 'x'"),
+        (("sft", toy, "--lora", 2, "--lora-targets", "q,x"), "unknown 'x'"),
         (("sft", toy, "--lora", 2, "--name", "other@x"), "toy@other@x"),
         (("sft", toy, "--name", "toy@x"), "--lora"),
         (("sft", "toy@me", "--lora", 2, "--name", "x"), "already"),
