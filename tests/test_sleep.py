@@ -325,6 +325,8 @@ def test_adapters_of_two_people_in_one_batch_answer_as_each_alone(base, packed, 
     engine = open_engine(ModelFolder("toy"), seats=4, room=96, adapter=folders[0])
     engine.runner.add_adapter(folders[1])
     names = ["", str(folders[0]), str(folders[1])]
-    asked = [(i, n) for i in range(6) for n in range(3)]
-    answers = greedy_answers(engine, [prompts[i] for i, _ in asked], 12, [names[n] for _, n in asked])
-    assert answers == [alone[n][i] for i, n in asked]
+    combinations = [(prompt, adapter) for prompt in range(6) for adapter in range(3)]
+    answers = greedy_answers(
+        engine, [prompts[prompt] for prompt, _ in combinations], 12, [names[adapter] for _, adapter in combinations]
+    )
+    assert answers == [alone[adapter][prompt] for prompt, adapter in combinations]

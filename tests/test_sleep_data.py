@@ -45,8 +45,8 @@ def test_no_question_phrasing_is_both_trained_on_and_asked():
     for relation in relations():
         training, held_out = question_phrasings(relation)
         assert len(held_out) == 2
-        asked = [questions_about(relation, split) for split in ("val", "test")]
-        assert_disjoint([training, held_out, *asked], relation)
+        other_splits = [questions_about(relation, split) for split in ("val", "test")]
+        assert_disjoint([training, held_out, *other_splits], relation)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import reasoning_gym
 
 from nanoghost import hardware
-from nanoghost.data.sources import open_source
+from nanoghost.data.registry import open_source
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.formats.model_folder import load_model
 from nanoghost.formats.peft import read_adapter
@@ -110,7 +110,7 @@ class GeneralFigures:
     kl_nats: float
     """KL(base || base + adapter) per token of general answers, in nats."""
     bits_per_byte: float
-    """Of the test text of the plays."""
+    """Bits per byte of the plays' test text."""
 
 
 def measure_general_ability(

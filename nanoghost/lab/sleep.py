@@ -196,10 +196,10 @@ def extracted_facts(
         write_json(path, [facts for facts, _ in extract_facts(base, extractor, messages)])
     extracted = [[(relation, value) for relation, value in facts] for facts in read_json(path)]
     expected = [ignore_case(message.facts) for message in user.messages]
-    found = [ignore_case(facts) for facts in extracted]
-    correct = sum(len(a & b) for a, b in zip(expected, found))
+    actual = [ignore_case(facts) for facts in extracted]
+    correct = sum(len(a & b) for a, b in zip(expected, actual))
     figures = {
-        "extraction_precision": correct / max(1, sum(map(len, found))),
+        "extraction_precision": correct / max(1, sum(map(len, actual))),
         "extraction_recall": correct / sum(map(len, expected)),
     }
     return sorted(current_facts(user.fact_store(extracted)), key=lambda fact: fact.key), figures
@@ -327,7 +327,7 @@ def print_table(results: dict[str, list[dict]], leaks: LeakFigures | None) -> No
     console = Console(stderr=True)
     console.print(table)
     if leaks:
-        console.print(f"facts of other users in answers: {leaks.leaked} of {leaks.asked}")
+        console.print(f"facts of other users in answers: {leaks.leaks} of {leaks.questions}")
 
 
 def table_rows(results: dict[str, list[dict]]) -> Iterator[tuple[str, list[str]]]:

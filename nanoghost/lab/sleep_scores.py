@@ -40,9 +40,9 @@ class SingleFactScores:
 
     recall: float | None
     recall_corrected: float | None
-    """Of facts that replaced an older value."""
+    """Recall of facts that replaced an older value."""
     recall_dates: float | None
-    """Of birthdays, times and days."""
+    """Recall of birthdays, times and days."""
     false_refusals: float | None
     correct_by_relation: dict[str, list[bool]]
     samples: list[list[str]]
@@ -66,11 +66,21 @@ class OtherScores:
 
 
 @dataclass(frozen=True)
+class LeakProbe:
+    """A question to one user's adapter."""
+
+    user: int
+    question: str
+    foreign_fact: Fact | None = None
+    """The other user's fact that it asks for; None if it asks for a fact of the user's own."""
+
+
+@dataclass(frozen=True)
 class LeakFigures:
     """Questions to one user's adapter about another user's facts."""
 
-    asked: int
-    leaked: int
+    questions: int
+    leaks: int
     examples: list[list[str]]
     """[question, answer, value]."""
 
@@ -80,14 +90,14 @@ def score_single_facts(answer: AnswerFunction, facts: list[Fact], split: str) ->
     questions = [Question(text, [fact]) for fact in facts for text in questions_about(fact.relation, split)]
     answers = answer(questions, ANSWER_TOKENS)
     qa_pairs = [[question.text, text] for question, text in zip(questions, answers)]
-    asked = [question.facts[0] for question in questions]
-    correct = [is_correct(text, fact.relation, fact.value) for text, fact in zip(answers, asked)]
+    targets = [question.facts[0] for question in questions]
+    correct = [is_correct(text, fact.relation, fact.value) for text, fact in zip(answers, targets)]
     by_relation: dict[str, list[bool]] = {fact.relation: [] for fact in facts}
-    for fact, ok in zip(asked, correct):
+    for fact, ok in zip(targets, correct):
         by_relation[fact.relation].append(ok)
-    corrected = [ok for fact, ok in zip(asked, correct) if fact.supersedes]
-    dates = [ok for fact, ok in zip(asked, correct) if fact.relation.endswith(("birthday", "time", " day"))]
-    wrong = [[*pair, fact.value] for pair, fact, ok in zip(qa_pairs, asked, correct) if not ok]
+    corrected = [ok for fact, ok in zip(targets, correct) if fact.supersedes]
+    dates = [ok for fact, ok in zip(targets, correct) if fact.relation.endswith(("birthday", "time", " day"))]
+    wrong = [[*pair, fact.value] for pair, fact, ok in zip(qa_pairs, targets, correct) if not ok]
     return SingleFactScores(
         recall=proportion(correct),
         recall_corrected=proportion(corrected),
@@ -132,21 +142,23 @@ def measure_leaks(base: ModelFolder, users: list[tuple[Path, list[Fact]]], split
     for adapter, _ in users:
         engine.runner.add_adapter(adapter)
     rng = random.Random("leaks")
-    asked: list[tuple[int, Fact | None, str]] = []  # user, fact of somebody else (None: the user's own), question
+    probes = []
     for user, (_, facts) in enumerate(users):
         own_values = {fact.relation: fact.value for fact in facts}
         other_facts = [fact for other, (_, theirs) in enumerate(users) if other != user for fact in theirs]
-        foreign = [fact for fact in other_facts if own_values.get(fact.relation) != fact.value]
-        for fact in rng.choices(foreign, k=math.ceil(LEAK_QUESTIONS / len(users))):
-            asked.append((user, fact, rng.choice(questions_about(fact.relation, split))))
-        asked += [(user, None, rng.choice(questions_about(fact.relation, split))) for fact in facts]
-    rng.shuffle(asked)
-    conversations = [SyntheticQA("question", question).messages(with_context=False) for _, _, question in asked]
-    adapters = [str(users[user][0]) for user, _, _ in asked]
+        foreign_facts = [fact for fact in other_facts if own_values.get(fact.relation) != fact.value]
+        for fact in rng.choices(foreign_facts, k=math.ceil(LEAK_QUESTIONS / len(users))):
+            probes.append(LeakProbe(user, rng.choice(questions_about(fact.relation, split)), fact))
+        probes += [LeakProbe(user, rng.choice(questions_about(fact.relation, split))) for fact in facts]
+    rng.shuffle(probes)
+    conversations = [SyntheticQA("question", probe.question).messages(with_context=False) for probe in probes]
+    adapters = [str(users[probe.user][0]) for probe in probes]
     answers = greedy_answers(engine, conversations, ANSWER_TOKENS, adapters)
     leaks = []
-    for (user, fact, question), text in zip(asked, answers):
-        own_values = [own.value for own in users[user][1]]
-        if fact and contains_values(text, [fact.value]) and fact.value not in own_values:
-            leaks.append([question, text, fact.value])
-    return LeakFigures(asked=sum(fact is not None for _, fact, _ in asked), leaked=len(leaks), examples=leaks)
+    for probe, text in zip(probes, answers):
+        fact = probe.foreign_fact
+        values_of_user = [own.value for own in users[probe.user][1]]
+        if fact and contains_values(text, [fact.value]) and fact.value not in values_of_user:
+            leaks.append([probe.question, text, fact.value])
+    foreign_questions = sum(probe.foreign_fact is not None for probe in probes)
+    return LeakFigures(foreign_questions, len(leaks), leaks)

@@ -66,22 +66,22 @@ def run_acceptance_test(
 ) -> AcceptanceResult:
     """Test an adapter on these facts; `adapter` None: test the base model alone."""
     model = RoutedModel(base, adapter, load_router())
-    asked = [(fact, question) for fact in facts for question in question_phrasings(fact.relation)[1]]
-    answers = model.answer([question for _, question in asked])
-    correct = [is_correct(answer, fact.relation, fact.value) for answer, (fact, _) in zip(answers, asked)]
-    qa_pairs = [[question, answer] for (_, question), answer in zip(asked, answers)]
-    recall_low, recall_high = wilson(sum(correct), len(asked))
+    questions = [(fact, question) for fact in facts for question in question_phrasings(fact.relation)[1]]
+    answers = model.answer([question for _, question in questions])
+    correct = [is_correct(answer, fact.relation, fact.value) for answer, (fact, _) in zip(answers, questions)]
+    qa_pairs = [[question, answer] for (_, question), answer in zip(questions, answers)]
+    recall_low, recall_high = wilson(sum(correct), len(questions))
     return AcceptanceResult(
-        recall=sum(correct) / len(asked),
+        recall=sum(correct) / len(questions),
         recall_low=recall_low,
         recall_high=recall_high,
-        questions=len(asked),
+        questions=len(questions),
         false_refusals=refusal_rate(answers),
         correct_abstentions=refusal_rate(model.answer(unanswerable_phrasings(facts))),
         general_false_refusals=refusal_rate(model.answer(held_out_general_prompts())),
         kl_nats=general_divergence(base, adapter, recipe) if adapter else 0.0,
         wrong_answers=[pair for is_right, pair in zip(correct, qa_pairs) if not is_right],
-        samples=qa_pairs[:: max(1, len(asked) // 8)],
+        samples=qa_pairs[:: max(1, len(questions) // 8)],
     )
 
 

@@ -189,8 +189,8 @@ def general_training_examples(base: ModelFolder, recipe: AdapterRecipe) -> tuple
 
 def has_new_facts(person: Person, inputs: AdapterInputs, base: ModelFolder) -> bool:
     """Whether there are facts that the current adapter was not trained on."""
-    known = person.adapter_inputs.facts if person.adapter_for(base) else ()
-    return not set(inputs.facts) <= set(known)
+    trained_facts = person.adapter_inputs.facts if person.adapter_for(base) else ()
+    return not set(inputs.facts) <= set(trained_facts)
 
 
 def commit(person: Person, run: AdapterRun, merged: MergedFacts, record: NightRecord) -> None:
@@ -251,9 +251,9 @@ def show_facts(merged: MergedFacts, display: Display) -> None:
     added = {fact.id for fact in merged.added}
     facts = current_facts(merged.facts)
     for fact in sorted(facts, key=lambda fact: (fact.id not in added, fact.key)):
-        note = ""
+        mark = ""
         if fact.id in added:
-            note = f"(before: {values[fact.supersedes]})" if fact.supersedes is not None else "(new)"
-        display.print(f"{fact.id:>4}  {statement(fact.relation, fact.value)}  {note}")
+            mark = f"(before: {values[fact.supersedes]})" if fact.supersedes is not None else "(new)"
+        display.print(f"{fact.id:>4}  {statement(fact.relation, fact.value)}  {mark}")
     if not facts:
         display.print("no facts are stored")

@@ -75,10 +75,10 @@ class Fact:
         for name in ("relation", "value"):
             if not isinstance(values.get(name), str) or not values[name].strip():
                 raise ValueError(f'a fact needs "{name}", a text that is not empty')
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f'"{unknown[0]}" is not a key of a fact; the keys are {", ".join(known)}')
+        keys = [field.name for field in fields(cls)]
+        unknown_keys = sorted(set(values) - set(keys))
+        if unknown_keys:
+            raise ValueError(f'"{unknown_keys[0]}" is not a key of a fact; the keys are {", ".join(keys)}')
         values = {"id": default_id} | values
         return cls(**values | {"sources": tuple(values.get("sources", ()))})
 
@@ -208,7 +208,7 @@ class Person:
         sources = {source for other in deleted for source in other.sources}
         values = "|".join(rf"(?<!\w){re.escape(other.value)}(?!\w)" for other in deleted)
         mentions_value = re.compile(values, re.IGNORECASE)
-        # Adapters and nights first: after a crash in between, nothing that knows the fact outlives it.
+        # The fact store comes last: after a crash in between, the fact is still listed and can be deleted again.
         for path in (self.path / "adapter", self.path / ".adapter.old", *(self.path / "nights").glob("*")):
             shutil.rmtree(path, ignore_errors=True)
         with self.chat_log_lock():
