@@ -1,15 +1,15 @@
 #!/bin/sh
-# One GPU, and text of the Hub. Not run by us on a GPU yet; `plan` says what to expect.
+# Train a chat model on one GPU, with text from the Hugging Face Hub. Not tested on a GPU yet; `plan` says what to expect.
 set -e
 
 pip install 'nanoghost[hub]'
 
-# Look before you pay: parameters, memory, hours, dollars, and the command that belongs to them.
+# Before you rent a GPU: parameters, memory, hours, dollars, and the command to run.
 nanoghost plan --depth 10 --hardware H100
 
-# Depth is the dial. If the rows of a step do not fit into memory at once, the first step notices and takes fewer at a time;
-# --micro-batch says it beforehand. A checkpoint every five minutes is written beside the training; the last two and the one with
-# the lowest loss stay.
+# --depth is the dial: it sets width, heads and learning rates. If a micro-batch does not fit into memory, the first step halves
+# it; --micro-batch sets it. A checkpoint is written in the background every five minutes; the last two and the one with the
+# lowest loss are kept.
 nanoghost pretrain --data hub:HuggingFaceFW/fineweb-edu:sample-10BT --name base --depth 10 \
     --context 2048 --vocab-size 32768 --batch 64 --steps 20000 --checkpoint-seconds 300
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Eight nodes of eight GPUs under Slurm: sbatch runs/slurm.sh. Not run by us on such a cluster yet; that two hosts find each other,
-# and finish over a bad network with the result of one, is tested in tests/test_hosts.py.
+# Pretrain on eight nodes of eight GPUs under Slurm: sbatch runs/slurm.sh. Not tested on a cluster yet. tests/test_hosts.py
+# tests that two hosts find each other and get the result of one host, over a network that loses packets.
 #
 #SBATCH --job-name=nanoghost
 #SBATCH --nodes=8
@@ -10,12 +10,12 @@
 #SBATCH --requeue
 #SBATCH --signal=TERM@300
 #
-# Five minutes before its time is over Slurm sends SIGTERM to all processes: they finish the step, save, and end with 0. Requeued,
-# or started again by you, with as many nodes as there are then, the same command goes on at that step: checkpoints are shared out
-# anew, and the batches are the same whatever the number of processes.
+# Slurm sends SIGTERM to all processes five minutes before the time limit: they finish the step, save, and exit with 0. When the
+# job is requeued, or you submit it again, the same command resumes at that step, also with another number of nodes: the
+# checkpoint is sharded anew, and the batches do not depend on the number of processes.
 set -e
 
-# All nodes must see this folder; one of them writes it.
+# All nodes must see this folder; rank 0 writes it.
 export NANOGHOST_HOME="${NANOGHOST_HOME:-$HOME/.nanoghost}"
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
