@@ -1,8 +1,8 @@
 #!/bin/sh
 # Train a chat model on this computer, from an empty folder, with twenty minutes of training.
 #
-# Each command writes a model folder under ~/.nanoghost/models and can be interrupted: Ctrl-C saves and exits with 0, and the
-# same command resumes. So this script can be stopped and run again at any time.
+# Each command writes a model folder under ~/.nanoghost/models and can be interrupted: Ctrl-C saves and exits with
+# 0, and the same command resumes. So this script can be stopped and run again at any time.
 set -e
 
 # Measure this computer; estimate the training time.

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Pretrain on eight nodes of eight GPUs under Slurm: sbatch runs/slurm.sh. Not tested on a cluster yet. tests/test_hosts.py
-# tests that two hosts find each other and get the result of one host, over a network that loses packets.
+# Pretrain on eight nodes of eight GPUs under Slurm: sbatch runs/slurm.sh. Not tested on a cluster yet.
+# tests/test_hosts.py tests that two hosts find each other and get the result of one host, over a network that
+# loses packets.
 #
 #SBATCH --job-name=nanoghost
 #SBATCH --nodes=8
@@ -10,9 +11,10 @@
 #SBATCH --requeue
 #SBATCH --signal=TERM@300
 #
-# Slurm sends SIGTERM to all processes five minutes before the time limit: they finish the step, save, and exit with 0. When the
-# job is requeued, or you submit it again, the same command resumes at that step, also with another number of nodes: the
-# checkpoint is sharded anew, and the batches do not depend on the number of processes.
+# Slurm sends SIGTERM to all processes five minutes before the time limit: they finish the step, save, and exit
+# with 0. When the job is requeued, or you submit it again, the same command resumes at that step, also with
+# another number of nodes: the checkpoint is sharded anew, and the batches do not depend on the number of
+# processes.
 set -e
 
 # All nodes must see this folder; rank 0 writes it.
