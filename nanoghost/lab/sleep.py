@@ -108,7 +108,7 @@ class LabSleepSettings:
     facts_from: str = "truth"
     """Where the stored facts come from: truth (as stated) or extraction (by the fact extractor, as in a night)."""
     general: bool = True
-    """Measure general ability too: bits per byte, general prompts, general knowledge, reasoning-gym."""
+    """Whether general ability is measured too: general prompts and knowledge, reasoning-gym, bits per byte."""
     json: bool = False
     """Print the figures as JSON on standard output."""
 
