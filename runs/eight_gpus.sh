@@ -7,8 +7,7 @@ set -e
 nanoghost plan --depth 24 --hardware 8xH100
 
 # --max-restarts: how many times the run may lose a process. The others notice within a second if one dies, and
-# after
-# --hang-minutes if one hangs; then each writes the stacks of its threads into the model's folder and exits.
+# after --hang-minutes if one hangs; then each writes the stacks of its threads into the model's folder and exits.
 # --bad-loss roll-back: if the loss is NaN or inf, return to the last checkpoint and skip the batches up to the
 # bad one.
 torchrun --standalone --nproc-per-node 8 --max-restarts 10 -m nanoghost pretrain \
