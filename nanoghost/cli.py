@@ -21,7 +21,7 @@ VERBS = {
         "a chat page and an API for other programs, on this computer",
     ),
     "report": ("evals.report", "ReportSettings", "command", "what was made, how, and how good it is"),
-    "data": ("commands.data", "DataSettings", "command", "fetch, check and tokenise text"),
+    "data": ("commands.data", "DataSettings", "command", "fetch, check and tokenize text"),
     "data refine": (
         "data.refine",
         "RefineSettings",
@@ -41,9 +41,19 @@ VERBS = {
     "show": ("commands.models", "ShowSettings", "show_command", "a model's card"),
     "rename": ("commands.models", "RenameSettings", "rename_command", "give a model another name"),
     "rm": ("commands.models", "RemoveSettings", "remove_command", "remove a model"),
-    "sleep": ("memory.sleep_command", "SleepSettings", "command", "train what a person wrote into an adapter of the model"),
+    "sleep": (
+        "memory.sleep_command",
+        "SleepSettings",
+        "command",
+        "train what a person wrote into an adapter of the model",
+    ),
     "memory": ("memory.memory_command", "MemorySettings", "command", "show and change the facts stored about a person"),
-    "lab sleep": ("lab.sleep", "LabSleepSettings", "command", "what a model remembers after sleeping, against baselines"),
+    "lab sleep": (
+        "lab.sleep",
+        "LabSleepSettings",
+        "command",
+        "what a model remembers after sleeping, against baselines",
+    ),
     "lab ledger": ("lab.ablations", "LedgerSettings", "command", "what each part of the recipe is worth, in seconds"),
     "lab extraction": (
         "lab.fact_extraction",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nanoghost import hardware
-from nanoghost.data.sources import open_source
+from nanoghost.data.registry import open_source
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
 from nanoghost.lab import ablation_model, ablations, depth_sweep
 from nanoghost.lab.ablation_model import Rung, RungModel, RungOptimizer

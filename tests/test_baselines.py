@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 
-from nanoghost.data.sources import open_source
+from nanoghost.data.registry import open_source
 from nanoghost.lab import baselines
 from nanoghost.train import pretrain
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanoghost.data.batches import Batches, windows
-from nanoghost.data.mixture import MixedBatches
+from nanoghost.data.mixed_batches import MixedBatches
 from nanoghost.errors import UserError
 
 TOKENS = np.arange(1003, dtype=np.uint16)
@@ -48,7 +48,7 @@ def test_a_run_knows_how_often_it_reads_its_text():
         assert np.bincount(seen)[1:-1].mean() == pytest.approx(epoch, abs=0.1)
     parts = [{"tokens": 200, "weight": 1.0}, {"tokens": 803, "weight": 1.0}]
     mixed = MixedBatches(TOKENS, parts, 16, 4, 0)
-    rows = np.array([part.rows_per_epoch for part in mixed.parts])
+    rows = np.array([part.rows_per_epoch for part in mixed.sources])
     assert mixed.epochs_in(100) == pytest.approx(np.mean(200 / rows)), "half of the rows are from the short text"
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import nanoghost.tokenizer.chat_format
-from nanoghost.data.local import load_conversations
+from nanoghost.data.conversations import load_conversations
 from nanoghost.errors import UserError
 from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE, parse_reply, render, render_text, shortened, text_of
 from nanoghost.tokenizer.tokenizer import SPECIALS, Tokenizer

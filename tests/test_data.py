@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from nanoghost.data import sources
-from nanoghost.data.local import load_conversations, open_local
-from nanoghost.data.shards import pieces_of, tokenise
-from nanoghost.data.sources import Document, Source, open_plays, open_source
+from nanoghost.data.conversations import load_conversations
+from nanoghost.data.local import open_local
+from nanoghost.data.plays import open_plays
+from nanoghost.data.registry import open_source
+from nanoghost.data.sources import Document, Source
+from nanoghost.data.tokenize_source import document_chunks, tokenize_source
 from nanoghost.errors import UserError
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
@@ -166,7 +169,7 @@ def test_many_documents_are_held_out_whole_by_their_content(tmp_path):
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: .*surrogate"),
         ("a.parquet", b"not parquet", r"a\.parquet: not a parquet file"),
         ("a.txt", b"", r"a\.txt: there is no text in it"),
-        ("a.png", b"", r"a\.png: no text that can be read; data can be 'plays', a \.txt"),
+        ("a.png", b"", r"a\.png: no text that can be read; data are \.txt, \.md"),
     ],
 )
 def test_mistakes_in_files_are_named_in_one_line(tmp_path, name, content, message):
@@ -184,7 +187,7 @@ def test_unknown_names_list_what_is_accepted(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'nanoghost\[hub\]'"):
         open_source("hub:owner/name")
-    with pytest.raises(UserError, match="not a Hub data set"):
+    with pytest.raises(UserError, match="not a Hub dataset"):
         open_source("hub:name")
 
 
@@ -210,7 +213,7 @@ def test_conversations_are_read_as_they_are(tmp_path):
         ("{", "c.jsonl:2: not JSON"),
         ('{"text": "x"}', "c.jsonl:2: expected an object with 'messages'"),
         ('{"messages": []}', "c.jsonl:2: 'messages' must be a list with at least one message"),
-        ('{"messages": [{"role": "human", "content": "x"}]}', "c.jsonl:2: message 1: role 'human' is none of system, "),
+        ('{"messages": [{"role": "human", "content": "x"}]}', "c.jsonl:2: message 1: role 'human' must be one of system, "),
         ('{"messages": [{"role": "user", "content": null}]}', "c.jsonl:2: message 1: 'content' must be a string"),
         ('{"messages": ["x"]}', "c.jsonl:2: message 1 is not an object"),
     ],
@@ -237,29 +240,29 @@ def source_of(documents, name="toy"):
 
 
 def test_shards_hold_every_byte_once():
-    shards = tokenise(source_of(DOCUMENTS), ByteTokenizer())
+    shards = tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
     assert shards.tokens("train").tolist() == [256, *"hällo".encode(), 256, *"wörld\n".encode()]
     assert shards.tokens("train").dtype == np.uint16
     assert (shards.bytes("train"), shards.bytes("val"), shards.bytes("test")) == (13, 3, 0)
     assert len(shards.tokens("test")) == 0
-    assert shards.manifest["format"] == 1 and shards.manifest["splits"]["train"]["documents"] == 2
+    assert shards.manifest["format"] == 2 and shards.manifest["splits"]["train"]["documents"] == 2
     assert shards.manifest["source"]["license"] == "CC0" and shards.manifest["source"]["attribution"] == "nobody"
 
 
 def test_large_vocabularies_take_four_bytes():
     tokenizer = ByteTokenizer()
     tokenizer.vocab_size = 70_000
-    assert tokenise(source_of(DOCUMENTS), tokenizer).tokens("train").dtype == np.uint32
+    assert tokenize_source(source_of(DOCUMENTS), tokenizer).tokens("train").dtype == np.uint32
 
 
 def test_text_is_tokenised_once(home):
     tokenizer = ByteTokenizer()
-    first = tokenise(source_of(DOCUMENTS), tokenizer)
+    first = tokenize_source(source_of(DOCUMENTS), tokenizer)
     assert tokenizer.calls == 1
-    assert tokenise(source_of(DOCUMENTS), tokenizer).folder == first.folder and tokenizer.calls == 1
-    other = tokenise(source_of(DOCUMENTS[:2]), tokenizer)
+    assert tokenize_source(source_of(DOCUMENTS), tokenizer).folder == first.folder and tokenizer.calls == 1
+    other = tokenize_source(source_of(DOCUMENTS[:2]), tokenizer)
     tokenizer.fingerprint = "c" * 64
-    assert len({first.folder, other.folder, tokenise(source_of(DOCUMENTS), tokenizer).folder}) == 3
+    assert len({first.folder, other.folder, tokenize_source(source_of(DOCUMENTS), tokenizer).folder}) == 3
 
 
 def test_a_crash_leaves_nothing(home):
@@ -270,22 +273,22 @@ def test_a_crash_leaves_nothing(home):
 
     source = Source("toy", "CC0", "nobody", "f" * 64, documents)
     with pytest.raises(KeyboardInterrupt):
-        tokenise(source, ByteTokenizer())
+        tokenize_source(source, ByteTokenizer())
     assert list((home / "data").iterdir()) == []
     (home / "data" / ".partial").mkdir()  # what a killed process leaves
     (home / "data" / ".partial" / "train.bin").write_bytes(b"half")
-    shards = tokenise(source_of(DOCUMENTS), ByteTokenizer())
+    shards = tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
     assert list((home / "data").iterdir()) == [shards.folder]
 
 
 def test_a_flipped_byte_is_found(home):
-    shards = tokenise(source_of(DOCUMENTS), ByteTokenizer())
+    shards = tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
     file = shards.folder / "train.bin"
     content = bytearray(file.read_bytes())
     content[4] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match="train.bin is damaged .* remove"):
-        tokenise(source_of(DOCUMENTS), ByteTokenizer())
+        tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
 
 
 def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(monkeypatch):
@@ -293,11 +296,11 @@ def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(monkeypatch):
     words = ["Ham.", "to", "be,", "or", "not", "\n", "\n", "\n\n", " \n", "  ", "\t\n\n", "'tis", "42", "\r\n", "é;"]
     text = " ".join(random.choice(words, 3000)) + "".join(random.choice(words, 3000))
     tokenizer = Tokenizer.train([text], 400)
-    monkeypatch.setattr("nanoghost.data.shards.PIECE", 40)
-    pieces = list(pieces_of(source_of([Document("a", text, "train")])))
+    monkeypatch.setattr("nanoghost.data.tokenize_source.CHUNK_CHARACTERS", 40)
+    pieces = list(document_chunks(source_of([Document("a", text, "train")])))
     assert len(pieces) > 50 and [begins for *_, begins in pieces] == [True] + [False] * (len(pieces) - 1)
     assert "".join(piece for _, piece, _ in pieces) == text
     ids = [i for _, piece, _ in pieces for i in tokenizer.encode(piece)]
     assert ids == tokenizer.encode(text)
-    shards = tokenise(source_of([Document("a", text, "train")]), tokenizer)
+    shards = tokenize_source(source_of([Document("a", text, "train")]), tokenizer)
     assert shards.tokens("train").tolist() == [tokenizer.special("<|endoftext|>"), *ids]

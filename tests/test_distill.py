@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from nanoghost import cli
-from nanoghost.data.local import load_conversations
+from nanoghost.data.conversations import load_conversations
 from nanoghost.home import ModelFolder
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama, LlamaConfig

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from nanoghost import cli, distributed, hardware
-from nanoghost.data import block_checksums, shards
+from nanoghost.data import block_checksums, tokenize_source
 from nanoghost.data.batches import Batches
 from nanoghost.home import ModelFolder
 from nanoghost.train import pretrain
-from tests.support.toys import toy_text
 from tests.support.ranks import codes_of, fork_ranks
+from tests.support.toys import toy_text
 
 TOY = "--arch llama --depth 2 --context 64 --batch 6 --vocab-size 320 --learning-rate 0.3".split()
 
@@ -223,7 +223,7 @@ def test_out_of_memory_in_the_first_step_halves_the_micro_batch_and_does_not_cha
 
 
 def test_a_damaged_block_of_a_large_text_is_reported_and_never_trained_on(nanoghost, toy_file, home, monkeypatch):
-    monkeypatch.setattr(shards, "CHECKED_BYTES", 1)
+    monkeypatch.setattr(tokenize_source, "BLOCK_CHECKSUM_MIN_BYTES", 1)
     monkeypatch.setattr(block_checksums, "BLOCK", 1024)
     common = ("pretrain", "--data", toy_file, "--steps", 60, *TOY)
     assert nanoghost(*common, "--name", "whole")[0] == 0
@@ -246,10 +246,10 @@ def test_every_block_that_is_touched_is_checked_once(tmp_path, monkeypatch):
     monkeypatch.setattr(block_checksums, "BLOCK", 8)
     path = tmp_path / "train.bin"
     np.arange(40, dtype="<u2").tofile(path)  # ten blocks of four tokens
-    check = block_checksums.Blocks(path, block_checksums.sums_of(path, 1)["blocks"], 2)
+    check = block_checksums.BlockChecksums(path, block_checksums.file_checksums(path, 1)["blocks"], 2)
     check.check(np.array([2, 11]), 5)
-    assert np.flatnonzero(check.known).tolist() == [0, 1, 2, 3]
-    assert "blocks" not in block_checksums.sums_of(path, 1000)
+    assert np.flatnonzero(check.verified).tolist() == [0, 1, 2, 3]
+    assert "blocks" not in block_checksums.file_checksums(path, 1000)
 
 
 # -- killed under torchrun -------------------------------------------------------------------------------------------

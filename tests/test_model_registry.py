@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from nanoghost.data.local import load_conversations
+from nanoghost.data.conversations import load_conversations
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError

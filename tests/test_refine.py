@@ -13,12 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanoghost.data import refine as refinery
-from nanoghost.data.refine import RefineSettings
-from nanoghost.data.shingles import found_in, shingles, skeleton, word_hashes
-from nanoghost.data.sources import open_source
+from nanoghost.data import decontamination, refine_input
+from nanoghost.data.registry import open_source
 from nanoghost.errors import UserError
 from nanoghost.tasks.gym import word_list
+
+pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'nanoghost[refine]'")
+
+from nanoghost.data import refine as refinery  # noqa: E402
+from nanoghost.data import refine_pipeline as pipeline  # noqa: E402
+from nanoghost.data.refine import RefineSettings  # noqa: E402
 
 
 class Quiet:
@@ -28,13 +32,10 @@ class Quiet:
 
 @pytest.fixture(scope="module", name="refine_pipeline")
 def small_refine_pipeline():
-    pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'nanoghost[refine]'")
-    from nanoghost.data import refine_pipeline
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refinery, "SHARD", 50_000)  # a few tasks
-        patch.setattr(refine_pipeline, "HASHES", 40)  # 8 bands
-        yield refine_pipeline
+        patch.setattr(refine_input, "TASK_BYTES", 50_000)  # a few tasks
+        patch.setattr(pipeline, "MAX_HASHES", 40)  # 8 bands
+        yield pipeline
 
 
 @cache
@@ -119,9 +120,9 @@ def test_each_goes_for_its_reason_and_nothing_else_does(refined, crawl):
         *names[:40],
         "innocent",
     ]
-    assert manifest["kept"]["documents"] == 41 and manifest["read"]["documents"] == len(names)
+    assert manifest["output"]["documents"] == 41 and manifest["input"]["documents"] == len(names)
     assert (
-        manifest["kept"]["bytes"] + sum(d["bytes"] for d in manifest["dropped"].values()) == manifest["read"]["bytes"]
+        manifest["output"]["bytes"] + sum(d["bytes"] for d in manifest["dropped"].values()) == manifest["input"]["bytes"]
     )
     kept = [row for file in manifest["files"] for row in rows(home / "data/clean" / file)]
     clusters = [row["cluster"] for row in kept if "cluster" in row]
@@ -157,7 +158,7 @@ def test_executors_of_datatrove_run_the_same_stages(refine_pipeline, refined, se
     from datatrove.executor import LocalPipelineExecutor
 
     work, stages = refinery.prepare(settings)
-    refine_pipeline.run(stages, work / "done", LocalPipelineExecutor, workers=1)
+    refine_pipeline.run_stages(stages, work / "done", LocalPipelineExecutor, workers=1)
     refinery.refine(settings, Quiet())
     assert contents(home) == contents(refined[0])
 
@@ -206,53 +207,23 @@ def alive(group: int) -> bool:
 
 
 def test_problems_of_the_examination_are_held_out(refine_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(refinery, "PROBLEMS", 30)
-    refinery.build_index("tasks", tmp_path / "index.npz")
-    rng, judge = random.Random(1), refine_pipeline.HeldOut(tmp_path / "index.npz")
+    monkeypatch.setattr(decontamination, "PROBLEMS", 30)
+    decontamination.build_index("tasks", tmp_path / "index.npz")
+    rng, judge = random.Random(1), refine_pipeline.HeldOutFilter(tmp_path / "index.npz")
     problem = "State the final answer to the following arithmetic problem: 17 + 38 ="
-    assert problem in refinery.held_out("tasks")
+    assert problem in decontamination.held_out_texts("tasks")
     assert judge.filter(refine_pipeline.Document(prose(rng) + problem + prose(rng), "")) == (False, "tasks")
     assert judge.filter(refine_pipeline.Document(prose(rng) + problem.replace("17", "1234") + prose(rng), "")) is True
 
 
-# ── shingles ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_spellings_of_a_word_are_one_and_words_are_not():
-    for pair in (
-        "have haue",
-        "upon vpon",
-        "justice iustice",
-        "go goe",
-        "love loue",
-        "eyes eies",
-        "dog dogge",
-        "cafe café",
-    ):
-        modern, folio = map(word_hashes, pair.split())
-        assert (modern == folio).all(), pair
-    assert len({skeleton(w) for w in "king queen sword ghost 1623 1632 22 2".split()}) == 8
-    assert len(word_hashes("It's one's, well-known: 漢字!")) == 6
-    assert len(word_hashes("")) == 0 and len(shingles(word_hashes("one two"), 3)) == 0
-
-
-def test_shingles_are_the_sets_of_word_sequences():
-    rng = random.Random(0)
-    words = [rng.choice("ab cd ef gh 1 2".split()) for _ in range(300)]
-    for n in (1, 2, 3, 5):
-        found = shingles(word_hashes(" ".join(words)), n)
-        sequences = [tuple(words[i : i + n]) for i in range(300 - n + 1)]
-        assert len(found) == len(sequences) and len(set(found.tolist())) == len(set(sequences))
-        known = np.unique(found[:50])
-        for i in range(len(found)):
-            assert found_in(found[i : i + 1], known) == (sequences[i] in sequences[:50])
+# ── MinHash ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_bands_find_from_the_similarity_on(refine_pipeline, monkeypatch):
-    monkeypatch.setattr(refine_pipeline, "HASHES", 256)
+    monkeypatch.setattr(refine_pipeline, "MAX_HASHES", 256)
     for similarity in (0.2, 0.3, 0.5, 0.7, 0.9, 0.95):
-        bands, rows = refine_pipeline.bands_of(similarity)
-        assert bands * rows <= refine_pipeline.HASHES
+        bands, rows = refine_pipeline.minhash_bands(similarity)
+        assert bands * rows <= refine_pipeline.MAX_HASHES
 
         def found(s, b=bands, r=rows):
             return 1 - (1 - s**r) ** b
@@ -262,7 +233,7 @@ def test_bands_find_from_the_similarity_on(refine_pipeline, monkeypatch):
 
 def test_signatures_estimate_the_jaccard_similarity(refine_pipeline):
     config = refine_pipeline.MinhashConfig(3, 32, 5, hash_config=refine_pipeline.HashConfig(hash_fc="sha1"))
-    step = refine_pipeline.SpellingSignature("memory://s", config, refine_pipeline.SpacedWords())
+    step = refine_pipeline.SpellingInvariantSignature("memory://s", config, refine_pipeline.WhitespaceTokenizer())
     rng = random.Random(0)
     a = prose(rng, 9000)  # more than a block of shingles
     b = a[: len(a) // 2] + prose(rng, 4500)
@@ -270,7 +241,7 @@ def test_signatures_estimate_the_jaccard_similarity(refine_pipeline):
     exact = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
     first, second = (np.array(step.get_signature(step.get_shingles(t))).ravel() for t in (a, b))
     assert abs((first == second).mean() - exact) < 0.12  # 3 standard deviations of 160 draws
-    whole = super(refine_pipeline.SpellingSignature, step).get_signature(step.get_shingles(a))
+    whole = super(refine_pipeline.SpellingInvariantSignature, step).get_signature(step.get_shingles(a))
     assert whole == step.get_signature(step.get_shingles(a))  # blocks change nothing
 
 
@@ -280,11 +251,11 @@ def test_signatures_estimate_the_jaccard_similarity(refine_pipeline):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--name", "a/b"], "--name can't be 'a/b'"),
-        (["--name", "plays"], "--name can't be 'plays'"),
-        (["--similarity", 0.1], "--similarity is between 0.2 and 0.95, not 0.1"),
-        (["--quality", "best"], "--quality is gopher or none, not 'best'"),
-        (["--workers", 0], "--workers is at least 1"),
+        (["--name", "a/b"], "--name cannot be 'a/b'"),
+        (["--name", "plays"], "--name cannot be 'plays'"),
+        (["--similarity", 0.1], "--similarity must be between 0.2 and 0.95, not 0.1"),
+        (["--quality", "best"], "--quality must be gopher or none, not 'best'"),
+        (["--workers", 0], "--workers must be at least 1"),
         (["--decontaminate", "nowhere"], "no data called 'nowhere'"),
     ],
 )
@@ -294,8 +265,11 @@ def test_mistakes_are_named(refine_pipeline, nanoghost, toy_file, words, message
 
 
 def test_without_datatrove_the_extra_is_named(nanoghost, toy_file, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nanoghost.data.refine_pipeline", None)
-    monkeypatch.delattr("nanoghost.data.refine_pipeline", raising=False)
+    for name in ("refine", "refine_pipeline"):
+        monkeypatch.delitem(sys.modules, f"nanoghost.data.{name}")
+        monkeypatch.delattr(f"nanoghost.data.{name}")
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    monkeypatch.setitem(sys.modules, "datatrove.data", None)
     code, _, err = nanoghost("data", "refine", toy_file, "--name", "x")
     assert code == 2 and "pip install 'nanoghost[refine]'" in err
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from nanoghost.data import hub, remote, shards
+from nanoghost.data import download_cache, hub, retry
+from nanoghost.data import tokenize_source as tokenizing
 from nanoghost.data.batches import Batches
+from nanoghost.data.download_cache import DownloadCache, RemoteFile
 from nanoghost.data.local import open_local
-from nanoghost.data.mixture import BLOCK, MixedBatches, quotas
-from nanoghost.data.remote import Cache, RemoteFile
-from nanoghost.data.shards import tokenise
-from nanoghost.data.sources import open_source
+from nanoghost.data.mixed_batches import BLOCK, MixedBatches, rows_per_block
+from nanoghost.data.registry import open_source
+from nanoghost.data.tokenize_source import tokenize_source
 from nanoghost.errors import UserError
 from tests.support.toys import TOY_FLAGS, toy_text
 from tests.test_data import ByteTokenizer
@@ -45,7 +46,7 @@ class Flaky(MemoryFileSystem):
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch):
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)
     Flaky.requests, Flaky.failures = [], ()
     MemoryFileSystem.store.clear()
     yield MemoryFileSystem()
@@ -91,7 +92,7 @@ def test_what_lies_elsewhere_reads_as_if_it_were_here(tmp_path, elsewhere):
 
 
 def test_a_line_that_fails_now_and_then_loses_nothing(tmp_path, elsewhere, monkeypatch):
-    monkeypatch.setattr(remote, "CHUNK", 100)
+    monkeypatch.setattr(download_cache, "CHUNK", 100)
     write(tmp_path / "text")
     upload(elsewhere, tmp_path / "text", "/bucket/text")
     Flaky.failures = {1, 2, 3, 4, 5, 7, 9, 10, 15}
@@ -105,7 +106,7 @@ def test_a_line_that_fails_now_and_then_loses_nothing(tmp_path, elsewhere, monke
 
 
 def test_what_was_fetched_before_a_kill_is_not_fetched_again(tmp_path, elsewhere, monkeypatch):
-    monkeypatch.setattr(remote, "CHUNK", 10)
+    monkeypatch.setattr(download_cache, "CHUNK", 10)
     elsewhere.pipe_file("/a.txt", b"0123456789" * 5)
 
     class Killed(Flaky):
@@ -114,7 +115,7 @@ def test_what_was_fetched_before_a_kill_is_not_fetched_again(tmp_path, elsewhere
                 raise KeyboardInterrupt
             return super().cat_file(path, start, end)
 
-    cache, file = Cache(tmp_path / "cache", 1000), RemoteFile("/a.txt", 50, "1")
+    cache, file = DownloadCache(tmp_path / "cache", 1000), RemoteFile("/a.txt", 50, "1")
     with pytest.raises(KeyboardInterrupt):
         cache.fetch(Killed(), file)
     Flaky.requests = []
@@ -125,7 +126,7 @@ def test_what_was_fetched_before_a_kill_is_not_fetched_again(tmp_path, elsewhere
 def test_the_cache_keeps_its_limit_and_what_was_used_last(tmp_path, elsewhere):
     for name in "abcd":
         elsewhere.pipe_file(f"/{name}.txt", name.encode() * 100)
-    cache = Cache(tmp_path / "cache", 250)
+    cache = DownloadCache(tmp_path / "cache", 250)
 
     def held():
         return "".join(sorted(p.read_text()[0] for p in cache.folder.iterdir()))
@@ -213,9 +214,9 @@ def test_the_card_says_which_files_are_for_training(configs, config, expected):
 
 @pytest.mark.parametrize("killed_at", [1, 7, 23, 40, 59])
 def test_tokenising_goes_on_where_it_was_killed(home, tmp_path, monkeypatch, killed_at):
-    monkeypatch.setattr(shards, "NOTE", 500)
-    monkeypatch.setattr(shards, "GROUP", 4)
-    monkeypatch.setattr(shards, "PIECE", 50)
+    monkeypatch.setattr(tokenizing, "SAVE_CHARACTERS", 500)
+    monkeypatch.setattr(tokenizing, "CHUNKS_PER_CALL", 4)
+    monkeypatch.setattr(tokenizing, "CHUNK_CHARACTERS", 50)
     random = np.random.default_rng(0)
     texts = ["".join(f"line {i}\n" for i in range(random.integers(1, 60))) + f"{n}" for n in range(60)]
     (tmp_path / "d.jsonl").write_bytes(lines(*texts))
@@ -229,7 +230,7 @@ def test_tokenising_goes_on_where_it_was_killed(home, tmp_path, monkeypatch, kil
 
     if not (child := os.fork()):
         try:
-            tokenise(replace(source, documents=deadly), ByteTokenizer())
+            tokenize_source(replace(source, documents=deadly), ByteTokenizer())
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -239,10 +240,10 @@ def test_tokenising_goes_on_where_it_was_killed(home, tmp_path, monkeypatch, kil
         read.append(skip)
         return source.documents(skip)
 
-    found = tokenise(replace(source, documents=documents), ByteTokenizer())
+    found = tokenize_source(replace(source, documents=documents), ByteTokenizer())
     assert read[0] >= killed_at - 12  # all but the last pieces was noted
     monkeypatch.setenv("NANOGHOST_HOME", str(tmp_path / "other"))
-    undisturbed = tokenise(source, ByteTokenizer())
+    undisturbed = tokenize_source(source, ByteTokenizer())
     assert found.manifest == undisturbed.manifest
     for file in ("train.bin", "val.bin", "test.bin"):
         assert (found.folder / file).read_bytes() == (undisturbed.folder / file).read_bytes()
@@ -289,7 +290,7 @@ def test_a_mixture_does_not_depend_on_the_number_of_processes_or_on_the_past():
 
 def test_quotas_are_the_nearest_whole_rows():
     for weights in ((1, 1, 1), (0.7, 0.3), (5, 1e-2), (3, 1, 4, 1, 5, 9, 2, 6)):
-        rows = quotas(weights)
+        rows = rows_per_block(weights)
         assert rows.sum() == BLOCK and (abs(rows - np.array(weights) / sum(weights) * BLOCK) < 1).all()
 
 
@@ -302,7 +303,7 @@ def test_a_mixture_is_a_source_like_any_other(tmp_path):
     assert list(source.documents()) == [d for part in parts for d in part.documents()]
     assert source.fingerprint != open_source(spec.replace("=3", "=2")).fingerprint
     assert "75.0% local text 'notes'" in source.attribution and source.license == "unknown (local files)"
-    found, alone = tokenise(source, ByteTokenizer()), [tokenise(part, ByteTokenizer()) for part in parts]
+    found, alone = tokenize_source(source, ByteTokenizer()), [tokenize_source(part, ByteTokenizer()) for part in parts]
     for split in ("train", "val", "test"):
         assert found.tokens(split).tolist() == [t for part in alone for t in part.tokens(split).tolist()]
         assert found.bytes(split) == sum(part.bytes(split) for part in alone)
@@ -316,14 +317,14 @@ def test_pretraining_reads_a_mixture_and_its_card_says_so(tmp_path, nanoghost, h
     code, _, err = nanoghost("pretrain", "--data", spec, "--name", "mixed", "--steps", 2, *TOY_FLAGS)
     assert code == 0, err
     card = json.loads((home / "models" / "mixed" / "card.json").read_text())
-    assert card.data[0]["attribution"] == "70.0% local text 'a.txt'; 30.0% local text 'b.txt'"
+    assert card["data"][0]["attribution"] == "70.0% local text 'a.txt'; 30.0% local text 'b.txt'"
 
 
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("{a}=1", "is no mixture: name two or more"),
-        ("{a}=1,{a}=2", "is no mixture: name two or more different"),
+        ("{a}=1", "is not a mixture: name two or more"),
+        ("{a}=1,{a}=2", "is not a mixture: name two or more different"),
         ("{a}=1,{b}=0.0001", "at least a thousandth"),
         ("{a}=1,nowhere=1", "no data called 'nowhere'"),
     ],

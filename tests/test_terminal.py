@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanoghost import cli
-from nanoghost.data.local import load_conversations
+from nanoghost.data.conversations import load_conversations
 from nanoghost.engine.sampler import Sampling
 from nanoghost.serve.terminal import Conversation, fragments, slash
 from tests.test_generate import Scripted, run_tool, tokenizer  # noqa: F401

@@ -12,16 +12,16 @@ from nanoghost import hardware
 from nanoghost.bench.table import limits, tell
 from nanoghost.commands.arguments import numbers
 from nanoghost.data.batches import Batches
-from nanoghost.data.shards import tokenise, tokenizer_for
-from nanoghost.data.sources import open_source
+from nanoghost.data.registry import open_source
+from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.errors import UserError
 from nanoghost.evals.pictures import curves
 from nanoghost.home import write_atomic
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
 from nanoghost.tasks.registry import example_texts
-from nanoghost.train.hyperparameters import pretrain_groups, model_config
-from nanoghost.train.pretrain import make_model, accumulate_gradients
+from nanoghost.train.hyperparameters import model_config, pretrain_groups
+from nanoghost.train.pretrain import accumulate_gradients, make_model
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def command(settings: PretrainBenchSettings) -> None:
     if min(settings.steps, settings.rounds) < 1:
         raise UserError("--steps and --rounds are at least 1")
     source = open_source(settings.data)
-    tokenizer = tokenizer_for(source, settings.vocab_size, Display().print, example_texts())
-    text = tokenise(source, tokenizer).tokens("train")
+    tokenizer = load_or_train_tokenizer(source, settings.vocab_size, Display().print, example_texts())
+    text = tokenize_source(source, tokenizer).tokens("train")
     works, operations, millions = [], {}, {}
     for depth in depths:
         model = make_model(model_config(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)

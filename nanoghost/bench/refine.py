@@ -24,9 +24,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from nanoghost.data.plays import PLAYS_TEST, PLAYS_VAL, fetch_plays
 from nanoghost.data.refine import RefineSettings
+from nanoghost.data.refine_pipeline import minhash_bands
 from nanoghost.data.shingles import WORD, shingles, word_hashes
-from nanoghost.data.sources import PLAYS_TEST, PLAYS_VAL, fetch_plays, sha256_of
+from nanoghost.data.sources import sha256_of
 from nanoghost.home import read_json, read_json_lines, write_json
 
 SPELLED_OTHERWISE = {
@@ -117,9 +119,7 @@ def similarities(texts: Path) -> list[dict]:
 
 def chance(similarity: float) -> float:
     """That such a pair is found at the default --similarity; the seed of the signatures decides."""
-    from nanoghost.data.refine_pipeline import bands_of
-
-    bands, rows = bands_of(RefineSettings.similarity)
+    bands, rows = minhash_bands(RefineSettings.similarity)
     return 1 - (1 - similarity**rows) ** bands
 
 
@@ -151,7 +151,7 @@ def editions(folder: Path) -> dict:
         "recall_of_pairs_not_chosen_on": len(found & scored) / len(scored),
         "wrong": wrong,
         "exact_copies": read_json(alone / "manifest.json")["dropped"]["exact copy"]["documents"],
-        "by_default": {key: manifest[key] for key in ("read", "kept", "dropped")},
+        "by_default": {key: manifest[key] for key in ("input", "output", "dropped")},
         "names": dropped,
     }
 
@@ -203,7 +203,7 @@ def measured(folder: Path, data: str, megabytes: int) -> dict:
     seconds = time.perf_counter() - start
     manifest = read_json(home / "data" / "refined" / "manifest.json")
     write_json(folder / f"{data}.json", manifest)
-    return {"megabytes": megabytes, "documents": manifest["read"]["documents"], "kept": manifest["kept"]["documents"],
+    return {"megabytes": megabytes, "documents": manifest["input"]["documents"], "output": manifest["output"]["documents"],
             "seconds": round(seconds, 1), "megabytes_per_second": round(megabytes / seconds, 2),
             "memory_megabytes": round(memory / 2**20), "same": True}  # fmt: skip
 

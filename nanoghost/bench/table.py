@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost import hardware
-from nanoghost.data.sources import open_source
+from nanoghost.data.registry import open_source
 from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder
 

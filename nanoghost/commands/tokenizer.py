@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost.data.sources import open_source
+from nanoghost.data.registry import open_source
 from nanoghost.errors import UserError
 from nanoghost.home import home
 from nanoghost.tokenizer.tokenizer import Tokenizer

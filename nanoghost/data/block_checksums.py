@@ -1,4 +1,4 @@
-"""Checksums of the parts of a large file, so that a run need not read all of it before it starts, and never learns what is damaged."""
+"""Checksums for the blocks of a large file: a run need not read the whole file before it starts, and never trains on damaged data."""
 
 import hashlib
 from pathlib import Path
@@ -7,35 +7,48 @@ import numpy as np
 
 from nanoghost.errors import UserError
 
-BLOCK = 2**20  # bytes to a checksum
+BLOCK = 2**20  # bytes per checksum
 
 
-def sums_of(path: Path, large: int) -> dict:
-    """SHA-256 (hex) of a file, and of each of its blocks if it has at least `large` bytes."""
+def file_checksums(path: Path, min_bytes: int) -> dict:
+    """{"sha256": of the file, "blocks": [of each block]} in hex; "blocks" only if the file has at least `min_bytes` bytes."""
     with open(path, "rb") as f:
-        sums = {"sha256": hashlib.file_digest(f, "sha256").hexdigest()}
-        if path.stat().st_size >= large:
+        checksums = {"sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+        if path.stat().st_size >= min_bytes:
             f.seek(0)
-            sums["blocks"] = [hashlib.sha256(block).hexdigest() for block in iter(lambda: f.read(BLOCK), b"")]
-    return sums
+            blocks = []
+            while content := f.read(BLOCK):
+                blocks.append(hashlib.sha256(content).hexdigest())
+            checksums["blocks"] = blocks
+    return checksums
 
 
-class Blocks:
+class BlockChecksums:
+    """Verifies the blocks of a file of tokens when they are first used."""
+
     def __init__(self, path: Path, expected: list[str], itemsize: int):
+        """`expected` are the checksums of the blocks, `itemsize` is the number of bytes per token."""
         self.path, self.expected, self.itemsize = path, expected, itemsize
-        self.known = np.zeros(len(expected), bool)
+        self.verified = np.zeros(len(expected), bool)
 
     def check(self, positions: np.ndarray, count: int) -> None:
-        """Raises UserError if a block that holds one of the `count` tokens from a position on differs from its checksum."""
-        first = positions * self.itemsize // BLOCK
-        last = ((positions + count) * self.itemsize - 1) // BLOCK
-        for block in {b for a, z in zip(first.tolist(), last.tolist()) for b in range(a, z + 1) if not self.known[b]}:
-            with open(self.path, "rb") as f:
-                f.seek(block * BLOCK)
-                content = f.read(BLOCK)
-            if hashlib.sha256(content).hexdigest() != self.expected[block]:
-                raise UserError(
-                    f"{self.path} is damaged: bytes {block * BLOCK} to {block * BLOCK + len(content)} differ from their checksum;"
-                    f" nothing of them was learned. Remove {self.path.parent}, it is made anew"
-                )
-            self.known[block] = True
+        """Verify the blocks that hold the `count` tokens from each position on. Raises UserError if one differs."""
+        first_blocks = positions * self.itemsize // BLOCK
+        last_blocks = ((positions + count) * self.itemsize - 1) // BLOCK
+        needed: set[int] = set()
+        for first, last in zip(first_blocks.tolist(), last_blocks.tolist()):
+            needed.update(range(first, last + 1))
+        for block in needed:
+            if not self.verified[block]:
+                self.verify(block)
+
+    def verify(self, block: int) -> None:
+        with open(self.path, "rb") as f:
+            f.seek(block * BLOCK)
+            content = f.read(BLOCK)
+        if hashlib.sha256(content).hexdigest() != self.expected[block]:
+            raise UserError(
+                f"{self.path} is damaged: bytes {block * BLOCK} to {block * BLOCK + len(content)} differ from their checksum."
+                f" Nothing was trained on them. Remove {self.path.parent}: the next run tokenizes the text again"
+            )
+        self.verified[block] = True

@@ -1,10 +1,10 @@
-"""The refinery as steps of datatrove: what is evaluation, what is no prose, what is there twice, what is nearly the same.
+"""The refine pipeline as stages of datatrove: decontamination, quality filters, exact and near deduplication.
 
-    held out, quality -> exact copies -> MinHash signatures -> pairs of a bucket -> clusters -> what is kept
+    held out, quality -> exact copies -> MinHash signatures -> pairs in a bucket -> clusters -> output
 
-Each stage is a list of steps and a number of tasks, so any of datatrove's executors runs it (`SlurmPipelineExecutor`,
-`RayPipelineExecutor`); here it is `Local`. A task that is finished leaves a mark in done/STAGE/completions and is never done
-again; one that was killed starts anew, and writes the same.
+A stage is a list of steps and a number of tasks, so any executor of datatrove runs it (`SlurmPipelineExecutor`,
+`RayPipelineExecutor`); the default is `LocalExecutor`. A finished task is recorded in done/STAGE/completions and
+never repeated; a killed one starts again and writes the same output.
 """
 
 import json
@@ -18,35 +18,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datatrove.data import Document
-from datatrove.executor import LocalPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import (
-    ExactDedupFilter,
-    ExactDedupSignature,
-    ExactFindDedups,
-    MinhashDedupBuckets,
-    MinhashDedupCluster,
-    MinhashDedupFilter,
-    MinhashDedupSignature,
-)
-from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
-from datatrove.pipeline.dedup.minhash import MinhashConfig
-from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
-from datatrove.pipeline.filters.base_filter import BaseFilter
-from datatrove.pipeline.writers.disk_base import DiskWriter
-from datatrove.utils.hashing import HashConfig
-from datatrove.utils.word_tokenizers import WordTokenizer
 
-from nanoghost.data.shingles import found_in, shingles, word_hashes
+from nanoghost.data.shingles import contains_any, shingles, word_hashes
 from nanoghost.errors import UserError
 
-SHINGLE = 3
-"""Words in a shingle (docs/data.md compares)."""
-HASHES = 256
-"""At most this many MinHash values to a document."""
-BLOCK = 2**12
-"""Shingles hashed at once: all of a book's would be a matrix of 100 MB and more."""
+try:
+    from datatrove.data import Document
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.base import PipelineStep
+    from datatrove.pipeline.dedup import (
+        ExactDedupFilter,
+        ExactDedupSignature,
+        ExactFindDedups,
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+        MinhashDedupSignature,
+    )
+    from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+    from datatrove.pipeline.filters.base_filter import BaseFilter
+    from datatrove.pipeline.writers.disk_base import DiskWriter
+    from datatrove.utils.hashing import HashConfig
+    from datatrove.utils.word_tokenizers import WordTokenizer
+except ImportError:
+    raise UserError("refining needs an extra: pip install 'nanoghost[refine]'") from None
+
+SHINGLE_WORDS = 3
+"""Words in a shingle (docs/results/data.md compares the alternatives)."""
+MAX_HASHES = 256
+"""Maximum number of MinHash values of a document."""
+SHINGLES_PER_BLOCK = 2**12
+"""Shingles that are hashed at once: the hashes of a whole book would be a matrix of 100 MB and more."""
 
 
 @dataclass(frozen=True)
@@ -56,69 +60,89 @@ class Stage:
     tasks: int
 
 
-def stages(work: Path, shards: int, similarity: float, quality: str) -> list[Stage]:
-    """What turns work/input/00000.jsonl ... into work/output and work/output/dropped/REASON."""
-    bands, rows = bands_of(similarity)
-    exact = ExactDedupConfig(words_of, hash_config=HashConfig(hash_fc="sha1"))
-    minhash = MinhashConfig(SHINGLE, bands, rows, hash_config=HashConfig(hash_fc="sha1"))
+def build_stages(work: Path, tasks: int, similarity: float, quality: str) -> list[Stage]:
+    """Stages that turn work/input/00000.jsonl ... into work/output and work/output/dropped/REASON."""
+    bands, rows = minhash_bands(similarity)
+    exact = ExactDedupConfig(normalized_words, hash_config=HashConfig(hash_fc="sha1"))
+    minhash = MinhashConfig(SHINGLE_WORDS, bands, rows, hash_config=HashConfig(hash_fc="sha1"))
 
     def folder(name: str) -> str:
         return str(work / name)
 
-    def dropped(reason: str) -> Lines:
-        return Lines(folder(f"output/dropped/{reason}"), texts=False)
+    def dropped(reason: str) -> JsonLinesWriter:
+        return JsonLinesWriter(folder(f"output/dropped/{reason}"), with_text=False)
 
-    judges = [HeldOut(folder("held_out.npz"), dropped("held out"))]
+    def without_copies(exclusion_writer=None) -> list:
+        return [TaskReader(folder("filtered")), ExactDedupFilter(folder("exact"), exact, exclusion_writer)]
+
+    filters = [HeldOutFilter(folder("held_out.npz"), dropped("held out"))]
     if quality == "gopher":
-        words = SpacedWords()
-        judges += [
-            GopherQualityFilter(exclusion_writer=dropped("quality"), language=words),
-            # Two of Gopher's six lengths of repeated n-grams: each is a loop over all words.
-            GopherRepetitionFilter(
-                dup_n_grams=((5, 0.15), (10, 0.10)), exclusion_writer=dropped("repetition"), language=words
-            ),
-        ]
-
-    def unique(writer=None):
-        return [Shards(folder("filtered")), ExactDedupFilter(folder("exact"), exact, writer)]
-
-    signatures = SpellingSignature(folder("signatures"), minhash, SpacedWords())
+        filters += gopher_filters(dropped("quality"), dropped("repetition"))
+    filter_steps = [
+        TaskReader(folder("input")),
+        *filters,
+        JsonLinesWriter(folder("filtered")),
+        ExactDedupSignature(folder("hashes"), exact),
+    ]
+    signature = SpellingInvariantSignature(folder("signatures"), minhash, WhitespaceTokenizer())
+    cluster = MinhashDedupCluster(
+        folder("pairs"), folder("clusters"), minhash, save_cluster_id=True, save_cluster_size=True
+    )
+    write_steps = [
+        *without_copies(dropped("exact copy")),
+        SimilarDocumentFilter(folder("clusters"), dropped("similar")),
+        JsonLinesWriter(folder("output")),
+    ]
     return [
-        Stage("filter", [Shards(folder("input")), *judges, Lines(folder("filtered")),
-                         ExactDedupSignature(folder("hashes"), exact)], shards),
+        Stage("filter", filter_steps, tasks),
         Stage("exact", [ExactFindDedups(folder("hashes"), folder("exact"), exact)], 1),
-        Stage("signatures", [*unique(), signatures], shards),
+        Stage("signatures", [*without_copies(), signature], tasks),
         Stage("pairs", [MinhashDedupBuckets(folder("signatures"), folder("pairs"), config=minhash)], bands),
-        Stage("clusters", [MinhashDedupCluster(folder("pairs"), folder("clusters"), minhash, save_cluster_id=True,
-                                               save_cluster_size=True)], 1),
-        Stage("write", [*unique(dropped("exact copy")), Similar(folder("clusters"), dropped("similar")),
-                        Lines(folder("output"))], shards),
-    ]  # fmt: skip
+        Stage("clusters", [cluster], 1),
+        Stage("write", write_steps, tasks),
+    ]
 
 
-def bands_of(similarity: float) -> tuple[int, int]:
-    """(bands, rows) such that documents of that Jaccard similarity are found about two times in three.
+def gopher_filters(quality_writer, repetition_writer) -> list:
+    words = WhitespaceTokenizer()
+    # Two of Gopher's six lengths of repeated n-grams: each is a loop over all words.
+    ngrams = ((5, 0.15), (10, 0.10))
+    return [
+        GopherQualityFilter(exclusion_writer=quality_writer, language=words),
+        GopherRepetitionFilter(dup_n_grams=ngrams, exclusion_writer=repetition_writer, language=words),
+    ]
 
-    A band of r values agrees with probability s^r; with b = s^-r bands none does with 1/e (Leskovec, Rajaraman and Ullman,
-    Mining of Massive Datasets, 3.4). The more rows, the steeper; as many as HASHES allow.
+
+def minhash_bands(similarity: float) -> tuple[int, int]:
+    """(bands, rows) with which two documents of that Jaccard similarity are found about two times in three.
+
+    A band of r rows agrees with probability s^r; with b = s^-r bands, none agrees with probability 1/e (Leskovec, Rajaraman
+    and Ullman, Mining of Massive Datasets, 3.4). More rows give a steeper curve; MAX_HASHES limits them.
     """
-    rows = max(r for r in range(1, HASHES) if r == 1 or r * round(similarity**-r) <= HASHES)
+    possible = [1]
+    for rows in range(2, MAX_HASHES):
+        if rows * round(similarity**-rows) <= MAX_HASHES:
+            possible.append(rows)
+    rows = max(possible)
     return round(similarity**-rows), rows
 
 
-def words_of(document) -> str:
-    """What makes two documents exact copies: the same words, however the lines are broken."""
+def normalized_words(document) -> str:
+    """Documents with the same words are exact copies, however their lines are broken."""
     return " ".join(document.text.split())
 
 
 # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Shards(PipelineStep):
-    """Task r reads file r. Datatrove's reader deals out the files that are there, so that one without documents would shift
-    the numbers of the rest, and it skips lines that are damaged."""
+class TaskReader(PipelineStep):
+    """Task number `rank` reads file number `rank`.
 
-    name, type = "shards", "reader"
+    Datatrove's reader distributes the files that exist, so a task without documents would shift the numbers of the others,
+    and it skips damaged lines.
+    """
+
+    name, type = "task reader", "reader"
 
     def __init__(self, folder: str):
         super().__init__()
@@ -133,53 +157,61 @@ class Shards(PipelineStep):
                     yield Document(row["text"], row["name"])
 
 
-class Lines(DiskWriter):
-    """One JSON object a line: name and text of what is kept, name and reason of what is not."""
+class JsonLinesWriter(DiskWriter):
+    """One JSON object a line: name and text, or for dropped documents name and reason."""
 
-    name, default_output_filename = "lines", "${rank}.jsonl"
+    name, default_output_filename = "JSON lines", "${rank}.jsonl"
 
-    def __init__(self, folder: str, texts: bool = True):
-        super().__init__(folder, compression=None, adapter=with_text if texts else with_reason)
+    def __init__(self, folder: str, with_text: bool = True):
+        super().__init__(folder, compression=None, adapter=output_row if with_text else dropped_row)
 
     def _write(self, document: dict, file_handler, filename: str):
         file_handler.write(json.dumps(document) + "\n")
 
 
-def with_text(writer, document) -> dict:
+def output_row(writer, document) -> dict:
+    row = {"name": document.id, "text": document.text}
     cluster = document.metadata.get("minhash_cluster_id", -1)
-    return {"name": document.id, "text": document.text} | ({"cluster": cluster} if cluster >= 0 else {})
+    if cluster >= 0:
+        row["cluster"] = cluster
+    return row
 
 
-def with_reason(writer, document) -> dict:
-    found = {"detail": document.metadata.get("filter_reason"), "cluster": document.metadata.get("minhash_cluster_id")}
-    return {"name": document.id, "bytes": len(document.text.encode())} | {
-        k: v for k, v in found.items() if v is not None
-    }
+def dropped_row(writer, document) -> dict:
+    row = {"name": document.id, "bytes": len(document.text.encode())}
+    detail = document.metadata.get("filter_reason")
+    if detail is not None:
+        row["detail"] = detail
+    cluster = document.metadata.get("minhash_cluster_id")
+    if cluster is not None:
+        row["cluster"] = cluster
+    return row
 
 
-class HeldOut(BaseFilter):
-    """Drops what shares words with the evaluation: any n of its n-grams, for each n in the index."""
+class HeldOutFilter(BaseFilter):
+    """Drops documents that share an n-gram with the evaluation, for each n of the index (decontamination.py)."""
 
     name = "held out"
 
-    def __init__(self, index: str, exclusion_writer=None):
+    def __init__(self, index_file: str, exclusion_writer=None):
         super().__init__(exclusion_writer)
-        self.index, self.known = index, None
+        self.index_file = index_file
+        self.index: dict[str, np.ndarray] | None = None  # loaded in the worker
 
     def filter(self, doc):
-        if self.known is None:
-            with np.load(self.index) as arrays:
-                self.known = {key: arrays[key] for key in arrays}
+        if self.index is None:
+            with np.load(self.index_file) as arrays:
+                self.index = {key: arrays[key] for key in arrays}
         hashes = word_hashes(doc.text)
-        for key, known in self.known.items():  # "plays:13"
+        for key, held_out in self.index.items():  # "plays:13"
             name, _, n = key.rpartition(":")
-            if found_in(shingles(hashes, int(n)), known):
+            if contains_any(shingles(hashes, int(n)), held_out):
                 return False, name
         return True
 
 
-class SpacedWords(WordTokenizer):
-    """Words as Gopher counts them: what stands between spaces. (Datatrove's own for English fetches its rules from the net.)"""
+class WhitespaceTokenizer(WordTokenizer):
+    """Words as Gopher counts them: separated by white space. (Datatrove's English tokenizer downloads its rules.)"""
 
     def word_tokenize(self, text):
         return text.split()
@@ -191,80 +223,78 @@ class SpacedWords(WordTokenizer):
         return [(0, len(text))]
 
 
-class SpellingSignature(MinhashDedupSignature):
-    """MinHash over shingles that don't depend on spelling, a block at a time."""
+class SpellingInvariantSignature(MinhashDedupSignature):
+    """MinHash over shingles that do not depend on spelling (shingles.py), one block at a time."""
 
     def get_shingles(self, text):
-        return shingles(word_hashes(text), SHINGLE)[:, None]
+        return shingles(word_hashes(text), SHINGLE_WORDS)[:, None]
 
     def get_signature(self, shingles):
-        blocks = [
-            super(SpellingSignature, self).get_signature(shingles[i : i + BLOCK])
-            for i in range(0, len(shingles), BLOCK)
-        ]
-        return np.min(blocks, axis=0).tolist()
+        minima = []
+        for i in range(0, len(shingles), SHINGLES_PER_BLOCK):
+            minima.append(super().get_signature(shingles[i : i + SHINGLES_PER_BLOCK]))
+        return np.min(minima, axis=0).tolist()
 
 
-class Similar(MinhashDedupFilter):
-    """Keeps one document of each cluster, and notes of which."""
+class SimilarDocumentFilter(MinhashDedupFilter):
+    """Keeps one document of each cluster, and stores the id of the cluster with it."""
 
     def __init__(self, clusters: str, writer):
         super().__init__(clusters, writer, load_cluster_ids=True)
 
     def run(self, data, rank: int = 0, world_size: int = 1):
         if self.data_folder.exists(f"{rank:06d}.clusters"):
-            self.data_folder.open(f"{rank:06d}.remove", "ab").close()  # without that file the clusters are not noted
+            self.data_folder.open(f"{rank:06d}.remove", "ab").close()  # without this file, clusters are not loaded
         yield from super().run(data, rank, world_size)
 
 
-# ── here ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── executor ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Local(LocalPipelineExecutor):
-    """Tasks on this machine's cores, in processes that die with this one.
+class LocalExecutor(LocalPipelineExecutor):
+    """Runs tasks in processes of this machine that end together with this process.
 
-    Datatrove's own leaves its workers behind when it is killed, and they go on writing beside the run that resumes.
+    The workers of datatrove's own executor survive when it is killed, and keep writing while the next run resumes.
     """
 
     def run(self):
         ranks = self.get_incomplete_ranks()
         Path(self.logging_dir.path).mkdir(parents=True, exist_ok=True)
         fork = multiprocessing.get_context("fork")
-        processes = [
-            fork.Process(target=self.work, args=(ranks[i :: self.workers],), daemon=True) for i in range(self.workers)
-        ]
-        for process in processes:
+        processes = []
+        for i in range(self.workers):
+            process = fork.Process(target=self.work, args=(ranks[i :: self.workers],), daemon=True)
             process.start()
+            processes.append(process)
         for process in processes:
             process.join()
         if any(process.exitcode for process in processes):
-            raise UserError(
-                f"a task failed: {self.logging_dir.path}/said.txt says why; the same command goes on from there"
-            )
+            raise UserError(f"a task failed, see {self.logging_dir.path}/errors.log; the same command resumes the run")
 
     def work(self, ranks: list[int]):
+        """Run the tasks `ranks` in a worker process."""
         parent = os.getppid()
-        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-        sys.stderr = open(Path(self.logging_dir.path, "said.txt"), "a")  # noqa: SIM115  it ends with this process
-        steps = self.pipeline
+        threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
+        sys.stderr = open(Path(self.logging_dir.path, "errors.log"), "a")  # noqa: SIM115  open until the process ends
+        pipeline = self.pipeline
         for rank in ranks:
-            self.pipeline = deepcopy(steps)
+            self.pipeline = deepcopy(pipeline)
             self._run_for_rank(rank)
 
 
-def end_with(parent: int):
+def exit_with_parent(parent: int):
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)
 
 
-def run(stages: list[Stage], marks: Path, executor=Local, say=None, **options) -> None:
-    """All stages in turn, each after the one before; `executor` is one of datatrove's, `options` are its own."""
-    before = None
+def run_stages(stages: list[Stage], done: Path, executor=LocalExecutor, log=None, **options) -> None:
+    """Run all stages. Completed tasks are recorded in `done`. `executor` is a class of datatrove, `options` are its options."""
+    previous = None
     for stage in stages:
-        if say:
-            say(f"  {stage.name}: {stage.tasks} tasks")
-        before = executor(
-            pipeline=stage.steps, tasks=stage.tasks, logging_dir=str(marks / stage.name), depends=before, **options
+        if log:
+            log(f"  {stage.name}: {stage.tasks} tasks")
+        previous = executor(
+            pipeline=stage.steps, tasks=stage.tasks, logging_dir=str(done / stage.name), depends=previous, **options
         )
-        before.run()
+        previous.run()

@@ -1,184 +1,129 @@
-"""Text that lies elsewhere, by URL: s3://bucket/folder, gs://..., https://..., file://..., all that fsspec opens.
+"""Text by URL: s3://bucket/folder, gs://..., https://..., file://..., everything that fsspec opens.
 
-Files come whole into a cache of limited size, with retries, and are read from there like your own. Each file that was read
-to its end notes how many documents it has, so reading can go on at any document without fetching the files before it.
+Whole files are downloaded into a cache (download_cache.py) and read from there like local files. The number of documents
+is stored for each file that was read to its end, so reading can resume at any document without the files before it.
 """
 
-import hashlib
-import os
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import fsspec
 from fsspec.core import has_magic, url_to_fs
 
-from nanoghost.data.local import FEW, SUFFIXES, certain_splits, read_texts, split_texts, with_split
+from nanoghost.data.download_cache import DownloadCache, RemoteFile, default_cache
+from nanoghost.data.file_reader import SUFFIXES, read_texts
+from nanoghost.data.retry import retry
 from nanoghost.data.sources import Document, Source, fingerprint, folder_name
+from nanoghost.data.splits import MIN_DOCUMENTS, assign_split, split_texts, splits_of_extremes
 from nanoghost.errors import UserError
-from nanoghost.home import exclusive_lock, home, read_json, write_json
+from nanoghost.home import read_json, write_json
 
-CHUNK = 2**23
-"""Bytes to a request."""
-FAILURES = 6
-"""So many in a row, without a byte between them, and we give up: with pauses of 1, 2, 4, 8 and 16 seconds."""
-PAUSE = 1.0
-CACHE_GB = 10.0
-"""Unless $NANOGHOST_CACHE_GB says otherwise."""
-VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "oid", "checksum")
-"""What the stores call the fingerprint of a file's contents."""
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    path: str
-    size: int
-    version: str
-    """Changes when the contents do."""
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "blob_id", "oid", "checksum")
+"""Names that the stores use for the fingerprint of a file's content."""
 
 
 def open_remote(url: str) -> Source:
     """The .txt, .md, .jsonl and .parquet files under a URL (a file, a folder, or a pattern with *)."""
     try:
         fs, root = url_to_fs(url)
-    except ImportError as error:  # each store needs a package of its own, which fsspec names
+    except ImportError as error:  # most stores need a package of their own; fsspec names it
         raise UserError(f"{url}: {error} (pip install s3fs, gcsfs ...)") from None
     except ValueError as error:
         raise UserError(f"{url}: {error}") from None
-    files = listed(fs, root, url)
-    return source_of(fs, files, root, folder_name(PurePosixPath(root).stem), "unknown (remote files)", url)
+    files = RemoteFiles(fs, root, list_files(fs, root, url))
+    return files.source(folder_name(PurePosixPath(root).stem), license="unknown (remote files)", attribution=url)
 
 
-def listed(fs: fsspec.AbstractFileSystem, root: str, url: str) -> list[RemoteFile]:
-    """The files that can be read, in the order of their paths; hidden ones are skipped."""
-
-    def look():
-        if fs.isfile(root):
-            return [fs.info(root)]
-        found = fs.glob(root, detail=True) if has_magic(root) else fs.find(root, detail=True)
-        return [info for info in found.values() if info["type"] == "file"]
-
-    infos = patiently(look, url)
-    fs.invalidate_cache()  # or a later listing shows what is gone
-    infos = sorted((i for i in infos if PurePosixPath(i["name"]).suffix.lower() in SUFFIXES), key=lambda i: i["name"])
-    own = set(PurePosixPath(root).parts)  # who names a hidden folder wants it
-    infos = [i for i in infos if not any(p.startswith(".") and p not in own for p in PurePosixPath(i["name"]).parts)]
-    if not infos:
+def list_files(fs: fsspec.AbstractFileSystem, root: str, url: str) -> list[RemoteFile]:
+    """The readable files, in the order of their paths. Hidden files are skipped, unless `root` itself is hidden."""
+    infos = retry(partial(find_files, fs, root), url)
+    fs.invalidate_cache()  # otherwise a later listing shows files that are gone
+    root_parts = set(PurePosixPath(root).parts)
+    files = []
+    for info in sorted(infos, key=lambda info: info["name"]):
+        path = PurePosixPath(info["name"])
+        hidden = any(part.startswith(".") and part not in root_parts for part in path.parts)
+        if path.suffix.lower() in SUFFIXES and not hidden:
+            files.append(RemoteFile(info["name"], info["size"], content_version(info)))
+    if not files:
         raise UserError(f"{url}: no {', '.join(SUFFIXES)} file there")
-    return [RemoteFile(info["name"], info["size"], version(info)) for info in infos]
+    return files
 
 
-def version(info: dict) -> str:
-    """Of a store that has no fingerprints: size and time of writing."""
-    marks = [str(info[key]) for key in VERSIONS if info.get(key)]
-    return marks[0] if marks else f"{info['size']} {info.get('mtime') or info.get('created') or ''}"
+def find_files(fs: fsspec.AbstractFileSystem, root: str) -> list[dict]:
+    """fsspec's description of each file at `root`."""
+    if fs.isfile(root):
+        return [fs.info(root)]
+    entries = fs.glob(root, detail=True) if has_magic(root) else fs.find(root, detail=True)
+    return [info for info in entries.values() if info["type"] == "file"]
 
 
-def source_of(
-    fs, files: list[RemoteFile], root: str, name: str, license: str, where: str, max_bytes: int | None = None
-) -> Source:
-    short = {f.path: f.path.removeprefix(root).lstrip("/") or PurePosixPath(f.path).name for f in files}
-    mark = fingerprint([(str(max_bytes), b""), *((short[f.path], f.version.encode()) for f in files)])
-    cache = Cache(home() / "data" / "cache", cache_bytes())
-    notes = cache.folder / f"{mark[:16]}.json"
+def content_version(info: dict) -> str:
+    """The store's fingerprint of a file; size and time of modification if it has none."""
+    for key in VERSION_KEYS:
+        if info.get(key):
+            return str(info[key])
+    return f"{info['size']} {info.get('mtime') or info.get('created') or ''}"
 
-    def texts(skip: int) -> Iterator[tuple[str, str]]:
-        """All (name, text) but the first `skip`, up to max_bytes of them."""
-        counted = read_json(notes) if notes.exists() else {}
-        total = 0
-        for file in files:
-            known = counted.get(file.path)
-            if known and known["texts"] <= skip:
-                skip, total = skip - known["texts"], total + known["bytes"]
+
+@dataclass(frozen=True)
+class RemoteFiles:
+    """Files of one file system, read in their order."""
+
+    fs: fsspec.AbstractFileSystem
+    root: str
+    files: list[RemoteFile]
+    max_bytes: int | None = None
+    """Stop after this much text."""
+    cache: DownloadCache = field(default_factory=default_cache)
+
+    def source(self, name: str, license: str, attribution: str) -> Source:
+        return Source(name, license, attribution, self.fingerprint(), partial(self.documents, attribution))
+
+    def short_name(self, file: RemoteFile) -> str:
+        """The path below the root."""
+        return file.path.removeprefix(self.root).lstrip("/") or PurePosixPath(file.path).name
+
+    def fingerprint(self) -> str:
+        versions = [(self.short_name(file), file.version.encode()) for file in self.files]
+        return fingerprint([(str(self.max_bytes), b""), *versions])
+
+    def documents(self, where: str, skip: int = 0) -> Iterator[Document]:
+        if skip < MIN_DOCUMENTS:
+            return islice(split_texts(self.texts(), error_if_empty=f"{where}: there is no text in it"), skip, None)
+        forced_splits = splits_of_extremes(text for _, text in islice(self.texts(), MIN_DOCUMENTS))
+        return (assign_split(name, text, forced_splits) for name, text in self.texts(skip))
+
+    def texts(self, skip: int = 0) -> Iterator[tuple[str, str]]:
+        """Yield all (name, text) except the first `skip`, up to `max_bytes` of text."""
+        counts_file = self.cache.folder / f"{self.fingerprint()[:16]}.json"
+        counts_of = read_json(counts_file) if counts_file.exists() else {}
+        total_bytes = 0
+        for file in self.files:
+            counts = counts_of.get(file.path)
+            if counts and counts["texts"] <= skip:  # nothing of this file is needed
+                skip -= counts["texts"]
+                total_bytes += counts["bytes"]
                 continue
-            found = {"texts": 0, "bytes": 0}
-            here = cache.fetch(fs, file)
+            counts = {"texts": 0, "bytes": 0}
+            local_copy = self.cache.fetch(self.fs, file)
             try:
-                for label, text in read_texts(short[file.path], here):
+                for name, text in read_texts(self.short_name(file), local_copy):
                     if not text:
                         continue
-                    found = {"texts": found["texts"] + 1, "bytes": found["bytes"] + len(text.encode())}
-                    if max_bytes and total + found["bytes"] > max_bytes:
+                    counts["texts"] += 1
+                    counts["bytes"] += len(text.encode())
+                    if self.max_bytes and total_bytes + counts["bytes"] > self.max_bytes:
                         return
                     if skip:
                         skip -= 1
                     else:
-                        yield label, text
-            except UserError as error:  # it names the copy
+                        yield name, text
+            except UserError as error:  # it names the local copy
                 raise UserError(f"{file.path}: {error}") from None
-            total += found["bytes"]
-            counted[file.path] = found
-            write_json(notes, counted)
-
-    def documents(skip: int = 0) -> Iterator[Document]:
-        if skip < FEW:
-            return islice(split_texts(texts(0), empty=f"{where}: there is no text in it"), skip, None)
-        certain = certain_splits(text for _, text in islice(texts(0), FEW))
-        return (with_split(label, text, certain) for label, text in texts(skip))
-
-    return Source(name, license, where, mark, documents)
-
-
-def cache_bytes() -> int:
-    said = os.environ.get("NANOGHOST_CACHE_GB") or CACHE_GB
-    try:
-        return int(float(said) * 1e9)
-    except ValueError:
-        raise UserError(f"NANOGHOST_CACHE_GB is '{said}', not a number") from None
-
-
-class Cache:
-    """Whole files on disk, at most `limit` bytes of them; those that were not used for longest go first."""
-
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
-
-    def fetch(self, fs, file: RemoteFile) -> Path:
-        """The file here; what a killed process fetched of it is not fetched again."""
-        key = hashlib.sha256(f"{file.path} {file.version}".encode()).hexdigest()[:24]
-        target = self.folder / (key + PurePosixPath(file.path).suffix.lower())
-        partial = target.with_suffix(".partial")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(self.folder):
-            if not target.exists():
-                self.make_room(file, partial)
-                with open(partial, "ab") as f:
-                    while f.tell() < file.size:
-                        start, end = f.tell(), min(f.tell() + CHUNK, file.size)
-                        chunk = patiently(lambda: fs.cat_file(file.path, start=start, end=end), file.path)  # noqa: B023
-                        if len(chunk) != end - start:
-                            raise UserError(f"{file.path} changed while it was read: run the command again")
-                        f.write(chunk)
-                        f.flush()
-                    os.fsync(f.fileno())
-                partial.replace(target)
-            os.utime(target)
-        return target
-
-    def make_room(self, file: RemoteFile, partial: Path) -> None:
-        if file.size > self.limit:
-            raise UserError(
-                f"{file.path} has {file.size:,} bytes, the cache {self.limit:,}: set NANOGHOST_CACHE_GB to more than that"
-            )
-        others = [p for p in self.folder.iterdir() if p.suffix != ".json" and p != partial]
-        others.sort(key=lambda p: p.stat().st_mtime)
-        used = sum(p.stat().st_size for p in others)
-        while used + file.size > self.limit:
-            used -= others[0].stat().st_size
-            others.pop(0).unlink()
-
-
-def patiently(ask: Callable, what: str):
-    """What `ask` returns, asking again after failures that may pass."""
-    for failure in range(FAILURES):
-        try:
-            return ask()
-        except (FileNotFoundError, PermissionError, UserError) as error:
-            raise UserError(f"cannot read {what}: {error}") from None
-        except Exception as error:  # noqa: BLE001  an edge: every store's client raises its own
-            if failure == FAILURES - 1:
-                why = str(error).strip().partition("\n")[0] or type(error).__name__
-                raise UserError(f"cannot read {what}, tried {FAILURES} times: {why}") from error
-            time.sleep(PAUSE * 2**failure)
+            total_bytes += counts["bytes"]
+            counts_of[file.path] = counts
+            write_json(counts_file, counts_of)

@@ -46,7 +46,8 @@ def shingles(hashes: np.ndarray, n: int) -> np.ndarray:
     return total
 
 
-def found_in(shingles: np.ndarray, known: np.ndarray) -> bool:
-    """Whether any of them is among `known`, which is sorted and not empty."""
-    places = np.searchsorted(known, shingles)
-    return bool((known[np.minimum(places, len(known) - 1)] == shingles).any())
+def contains_any(shingles: np.ndarray, index: np.ndarray) -> bool:
+    """Whether any of the shingles is in `index`, which is sorted and not empty."""
+    places = np.searchsorted(index, shingles)
+    places = np.minimum(places, len(index) - 1)
+    return bool((index[places] == shingles).any())

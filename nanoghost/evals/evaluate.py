@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 
 from nanoghost import distributed, hardware
-from nanoghost.data.shards import tokenise
-from nanoghost.data.sources import open_source
+from nanoghost.data.registry import open_source
+from nanoghost.data.tokenize_source import tokenize_source
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
@@ -74,7 +74,7 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
 
 def held_out_bpb(model, tokenizer, base: ModelCard) -> float:
     """On the same test text that the base model was scored on; the plays, if others trained it."""
-    shards = tokenise(open_source(base.settings["data"]), tokenizer)
+    shards = tokenize_source(open_source(base.settings["data"]), tokenizer)
     return bits_per_byte(model, shards.tokens("test"), finetune_context(model.config.context), shards.bytes("test"))
 
 

@@ -35,8 +35,8 @@ import torch
 
 from nanoghost import hardware
 from nanoghost.commands.arguments import matching
-from nanoghost.data.shards import tokenise, tokenizer_for
-from nanoghost.data.sources import open_source
+from nanoghost.data.registry import open_source
+from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.errors import UserError
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
@@ -147,8 +147,8 @@ class Runs:
         self.rate = cache(self._rate)
 
     def _text(self, vocab_size: int):
-        tokenizer = tokenizer_for(self.source, vocab_size, self.display.print, example_texts())
-        return tokenizer, tokenise(self.source, tokenizer)
+        tokenizer = load_or_train_tokenizer(self.source, vocab_size, self.display.print, example_texts())
+        return tokenizer, tokenize_source(self.source, tokenizer)
 
     def kept(self, what: dict, make) -> dict:
         """What was made before, or is made now."""

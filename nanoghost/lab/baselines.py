@@ -30,7 +30,8 @@ from rich.table import Table
 
 from nanoghost import hardware
 from nanoghost.commands.arguments import numbers
-from nanoghost.data.sources import Source, open_source
+from nanoghost.data.registry import open_source
+from nanoghost.data.sources import Source
 from nanoghost.errors import UserError
 from nanoghost.evals.pictures import curves
 from nanoghost.home import ModelFolder, home, read_json, write_atomic, write_json

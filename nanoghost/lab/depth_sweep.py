@@ -19,8 +19,8 @@ from nanoghost import hardware
 from nanoghost.bench.pretrain import step_of
 from nanoghost.commands.arguments import numbers
 from nanoghost.data.batches import Batches
-from nanoghost.data.shards import tokenise, tokenizer_for
-from nanoghost.data.sources import open_source
+from nanoghost.data.registry import open_source
+from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.errors import UserError
 from nanoghost.hardware import matmul_gflops_per_second
 from nanoghost.home import ModelFolder, home, read_json, write_json
@@ -28,7 +28,7 @@ from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
 from nanoghost.tasks.registry import example_texts
 from nanoghost.train import pretrain
-from nanoghost.train.hyperparameters import depth_for, pretrain_groups, model_config
+from nanoghost.train.hyperparameters import depth_for, model_config, pretrain_groups
 
 CONTEXT, BATCH = pretrain.PretrainSettings.context, pretrain.PretrainSettings.batch
 TOKENS = CONTEXT * BATCH  # of a step
@@ -115,8 +115,8 @@ def tokens_per_second(source, choices: list[tuple[int, int]], folder, display) -
     works = {}
     for depth, vocabulary in choices:
         if f"{depth}x{vocabulary}" not in known:
-            tokenizer = tokenizer_for(source, vocabulary, display.print, example_texts())
-            text = tokenise(source, tokenizer).tokens("train")
+            tokenizer = load_or_train_tokenizer(source, vocabulary, display.print, example_texts())
+            text = tokenize_source(source, tokenizer).tokens("train")
             model = pretrain.make_model(model_config("ghost", depth, tokenizer.vocab_size, CONTEXT), tokenizer)
             optimizer = Optimizer(model, pretrain_groups(model.config.width), hardware.compute_dtype())
             works[f"{depth}x{vocabulary}"] = step_of(model, optimizer, Batches(text, CONTEXT, BATCH, 0), steps=4)

@@ -5,7 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from nanoghost.data.sources import open_source
+from nanoghost.data.conversations import load_conversations
+from nanoghost.data.registry import open_source
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.tasks.arithmetic import Sums
 from nanoghost.tasks.base import Task, mixture
@@ -85,8 +86,6 @@ def spelled_words(texts: list[tuple[str, str]], count: int = 3000) -> list[str]:
 
 def own_conversations(data: str) -> list[list[dict]]:
     """Those of the file in `data`: a name of MIXES, FILE, or NAME+FILE."""
-    from nanoghost.data.local import load_conversations
-
     mix, _, path = data.partition("+")
     path = path if mix in MIXES else data
     return load_conversations(path) if path else []

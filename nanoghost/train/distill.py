@@ -15,8 +15,9 @@ from typing import Annotated
 import tyro
 
 from nanoghost import distributed, hardware
-from nanoghost.data.shards import Shards, tokenise
-from nanoghost.data.sources import open_source
+from nanoghost.data.registry import open_source
+from nanoghost.data.shards import Shards
+from nanoghost.data.tokenize_source import tokenize_source
 from nanoghost.errors import UserError
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.formats.model_folder import load_tokenizer
@@ -77,7 +78,7 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
     settings, parent = prepare_finetuning("distill", settings)
     teacher_folder = open_model(settings.teacher)
     check(settings, parent, teacher_folder)
-    shards = tokenise(open_source(settings.data), tokenizer_of(parent)) if is_text(settings.data) else None
+    shards = tokenize_source(open_source(settings.data), tokenizer_of(parent)) if is_text(settings.data) else None
     conversations = [] if shards else own_conversations(settings.data)
 
     with start_run("distill", settings, display, parent) as run:

@@ -10,8 +10,10 @@ from typing import Literal
 import torch
 
 from nanoghost import distributed, hardware
-from nanoghost.data.shards import Shards, tokenise, tokenizer_for
-from nanoghost.data.sources import Source, open_source
+from nanoghost.data.registry import open_source
+from nanoghost.data.shards import Shards
+from nanoghost.data.sources import Source
+from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
 from nanoghost.formats.model_card import ModelCard
@@ -76,7 +78,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     check_batch_divides(settings, world_size)
     source = open_source(settings.data)
     tokenizer = choose_tokenizer(settings, source, display)
-    shards = tokenise(source, tokenizer)
+    shards = tokenize_source(source, tokenizer)
     batches = shards.batches(settings.context, settings.batch, settings.seed, rank, world_size)
     forward_backward = AutoMicroBatch(accumulate_gradients, settings.micro_batch, display.print)
 
@@ -150,7 +152,7 @@ def accumulate_gradients(model, inputs_BT, targets_BT, micro_batch: int) -> floa
 def choose_tokenizer(settings: PretrainSettings, source: Source, display: Display):
     if settings.tokenizer:
         return load_tokenizer(open_model(settings.tokenizer).path)
-    return tokenizer_for(source, settings.vocab_size, display.print, example_texts())
+    return load_or_train_tokenizer(source, settings.vocab_size, display.print, example_texts())
 
 
 def plan_run(run: Run, settings: PretrainSettings, shards: Shards, tokenizer, batches, forward_backward, clock) -> None:

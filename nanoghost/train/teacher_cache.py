@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from nanoghost import distributed, hardware
-from nanoghost.data.local import load_conversations
+from nanoghost.data.conversations import load_conversations
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import Stopped, UserError
