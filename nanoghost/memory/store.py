@@ -13,7 +13,7 @@ People share nothing: no file, no adapter, no cache.
 import json
 import re
 import shutil
-import time as clock
+import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -140,14 +140,14 @@ class Person:
     def read_chat_log(self) -> list[LogEntry]:
         return [LogEntry(**values) for values in read_json_lines(self.path / "chat_log.jsonl")]
 
-    def log_message(self, role: str, text: str, time: float | None = None) -> LogEntry:
+    def log_message(self, role: str, text: str, timestamp: float | None = None) -> LogEntry:
         """Append a message of `role` (user or assistant) to the chat log."""
         with self.chat_log_lock():
             used_ids = [entry.id for entry in self.read_chat_log()[-1:]]
             for fact in self.read_facts():
                 used_ids += fact.sources  # the entry may have been deleted; its id is not used again
-            time = round(clock.time() if time is None else time, 3)
-            entry = LogEntry(1 + max(used_ids, default=0), time, role, text)
+            timestamp = round(time.time() if timestamp is None else timestamp, 3)
+            entry = LogEntry(1 + max(used_ids, default=0), timestamp, role, text)
             append_json_line(self.path / "chat_log.jsonl", asdict(entry))
             return entry
 
@@ -156,7 +156,7 @@ class Person:
         user_entries = [entry for entry in self.read_chat_log() if entry.role == "user"]
         if user_entries:
             last = user_entries[-1]
-            if last.text == text and clock.time() - last.time < REPEAT_SECONDS:
+            if last.text == text and time.time() - last.time < REPEAT_SECONDS:
                 return last
         return self.log_message("user", text)
 
