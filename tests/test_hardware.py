@@ -1,4 +1,4 @@
-"""The machine: what is decided about number format, threads, compiler and ranks, and that `doctor` says it."""
+"""The machine: the choice of number format, threads, compiler and ranks, and what `doctor` shows."""
 
 import json
 import os
@@ -31,24 +31,24 @@ def plain_environment(monkeypatch):
         (["amx_bf16"], torch.bfloat16),
     ],
 )
-def test_cpu_dtype_is_bf16_iff_the_hardware_multiplies_it(flags, expected):
+def test_cpu_dtype_is_bf16_only_if_the_hardware_multiplies_bf16(flags, expected):
     assert hardware.cpu_dtype(flags) == expected
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps"])
-def test_dtype_is_never_fp16(kind):
+def test_the_dtype_is_never_fp16(kind):
     assert hardware.compute_dtype(torch.device(kind)) in (torch.float32, torch.bfloat16)
     assert hardware.compute_dtype() in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("cxx", ["/bin/false", "/no/such/compiler", ""])
-def test_a_compiler_that_does_not_run_is_none(monkeypatch, cxx):
+def test_a_compiler_that_does_not_run_counts_as_missing(monkeypatch, cxx):
     monkeypatch.setenv("CXX", cxx)
     assert not hardware.has_compiler()
     assert hardware.describe()["compiler"] is False
 
 
-def test_threads_share_the_cores_and_obey_the_user(monkeypatch):
+def test_threads_are_the_cores_of_this_process_or_what_the_user_sets(monkeypatch):
     monkeypatch.setattr(hardware, "cores", lambda: 8)
     assert hardware.threads() == 8
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -63,7 +63,7 @@ def test_threads_share_the_cores_and_obey_the_user(monkeypatch):
     assert hardware.threads() == 3
 
 
-def test_mistakes_in_the_environment_are_explained(monkeypatch):
+def test_mistakes_in_the_environment_raise_user_errors(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
     with pytest.raises(UserError, match="OMP_NUM_THREADS=many"):
         hardware.threads()
@@ -73,13 +73,13 @@ def test_mistakes_in_the_environment_are_explained(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux has affinity")
-def test_cores_obey_affinity_and_container_quota(monkeypatch):
+def test_cores_respect_affinity_and_container_quota(monkeypatch):
     assert 1 <= hardware.cores() <= len(os.sched_getaffinity(0))
     monkeypatch.setattr(hardware, "container_limit", lambda name: "50000 100000")
     assert hardware.cores() == 1
 
 
-def test_ranks_come_from_torchrun(monkeypatch):
+def test_rank_and_world_size_come_from_the_environment(monkeypatch):
     assert distributed.rank_and_world_size() == (0, 1)
     distributed.init_distributed()
     assert not torch.distributed.is_initialized()
@@ -91,7 +91,7 @@ def test_ranks_come_from_torchrun(monkeypatch):
 TWO_RANKS = """
 import os, torch
 from nanoghost import distributed, hardware
-child = os.fork()  # one import of torch for both ranks; fine, as nothing has run yet
+child = os.fork()  # torch is imported once for both ranks; safe, since nothing has been computed
 os.environ["RANK"] = "0" if child else "1"
 hardware.prepare()
 distributed.init_distributed()
@@ -104,7 +104,7 @@ assert not child or os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nccl needs one GPU for each rank")
-def test_two_ranks_find_each_other():
+def test_two_ranks_connect_and_flush_denormals():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -118,11 +118,13 @@ def test_describe_is_json():
     assert facts["cores"] >= 1 and facts["memory_gb"] > 0 and facts["threads"] >= 1
 
 
-def test_doctor_explains_to_eyes_and_prints_json_to_programs(capsys):
+def test_doctor_prints_an_explanation_and_json(capsys):
     doctor.command(doctor.DoctorSettings(json=True), seconds=0.01)
     out, err = capsys.readouterr()
     facts = json.loads(out.splitlines()[-1])
-    rates = [key for key in facts if key.endswith("_per_second")]
-    assert len(rates) == 3 and all(facts[key] > 0 for key in rates)
-    assert facts["dtype"] in err and "torch.compile" in err
+    measured = [key for key in facts if key.endswith("_per_second")]
+    assert len(measured) == 3
+    assert all(facts[key] > 0 for key in measured)
+    assert facts["dtype"] in err
+    assert "torch.compile" in err
     assert torch.get_num_threads() == facts["threads"]

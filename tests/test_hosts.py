@@ -21,9 +21,7 @@ def start_host(number: int, host: str, words: list[str]) -> subprocess.Popen:
     rendezvous = ["--master-addr", hosts.ADDRESSES[0], "--master-port", "29511"]
     command = [sys.executable, *torchrun, *rendezvous, "-m", "nanoghost", *words]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": host, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen(
-        ["ip", "netns", "exec", host, *command], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(["ip", "netns", "exec", host, *command], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.skipif(bool(REASON), reason=REASON or "two hosts are possible")

@@ -45,19 +45,19 @@ cli.main(sys.argv[1:])
 
 
 def killed_after_checkpoint(*words):
-    """The command ends by SIGKILL in its seventh step, when a checkpoint of the first four is there."""
+    """Run a command that gets SIGKILL in its seventh step, after a checkpoint of the first four steps was saved."""
     command = [sys.executable, "-c", KILLS_ITSELF, *map(str, words), "--checkpoint-seconds", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def test_your_own_text_becomes_a_chat(nanoghost, toy_file):
+def test_own_text_becomes_a_chat(nanoghost, toy_file):
     code, out, err = nanoghost("pretrain", "--data", toy_file, "--name", "mine", "--steps", 150, *TOY_FLAGS, "--json")
     assert code == 0, err
     figures = json.loads(out)
     assert {"name", "parameters", "tokens", "seconds", "tokens_per_second", "flops_per_second", "bpb"} <= set(figures)
     first, *_, last = losses("mine", "pretrain").values()
-    assert last < first - 2, "it learned next to nothing"
+    assert last < first - 2, "the loss hardly decreased"
     assert figures["bpb"] < 3
     code, out, err = nanoghost(
         "sft", "mine", "--name", "mine-sft", "--steps", 8, "--lessons", 300, "--batch", 4, "--json"
@@ -68,28 +68,30 @@ def test_your_own_text_becomes_a_chat(nanoghost, toy_file):
     assert code == 0, err
     assert "<|" not in out
     code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "mine", "--steps", 150, *TOY_FLAGS)
-    assert code == 0, "a finished model with the same settings is shown, not made again"
+    assert code == 0, "a finished model with the same settings is shown, not trained again"
 
 
-def test_own_conversations_can_replace_the_lessons(nanoghost, toy_base, tmp_path):
+def test_own_conversations_can_replace_the_built_in_mix(nanoghost, toy_base, tmp_path):
     chats = tmp_path / "chats.jsonl"
     turn = [{"role": "user", "content": "king?"}, {"role": "assistant", "content": "The king sees."}]
     chats.write_text("".join(json.dumps({"messages": turn}) + "\n" for _ in range(20)))
     code, out, err = nanoghost("sft", toy_base, "--name", "own", "--data", chats, "--steps", 60, "--batch", 4, "--json")
     assert code == 0, err
-    assert json.loads(out)["loss"] < 0.5, "twenty times the same answer must be learned"
+    assert json.loads(out)["loss"] < 0.5, "the same answer, twenty times, must be learned"
     code, out, err = nanoghost("chat", "own", "--prompt", "king?", "--temperature", 0)
     assert (code, out) == (0, "The king sees."), err
 
 
-def test_same_seed_same_losses_and_other_seed_others(nanoghost, toy_file):
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(nanoghost, toy_file):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert nanoghost("pretrain", "--data", toy_file, "--name", name, "--steps", 6, "--seed", seed, *TOY_FLAGS)[0] == 0
+        assert (
+            nanoghost("pretrain", "--data", toy_file, "--name", name, "--steps", 6, "--seed", seed, *TOY_FLAGS)[0] == 0
+        )
     assert losses("a", "pretrain") == losses("b", "pretrain")
     assert losses("a", "pretrain")[5] != losses("c", "pretrain")[5]
 
 
-def test_pretraining_survives_kill_9_bit_for_bit(nanoghost, toy_file):
+def test_pretraining_resumes_after_kill_9_bit_for_bit(nanoghost, toy_file):
     common = ("--data", toy_file, "--steps", 80, *TOY_FLAGS)
     assert nanoghost("pretrain", "--name", "whole", *common)[0] == 0
     folder = ModelFolder("killed")
@@ -102,14 +104,23 @@ def test_pretraining_survives_kill_9_bit_for_bit(nanoghost, toy_file):
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
-def test_later_stages_survive_kill_9_bit_for_bit(nanoghost, toy_file, stage):
-    toy = ("--depth", 2, "--context", 160, "--batch", 4, "--vocab-size", 320)  # the gym's questions are long
+def test_finetuning_resumes_after_kill_9_bit_for_bit(nanoghost, toy_file, stage):
+    toy = (
+        "--depth",
+        2,
+        "--context",
+        160,
+        "--batch",
+        4,
+        "--vocab-size",
+        320,
+    )  # the questions of the reasoning gym are long
     assert nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 6, *toy)[0] == 0
     common = {
         "sft": ("toy", "--steps", 40, "--lessons", 200, "--batch", 2),
         "rl": ("toy", "--steps", 12, "--problems", 2, "--rollouts", 4, "--max-tokens", 6, "--eval-problems", 4),
     }[stage]  # fmt: skip
-    # the models are taught their names, which end at the hyphen
+    # the SFT examples contain the name of the model up to the hyphen, which must be the same
     code, _, err = nanoghost(stage, *common, "--name", "same-whole")
     assert code == 0, err
     killed_after_checkpoint(stage, *common, "--name", "same-killed")
@@ -117,7 +128,7 @@ def test_later_stages_survive_kill_9_bit_for_bit(nanoghost, toy_file, stage):
     assert losses("same-killed", stage) == losses("same-whole", stage)
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(nanoghost, toy_file):
+def test_ctrl_c_saves_and_the_same_command_resumes(nanoghost, toy_file):
     common = ("--data", toy_file, "--steps", 150, *TOY_FLAGS)
     process = start("pretrain", "--name", "stopped", *common)
     folder = ModelFolder("stopped")
@@ -125,28 +136,33 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(nanoghost, toy_file):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=30)[1]
-    assert process.returncode == 0 and "is saved at step" in said
-    assert list((folder.path / "state").iterdir()) and not folder.finished
+    stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == 0
+    assert "is saved at step" in stderr
+    assert list((folder.path / "state").iterdir())
+    assert not folder.finished
     assert nanoghost("pretrain", "--name", "stopped", *common)[0] == 0
     assert sorted(losses("stopped", "pretrain")) == list(range(150))
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(nanoghost, toy_file):
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(nanoghost, toy_file):
     code, _, err = nanoghost(
         "pretrain", "--data", toy_file, "--name", "wild", "--steps", 50, *TOY_FLAGS, "--learning-rate", 1e30
     )
     assert code == 2
     line = err.strip().splitlines()[-1]
-    assert "at step" in line and "examples" in line and "--learning-rate" in line
+    for text in ("at step", "examples", "--learning-rate"):
+        assert text in line
     assert all(abs(loss) < float("inf") for loss in losses("wild", "pretrain").values())
 
 
-def test_without_a_compiler_everything_works(nanoghost, toy_file, monkeypatch):
+def test_without_a_compiler_training_works_unless_compile_is_on(nanoghost, toy_file, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "plain", "--steps", 3, *TOY_FLAGS)
     assert code == 0 and "torch.compile is off (there is no C++ compiler)" in err
-    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "p2", "--steps", 3, *TOY_FLAGS, "--compile", "on")
+    code, _, err = nanoghost(
+        "pretrain", "--data", toy_file, "--name", "p2", "--steps", 3, *TOY_FLAGS, "--compile", "on"
+    )
     assert code == 2 and "compiler" in err
 
 
@@ -156,41 +172,43 @@ def one_line(err: str) -> str:
     return line
 
 
-def test_mistakes_end_in_one_clear_line(nanoghost, toy_file, tmp_path):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "fine"}\n{"text": \n')
-    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
-    empty.write_text("")
-    short.write_text("To be, or not to be.")
-    for words, hints in (
+@pytest.mark.parametrize(
+    "words, hints",
+    [
         (("pretrain", "--stepz", 3), ["--stepz"]),
         (("pretrain", "--steps", "many"), ["--steps", "many"]),
         (("dance",), ["dance"]),
-        (("pretrain", "--data", tmp_path / "nowhere.txt", "--steps", 2), ["nowhere.txt"]),
-        (("pretrain", "--data", bad, "--steps", 2), ["bad.jsonl", "2"]),
-        (("pretrain", "--data", empty, "--steps", 2), ["empty"]),
-        (("pretrain", "--data", short, "--steps", 2), ["tokens"]),
+        (("pretrain", "--data", "nowhere.txt", "--steps", 2), ["nowhere.txt"]),
+        (("pretrain", "--data", "bad.jsonl", "--steps", 2), ["bad.jsonl", "2"]),
+        (("pretrain", "--data", "empty.txt", "--steps", 2), ["empty"]),
+        (("pretrain", "--data", "short.txt", "--steps", 2), ["tokens"]),
         (("chat", "nobody", "--prompt", "hello"), ["nobody"]),
         (("sft", "nobody"), ["nobody"]),
         (("report", "nobody"), ["nobody"]),
         (("chat", "../etc", "--prompt", "hello"), ["../etc"]),
-        (("pretrain", "--data", toy_file, "--minutes", -1), ["--minutes"]),
-        (("pretrain", "--data", toy_file, "--steps", 0), ["--steps"]),
-        (("pretrain", "--data", toy_file, "--steps", 2, "--depth", 0), ["--depth"]),
-        (("pretrain", "--data", toy_file, "--steps", 2, "--batch", 0), ["--batch"]),
-        (("pretrain", "--data", toy_file, "--steps", 2, "--micro-batch", 0), ["--micro-batch"]),
-        (("pretrain", "--data", toy_file, "--steps", 2, "--dial-minutes", 0), ["--dial-minutes"]),
-    ):
-        code, _, err = nanoghost(*words)
-        assert code == 2, (words, err)
-        line = one_line(err)
-        assert len(line) < 400
-        for hint in hints:
-            assert hint in line, (words, line)
+        (("pretrain", "--data", "notes.txt", "--minutes", -1), ["--minutes"]),
+        (("pretrain", "--data", "notes.txt", "--steps", 0), ["--steps"]),
+        (("pretrain", "--data", "notes.txt", "--steps", 2, "--depth", 0), ["--depth"]),
+        (("pretrain", "--data", "notes.txt", "--steps", 2, "--batch", 0), ["--batch"]),
+        (("pretrain", "--data", "notes.txt", "--steps", 2, "--micro-batch", 0), ["--micro-batch"]),
+        (("pretrain", "--data", "notes.txt", "--steps", 2, "--dial-minutes", 0), ["--dial-minutes"]),
+    ],
+)
+def test_a_mistake_ends_in_one_clear_line(nanoghost, toy_file, tmp_path, monkeypatch, words, hints):
+    monkeypatch.chdir(tmp_path)  # where toy_file is, as notes.txt
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("To be, or not to be.")
+    code, _, err = nanoghost(*words)
+    assert code == 2, err
+    line = one_line(err)
+    assert len(line) < 400
+    for hint in hints:
+        assert hint in line
     assert not (ModelFolder("ghost-base").path / "model.safetensors").exists()
 
 
-def test_other_settings_need_force_and_force_replaces(nanoghost, toy_file, toy_base):
+def test_other_settings_need_force_which_replaces_the_model(nanoghost, toy_file, toy_base):
     again = ("pretrain", "--data", toy_file, "--name", toy_base, "--steps", 5, *TOY_FLAGS)
     code, _, err = nanoghost(*again)
     assert code == 2 and "--force" in one_line(err) and "steps" in err
@@ -223,51 +241,34 @@ def test_a_full_disk_leaves_nothing_half_written(nanoghost, toy_file, tmp_path, 
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_two_processes_train_like_one(nanoghost, toy_file):
-    common = (
-        "--data",
-        toy_file,
-        "--steps",
-        8,
-        *TOY_FLAGS,
-        "--context",
-        160,
-        "--json",
-        "--learning-rate",
-        0.1,
-    )  # small steps: Adam's first ones make much of rounding
+def run_with_two_processes(*words) -> dict:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nanoghost"]
+    done = subprocess.run([sys.executable, *torchrun, *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_two_processes_have_the_losses_of_one(nanoghost, toy_file):
+    # small steps: the first ones of Adam amplify rounding
+    common = ("--data", toy_file, "--steps", 8, *TOY_FLAGS, "--context", 160, "--json", "--learning-rate", 0.1)
     code, out, err = nanoghost("pretrain", "--name", "one", *common)
     assert code == 0, err
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "nanoghost",
-    ]
-
-    def two(*words):
-        done = subprocess.run([*torchrun, *map(str, words)], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.strip().splitlines()[-1])
-
-    figures = two("pretrain", "--name", "two", *common)
+    figures = run_with_two_processes("pretrain", "--name", "two", *common)
     assert figures["tokens"] == json.loads(out)["tokens"]
-    one, both = losses("one", "pretrain"), losses("two", "pretrain")
-    assert len(both) == 8
-    for step, loss in one.items():  # bf16 sums in another order; test_ranks.py holds fp32 to 1e-5
-        assert both[step] == pytest.approx(loss, rel=5e-3)
-    figures = two("rl", "two", "--name", "two-rl", "--steps", 2, "--problems", 4, "--rollouts", 4, "--max-tokens", 6,
-                  "--eval-problems", 4, "--json")  # fmt: skip
+    one, two = losses("one", "pretrain"), losses("two", "pretrain")
+    assert len(two) == 8
+    for step, loss in one.items():  # bf16 sums in another order; test_distributed.py tests fp32 to 1e-4
+        assert two[step] == pytest.approx(loss, rel=5e-3)
+    words = "rl two --name two-rl --steps 2 --problems 4 --rollouts 4 --max-tokens 6 --eval-problems 4 --json"
+    figures = run_with_two_processes(*words.split())
     assert set(figures["accuracy"]) == {"chain_sum", "spell_backward"}
 
 
-def test_the_speedrun_shares_out_its_minutes_and_each_stage_starts_from_the_one_before():
-    asked = stage_settings(SpeedrunSettings(minutes=10, data="notes", seed=7, force=True))
-    assert sum(settings.minutes for settings in asked) == pytest.approx(10)
-    assert [settings.name for settings in asked] == ["ghost-base", "ghost-sft", "ghost"]
-    assert [settings.parent for settings in asked[1:]] == ["ghost-base", "ghost-sft"]
-    assert asked[0].data == "notes" and asked[0].depth is None and all(s.seed == 7 and s.force for s in asked)
+def test_the_speedrun_divides_its_minutes_and_each_stage_starts_from_the_one_before():
+    stages = stage_settings(SpeedrunSettings(minutes=10, data="notes", seed=7, force=True))
+    assert sum(settings.minutes for settings in stages) == pytest.approx(10)
+    assert [settings.name for settings in stages] == ["ghost-base", "ghost-sft", "ghost"]
+    assert [settings.parent for settings in stages[1:]] == ["ghost-base", "ghost-sft"]
+    assert stages[0].data == "notes"
+    assert stages[0].depth is None
+    assert all(settings.seed == 7 and settings.force for settings in stages)

@@ -1,7 +1,8 @@
-"""Long trials: python -m tests.support.soak [KILLS] [STEPS]. A toy run of two ranks is killed again and again; nothing of it may be lost.
+"""Long test of checkpoints: python -m tests.support.soak [KILLS] [STEPS]
 
-Each life begins at the last checkpoint and ends by SIGKILL: of one rank or of both, at a random moment, or of one rank between two
-calls that touch the disk. At the end the weights must be, to the byte, those of a run that nobody disturbed.
+A toy run of two ranks is killed again and again with SIGKILL: one rank or both at a random moment, or one rank between two
+calls that touch the disk. Each restart must resume from the last checkpoint, and at the end the weights must be identical,
+byte for byte, to those of an undisturbed run.
 """
 
 import os
@@ -14,103 +15,113 @@ from pathlib import Path
 
 from nanoghost import cli
 from nanoghost.home import ModelFolder
-from tests.support.toys import toy_text
+from nanoghost.train.fault_tolerance import StepGuard
 from tests.support.ranks import codes_of, fork_ranks
+from tests.support.toys import toy_text
 from tests.test_checkpoints import die_at
 
-COMMAND = ["pretrain", "--data", "notes.txt", "--arch", "llama", "--depth", "2", "--context", "32", "--batch", "4", "--vocab-size", "300",
-           "--checkpoint-seconds", "0", "--steps"]  # fmt: skip
+COMMAND = (
+    "pretrain --data notes.txt --arch llama --depth 2 --context 32 --batch 4 --vocab-size 300 --checkpoint-seconds 0"
+)
+SECONDS_TO_NOTICE = 5.0
 
 
-def life(name: str, rank: int | None = None, boundary: int = 0) -> None:
-    """Train, and note at which step it began; `rank` kills itself before its so many-th write after that."""
+def train(name: str, steps: int, rank_to_kill: int | None = None, boundary: int = 0) -> None:
+    """Train, and write the step at which the run starts or resumes to the file `resumed`.
+
+    `rank_to_kill` kills itself before its `boundary`-th disk call after that.
+    """
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    from nanoghost.train.run import Run
+    original_resume = StepGuard.resume
 
-    resume = Run.resume
-
-    def noting(self, optimizer):
-        start, notes = resume(self, optimizer)
+    def recording_resume(self):
+        start, saved = original_resume(self)
         if int(os.environ["RANK"]) == 0:
-            Path("began").write_text(str(start))
-        if rank == int(os.environ["RANK"]):
+            Path("resumed").write_text(str(start))
+        if rank_to_kill == int(os.environ["RANK"]):
             die_at(boundary)
-        return start, notes
+        return start, saved
 
-    Run.resume = noting
-    cli.main([*COMMAND, os.environ["STEPS"], "--name", name])
+    StepGuard.resume = recording_resume
+    cli.main([*COMMAND.split(), "--steps", str(steps), "--name", name])
 
 
-def latest(name: str) -> int:
+def latest_checkpoint(name: str) -> int:
     path = ModelFolder(name).path / "state" / "latest"
     return int(path.read_text()) if path.exists() else 0
 
 
-def ends(processes: list[int], patience: float = 5.0) -> list[int]:
-    """Exit codes. When one has died, those that do not notice are killed after a while, as torchrun does: before processes have
-    found each other there is nothing to notice."""
+def wait_for(processes: list[int]) -> list[int]:
+    """Exit codes. Once a process has died, the others are killed after a while, as torchrun does: ranks that have not yet
+    connected cannot notice the death of another."""
     codes: dict[int, int] = {}
-    died = None
+    first_death = None
     while len(codes) < len(processes):
         for process in set(processes) - set(codes):
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
                 codes[process] = os.waitstatus_to_exitcode(status)
-                died = died or (time.time() if codes[process] else None)
-            elif died and time.time() - died > patience:
+                if codes[process] and first_death is None:
+                    first_death = time.time()
+            elif first_death and time.time() - first_death > SECONDS_TO_NOTICE:
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.005)
-    return [codes[p] for p in processes]
+    return [codes[process] for process in processes]
 
 
-def one_kill(name: str, rng: random.Random) -> str | None:
-    """What was killed, or None if the run came to its end."""
-    Path("began").unlink(missing_ok=True)
-    before = latest(name)
-    kind = rng.choice(["rank", "job", "write", "write"])
-    if kind == "write":
-        processes = fork_ranks(2, life, name, rng.randrange(2), int(10 ** rng.uniform(0, 2.5)))
+def run_and_kill(name: str, steps: int, rng: random.Random) -> str | None:
+    """What was killed, or None if the run finished before."""
+    Path("resumed").unlink(missing_ok=True)
+    expected_start = latest_checkpoint(name)
+    target = rng.choice(["rank", "job", "write", "write"])
+    if target == "write":
+        processes = fork_ranks(2, train, name, steps, rng.randrange(2), int(10 ** rng.uniform(0, 2.5)))
     else:
-        processes = fork_ranks(2, life, name)
-        wait = time.time() + rng.uniform(0.0, 0.4)
-        while time.time() < wait or not Path("began").exists() and rng.random() < 0.999:  # seldom while it starts
-            time.sleep(0.005)
-        for process in processes if kind == "job" else [rng.choice(processes)]:
+        processes = fork_ranks(2, train, name, steps)
+        kill_time = time.time() + rng.uniform(0.0, 0.4)
+        while time.time() < kill_time or (not Path("resumed").exists() and rng.random() < 0.999):
+            time.sleep(0.005)  # rarely the run is killed while it starts
+        for process in processes if target == "job" else [rng.choice(processes)]:
             os.kill(process, signal.SIGKILL)
-    codes = ends(processes)
-    if Path("began").exists():
-        assert int(Path("began").read_text()) == before, "it went on elsewhere than at the last checkpoint"
+    codes = wait_for(processes)
+    if Path("resumed").exists():
+        assert int(Path("resumed").read_text()) == expected_start, "it did not resume from the last checkpoint"
     if codes == [0, 0]:
         return None
     assert -signal.SIGKILL in codes, codes
-    return kind
+    return target
 
 
 def main(kills: int = 200, steps: int = 400) -> None:
-    os.environ["STEPS"] = str(steps)
-    rng, died, finished = random.Random(0), {}, 0
+    rng = random.Random(0)
+    killed: dict[str, int] = {}  # what was killed -> how often
+    finished_runs = 0
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         os.environ["NANOGHOST_HOME"] = folder
         Path("notes.txt").write_text(toy_text(300))
-        assert codes_of(fork_ranks(2, life, "undisturbed")) == [0, 0]
+        assert codes_of(fork_ranks(2, train, "undisturbed", steps)) == [0, 0]
         expected = (ModelFolder("undisturbed").path / "model.safetensors").read_bytes()
         start = time.time()
-        while sum(died.values()) < kills or not finished:
-            name = f"killed-{finished}"
-            kind = one_kill(name, rng) if sum(died.values()) < kills else codes_of(fork_ranks(2, life, name)) and None
-            if kind:
-                died[kind] = died.get(kind, 0) + 1
-                if sum(died.values()) % 20 == 0:
-                    print(
-                        f"{sum(died.values())} kills, {time.time() - start:.0f} s, step {latest(name)} of run {finished + 1}",
-                        flush=True,
-                    )
+        while sum(killed.values()) < kills or not finished_runs:
+            name = f"killed-{finished_runs}"
+            target = None
+            if sum(killed.values()) < kills:
+                target = run_and_kill(name, steps, rng)
+            else:
+                assert codes_of(fork_ranks(2, train, name, steps)) == [0, 0]
+            if target is None:
+                weights = (ModelFolder(name).path / "model.safetensors").read_bytes()
+                assert weights == expected, "other weights than without kills"
+                finished_runs += 1
                 continue
-            assert (ModelFolder(name).path / "model.safetensors").read_bytes() == expected, "other weights"
-            finished += 1
+            killed[target] = killed.get(target, 0) + 1
+            count = sum(killed.values())
+            if count % 20 == 0:
+                seconds, step = time.time() - start, latest_checkpoint(name)
+                print(f"{count} kills, {seconds:.0f} s, step {step} of run {finished_runs + 1}", flush=True)
     print(
-        f"{sum(died.values())} kills ({died}) in {finished} runs of {steps} steps: the weights are those of the undisturbed run"
+        f"{sum(killed.values())} kills ({killed}) in {finished_runs} runs of {steps} steps: the weights are identical"
     )
 
 
