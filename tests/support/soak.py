@@ -1,8 +1,8 @@
 """Long test of checkpoints: python -m tests.support.soak [KILLS] [STEPS]
 
-A toy run of two ranks is killed again and again with SIGKILL: one rank or both at a random moment, or one rank between two
-calls that touch the disk. Each restart must resume from the last checkpoint, and at the end the weights must be identical,
-byte for byte, to those of an undisturbed run.
+A toy run of two ranks is killed again and again with SIGKILL: one rank or both at a random moment, or one rank
+between two calls that touch the disk. Each restart must resume from the last checkpoint, and at the end the weights
+must be identical, byte for byte, to those of an undisturbed run.
 """
 
 import os
@@ -52,8 +52,8 @@ def latest_checkpoint(name: str) -> int:
 
 
 def wait_for(processes: list[int]) -> list[int]:
-    """Exit codes. Once a process has died, the others are killed after a while, as torchrun does: ranks that have not yet
-    connected cannot notice the death of another."""
+    """Exit codes. Once a process has died, the others are killed after a while, as torchrun does: ranks that have not
+    yet connected cannot notice the death of another."""
     codes: dict[int, int] = {}
     first_death = None
     while len(codes) < len(processes):
