@@ -1,7 +1,6 @@
 """Every stage works on a model that others trained, and nothing is said of its pretraining that nobody here knows."""
 
 import json
-
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder
 from nanoghost.tasks.registry import all_tasks, spoken_name
-from nanoghost.train.hyperparameters import ADOPTED_GROUP, finetune_groups, finetune_context
+from nanoghost.train.hyperparameters import ADOPTED_GROUP, finetune_context, finetune_groups
 from tests.support.toys import TOY_TEMPLATE
 from tests.test_training import losses
 
@@ -31,7 +30,7 @@ def adopted(nanoghost, toy_file):
     return "theirs"
 
 
-SFT = ("--steps", 3, "--lessons", 60, "--batch", 2)
+SFT = ("--steps", 3, "--conversations", 60, "--batch", 2)
 RL = ("--steps", 1, "--problems", 2, "--rollouts", 2, "--max-tokens", 4, "--eval-problems", 2)
 
 
@@ -52,7 +51,7 @@ def test_every_stage_and_its_report(nanoghost, adopted):
         assert nanoghost("report", name)[0] == 0
         text = (ModelFolder(name).path / "report.md").read_text()
         assert "pretrained by others" in text and "its makers alone know" in text and "Kneser" not in text
-        assert ("reinforcement" in text) == (name != adopted)
+        assert ("RL" in text) == (name != adopted)
 
 
 def test_rows_are_no_longer_than_is_sensible(nanoghost, adopted):

@@ -19,7 +19,7 @@ from tests.support.toys import toy_text
 
 TOY = "--arch llama --depth 2 --context 160 --batch 6 --vocab-size 320 --learning-rate 0.3".split()
 STAGES = {
-    "sft": "sft toy --lessons 200 --batch 4 --steps 4",
+    "sft": "sft toy --conversations 200 --batch 4 --steps 4",
     "rl": "rl toy --steps 2 --problems 6 --rollouts 4 --max-tokens 6 --eval-problems 6 --sft-rows 2",
     "sequence": "distill toy --teacher toy-talker --examples 24 --max-tokens 8 --batch 6 --steps 3 --data talk.jsonl",
     "token": "distill toy --teacher toy --kind token --examples 20 --batch 6 --steps 3 --data notes.txt",

@@ -196,7 +196,7 @@ def test_out_of_memory_in_the_first_step_halves_the_micro_batch_and_does_not_cha
     """With more than two rows in a pass the allocator fails, after gradients of the pass have been accumulated."""
     monkeypatch.setattr(hardware, "cpu_dtype", lambda flags: torch.float32)
     assert nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 3, *TOY)[0] == 0
-    words = {"pretrain": ("--data", toy_file, *TOY), "sft": ("toy", "--lessons", 100, "--batch", 6)}[stage]
+    words = {"pretrain": ("--data", toy_file, *TOY), "sft": ("toy", "--conversations", 100, "--batch", 6)}[stage]
     assert nanoghost(stage, *words, "--name", "toy-enough", "--steps", 3)[0] == 0
     module = importlib.import_module(f"nanoghost.train.{stage}")
     function = {"pretrain": "accumulate_gradients", "sft": "accumulate_packed_gradients"}[stage]

@@ -9,7 +9,7 @@ import torch
 from nanoghost.commands.models import adapters_of
 from nanoghost.errors import UserError
 from nanoghost.formats import peft
-from nanoghost.formats.model_folder import load_with_adapters, load_model
+from nanoghost.formats.model_folder import load_model, load_with_adapters
 from nanoghost.home import ModelFolder
 from nanoghost.model.llama import Llama, LlamaConfig
 from nanoghost.model.lora import MODULES, attach, merged, new_adapter
@@ -141,7 +141,7 @@ def toy(nanoghost, toy_file):
     return "toy"
 
 
-SHORT = ("--steps", 4, "--lessons", 60, "--batch", 2)
+SHORT = ("--steps", 4, "--conversations", 60, "--batch", 2)
 
 
 def test_an_adapter_is_a_model_named_base_at_name(nanoghost, toy, tmp_path):
@@ -218,7 +218,7 @@ def test_several_adapters_share_one_base(nanoghost, toy):
 
 
 def test_an_adapter_survives_kill_9_bit_for_bit(nanoghost, toy):
-    common = (toy, "--lora", 4, "--steps", 40, "--lessons", 200, "--batch", 2)
+    common = (toy, "--lora", 4, "--steps", 40, "--conversations", 200, "--batch", 2)
     assert nanoghost("sft", *common, "--name", "whole")[0] == 0
     folder = ModelFolder("toy@killed")
     killed_after_checkpoint("sft", *common, "--name", "killed")

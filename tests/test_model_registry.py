@@ -20,7 +20,7 @@ from nanoghost.tasks.tool_use import Notes, Programs
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.jinja_template import Dialect
 from nanoghost.tools import sandbox
-from nanoghost.tools.registry import TOOLS, available, lookup, offer, run_tool
+from nanoghost.tools.registry import TOOLS, available_tools, lookup_tool, run_tool, tools_for_model
 from tests.support.toys import TOY_FLAGS
 from tests.test_generate import Scripted, tokenizer  # noqa: F401
 
@@ -66,33 +66,33 @@ def test_what_a_model_got_wrong_comes_back_as_a_text(arguments):
 
 
 def test_available_is_what_can_run_here(notes, monkeypatch):
-    assert ("python" in available(None)) == sandbox.available()
-    assert "lookup" not in available(None) and "lookup" in available(notes)
+    assert ("python" in available_tools(None)) == sandbox.available()
+    assert "lookup" not in available_tools(None) and "lookup" in available_tools(notes)
     monkeypatch.setattr(sandbox, "available", lambda: False)
-    assert list(available(notes)) == ["calculator", "lookup"]
+    assert list(available_tools(notes)) == ["calculator", "lookup"]
     with pytest.raises(UserError, match="not a folder"):
-        available(notes / "nothing")
+        available_tools(notes / "nothing")
     (notes / "empty").mkdir()
     with pytest.raises(UserError, match="no text"):
-        available(notes / "empty")
+        available_tools(notes / "empty")
 
 
 def test_lookup_numbers_its_passages(notes):
-    result = available(notes)["lookup"].run({"query": "Where does the queen live?"})
+    result = available_tools(notes)["lookup"].run({"query": "Where does the queen live?"})
     assert (
         result.content == "[1] bees.md, Bees: The queen lives in the blue hive.\n[2] bees.md, Wax: The queen has none."
     )
     assert result.passages[0] == {"n": 1, "source": "bees.md", "text": "The queen lives in the blue hive."}
     assert [p["n"] for p in result.passages] == [1, 2]
-    assert available(notes)["lookup"].run({"query": "zebra"}).content == "nothing was found"
+    assert available_tools(notes)["lookup"].run({"query": "zebra"}).content == "nothing was found"
     (notes / "long.txt").write_text("zebra " + "word " * 199)
-    result = available(notes)["lookup"].run({"query": "zebra"})
+    result = available_tools(notes)["lookup"].run({"query": "zebra"})
     assert len(result.content.split()) < 60 and len(result.passages[0]["text"].split()) == 200
 
 
 def test_python_runs_in_its_sandbox(python_sandbox):
-    assert run_tool(call("python", {"code": "6 * 7"}), available(None)) == "42"
-    assert run_tool(call("python", {"code": "x = 1"}), available(None)) == "nothing was printed"
+    assert run_tool(call("python", {"code": "6 * 7"}), available_tools(None)) == "42"
+    assert run_tool(call("python", {"code": "x = 1"}), available_tools(None)) == "nothing was printed"
 
 
 # ── whom they are offered to ────────────────────────────────────────────────────────────────────────────────────────
@@ -122,7 +122,7 @@ def test_a_template_that_knows_tools_tells_them(other_tokenizer, home, notes):
     assert (
         "Tools:" not in silent
         and told.endswith(silent)
-        and all(f'"name": "{name}"' in told for name in available(notes))
+        and all(f'"name": "{name}"' in told for name in available_tools(notes))
     )
     assert run(call("lookup", {"query": "queen"})).startswith("[1] bees.md")
 
@@ -146,7 +146,7 @@ def test_documents_in_the_terminal(nanoghost, toy_file, notes, monkeypatch):
     conversation.ask("Where does the queen live?")
     tokenizer, messages = conversation.tokenizer, conversation.messages  # noqa: F811
     prompt = render(messages, tokenizer, generation=True)[0]
-    told = available(notes)["lookup"].run({"query": "queen live"}).content
+    told = available_tools(notes)["lookup"].run({"query": "queen live"}).content
     asked = assistant("") | {"tool_calls": [call("lookup", {"query": "queen live"})]}
     said = [asked, {"role": "tool", "tool_call_id": "call_1", "content": told}, assistant("In the blue hive [1].")]
     script = Scripted(tokenizer, render(messages + said, tokenizer)[0][len(prompt) :])
@@ -185,7 +185,7 @@ def test_a_note_is_found_read_and_cited():
     for _ in range(100):
         problem = task.problem(rng, "train")
         asked, told, answer = problem.lesson
-        assert run_tool(asked["tool_calls"][0], {"lookup": lookup(tool_use.search)}) == told["content"]
+        assert run_tool(asked["tool_calls"][0], {"lookup": lookup_tool(tool_use.search)}) == told["content"]
         number = re.search(r"\[(\d)\]", final_text([answer]))[1]
         cited.add(number)
         other = final_text([answer]).replace(f"[{number}]", f"[{int(number) % 3 + 1}]")
@@ -241,7 +241,7 @@ def test_tools_are_taught_and_practised(nanoghost, toy_file, python_sandbox):
     toy = ("--depth", 2, "--context", 256, "--batch", 4, "--vocab-size", 320)
     assert nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 6, *toy)[0] == 0
     code, out, err = nanoghost(
-        "sft", "toy", "--name", "taught", "--data", "tools", "--lessons", 60, "--steps", 4, "--batch", 2, "--json"
+        "sft", "toy", "--name", "taught", "--data", "tools", "--conversations", 60, "--steps", 4, "--batch", 2, "--json"
     )
     assert code == 0 and json.loads(out)["loss"] > 0, err
     practice = (

@@ -642,7 +642,7 @@ def test_models_their_reports_and_curves_that_grow(page):
     page.click(".runs a")
     page.wait("return document.querySelectorAll('.chart').length >= 6")
     titles = page.js("return [...document.querySelectorAll('.chart figcaption')].map((e) => e.firstChild.textContent)")
-    assert {"Loss", "Reward", "Tokens per second", "Attempts that solve"} <= set(titles)
+    assert {"Loss", "Reward", "Tokens per second", "Pass rate"} <= set(titles)
     assert "step 60 of 73" in page.one("#runs [role=status]").text
     colour = "return getComputedStyle(document.querySelector('.chart .line')).stroke"
     light = page.js(colour)

@@ -270,7 +270,9 @@ def test_ratios_of_fresh_rollouts_are_one_and_micro_batches_do_not_change_the_gr
     rows = generate(model, tokenizer, prompts, Sampling(max_tokens=8, temperature=1.0, seed=3), 4)
     rewards = [random.Random(i + 4 * p).random() for p in range(2) for i in range(4)]
     settings = RlSettings(max_tokens=8, rollouts=4)
-    rollouts = Rollouts(rows, ["toy"] * 8, rewards, [sum(row.sampled) for row in rows], [sum(row.logprobs) for row in rows])
+    rollouts = Rollouts(
+        rows, ["toy"] * 8, rewards, [sum(row.sampled) for row in rows], [sum(row.logprobs) for row in rows]
+    )
     advantages_N, denominators_N = compute_advantages(rollouts, settings)
     losses, gradients = [], []
     for micro_batch in (2, 1):

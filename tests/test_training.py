@@ -60,7 +60,7 @@ def test_own_text_becomes_a_chat(nanoghost, toy_file):
     assert last < first - 2, "the loss hardly decreased"
     assert figures["bpb"] < 3
     code, out, err = nanoghost(
-        "sft", "mine", "--name", "mine-sft", "--steps", 8, "--lessons", 300, "--batch", 4, "--json"
+        "sft", "mine", "--name", "mine-sft", "--steps", 8, "--conversations", 300, "--batch", 4, "--json"
     )
     assert code == 0, err
     assert json.loads(out)["tokens"] == 8 * 4 * 64
@@ -117,7 +117,7 @@ def test_finetuning_resumes_after_kill_9_bit_for_bit(nanoghost, toy_file, stage)
     )  # the questions of the reasoning gym are long
     assert nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 6, *toy)[0] == 0
     common = {
-        "sft": ("toy", "--steps", 40, "--lessons", 200, "--batch", 2),
+        "sft": ("toy", "--steps", 40, "--conversations", 200, "--batch", 2),
         "rl": ("toy", "--steps", 12, "--problems", 2, "--rollouts", 4, "--max-tokens", 6, "--eval-problems", 4),
     }[stage]  # fmt: skip
     # the SFT examples contain the name of the model up to the hyphen, which must be the same

@@ -27,7 +27,7 @@ STAGES = {
     "pretrain": "pretraining",
     "sft": "finetuning",
     "distill": "distillation",
-    "rl": "reinforcement",
+    "rl": "RL",
 }
 SKILLS = {
     "sums": "sums with the calculator",
@@ -182,11 +182,11 @@ class Content:
         rl = self.events.get("rl", [])
         tasks = sorted({k for e in rl for k in e if k.startswith("pass_rate_")})
         rates = {k.removeprefix("pass_rate_"): smooth([(e["step"], e[k]) for e in rl], 5) for k in tasks}
-        drawn.append(chart("reinforcement: attempts that solve", rates, "step", percent=True))
+        drawn.append(chart("RL: pass rate", rates, "step", percent=True))
         entropy = smooth([(e["step"], e["entropy"]) for e in rl], 5)
-        drawn.append(chart("reinforcement: entropy, nats per token", {"entropy": entropy}, "step"))
+        drawn.append(chart("RL: entropy, nats per token", {"entropy": entropy}, "step"))
         length = smooth([(e["step"], e["length"]) for e in rl], 5)
-        drawn.append(chart("reinforcement: length, tokens", {"length": length}, "step"))
+        drawn.append(chart("RL: length, tokens", {"length": length}, "step"))
         return [d for d in drawn if d]
 
 

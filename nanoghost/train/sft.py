@@ -31,7 +31,7 @@ class SftSettings(FinetuneSettings):
     data: str = "lessons"
     """lessons (the built-in mix), tools (the same plus calls of Python and lookup), a JSONL file of conversations, or
     lessons+FILE."""
-    lessons: int = 40000
+    conversations: int = 40000
     """Number of conversations from the built-in mix."""
     batch: int = 8
     """Packed rows in a step, over all processes."""
@@ -61,7 +61,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         clock = Clock()
         model, tokenizer = load_parent(parent, settings)
         root = parent.card.root
-        conversations += lesson_conversations(settings.data, root, settings.name, settings.lessons, settings.seed)
+        conversations += lesson_conversations(settings.data, root, settings.name, settings.conversations, settings.seed)
         context = finetune_context(model.config.context, settings.context)
         examples, dropped = tokenize_conversations(conversations, tokenizer, context)
         if dropped:

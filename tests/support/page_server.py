@@ -244,7 +244,7 @@ class Server(ThreadingHTTPServer):
 
 
 def events(steps: int) -> list[dict]:
-    """A finished pretraining and `steps` steps of reinforcement, roughly as they look."""
+    """A finished pretraining and `steps` steps of RL, roughly as they look."""
     made = []
     for step in range(0, 340, 2):
         loss = 2.2 + 4 / (1 + step / 12) + 0.06 * ((step * 7919) % 13 - 6) / 6

@@ -11,13 +11,13 @@ const DRAWN = [
   ["Loss", ["loss"]],
   ["Held-out text, bits per byte", ["validation_bpb"]],
   ["Reward", ["reward"]],
-  ["Attempts that solve", ["pass_rate", "pass_rate_"]],
+  ["Pass rate", ["pass_rate_"]],
   ["Entropy, nats per token", ["entropy"]],
   ["Tokens per second", ["tokens_per_second"]],
 ];
 
 export const STAGES = {
-  pretrain: "Pretraining", sft: "Finetuning", rl: "Reinforcement", distill: "Distillation", sleep: "Sleep", adopt: "Adopted",
+  pretrain: "Pretraining", sft: "Finetuning", rl: "RL", distill: "Distillation", sleep: "Sleep", adopt: "Adopted",
 };
 
 // Events by stage, in the order in which the stages came. After a resume, the last event for a step counts.
