@@ -17,7 +17,7 @@ from nanoghost.serve.client import EngineClient
 from nanoghost.serve.guard import hostname, open_to_all
 from nanoghost.serve.model_registry import Registry
 from nanoghost.serve.worker import Capacity
-from nanoghost.tools.registry import available
+from nanoghost.tools.registry import available_tools
 from tests.support.serving import NO_KERNELS, Running, crowded, make_home
 
 KEY = "0123456789abcdef0123"
@@ -130,7 +130,7 @@ def test_every_route_wants_the_key(server, home, monkeypatch):
     """All routes there are, by any method, and paths that are none."""
     capacity = Capacity()
     registry = Registry(None, capacity)
-    app = make_app(Service(EngineClient(capacity, registry.ready_voice, 1), registry, available(None)))
+    app = make_app(Service(EngineClient(capacity, registry.ready_voice, 1), registry, available_tools(None)))
     paths = {route.path.replace("{name}", "toy").replace("{path:path}", "x") for route in app.routes}
     assert {
         "/v1/chat/completions",

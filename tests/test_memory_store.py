@@ -10,7 +10,7 @@ import pytest
 
 from nanoghost.errors import UserError
 from nanoghost.memory.store import Fact, LogEntry, Person, current_facts, merge_facts
-from nanoghost.tools.retrieval import Index
+from nanoghost.tools.retrieval import TextIndex
 from tests.support.people import make_fact, memory
 
 # -- chat log ---------------------------------------------------------------------------------------------------------
@@ -252,8 +252,8 @@ SEARCHED_TEXTS = [
     ],
 )
 def test_search_matches_word_stems(query, limit, matches):
-    assert Index(SEARCHED_TEXTS).search(query, limit) == matches
+    assert TextIndex(SEARCHED_TEXTS).search(query, limit) == matches
 
 
 def test_search_in_an_empty_index_finds_nothing():
-    assert Index([]).search("x") == []
+    assert TextIndex([]).search("x") == []

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoghost.errors import UserError
-from nanoghost.tools.retrieval import COMMON, LEAST_WORDS, MOST_BYTES, MOST_WORDS, SHOWN, Documents, Index, passages_of
+from nanoghost.tools.retrieval import STOP_WORDS, MIN_PASSAGE_WORDS, MAX_FILE_BYTES, MAX_PASSAGE_WORDS, MAX_SNIPPET_CHARACTERS, DocumentFolder, TextIndex, passages_of
 
 WORD = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=8)
 LINE = st.one_of(
@@ -37,12 +37,12 @@ def notes(tmp_path):
     return folder
 
 
-def sources(documents: Documents, question: str) -> list[str]:
+def sources(documents: DocumentFolder, question: str) -> list[str]:
     return [passage.source for passage in documents.search(question, 10)]
 
 
 def test_passages_are_found_by_what_they_say_and_where_they_stand(notes):
-    documents = Documents(notes)
+    documents = DocumentFolder(notes)
     [found] = documents.search("Where does the QUEEN live?")
     assert (found.source, found.heading, found.text) == ("garden/bees.md", "Bees", "The queen lives in the blue hive.")
     assert documents.search("harvests")[0].heading == "Honey", "words are compared by their stems"
@@ -58,10 +58,10 @@ def test_passages_hold_every_word_once_and_are_short(text, has_headings):
         assert " ".join(passage for _, passage in found).split() == text.split()
     words = re.findall(r"\w+", text)
     assert not set(words) - set(re.findall(r"\w+", " ".join(h + " " + p for h, p in found)))
-    assert all(len(passage.split()) <= MOST_WORDS for _, passage in found)
+    assert all(len(passage.split()) <= MAX_PASSAGE_WORDS for _, passage in found)
     for (heading, passage), (next_heading, following) in zip(found, found[1:]):
         if heading == next_heading == "":
-            assert len(passage.split()) >= LEAST_WORDS or len(passage.split() + following.split()) > MOST_WORDS
+            assert len(passage.split()) >= MIN_PASSAGE_WORDS or len(passage.split() + following.split()) > MAX_PASSAGE_WORDS
 
 
 def test_long_paragraphs_end_with_a_sentence():
@@ -76,15 +76,15 @@ def test_every_word_of_every_document_is_found(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("words")
     for i, text in enumerate(texts):
         (folder / f"{i}.txt").write_text(text)
-    documents = Documents(folder)
+    documents = DocumentFolder(folder)
     for i, text in enumerate(texts):
         for word in text.split()[:10]:
-            if word.casefold() not in COMMON:
+            if word.casefold() not in STOP_WORDS:
                 assert f"{i}.txt" in [p.source for p in documents.search(word, 1000)], ascii(word)
 
 
 def test_the_index_follows_the_folder(notes):
-    documents = Documents(notes)
+    documents = DocumentFolder(notes)
     (notes / "new.txt").write_text("A zebra.")
     assert sources(documents, "zebra") == ["new.txt"]
     (notes / "new.txt").write_text("A giraffe instead.")
@@ -93,14 +93,14 @@ def test_the_index_follows_the_folder(notes):
     assert sources(documents, "giraffe") == ["garden/old.md"]
     (notes / "garden" / "old.md").unlink()
     assert sources(documents, "giraffe") == [] and sources(documents, "queen") == ["garden/bees.md"]
-    assert sources(Documents(notes), "queen") == ["garden/bees.md"]
+    assert sources(DocumentFolder(notes), "queen") == ["garden/bees.md"]
 
 
 def test_only_what_changed_is_read_again(notes, monkeypatch):
     from nanoghost.tools import retrieval
 
-    documents, read, text_of = Documents(notes), [], retrieval.text_of
-    monkeypatch.setattr(retrieval, "text_of", lambda path: read.append(path.name) or text_of(path))
+    documents, read, read_document = DocumentFolder(notes), [], retrieval.read_document
+    monkeypatch.setattr(retrieval, "read_document", lambda path: read.append(path.name) or read_document(path))
     documents.search("queen")
     assert read == []
     os.utime(notes / "tea.txt", ns=(1, 1))
@@ -119,13 +119,13 @@ def test_what_stays_out(notes, tmp_path, home):
     (notes / ".git").mkdir()
     (notes / ".git" / "config.txt").write_text("xylophone")
     (notes / "binary.txt").write_bytes(b"xylophone \0 xylophone")
-    (notes / "large.txt").write_bytes(b"xylophone " * (MOST_BYTES // 10 + 1))
+    (notes / "large.txt").write_bytes(b"xylophone " * (MAX_FILE_BYTES // 10 + 1))
     (notes / "program.py").write_text("xylophone")
     (notes / "two\nlines.txt").write_text("xylophone")
     os.mkfifo(notes / "pipe.txt")
     os.makedirs(os.fsencode(notes) + b"/\xff")
     Path(os.fsdecode(os.fsencode(notes) + b"/\xff/name.txt")).write_text("xylophone")
-    documents = Documents(notes)
+    documents = DocumentFolder(notes)
     assert documents.search("xylophone") == [] and sources(documents, "queen") == ["garden/bees.md"]
     assert stat.S_IMODE(documents.path.parent.stat().st_mode) == 0o700 and home in documents.path.parents
     (notes / "tea.txt").unlink()
@@ -138,7 +138,7 @@ def test_odd_files_are_read_as_far_as_they_are_text(tmp_path):
     (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbfbeginning")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "Title.MD").write_text("# Only a heading\n")
-    documents = Documents(tmp_path)
+    documents = DocumentFolder(tmp_path)
     assert sources(documents, "noir") == ["latin.txt"] and sources(documents, "beginning") == ["mark.txt"]
     assert documents.search("beginning")[0].text == "beginning"
     assert documents.search("heading")[0].heading == "Only a heading"
@@ -151,7 +151,7 @@ HOSTILE = ['"', '""', "' or 1=1 --", '"; drop table passages --', "text:queen", 
 
 @pytest.mark.parametrize("question", HOSTILE, ids=range(len(HOSTILE)))
 def test_nothing_in_a_question_is_syntax(notes, question):
-    documents = Documents(notes)
+    documents = DocumentFolder(notes)
     found = documents.search(question)
     assert ("queen" not in question) or found[0].source == "garden/bees.md"
     assert sources(documents, "queen") == ["garden/bees.md"]
@@ -160,11 +160,11 @@ def test_nothing_in_a_question_is_syntax(notes, question):
 @given(st.text(st.sampled_from(string.punctuation + " \0queenOR"), max_size=40))
 @settings(max_examples=100, deadline=None)
 def test_any_text_is_a_question(question):
-    assert Index(["the queen", "OR"]).search(question, 2) in ([], [0], [1], [0, 1], [1, 0])
+    assert TextIndex(["the queen", "OR"]).search(question, 2) in ([], [0], [1], [0, 1], [1, 0])
 
 
 def test_searches_from_many_threads(notes):
-    documents, found = Documents(notes), []
+    documents, found = DocumentFolder(notes), []
     (notes / "late.txt").write_text("A late zebra.")
     threads = [threading.Thread(target=lambda: found.append(sources(documents, "zebra"))) for _ in range(4)]
     [thread.start() for thread in threads]
@@ -172,17 +172,17 @@ def test_searches_from_many_threads(notes):
     assert found == [["late.txt"]] * 4
 
 
-@pytest.mark.parametrize("text", ["word " * (MOST_BYTES // 5), "a" * MOST_BYTES, "#" + " " * (MOST_BYTES - 1), "# " + "b" * (MOST_BYTES - 2),
-                                  "\n" * MOST_BYTES, "\n" + " " * (MOST_BYTES - 1)], ids=range(6))  # fmt: skip
+@pytest.mark.parametrize("text", ["word " * (MAX_FILE_BYTES // 5), "a" * MAX_FILE_BYTES, "#" + " " * (MAX_FILE_BYTES - 1), "# " + "b" * (MAX_FILE_BYTES - 2),
+                                  "\n" * MAX_FILE_BYTES, "\n" + " " * (MAX_FILE_BYTES - 1)], ids=range(6))  # fmt: skip
 def test_large_files_of_an_odd_form_are_read_in_a_moment(tmp_path, text):
     (tmp_path / "odd.md").write_text(text)
     (tmp_path / "other.md").write_text("queen")
     start = time.monotonic()
-    documents = Documents(tmp_path)
+    documents = DocumentFolder(tmp_path)
     found = [*documents.search("word"), *documents.search(text[-40:])]
-    assert time.monotonic() - start < 10 and all(len(passage.shown) <= SHOWN for passage in found)
+    assert time.monotonic() - start < 10 and all(len(passage.snippet) <= MAX_SNIPPET_CHARACTERS for passage in found)
 
 
 def test_no_folder(tmp_path):
     with pytest.raises(UserError, match="not a folder"):
-        Documents(tmp_path / "nothing")
+        DocumentFolder(tmp_path / "nothing")

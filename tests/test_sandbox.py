@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nanoghost.errors import UserError
 from nanoghost.tools import sandbox
-from nanoghost.tools.sandbox import MOST_CODE, MOST_OUTPUT, printable, run_python
+from nanoghost.tools.sandbox import MAX_CODE_CHARACTERS, MAX_OUTPUT_BYTES, printable, run_python
 
 SECRET = "the-queen-keeps-bees"
 LINUX = sys.platform == "linux"
@@ -88,8 +88,8 @@ def test_two_at_once_know_nothing_of_each_other():
 
 
 def test_too_long_a_program_is_not_started():
-    assert run("#" * (MOST_CODE + 1)) == f"error: a program of more than {MOST_CODE} characters"
-    assert run("'é€👻'" + "#" * (MOST_CODE - 5)) == "'é€👻'"
+    assert run("#" * (MAX_CODE_CHARACTERS + 1)) == f"error: a program of more than {MAX_CODE_CHARACTERS} characters"
+    assert run("'é€👻'" + "#" * (MAX_CODE_CHARACTERS - 5)) == "'é€👻'"
 
 
 # ── what it must hold ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -234,7 +234,7 @@ def test_no_way_out(name, tmp_path):
 def test_a_flood_is_stopped(program):
     start = time.monotonic()
     said = run(program)
-    assert said.endswith(f"(stopped after {MOST_OUTPUT} bytes of output)") and len(said) < MOST_OUTPUT + 60
+    assert said.endswith(f"(stopped after {MAX_OUTPUT_BYTES} bytes of output)") and len(said) < MAX_OUTPUT_BYTES + 60
     assert time.monotonic() - start < 4
 
 
@@ -313,8 +313,8 @@ def test_the_home_may_be_named_from_here(home, monkeypatch):
 def test_a_failed_compilation_leaves_nothing(home, monkeypatch, capfd):
     path = sandbox.compiled_module()
     path.unlink()
-    monkeypatch.setattr(sandbox, "_wasm", lambda: home / "nothing.wasm")
-    with pytest.raises(UserError, match="stands above"):
+    monkeypatch.setattr(sandbox, "_wasm_file", lambda: home / "nothing.wasm")
+    with pytest.raises(UserError, match="see the messages above"):
         run("1")
     assert not list(path.parent.iterdir()) and "nothing.wasm" in capfd.readouterr().err
 

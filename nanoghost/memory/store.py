@@ -29,7 +29,7 @@ from nanoghost.home import (
     write_json,
 )
 from nanoghost.memory.phrasings import statement
-from nanoghost.tools.retrieval import Index
+from nanoghost.tools.retrieval import TextIndex
 
 REPEAT_SECONDS = 3600  # the same message again within this time is a request for another answer, and is logged once
 
@@ -261,7 +261,7 @@ def current_facts(facts: list[Fact]) -> list[Fact]:
 
 def search_facts(facts: list[Fact], query: str, limit: int) -> list[Fact]:
     """Full-text search: up to `limit` facts that share a word with the query, the best match first."""
-    index = Index([f"{fact.relation} {statement(fact.relation, fact.value)}" for fact in facts])
+    index = TextIndex([f"{fact.relation} {statement(fact.relation, fact.value)}" for fact in facts])
     return [facts[i] for i in index.search(query, limit)]
 
 

@@ -20,7 +20,7 @@ from nanoghost.serve.model_registry import Known
 from nanoghost.serve.stream_parser import Piece, Reply
 from nanoghost.serve.worker import Job, Voice
 from nanoghost.tokenizer.chat_format import following
-from nanoghost.tools.registry import Result, Tool, answer_call
+from nanoghost.tools.registry import Tool, ToolResult, call_tool
 
 TOOL_SECONDS = 60.0  # that a tool may take
 
@@ -103,7 +103,7 @@ class Told:
 
     sample: int
     call: dict
-    result: Result
+    result: ToolResult
 
 
 @dataclass(frozen=True)
@@ -200,15 +200,15 @@ async def speak(
         running, number = engine.submit(more.job(), begun=True), 0
 
 
-async def in_a_thread(call: dict, tools: dict[str, Tool], pool: ThreadPoolExecutor) -> Result:
-    work = asyncio.get_running_loop().run_in_executor(pool, answer_call, call, tools)
+async def in_a_thread(call: dict, tools: dict[str, Tool], pool: ThreadPoolExecutor) -> ToolResult:
+    work = asyncio.get_running_loop().run_in_executor(pool, call_tool, call, tools)
     try:
         return await asyncio.wait_for(work, TOOL_SECONDS)
     except TimeoutError:
-        return Result(f"error: the tool took longer than {TOOL_SECONDS:.0f} seconds")
+        return ToolResult(f"error: the tool took longer than {TOOL_SECONDS:.0f} seconds")
     except UserError as e:  # the sandbox cannot be prepared: whoever runs the server is told how to mend it
         print(f"{call['function']['name']}: {e}", file=sys.stderr, flush=True)
-        return Result("error: this tool does not work here now")
+        return ToolResult("error: this tool does not work here now")
 
 
 async def expected(running: Running) -> list:

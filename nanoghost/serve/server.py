@@ -21,7 +21,7 @@ from nanoghost.serve.connection import PatientProtocol
 from nanoghost.serve.guard import Guard
 from nanoghost.serve.model_registry import Registry
 from nanoghost.serve.worker import Capacity
-from nanoghost.tools.registry import available
+from nanoghost.tools.registry import available_tools
 
 KEEP_ALIVE = 30  # seconds that an idle connection stays open
 
@@ -121,7 +121,7 @@ async def serve(settings: ServeSettings, key: str | None, listener: socket.socke
     capacity = Capacity(settings.seats, settings.context)
     registry = Registry(settings.model, capacity)
     engine = EngineClient(capacity, registry.ready_voice, settings.seats + settings.queue)
-    service = Service(engine, registry, available(settings.documents))
+    service = Service(engine, registry, available_tools(settings.documents))
     host, port = listener.getsockname()[:2]
     app = Guard(
         make_app(service),

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from nanoghost.errors import UserError
 from nanoghost.home import home, open_model, write_atomic
 from nanoghost.tokenizer.chat_format import parse_call, render, shortened
 from nanoghost.tokenizer.tokenizer import StreamDecoder
+from nanoghost.tools.registry import run_tool, tools_for_model
 
 HELP = """/help           this list
 /reset          forget the conversation
@@ -72,8 +74,6 @@ class Conversation:
     """A model, what was said so far, and how to answer."""
 
     def __init__(self, name: str | None, sampling: Sampling, system: str | None, documents: Path | None = None):
-        from nanoghost.tools.registry import offer
-
         self.folder = open_model(name)
         self.engine = open_engine(self.folder, adapter=self.adapter())
         self.tokenizer = self.engine.tokenizer
@@ -81,7 +81,11 @@ class Conversation:
         self.messages: list[dict] = []
         self.forgotten: list[dict] = []  # turns that no longer fit; /save has them still
         self.set_system(system)
-        self.run_tool = offer(self.tokenizer, self.folder, documents)
+        tools = tools_for_model(self.folder, self.tokenizer.dialect, documents)
+        if tools and self.tokenizer.dialect:
+            schemas = tuple(tool.schema for tool in tools.values())
+            self.tokenizer.dialect = replace(self.tokenizer.dialect, tools=schemas)
+        self.run_tool = partial(run_tool, tools=tools) if tools else None
 
     def adapter(self) -> Path | None:
         """The folder of an adapter to speak through, besides the model's own."""

@@ -14,8 +14,8 @@ from functools import cache, lru_cache
 from nanoghost.tasks.base import Problem, assistant, final_text, phrases, split_of, text_of, user, wording
 from nanoghost.tasks.names import FIRST_NAMES, PLACES, SURNAMES
 from nanoghost.tasks.spelling import _Words, quoted
-from nanoghost.tools.registry import TOOLS, found, lookup, run_tool
-from nanoghost.tools.retrieval import Index, Passage
+from nanoghost.tools.registry import TOOLS, lookup_tool, numbered_passages, run_tool
+from nanoghost.tools.retrieval import Passage, TextIndex
 
 PROGRAMS, NOTES = phrases("tooluse")["programs"], phrases("tooluse")["notes"]
 PEOPLE = 300
@@ -66,7 +66,7 @@ class Programs(_Words):
 
 
 @cache
-def library() -> tuple[list[dict], Index]:
+def library() -> tuple[list[dict], TextIndex]:
     """The notes that are looked up, made of names and of chance: nothing in them can be known otherwise."""
     rng = random.Random("notes")
     people = rng.sample([f"{first} {last}" for first in FIRST_NAMES for last in SURNAMES], PEOPLE)
@@ -76,7 +76,7 @@ def library() -> tuple[list[dict], Index]:
             value = rng.choice(texts.get("values", PLACES))
             text = texts["note"].format(person=person, value=value)
             notes.append({"kind": kind, "person": person, "value": value, "text": text})
-    return notes, Index([note["text"] for note in notes])
+    return notes, TextIndex([note["text"] for note in notes])
 
 
 def search(query: str) -> list[Passage]:
@@ -99,7 +99,7 @@ class Notes:
     def problem(self, rng: random.Random, split: str) -> Problem:
         while True:
             note = rng.choice(library()[0])
-            content = found(search(note["person"])).content
+            content = numbered_passages(search(note["person"])).content
             numbers = [line[1] for line in content.splitlines() if line.endswith(note["text"])]
             if split_of(note["person"]) == split and numbers:
                 break
@@ -118,11 +118,11 @@ class Notes:
 
 
 # attempts at one problem are much alike: a program is run once
-PYTHON = replace(TOOLS["python"], answer=lru_cache(maxsize=4096)(TOOLS["python"].answer))
+PYTHON = replace(TOOLS["python"], function=lru_cache(maxsize=4096)(TOOLS["python"].function))
 
 
 def practice(names: set[str]) -> Callable[[dict], str]:
     """What runs calls of the tools of these names in attempts at problems; lookup looks into the library."""
-    every = TOOLS | {"python": PYTHON, "lookup": lookup(search)}
+    every = TOOLS | {"python": PYTHON, "lookup": lookup_tool(search)}
     tools = {name: every[name] for name in names}
     return lambda call: run_tool(call, tools)

@@ -1,5 +1,8 @@
-"""The tools a model may call, by name. Each takes one text and answers with one; a mistake of the model's comes back as a text
-that begins with "error: "."""
+"""The tools that a model may call, by name.
+
+A tool takes one text and returns one. A mistake of the model (no such tool, arguments that are not JSON) is returned as a text
+that begins with "error: ", for the model to read.
+"""
 
 import json
 from collections.abc import Callable
@@ -8,18 +11,17 @@ from pathlib import Path
 
 from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder
-from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.tools import sandbox
 from nanoghost.tools.calculator import calculate
-from nanoghost.tools.retrieval import Documents, Passage
+from nanoghost.tools.retrieval import DocumentFolder, Passage
 
 
 @dataclass(frozen=True)
-class Result:
+class ToolResult:
     content: str
     """What the model reads."""
     passages: list[dict] = field(default_factory=list)
-    """What was looked up, for people: "n", the number it is cited by, "source" and "text"."""
+    """Passages that were retrieved, for display: "n" (the number to cite), "source" and "text"."""
 
 
 @dataclass(frozen=True)
@@ -27,97 +29,124 @@ class Tool:
     name: str
     description: str
     argument: str
-    """Name of the text that it takes."""
-    explained: str
-    """What that text is, for models."""
-    answer: Callable[[str], Result]
+    """Name of the argument, a text."""
+    argument_description: str
+    function: Callable[[str], ToolResult]
 
     @property
     def schema(self) -> dict:
         """OpenAI's function object."""
-        properties = {self.argument: {"type": "string", "description": self.explained}}
+        properties = {self.argument: {"type": "string", "description": self.argument_description}}
         parameters = {"type": "object", "properties": properties, "required": [self.argument]}
         return {"name": self.name, "description": self.description, "parameters": parameters}
 
-    def run(self, arguments: dict) -> Result:
-        """Answer a call with these arguments."""
+    def run(self, arguments: dict) -> ToolResult:
+        """Call the tool with the arguments that a model wrote."""
         text = arguments.get(self.argument)
-        return (
-            self.answer(text)
-            if isinstance(text, str)
-            else Result(f'error: the arguments need a text "{self.argument}"')
-        )
+        if not isinstance(text, str):
+            return ToolResult(f'error: the arguments need a text "{self.argument}"')
+        return self.function(text)
 
 
-def found(passages: list[Passage]) -> Result:
-    """Passages under numbers, so that an answer can cite them: [1]."""
+# ── the tools ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_calculator(expression: str) -> ToolResult:
+    return ToolResult(calculate(expression))
+
+
+def run_python(code: str) -> ToolResult:
+    return ToolResult(sandbox.run_python(code) or "nothing was printed")
+
+
+def search_nothing(query: str) -> ToolResult:
+    return ToolResult("error: there are no documents here")
+
+
+CALCULATOR = Tool(
+    name="calculator",
+    description="Work out a sum with + - * / and brackets.",
+    argument="expression",
+    argument_description="for example 12*(3+4)",
+    function=run_calculator,
+)
+PYTHON = Tool(
+    name="python",
+    description="Run a Python program. Answers with what it prints and the value of its last line.",
+    argument="code",
+    argument_description="for example 'strawberry'.count('r')",
+    function=run_python,
+)
+LOOKUP = Tool(
+    name="lookup",
+    description="Find passages in the user's documents. Cite one by its number, like [1].",
+    argument="query",
+    argument_description="a few words that it should have in it",
+    function=search_nothing,  # `lookup_tool` sets the documents
+)
+TOOLS = {tool.name: tool for tool in (CALCULATOR, PYTHON, LOOKUP)}
+
+
+def lookup_tool(search: Callable[[str], list[Passage]]) -> Tool:
+    """The lookup tool for documents that are searched by this function."""
+    return replace(LOOKUP, function=lambda query: numbered_passages(search(query)))
+
+
+def numbered_passages(passages: list[Passage]) -> ToolResult:
+    """Passages with numbers, so that an answer can cite them: [1]."""
     if not passages:
-        return Result("nothing was found")
-    names = [f"{p.source}, {p.heading[:60]}" if p.heading else p.source for p in passages]
-    lines = [f"[{n}] {name}: {p.shown}" for n, (name, p) in enumerate(zip(names, passages), 1)]
-    return Result("\n".join(lines), [{"n": n, "source": p.source, "text": p.text} for n, p in enumerate(passages, 1)])
+        return ToolResult("nothing was found")
+    lines, rows = [], []
+    for n, passage in enumerate(passages, 1):
+        place = f"{passage.source}, {passage.heading[:60]}" if passage.heading else passage.source
+        lines.append(f"[{n}] {place}: {passage.snippet}")
+        rows.append({"n": n, "source": passage.source, "text": passage.text})
+    return ToolResult("\n".join(lines), rows)
 
 
-def lookup(search: Callable[[str], list[Passage]]) -> Tool:
-    """The tool that searches with this function."""
-    return replace(TOOLS["lookup"], answer=lambda query: found(search(query)))
+# ── which tools a model gets ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-TOOLS = {
-    tool.name: tool
-    for tool in (
-        Tool("calculator", "Work out a sum with + - * / and brackets.", "expression", "for example 12*(3+4)",
-             lambda expression: Result(calculate(expression))),
-        Tool("python", "Run a Python program. Answers with what it prints and the value of its last line.", "code",
-             "for example 'strawberry'.count('r')", lambda code: Result(sandbox.run_python(code) or "nothing was printed")),
-        Tool("lookup", "Find passages in the user's documents. Cite one by its number, like [1].", "query",
-             "a few words that it should have in it", lambda query: Result("error: there are no documents here")),
-    )
-}  # fmt: skip
+def available_tools(documents: Path | None) -> dict[str, Tool]:
+    """The tools that can run here: python if its sandbox is installed, lookup if there is a folder of documents.
 
-
-def available(documents: Path | None) -> dict[str, Tool]:
-    """The tools that can run here: Python where its sandbox is installed, lookup where there is a folder to look in.
-
-    Raises UserError if there is no such folder.
+    Raises UserError if the folder does not exist.
     """
-    tools = {"calculator": TOOLS["calculator"]}
+    tools = {"calculator": CALCULATOR}
     if sandbox.available():
-        tools["python"] = TOOLS["python"]
+        tools["python"] = PYTHON
     if documents:
-        tools["lookup"] = lookup(Documents(documents).search)
+        tools["lookup"] = lookup_tool(DocumentFolder(documents).search)
     return tools
 
 
-def offer(tokenizer: Tokenizer, model: ModelFolder, documents: Path | None) -> Callable[[dict], str] | None:
-    """What runs the calls of a model in a conversation, told of its tools if its template has words for that.
+def tools_for_model(model: ModelFolder, chat_template, documents: Path | None) -> dict[str, Tool]:
+    """The available tools; none for an adopted model whose chat template (None for ours) has no place for tools.
 
-    None where nobody taught it to call anything, neither its makers nor a stage here. Raises UserError if it should look things
-    up nevertheless.
+    Raises UserError if such a model is given documents.
     """
-    dialect = tokenizer.dialect
-    if dialect and not dialect.knows_tools and model.card.stage == "adopt":
+    if model.card.stage == "adopt" and chat_template and not chat_template.knows_tools:
         if documents:
-            raise UserError(f"{model.name} was not taught to call tools, so it cannot look anything up in {documents}")
-        return None
-    tools = available(documents)
-    if dialect:
-        tokenizer.dialect = replace(dialect, tools=tuple(tool.schema for tool in tools.values()))
-    return lambda call: run_tool(call, tools)
+            raise UserError(f"{model.name} was not trained to call tools, so it cannot look anything up in {documents}")
+        return {}
+    return available_tools(documents)
+
+
+# ── calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def call_tool(call: dict, tools: dict[str, Tool]) -> ToolResult:
+    """Run an OpenAI tool call."""
+    function = call["function"]
+    if function["name"] not in tools:
+        return ToolResult(f"error: no tool is called {function['name']}")
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):  # not JSON; a number of 5000 digits; a thousand opening brackets
+        return ToolResult("error: the arguments are not JSON")
+    return tools[function["name"]].run(arguments if isinstance(arguments, dict) else {})
 
 
 def run_tool(call: dict, tools: dict[str, Tool]) -> str:
-    """What goes into the conversation as the answer to an OpenAI tool call."""
-    return answer_call(call, tools).content
-
-
-def answer_call(call: dict, tools: dict[str, Tool]) -> Result:
-    """The same with what was looked up."""
-    function = call["function"]
-    if function["name"] not in tools:
-        return Result(f"error: no tool is called {function['name']}")
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):  # no JSON; a number of 5000 digits; a thousand opening brackets
-        return Result("error: the arguments are not JSON")
-    return tools[function["name"]].run(arguments if isinstance(arguments, dict) else {})
+    """Run an OpenAI tool call; returns the content of the tool message."""
+    return call_tool(call, tools).content

@@ -1,10 +1,10 @@
-"""The disposable process of sandbox.py: it gives up what it can, loads CPython for WASI, runs one program and is gone.
+"""The disposable process of sandbox.py: it drops its rights, loads CPython for WASI, runs one program and exits.
 
-    python -I -S sandbox_child.py FOLDER compile PYTHON.wasm COMPILED     translate the module to machine code
-    python -I -S sandbox_child.py FOLDER run COMPILED SECONDS             run the program that stands on standard input
+    python -I -S sandbox_child.py FOLDER compile PYTHON.wasm COMPILED     compile the module to machine code
+    python -I -S sandbox_child.py FOLDER run COMPILED SECONDS             run the program on standard input
 
-FOLDER is where wasmtime is installed. What the program prints goes to standard output, its errors too. This file imports
-nothing of nanoghost.
+FOLDER is where wasmtime is installed. Output and errors of the program go to standard output. This file imports nothing of
+nanoghost.
 """
 
 import ctypes
@@ -14,12 +14,12 @@ import signal
 import sys
 
 MEMORY = 256 * 2**20
-"""Bytes that the program may use; Python itself takes about 20 MB of them."""
+"""Memory limit of the program in bytes. Python itself uses about 20 MB."""
 CANNOT_LOAD = 3
-"""Exit code: the compiled module is damaged, or of another processor."""
+"""Exit code: the compiled module is damaged, or was compiled for another processor."""
 
-# What runs inside, a cell of a notebook: the value of a last expression is shown. sys.argv[1] is the program, as a literal.
-# _ast is what `ast` is made of; importing all of it would take longer than most programs.
+# Runs inside the sandbox, like a notebook cell: the value of a last expression is printed. sys.argv[1] is the program, as a
+# literal. _ast is the C part of `ast`; importing all of `ast` would take longer than most programs.
 NOTEBOOK = """
 import _ast, sys
 sys.stdout.reconfigure(errors="replace")
@@ -41,19 +41,24 @@ except BaseException as error:
 """
 
 
-def give_up(seconds: float) -> None:
-    """Limits that hold even if WebAssembly's own walls did not.
+def drop_rights(seconds: float) -> None:
+    """Set kernel limits that hold even if a program breaks out of WebAssembly.
 
-    The number of processes stays as it is: the limit counts threads of the whole user, and wasmtime starts two. Nor is the
-    address space limited: wasmtime reserves gigabytes of it, so that no access needs a check, and uses few of them.
+    The number of processes is not limited: that limit counts the threads of all processes of the user, and wasmtime starts
+    two. The address space is not limited either: wasmtime reserves gigabytes of it to avoid checks, and uses little.
     """
-    whole = int(seconds) + 1
-    limits = {"CPU": whole, "FSIZE": 0, "CORE": 0, "NOFILE": 32, "DATA": 4 * MEMORY}
-    for name, most in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
-    signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # the kernel ends this process even if the parent is gone
+    limits = {
+        resource.RLIMIT_CPU: int(seconds) + 1,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: 32,
+        resource.RLIMIT_DATA: 4 * MEMORY,
+    }
+    for name, limit in limits.items():
+        resource.setrlimit(name, (limit, limit))
+    signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # the kernel kills this process even if the parent is gone
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no setuid program gives rights back
+        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: setuid programs cannot restore rights
 
 
 def run(compiled: str, seconds: str) -> None:
@@ -65,11 +70,11 @@ def run(compiled: str, seconds: str) -> None:
         module = wasmtime.Module.deserialize_file(engine, compiled)
     except wasmtime.WasmtimeError:
         os._exit(CANNOT_LOAD)
-    give_up(float(seconds))
+    drop_rights(float(seconds))
     store = wasmtime.Store(engine)
     store.set_limits(memory_size=MEMORY, instances=1, memories=1, tables=1)
-    wasi = wasmtime.WasiConfig()  # no folder, no standard input, and of the environment only this:
-    wasi.env = [("PYTHONHASHSEED", "0")]  # the same program prints its sets in the same order
+    wasi = wasmtime.WasiConfig()  # no folders, no standard input, an environment of one variable
+    wasi.env = [("PYTHONHASHSEED", "0")]  # programs print sets always in the same order
     wasi.argv = ["python", "-S", "-u", "-c", NOTEBOOK, ascii(program)]
     wasi.inherit_stdout()
     wasi.inherit_stderr()
@@ -81,7 +86,7 @@ def run(compiled: str, seconds: str) -> None:
         start(store)
     except wasmtime.ExitTrap:
         pass
-    except wasmtime.Trap as trap:  # too deep a recursion in C
+    except wasmtime.Trap as trap:  # for example a recursion in C that is too deep
         print(f"\nerror: the interpreter broke down: {trap.message.splitlines()[-1].strip()}", flush=True)
     os._exit(0)
 
@@ -96,6 +101,9 @@ def compile_module(wasm: str, compiled: str) -> None:
 
 
 if __name__ == "__main__":
-    folder, verb, *words = sys.argv[1:]
-    sys.path.append(folder)
-    {"run": run, "compile": compile_module}[verb](*words)
+    package_folder, action, *arguments = sys.argv[1:]
+    sys.path.append(package_folder)
+    if action == "compile":
+        compile_module(*arguments)
+    else:
+        run(*arguments)
