@@ -69,18 +69,18 @@ def synthetic_message(rng: Random, split: str) -> tuple[UserMessage, list[Pair]]
     value = rng.choice(relation.values)
     previous = rng.choice([rng.choice(small_talk), stated_before(rng, split)])
     reply = rng.choice(select_split(phrasings()["replies"], split))
-    if kind < 0.12:
+    if kind < 0.12:  # a fact in two messages
         previous, text = rng.choice(select_split(relation.split_statements, split))
         return UserMessage(text.format(v=value), previous, reply), [(relation.relation, value)]
-    if kind < 0.2:
+    if kind < 0.2:  # a fact as the answer to a question
         question = rng.choice(select_split(phrasings()["assistant_questions"], split)).format(a=relation.relation)
         text = rng.choice(select_split(phrasings()["short_answers"], split)).format(v=value)
         return UserMessage(text, previous, f"{reply} {question}".strip()), [(relation.relation, value)]
     if rng.random() < 0.3:
         previous, reply = "", ""
-    if kind < 0.5:
+    if kind < 0.5:  # no fact
         return UserMessage(message_without_facts(rng, relation, small_talk, split), previous, reply), []
-    if kind < 0.8:
+    if kind < 0.8:  # one to three facts in one message
         number_of_facts = 1
     elif kind < 0.95:
         number_of_facts = 2
