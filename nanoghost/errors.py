@@ -5,12 +5,10 @@ import sys
 
 
 class UserError(Exception):
-    """A mistake of the user: one clear line that names what is wrong and what to do. `cli.py` prints it and exits
-    with 2."""
+    """A mistake of the user: one line that names what is wrong and what to do. `cli.py` prints it and exits with 2."""
 
     def __str__(self):
-        """The message without control characters: text quoted from a file can neither break the line nor steer the
-        terminal."""
+        """The message without control characters, which text from a file might contain."""
         return "".join(c if c.isprintable() else " " for c in super().__str__())
 
 

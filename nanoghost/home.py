@@ -99,8 +99,7 @@ def exclusive_lock(path: Path, error_if_locked: str | None = None):
 
 @contextmanager
 def write_lock(folder):
-    """Lock the folder of a model or a person, so that it has one writer at a time; UserError if there is another
-    writer."""
+    """Lock the folder of a model or a person for writing. Raises UserError if another process holds the lock."""
     folder.path.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder.path / ".lock", f"another process is writing '{folder.name}'"):
         yield
@@ -149,8 +148,7 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def finish_time(card_file: Path) -> float:
-    """Unix time when a model was finished, 0 if it is not. Also reads cards of older formats, so that `list` and `rm`
-    work."""
+    """Unix time when a model was finished, or 0. Reads cards of any format, so that `rm` works on older folders."""
     return read_json(card_file).get("finished") or 0.0
 
 

@@ -32,8 +32,7 @@ MAX_FAILURES = 3  # consecutive saves that may fail
 
 class Checkpoints:
     def __init__(self, folder: Path, keep_last: int = 1, keep_every: int = 0, log: Callable[[str], None] = print):
-        """`folder`: state/ of a model. Keeps the best checkpoint, the last ones, and permanently every `keep_every`
-        steps."""
+        """`folder`: state/ of a model. Keeps the best checkpoint, the last few, and one every `keep_every` steps."""
         self.folder, self.keep_last, self.keep_every, self.log = folder, max(1, keep_last), keep_every, log
         self.rank, self.world_size = distributed.rank_and_world_size()
         self.thread: threading.Thread | None = None
@@ -124,8 +123,7 @@ class Checkpoints:
         self.prune()
 
     def prune(self) -> None:
-        """Remove all checkpoints but the last few, the best, and the permanent ones. Later ones are from before a
-        rollback."""
+        """Remove old checkpoints, and those of later steps, which are from before a rollback."""
         scores = {step: self.read_manifest(step).get("score", math.inf) for step in self.steps() if step <= self.step}
         best = min(scores, key=lambda step: (scores[step], -step))
         keep = {best, *sorted(scores)[-self.keep_last :]}
@@ -214,8 +212,7 @@ class Checkpoints:
 
 
 def read_rows(shards: list, name: str, first_row: int, like: torch.Tensor) -> torch.Tensor:
-    """Rows `first_row` to `first_row + len(like)` of a tensor whose rows are split over the shards; missing rows are
-    0."""
+    """Rows from `first_row` on of a tensor that is split over the shards, in the shape of `like`; missing rows are 0."""
     rows = torch.zeros(like.shape, dtype=like.dtype)
     shard_start = 0
     for shard in shards:

@@ -60,8 +60,7 @@ class DistillSettings(FinetuneSettings):
     max_tokens: int = 96
     """Longest sampled answer, in tokens."""
     temperature: float | None = None
-    """Sampling temperature. Default: 0.7 for the teacher's answers (sequence), 1 for the student's samples
-    (on-policy)."""
+    """Sampling temperature. Default: 0.7 for the teacher (sequence), 1 for the student (on-policy)."""
     batch: int = 16
     """Packed rows in a step, over all processes; on-policy: prompts."""
     context: int | None = None
@@ -116,14 +115,14 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
                 guard.handle_bad_loss(step, local_loss, [f"batch {batch_index}"])
                 continue
             guard.save_if_due(step, clock, score=loss, tokens=tokens)
-            lr_multiplier = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
-            optimizer.step(lr_multiplier)  # also averages the gradients over the processes
+            lr_scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
+            optimizer.step(lr_scale)  # also averages the gradients over the processes
 
             final_loss = loss
             tokens += step_tokens
             throughput.add(step_tokens)
             clock.count_step()
-            run.log_step(step, clock, throughput, loss=loss, lr_multiplier=lr_multiplier, tokens=tokens)
+            run.log_step(step, clock, throughput, loss=loss, lr_scale=lr_scale, tokens=tokens)
 
         seconds = clock.seconds
         run.save_model(model, tokenizer)

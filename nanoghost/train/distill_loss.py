@@ -46,8 +46,7 @@ def divergence(student_NB, teacher_NB, beta: float):
 
 
 def distill_loss(student_NB, teacher_NB, ids_NK, targets_N, beta: float, teacher_weight: float):
-    """At each position `teacher_weight` x divergence from the teacher + (1 - `teacher_weight`) x next-token loss,
-    (N,)."""
+    """w x divergence from the teacher + (1 - w) x next-token loss at each position, (N,); w is `teacher_weight`."""
     true_bucket_N1 = (ids_NK == targets_N[:, None]).int().argmax(1, keepdim=True)
     next_token_loss_N = -student_NB.gather(1, true_bucket_N1)[:, 0]
     divergence_N = divergence(student_NB, teacher_NB, beta)

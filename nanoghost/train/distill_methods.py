@@ -31,8 +31,7 @@ from nanoghost.train.teacher_cache import (
 
 
 def text_rows(tokens, context: int, max_rows: int, check=None) -> list[TokenizedExample]:
-    """Up to `max_rows` evenly spaced rows of `context` + 1 tokens. `check(positions, tokens)` verifies the file
-    there."""
+    """Up to `max_rows` evenly spaced rows of `context` + 1 tokens; `check` compares the file with its checksums."""
     available = (len(tokens) - 1) // context
     if not available:
         raise UserError(

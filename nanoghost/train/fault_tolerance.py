@@ -20,11 +20,11 @@ MAX_BAD_BATCHES = 3  # consecutive batches that --bad-loss skip skips, and rollb
 
 
 class StepGuard:
-    """Checkpoints and error handling of a training loop. All processes call its methods at the same steps.
+    """Checkpoints and error handling of a training loop. All processes call its methods at the same steps:
 
     for step in guard.steps():
         batch_index = guard.batch_index(step)
-        ... gradients, mean loss over all processes
+        ...                                   # gradients, and the mean loss over all processes
         if not math.isfinite(loss):
             guard.handle_bad_loss(step, local_loss, examples)
             continue
@@ -184,8 +184,7 @@ class Watchdog:
 
 
 class AutoMicroBatch:
-    """Gradients of a batch in micro-batches that fit into memory: their size is halved until the first step
-    succeeds."""
+    """Gradients of a batch in micro-batches. In the first step, their size is halved until they fit into memory."""
 
     def __init__(self, accumulate_gradients: Callable[..., float], rows: int, log: Callable[[str], None]):
         """`accumulate_gradients(model, *batch, rows)` adds the gradients of a batch to .grad, `rows` rows at a time."""
@@ -193,8 +192,7 @@ class AutoMicroBatch:
         self.fits = False  # known after the first step
 
     def __call__(self, model, *batch) -> float:
-        """Compute the gradients of a batch; returns the loss. The size of the micro-batches does not affect the
-        result."""
+        """Compute the gradients of a batch; returns the loss. The result does not depend on the micro-batch size."""
         while True:
             try:
                 loss = self.accumulate_gradients(model, *batch, self.rows)

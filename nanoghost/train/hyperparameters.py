@@ -18,8 +18,7 @@ DEFAULT_DEPTH = 4
 
 
 def depth_for(minutes: float | None, gflops_per_second: float = REFERENCE_GFLOPS) -> tuple[int, str]:
-    """(depth, reason): the depth with the lowest loss after `minutes` of training on a machine with this matmul
-    throughput."""
+    """(depth, reason): the depth with the lowest loss after `minutes` of training at this matmul throughput."""
     if minutes is None:
         return DEFAULT_DEPTH, f"depth {DEFAULT_DEPTH} is the default where no minutes are given"
     reference_minutes = minutes * gflops_per_second / REFERENCE_GFLOPS
@@ -98,8 +97,7 @@ def finetune_context(model_context: int, requested: int | None = None) -> int:
 
 
 def compile_decision(requested: str, minutes: float | None) -> dict:
-    """{"on": bool, "reason": str}. Compiling takes about a minute on two cores and makes a step about a fifth
-    faster."""
+    """{"on": bool, "reason": str}. Compiling takes a minute on two cores and makes a step about 20% faster."""
     if requested == "off":
         return {"on": False, "reason": "--compile off"}
     if not hardware.has_compiler():

@@ -42,8 +42,7 @@ class PretrainSettings(StageSettings):
     """Training text: plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, or a mixture
     (plays=0.7,notes/=0.3)."""
     depth: int | None = None
-    """The dial: number of layers; determines width, heads and learning rates. Default: the best depth for the given
-    minutes."""
+    """The dial: number of layers; determines width, heads and learning rates. Default: the best for the given minutes."""
     dial_minutes: float | None = None
     """Choose the depth for this training time instead, because other stages will train the model further."""
     arch: Literal["ghost", "llama"] = "ghost"
@@ -110,14 +109,14 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
                 guard.handle_bad_loss(step, local_loss, batches.positions(batch_index).tolist())
                 continue
             guard.save_if_due(step, clock, score=loss)
-            lr_multiplier = learning_rate(step / steps)
-            optimizer.step(lr_multiplier)  # also averages the gradients over the processes
+            lr_scale = learning_rate(step / steps)
+            optimizer.step(lr_scale)  # also averages the gradients over the processes
 
             final_loss = loss
             tokens = (step + 1) * tokens_per_step
             throughput.add(tokens_per_step)
             clock.count_step()
-            run.log_step(step, clock, throughput, loss=loss, lr_multiplier=lr_multiplier, tokens=tokens)
+            run.log_step(step, clock, throughput, loss=loss, lr_scale=lr_scale, tokens=tokens)
             if validation_due(step, steps):
                 run.log_event(step + 0.5, validation_bpb=validate(model, shards, settings.context))
                 throughput = Throughput()  # of training alone
@@ -201,8 +200,7 @@ def calibrated_steps(seconds: float, model, optimizer, batches, forward_backward
 
 
 def build_model(depth: int, settings: PretrainSettings, tokenizer, epochs: float = 1.0):
-    """(model, optimizer) with random weights. If the text is read several times, AdamW's learning rates shrink
-    accordingly."""
+    """(model, optimizer) with random weights. AdamW's learning rates are divided by the number of epochs."""
     torch.manual_seed(settings.seed)
     model = make_model(model_config(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
     groups = pretrain_groups(model.config.width, settings.learning_rate, adamw_scale=1 / epochs)

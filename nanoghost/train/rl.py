@@ -101,9 +101,9 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         groups = finetune_groups(root, model.config.width, settings.learning_rate, ADAMW_SCALE)
         tasks_by_name = all_tasks(root, settings.name)
         tasks = {name: tasks_by_name[name] for name in settings.task_names}
-        sft_batches = (
-            pack_sft_examples(conversations, settings, parent, model, tokenizer) if settings.sft_rows else None
-        )
+        sft_batches = None
+        if settings.sft_rows:
+            sft_batches = pack_sft_examples(conversations, settings, parent, model, tokenizer)
         if run.card.steps is None:
             plan_run(run, settings, parent, model, tokenizer, groups, tasks, sft_batches, clock)
         model, optimizer = build_optimizer(model, groups, settings)
@@ -127,19 +127,19 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
                 continue
             stats = rollout_stats(rollouts, tasks, settings)
             guard.save_if_due(step, clock, score=-stats["reward"], tokens=tokens)
-            lr_multiplier = learning_rate(step / steps, cooldown=0.5)
+            lr_scale = learning_rate(step / steps, cooldown=0.5)
             if stats["groups_with_signal"]:  # otherwise nothing changes, not even the moments of the optimizer
                 if sft_batches:
                     sft_loss = accumulate_packed_gradients(model, sft_batches.at(batch_index), world_size)
                     stats["sft_loss"] = distributed.all_reduce_mean(sft_loss)
-                optimizer.step(lr_multiplier)
+                optimizer.step(lr_scale)
 
             step_tokens = sum(len(sequence.ids) for sequence in rollouts.sequences) + gradient.tokens
             step_tokens = round(distributed.all_reduce_mean(step_tokens) * world_size)
             tokens += step_tokens
             throughput.add(step_tokens)
             clock.count_step()
-            figures = {"loss": loss, "lr_multiplier": lr_multiplier, "tokens": tokens} | stats | gradient.figures
+            figures = {"loss": loss, "lr_scale": lr_scale, "tokens": tokens} | stats | gradient.figures
             run.log_step(step, clock, throughput, **figures)
 
         seconds = clock.seconds
@@ -203,6 +203,7 @@ def plan_run(
     """Evaluate the parent and decide the number of steps, once for all resumes."""
     run.display.print(f"before: {settings.eval_problems} held-out problems of each task ...")
     accuracy_before = evaluate(model, tokenizer, tasks, settings)
+    evaluation_seconds = clock.seconds  # the evaluation after the training takes as long
     steps = settings.steps
     if not steps:
         trial_model, optimizer = build_optimizer(load_parent(parent, settings)[0], groups, settings)
@@ -215,7 +216,6 @@ def plan_run(
                 accumulate_packed_gradients(trial_model, sft_batches.at(step), sft_batches.world_size)
             optimizer.step(0.0)
 
-        evaluation_seconds = clock.seconds  # the evaluation after the training takes as long
         seconds = (settings.minutes or DEFAULT_FINETUNE_MINUTES) * 60 - 2 * evaluation_seconds
         steps = steps_that_fit(seconds, one_step, trials=5)
     adapters = [adapter.summary() for adapter in model.adapters]

@@ -54,8 +54,7 @@ class Run:
             )
 
     def update_card(self, **values) -> None:
-        """Set fields of the card; they are saved at once and hold for all resumes (number of steps, compile decision
-        ...)."""
+        """Set fields of the card. They are saved at once and stay the same when the run is resumed."""
         self.card = replace(self.card, **values)
         if self.is_main_process:
             self.folder.write_card(self.card)
@@ -67,8 +66,7 @@ class Run:
             save_model(self.folder.path, model, tokenizer)
 
     def finish(self, tokens: int, seconds: float, throughput: Throughput, flops_per_token: int, **results) -> dict:
-        """Mark the model as finished and return its figures; checkpoints are removed unless --keep-every asks for
-        them."""
+        """Mark the model as finished and return its figures. Removes the checkpoints, unless --keep-every is set."""
         figures = {
             "name": self.folder.name,
             "parameters": self.card.parameters,

@@ -51,11 +51,9 @@ class StageSettings:
     keep_every: int = 0
     """Keep a permanent checkpoint every N steps (0 = never)."""
     bad_loss: Literal["stop", "skip", "roll-back"] = "stop"
-    """If the loss is NaN or inf: stop; skip the batch; or roll back to the last checkpoint and continue with later
-    batches."""
+    """If the loss is NaN or inf: stop, skip the batch, or roll back to the last checkpoint and use later batches."""
     hang_minutes: float = 10.0
-    """Watchdog for distributed runs: if a step takes longer, dump the stacks and exit, so that torchrun restarts the
-    job."""
+    """With several processes: if a step takes longer, dump the stacks and exit, so that torchrun restarts the job."""
     force: bool = False
     """Replace an existing model of the same name."""
     json: bool = False

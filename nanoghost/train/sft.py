@@ -29,8 +29,8 @@ class SftSettings(FinetuneSettings):
     name: str = "ghost-sft"
     """Name of the new model."""
     data: str = "lessons"
-    """lessons (the built-in mix), tools (the same plus calls of Python and lookup), a JSONL file of conversations, or
-    lessons+FILE."""
+    """Conversations: lessons (the built-in mix), tools (the same plus calls of Python and lookup), a JSONL file, or
+    lessons+FILE for both."""
     conversations: int = 40000
     """Number of conversations from the built-in mix."""
     batch: int = 8
@@ -89,14 +89,14 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
                 guard.handle_bad_loss(step, local_loss, batches.rows_at(batch_index)[0])
                 continue
             guard.save_if_due(step, clock, score=loss, tokens=tokens)
-            lr_multiplier = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
-            optimizer.step(lr_multiplier)  # also averages the gradients over the processes
+            lr_scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
+            optimizer.step(lr_scale)  # also averages the gradients over the processes
 
             final_loss = loss
             tokens += settings.batch * context
             throughput.add(settings.batch * context)
             clock.count_step()
-            run.log_step(step, clock, throughput, loss=loss, lr_multiplier=lr_multiplier, tokens=tokens)
+            run.log_step(step, clock, throughput, loss=loss, lr_scale=lr_scale, tokens=tokens)
 
         seconds = clock.seconds
         run.save_model(model, tokenizer)
