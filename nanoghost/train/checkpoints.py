@@ -212,7 +212,7 @@ class Checkpoints:
 
 
 def read_rows(shards: list, name: str, first_row: int, like: torch.Tensor) -> torch.Tensor:
-    """Rows from `first_row` on of a tensor that is split over the shards, in the shape of `like`; missing rows are 0."""
+    """Rows from `first_row` on of a tensor that is split over the shards, shaped like `like`; missing rows are 0."""
     rows = torch.zeros(like.shape, dtype=like.dtype)
     shard_start = 0
     for shard in shards:

@@ -42,7 +42,7 @@ class PretrainSettings(StageSettings):
     """Training text: plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, or a mixture
     (plays=0.7,notes/=0.3)."""
     depth: int | None = None
-    """The dial: number of layers; determines width, heads and learning rates. Default: the best for the given minutes."""
+    """The dial: number of layers; sets width, heads and learning rates. Default: the best for the given minutes."""
     dial_minutes: float | None = None
     """Choose the depth for this training time instead, because other stages will train the model further."""
     arch: Literal["ghost", "llama"] = "ghost"
