@@ -14,7 +14,7 @@ from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
 from nanoghost.formats.peft import save_adapter
 from nanoghost.home import ModelFolder
-from nanoghost.memory import acceptance_test, consolidate, synthesize, train_adapter
+from nanoghost.memory import acceptance, consolidate, synthesize, train_adapter
 from nanoghost.memory.answers import greedy_answers
 from nanoghost.memory.night_record import finished_nights, read_record
 from nanoghost.memory.phrasings import phrasings
@@ -138,11 +138,11 @@ def toy(base, monkeypatch):
     monkeypatch.setattr(consolidate, "open_fact_extractor", lambda *_: None)
     monkeypatch.setattr(consolidate, "extract_facts", extract_names)
     monkeypatch.setattr(consolidate, "GENERATED_GENERAL_PROMPTS", 4)
-    monkeypatch.setattr(acceptance_test, "HELD_OUT_GENERAL_PROMPTS", 4)
+    monkeypatch.setattr(acceptance, "HELD_OUT_GENERAL_PROMPTS", 4)
     monkeypatch.setattr(synthesize, "MAX_PER_FACT", 10)
     monkeypatch.setattr(synthesize, "MIN_PER_FACT", 4)
     few_prompts = phrasings() | {"general_prompts": {"train": phrasings()["general_prompts"]["train"][:8]}}
-    monkeypatch.setattr(acceptance_test, "phrasings", lambda: few_prompts)
+    monkeypatch.setattr(acceptance, "phrasings", lambda: few_prompts)
     monkeypatch.setattr(consolidate, "unanswerable_questions", lambda facts, count: [UNANSWERABLE])
     return ModelFolder("toy")
 
@@ -150,14 +150,14 @@ def toy(base, monkeypatch):
 @pytest.fixture
 def accept_all(monkeypatch):
     """An acceptance test that every toy passes, whatever it learned."""
-    run_test = acceptance_test.run_acceptance_test
+    run_test = acceptance.run_acceptance_test
 
     def perfect_result(*arguments):
         return replace(run_test(*arguments), recall=1.0, kl_nats=0.0, false_refusals=0.0)
 
     monkeypatch.setattr(consolidate, "run_acceptance_test", perfect_result)
-    monkeypatch.setattr(acceptance_test, "MAX_RECALL_LOSS", 1.0)
-    monkeypatch.setattr(acceptance_test, "MIN_RECALL_GAIN", -1.0)
+    monkeypatch.setattr(acceptance, "MAX_RECALL_LOSS", 1.0)
+    monkeypatch.setattr(acceptance, "MIN_RECALL_GAIN", -1.0)
 
 
 def test_dry_run_stores_nothing(me, toy):

@@ -16,7 +16,7 @@ from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.formats.model_folder import load_model
 from nanoghost.formats.peft import read_adapter
 from nanoghost.home import ModelFolder
-from nanoghost.memory.acceptance_test import general_divergence
+from nanoghost.memory.acceptance import general_divergence
 from nanoghost.memory.answers import RoutedModel, contains_values, is_refusal
 from nanoghost.memory.phrasings import phrasings
 from nanoghost.memory.recipe import AdapterRecipe

@@ -9,7 +9,7 @@
     synthesize.py       questions about the facts, in the phrasings of phrasings.py
     teacher.py          the base model answers them with the facts in view, and provides targets
     train_adapter.py    LoRA training
-    acceptance_test.py  whether the new adapter replaces the old one
+    acceptance.py     whether the new adapter replaces the old one
     router.py           which messages the adapter answers
     consolidate.py      a night, step by step: START READING HERE
 """

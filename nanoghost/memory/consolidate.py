@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from nanoghost.engine.generate import open_engine
 from nanoghost.errors import StopFlag, UserError
 from nanoghost.home import ModelFolder, open_model, read_json, write_json
-from nanoghost.memory.acceptance_test import rejection_reasons, run_acceptance_test, training_general_prompts
+from nanoghost.memory.acceptance import rejection_reasons, run_acceptance_test, training_general_prompts
 from nanoghost.memory.extract import extract_facts, open_fact_extractor, unprocessed_messages
 from nanoghost.memory.night_record import NightRecord, SynthesisFigures, finished_nights, read_record
 from nanoghost.memory.night_report import write_report

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nanoghost.home import read_json, write_json
-from nanoghost.memory.acceptance_test import AcceptanceResult
+from nanoghost.memory.acceptance import AcceptanceResult
 from nanoghost.memory.extractor_data import Pair
 from nanoghost.memory.phrasings import statement
 from nanoghost.memory.store import LogEntry, MergedFacts, Person, current_facts
