@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from nanoghost import hardware
 from nanoghost.data.registry import open_source
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
-from nanoghost.lab import ablation_model, ablations, depth_sweep
-from nanoghost.lab.ablation_model import Rung, RungModel, RungOptimizer
+from nanoghost.lab import ablation_recipes, ablation_training, ablations, depth_sweep
+from nanoghost.lab.ablation_model import AblationModel
+from nanoghost.lab.ablation_recipes import Recipe
 from nanoghost.lab.ablation_report import factors_of
+from nanoghost.lab.ablation_training import AblationOptimizer
 from nanoghost.model import character_features
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.optim.optimizer import Optimizer
@@ -24,10 +26,10 @@ from tests.support.toys import toy_text
 TOY = {"vocab_size": 320, "width": 64, "depth": 2, "context": 32, "rows": 4}
 
 
-def toy(rung: Rung) -> Rung:
+def toy(rung: Recipe) -> Recipe:
     """The same switches at toy size; what differs from today's size stays different."""
-    changed = {key: TOY[key] for key in TOY if getattr(rung, key) == getattr(Rung(), key)}
-    return replace(rung, **changed, ngrams=rung.ngrams // 256, head_width=rung.head_width // 2)
+    changed = {key: TOY[key] for key in TOY if getattr(rung, key) == getattr(Recipe(), key)}
+    return replace(rung, **changed, bigram_rows=rung.bigram_rows // 256, head_width=rung.head_width // 2)
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +49,22 @@ def step_of(text, rows, context, step=0):
     return text[at][:, :-1], text[at][:, 1:]
 
 
-def knowing_letters(model, tokenizer):
-    table = character_features.letter_table(tokenizer)
-    model.letters[: len(table)] = table
-    model.letter_tokens.copy_(character_features.letter_tokens(model.letters))
+def with_character_features(model, tokenizer):
+    table = character_features.character_table(tokenizer)
+    model.character_table[: len(table)] = table
+    model.character_tokens.copy_(character_features.single_character_tokens(model.character_table))
     return model
 
 
 def test_with_all_switches_on_it_is_the_ghost(tokenizer, text):
-    rung, models = toy(Rung()), []
-    for make in (lambda: Ghost(GhostConfig(320, 32, 2, 64, 32, ngrams=128)), lambda: RungModel(rung)):
+    rung, models = toy(Recipe()), []
+    for make in (lambda: Ghost(GhostConfig(320, 32, 2, 64, 32, bigram_rows=128)), lambda: AblationModel(rung)):
         torch.manual_seed(1)
-        model = knowing_letters(make(), tokenizer).cast(hardware.compute_dtype())
+        model = with_character_features(make(), tokenizer).cast(hardware.compute_dtype())
         optimizer = (
-            RungOptimizer(model, 1.0)
-            if isinstance(model, RungModel)
-            else Optimizer(model, ablation_model.groups(rung, 1.0), hardware.compute_dtype())
+            AblationOptimizer(model, 1.0)
+            if isinstance(model, AblationModel)
+            else Optimizer(model, ablation_training.update_rules(rung, 1.0), hardware.compute_dtype())
         )
         for step in range(3):
             loss = -model.logprobs(*step_of(text, 4, 32, step)).mean()
@@ -74,58 +76,64 @@ def test_with_all_switches_on_it_is_the_ghost(tokenizer, text):
         assert torch.equal(p, models[1][1][name]), name
 
 
+def layer_norm(x, module):
+    return F.layer_norm(x, (64,), module.weight, module.bias)
+
+
 def test_with_all_switches_off_it_is_gpt2(text):
-    rung = toy(ablation_model.OF_2019)
-    model = RungModel(rung)
+    rung = toy(ablation_recipes.GPT2)
+    model = AblationModel(rung)
     for p in model.parameters():  # nothing is 0 or 1 any more
         p.data.add_(torch.randn_like(p) * 0.1)
     tokens, targets = step_of(text, 4, 32)
-    x = model.embedding[tokens] + model.positions[:32]
+    x = model.embedding(tokens) + model.position_embedding.weight[:32]
     for block in model.blocks:
-        v = block.vectors
-        q, k, values = F.linear(
-            F.layer_norm(x, (64,), v["norm1"], v["norm1_bias"]), block.qkv.view(192, 64), v["qkv"]
-        ).split(64, -1)
-        heads = (z.view(4, 32, 2, 32).transpose(1, 2) for z in (q, k, values))
+        attention, mlp = block.attention, block.mlp
+        q, k, v = attention.qkv(layer_norm(x, block.attention_norm)).split(64, -1)
+        heads = (z.view(4, 32, 2, 32).transpose(1, 2) for z in (q, k, v))
         y = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + F.linear(y, block.out[0], v["out"])
-        h = F.layer_norm(x, (64,), v["norm2"], v["norm2_bias"])
-        x = x + F.linear(F.gelu(F.linear(h, block.up[0], v["up"]), approximate="tanh"), block.down[0], v["down"])
-    logits = F.layer_norm(x, (64,), model.vectors["norm"], model.vectors["norm_bias"]) @ model.embedding.T
+        x = x + attention.out(y)
+        h = layer_norm(x, block.mlp_norm)
+        x = x + mlp.down(F.gelu(mlp.up(h), approximate="tanh"))
+    logits = layer_norm(x, model.final_norm) @ model.embedding.weight.T
     expected = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(4, 32)
     torch.testing.assert_close(model.logprobs(tokens, targets), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_ladder_ends_at_todays_recipe():
-    assert list(ablation_model.ladder().values())[-1] == Rung()
-    assert list(ablation_model.ladder().values())[0] == ablation_model.OF_2019
+    assert list(ablation_recipes.cumulative().values())[-1] == Recipe()
+    assert list(ablation_recipes.cumulative().values())[0] == ablation_recipes.GPT2
 
 
-def lessons(rung: Rung, tokenizer, text) -> torch.Tensor:
+def lessons(rung: Recipe, tokenizer, text) -> torch.Tensor:
     """Losses of four steps, and of scoring afterwards."""
     torch.manual_seed(0)
-    model = knowing_letters(RungModel(rung), tokenizer).cast(getattr(torch, rung.dtype))
-    optimizer, losses = RungOptimizer(model, 1.0), []
+    model = with_character_features(AblationModel(rung), tokenizer).cast(getattr(torch, rung.dtype))
+    optimizer, losses = AblationOptimizer(model, 1.0), []
     for step in range(4):
-        loss = -model.logprobs(*step_of(text, *ablation_model.rows_at(rung, step / 4), step)).mean()
+        loss = -model.logprobs(*step_of(text, *ablation_training.batch_shape(rung, step / 4), step)).mean()
         loss.backward()
         for group in model.parameter_groups().values():
             assert all(p.grad is not None for p in group)
-        optimizer.momentum(ablation_model.momentum(rung, step / 4))
-        optimizer.step(ablation_model.rate(rung, step / 4))
+        optimizer.set_momentum(ablation_training.momentum(rung, step / 4))
+        optimizer.step(ablation_training.lr_multiplier(rung, step / 4))
         losses.append(loss.item())
     with torch.no_grad():
         return torch.tensor([*losses, -model.logprobs(*step_of(text, 4, 32, 9)).mean().item()])
 
 
 @pytest.mark.parametrize(
-    "name", [*ablation_model.left_out(), *(name for name in ablation_model.tried() if name != "average of the weights")]
+    "name",
+    [
+        *ablation_recipes.leave_one_out(),
+        *(name for name in ablation_recipes.alternatives() if name != "average of the weights"),
+    ],
 )
 def test_every_switch_changes_what_is_learned(name, tokenizer, text):
-    found = lessons(toy({**ablation_model.left_out(), **ablation_model.tried()}[name]), tokenizer, text)
-    usual = lessons(toy(Rung()), tokenizer, text)
+    found = lessons(toy({**ablation_recipes.leave_one_out(), **ablation_recipes.alternatives()}[name]), tokenizer, text)
+    usual = lessons(toy(Recipe()), tokenizer, text)
     assert found.isfinite().all() and not torch.equal(found, usual)
-    if name in ("without products in bf16", "without loss in chunks"):
+    if name in ("without bf16 matmuls", "without chunked loss"):
         torch.testing.assert_close(found, usual, rtol=2e-2, atol=2e-2)  # the same lessons, up to rounding
 
 
@@ -145,16 +153,16 @@ def test_time_to_a_level_is_found_between_two_lengths():
     runs = Lawful({"today": (4.0, 1e-4)})
     for tokens in (40_000, 150_000, 380_000):
         bpb = 4.0 - 0.2 * math.log(tokens) + 0.01
-        assert math.isclose(runs.tokens_to(bpb, "today", Rung(), 1), tokens, rel_tol=1e-6)
-    assert runs.tokens_to(4.0 - 0.2 * math.log(700_000), "today", Rung(), 0, runs.longest("today", Rung())) is None, (
-        "that takes 70 s"
-    )
+        assert math.isclose(runs.tokens_to(bpb, "today", Recipe(), 1), tokens, rel_tol=1e-6)
+    assert (
+        runs.tokens_to(4.0 - 0.2 * math.log(700_000), "today", Recipe(), 0, runs.longest("today", Recipe())) is None
+    ), "that takes 70 s"
 
 
 def test_a_part_that_saves_half_of_the_tokens_counts_twice():
     law = 0.2 * math.log(2)
     runs = Lawful({"today": (4.0, 1e-4), "without x": (4.0 + law, 1e-4), "without y": (4.0, 1.5e-4)})
-    x, y = replace(Rung(), qk_norm=False), replace(Rung(), rotary=False)
+    x, y = replace(Recipe(), qk_norm=False), replace(Recipe(), rotary=False)
     found = ablations.compared(runs, {"without x": x, "without y": y}, [1, 2, 3])
     assert math.isclose(found["without x"]["times"]["mean"], 2.0, rel_tol=1e-6)
     assert math.isclose(found["without x"]["more_bpb"]["mean"], law, rel_tol=1e-6)
@@ -162,9 +170,9 @@ def test_a_part_that_saves_half_of_the_tokens_counts_twice():
 
 
 def test_the_ladder_counts_from_its_first_rung():
-    whole = ablation_model.ladder()
+    whole = ablation_recipes.cumulative()
     laws = {name: (5.0 - 0.1 * i, 5e-5) for i, name in enumerate(whole)}
-    laws |= dict.fromkeys(ablation_model.SYSTEM, (laws[ablations.FIRST][0], 1e-4))
+    laws |= dict.fromkeys(ablation_recipes.SPEED_ONLY, (laws[ablations.FIRST][0], 1e-4))
     marks, climb = ablations.climbed(Lawful(laws), whole, [1, 2])
     first = climb[ablations.FIRST]["seconds"][0]["mean"]
     assert first <= ablations.LONGEST and math.isclose(climb["2019"]["seconds"][0]["mean"], 2 * first, rel_tol=1e-6), (
@@ -174,7 +182,7 @@ def test_the_ladder_counts_from_its_first_rung():
     for i, r in enumerate(climb.values()):
         assert [s is not None for s in r["seconds"]] == [i <= half, i >= half]
     assert marks[1] < marks[0] and marks[1] == climb[ablations.HALF]["bpb"]["mean"]
-    assert "+ start at 0" in factors_of(climb) and "+ start at 0" not in factors_of(
+    assert "+ zero init" in factors_of(climb) and "+ zero init" not in factors_of(
         {n: r for n, r in climb.items() if n != "+ Muon"}
     )
     # by the law a rung saves as many tokens everywhere, so the factors multiply to the whole, but for the mean over two seeds
@@ -183,13 +191,13 @@ def test_the_ladder_counts_from_its_first_rung():
 
 
 def test_other_layers_are_asked_only_of_what_has_todays_size():
-    asked = {"today": Rung()} | ablation_model.left_out() | ablation_model.tried()
+    asked = {"today": Recipe()} | ablation_recipes.leave_one_out() | ablation_recipes.alternatives()
     for depth in (1, 3, 4):
         found = ablations.resized(asked, depth)
         assert (
             "without rotary positions" in found
             and "4 layers of 128" not in found
-            and ("a head of 128" in found) == (depth == 4)
+            and ("one head of 128" in found) == (depth == 4)
         )
         assert all(
             (rung.depth, rung.width, rung.width % rung.head_width) == (depth, 64 * depth, 0) for rung in found.values()
@@ -198,14 +206,16 @@ def test_other_layers_are_asked_only_of_what_has_todays_size():
 
 def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypatch, home):
     small = {
-        ablations.FIRST: toy(ablation_model.ladder()[ablations.FIRST]),
-        ablations.HALF: toy(ablation_model.ladder()[ablations.HALF]),
-        "today": toy(Rung()),
+        ablations.FIRST: toy(ablation_recipes.cumulative()[ablations.FIRST]),
+        ablations.HALF: toy(ablation_recipes.cumulative()[ablations.HALF]),
+        "today": toy(Recipe()),
     }
-    monkeypatch.setattr(ablations, "ladder", lambda: small)
-    monkeypatch.setattr(ablations, "left_out", lambda: {"without values": replace(small["today"], values=False)})
+    monkeypatch.setattr(ablations, "cumulative", lambda: small)
     monkeypatch.setattr(
-        ablations, "tried", lambda: {"more and more rows": replace(small["today"], row_ramp=True, rows=8)}
+        ablations, "leave_one_out", lambda: {"without values": replace(small["today"], value_embeddings=False)}
+    )
+    monkeypatch.setattr(
+        ablations, "alternatives", lambda: {"growing batch": replace(small["today"], row_ramp=True, rows=8)}
     )
     step = TOY["rows"] * TOY["context"]
     monkeypatch.setattr(ablations, "example_texts", list)
@@ -221,7 +231,7 @@ def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypa
     assert code == 0, err
     figures = json.loads(out)
     assert figures["ladder"]["today"]["bpb"]["mean"] < figures["ladder"][ablations.FIRST]["bpb"]["mean"]
-    assert set(figures["left_out"]) == {"without values"} and set(figures["tried"]) == {"more and more rows"}
+    assert set(figures["left_out"]) == {"without values"} and set(figures["tried"]) == {"growing batch"}
     text = (tmp_path / "ledger.md").read_text()
     counted = kneser_ney_bpb(
         *([d.text for d in open_source(str(toy_file)).documents() if d.split == part] for part in ("train", "test"))
@@ -241,7 +251,7 @@ def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypa
         and "validation bpb" in (tmp_path / "again.md").read_text()
     )
     again = json.loads(out)["again"]
-    assert list(again) == ["today", "without values", "more and more rows"]
+    assert list(again) == ["today", "without values", "growing batch"]
     assert again["today"]["more_bpb"] == {"mean": 0, "spread": 0} and again["without values"]["more_bpb"]["mean"] != 0
     code, _, err = nanoghost(*words, "--rungs", "nonsense")
     assert code == 2 and "nonsense" in err

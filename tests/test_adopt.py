@@ -15,7 +15,7 @@ from nanoghost.formats.gguf_llama import permute, unpermute
 from nanoghost.formats.gguf_reader import GGUFFile
 from nanoghost.formats.model_folder import load_model, load_tokenizer
 from nanoghost.home import ModelFolder, write_lock
-from nanoghost.model.llama import LlamaConfig
+from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.hub_server import COMMIT, HubServer
@@ -23,9 +23,9 @@ from tests.support.toys import CONVERSATION, LLAMA3_SCALING, random_llama_folder
 
 CONFIGS = {
     "llama": {},
-    "llama, tied, long": {"tied": True, "rope_scaling": LLAMA3_SCALING, "rope_base": 500000.0},
-    "qwen2": {"model_type": "qwen2", "biases": "qkv"},
-    "qwen3": {"model_type": "qwen3", "norm_qk": True, "head_dim": 24, "tied": True},
+    "llama, tied, long": {"tied_embeddings": True, "rope_scaling": LLAMA3_SCALING, "rope_base": 500000.0},
+    "qwen2": {"model_type": "qwen2", "qkv_bias": True},
+    "qwen3": {"model_type": "qwen3", "qk_norm": True, "head_width": 24, "tied_embeddings": True},
 }
 HUGGINGFACE_FILES = (
     "config.json",

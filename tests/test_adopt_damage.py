@@ -17,7 +17,8 @@ from nanoghost.errors import UserError
 from nanoghost.formats.gguf_reader import GGUFFile
 from nanoghost.formats.model_folder import load_model, save_model
 from nanoghost.home import home
-from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.jinja_template import Dialect
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.toys import TOY_TEMPLATE, toy_text

@@ -12,7 +12,8 @@ from nanoghost.engine.generate import open_engine
 from nanoghost.engine.torch_runner import PlainRunner
 from nanoghost.formats.model_folder import load_tokenizer, save_model
 from nanoghost.home import ModelFolder
-from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from nanoghost import cli
 from nanoghost.data.conversations import load_conversations
 from nanoghost.home import ModelFolder
 from nanoghost.model.ghost import Ghost, GhostConfig
-from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.train.distill import tokenizer_difference
 from nanoghost.train.distill_loss import (
@@ -150,8 +151,8 @@ def toy_model(kind: str, seed: int):
     if kind == "llama":
         model = Llama(LlamaConfig(61, 32, 1, 32, 2, 1, 64))
     else:
-        model = Ghost(GhostConfig(vocab_size=61, context=32, depth=1, width=32, head_width=16, ngrams=64))
-        model.letters[:, :6] = torch.randint(1, 3, (61, 6), dtype=torch.int32)
+        model = Ghost(GhostConfig(vocab_size=61, context=32, depth=1, width=32, head_width=16, bigram_rows=64))
+        model.character_table[:, :6] = torch.randint(1, 3, (61, 6), dtype=torch.int32)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.3)

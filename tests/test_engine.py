@@ -13,7 +13,8 @@ from nanoghost.engine.paged_runner import PAGE, PagedRunner
 from nanoghost.engine.quantized_llama import LANES, NONE, load_packed, pack, pack_module, unpack
 from nanoghost.engine.sampler import Sampling
 from nanoghost.formats.model_folder import save_model
-from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.model.lora import Adapter, new_adapter
 from nanoghost.model.rope import rope_table
 from nanoghost.tokenizer.tokenizer import Tokenizer
@@ -134,7 +135,7 @@ def tokenizer():
 
 def llama(tokenizer, **changes):
     torch.manual_seed(0)
-    settings = {"depth": 2, "width": 64, "heads": 2, "key_value_heads": 1, "head_dim": 64, "mlp_width": 96} | changes
+    settings = {"depth": 2, "width": 64, "heads": 2, "key_value_heads": 1, "head_width": 64, "mlp_width": 96} | changes
     model = Llama(LlamaConfig(tokenizer.vocab_size, 256, **settings))
     for p in model.parameters():
         p.data = p.data + 0.2 * torch.randn_like(p)  # what starts at zero would make the test blind
@@ -153,7 +154,13 @@ def whole_text(packed, ids, adapted=()):
 @needs_kernels
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tied": True}, {"biases": "qkvo", "norm_qk": True}, {"windows": (9, 0)}, {"unrotated": (1,)}],
+    [
+        {},
+        {"tied_embeddings": True},
+        {"qkv_bias": True, "out_bias": True, "qk_norm": True},
+        {"sliding_windows": (9, 0)},
+        {"no_rope_layers": (1,)},
+    ],
     ids=lambda c: ",".join(c) or "plain",
 )
 def test_a_packed_llama_is_that_llama(changes, tokenizer):
@@ -172,7 +179,7 @@ def test_a_packed_llama_is_that_llama(changes, tokenizer):
 @needs_kernels
 @pytest.mark.parametrize("tied", [True, False])
 def test_it_is_kept_beside_the_weights_and_made_anew_with_them(tokenizer, tmp_path, tied):
-    save_model(tmp_path, llama(tokenizer, tied=tied), tokenizer)
+    save_model(tmp_path, llama(tokenizer, tied_embeddings=tied), tokenizer)
     first, kept = load_packed(tmp_path), tmp_path / "packed-few-bits.safetensors"
     made = kept.stat().st_mtime_ns
     again = load_packed(tmp_path)
@@ -189,13 +196,13 @@ def test_as_few_bits_as_lose_nothing(tokenizer, tmp_path):
     """A model that was rounded to 4 bits is recognised and read without loss; any other gets 8."""
     model = llama(tokenizer)
     with torch.no_grad():
-        for p in [p for p in model.parameters() if p.dim() == 3]:
-            p.copy_(unpack(pack(p[0], 4))[None])
+        for p in model.matrices():
+            p.copy_(unpack(pack(p, 4)))
     save_model(tmp_path, model, tokenizer)
     parts = load_packed(tmp_path).parts
     assert {p.bits for name, p in parts.items() if name.startswith("blocks.") and hasattr(p, "bits")} == {4}
     assert parts["embedding"].bits == parts["head"].bits == 8
-    assert_close(unpack(parts["blocks.1.down"]), model.blocks[1].down[0].detach(), rtol=1e-5, atol=1e-7)
+    assert_close(unpack(parts["blocks.1.down"]), model.blocks[1].matrix("down").detach(), rtol=1e-5, atol=1e-7)
 
 
 @needs_kernels
@@ -203,7 +210,7 @@ def test_as_few_bits_as_lose_nothing(tokenizer, tmp_path):
 def test_guessing_ahead_changes_nothing(tokenizer, temperature):
     model = llama(tokenizer)
     for block in model.blocks:  # what follows a token depends almost on it alone, so texts soon go in circles
-        block.out.data *= 0.02
+        block.matrix("out").data *= 0.02
     model = pack_module(model, 8)
     prompts = [tokenizer.encode("the king the queen the king the queen the king the"), tokenizer.encode("A")]
     s = Sampling(max_tokens=150, temperature=temperature, seed=4)
@@ -297,7 +304,7 @@ def test_each_row_goes_through_the_adapter_it_asks_for(tokenizer):
     adapters = {}
     for i, targets in enumerate((None, "q,down")):
         adapter = new_adapter(base, 4, None, targets, seed=i)
-        for _, b, _ in adapter.pairs.values():
+        for _, b, _ in adapter.updates.values():
             b.data = 0.05 * torch.randn(b.shape, generator=torch.Generator().manual_seed(i))
         adapters[f"toy@{i}"] = adapter
     model = pack_module(base, 16)

@@ -10,7 +10,8 @@ from nanoghost.engine.sampler import Sampling, distribution, draw, uniform
 from nanoghost.engine.torch_runner import PlainRunner
 from nanoghost.errors import UserError
 from nanoghost.model.ghost import Ghost, GhostConfig
-from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.tools import registry
@@ -30,12 +31,12 @@ def toy_model(arch, tokenizer):
     torch.manual_seed(0)
     V = tokenizer.vocab_size
     if arch == "ghost":
-        model = Ghost(GhostConfig(vocab_size=V, context=512, depth=2, width=64, head_width=32, ngrams=64))
+        model = Ghost(GhostConfig(vocab_size=V, context=512, depth=2, width=64, head_width=32, bigram_rows=64))
     else:
         model = Llama(LlamaConfig(V, 512, 2, 64, 4, 2, 96))
     for p in model.parameters():
         p.data = p.data + 0.2 * torch.randn_like(p)  # what starts at zero would make the test blind
-    model.learn_letters(tokenizer)
+    model.set_character_features(tokenizer)
     return model
 
 
@@ -92,14 +93,15 @@ class Scripted(torch.nn.Module):
     def __init__(self, tokenizer, script):
         super().__init__()
         self.inner = toy_model("ghost", tokenizer)
-        self.config, self.head, self.script = self.inner.config, self.inner.head, list(script)
+        self.config, self.script = self.inner.config, list(script)
+        self.dtype, self.device = self.inner.dtype, self.inner.device
 
     def new_cache(self, rows, capacity):
         return self.inner.new_cache(rows, capacity)
 
     def forward(self, tokens, cache, last_B):
         logits = torch.full((len(tokens), 1, self.config.vocab_size), -50.0)
-        logits[0, 0, self.script[int(cache.starts_B[0] + last_B[0]) + 1 - self.start]] = 50.0
+        logits[0, 0, self.script[int(cache.next_slots_B[0] + last_B[0]) + 1 - self.start]] = 50.0
         return logits
 
 

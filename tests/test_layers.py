@@ -10,7 +10,8 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from nanoghost.model import layers
-from nanoghost.model.layers import attend, causal_mask, norm, relu_squared, rotate, token_logprobs
+from nanoghost.model.layers import attend, norm, relu_squared, rotate, token_logprobs
+from nanoghost.model.layout import causal_mask
 from nanoghost.model.rope import rope_table
 
 

@@ -18,7 +18,7 @@ from nanoghost.formats.gguf_reader import READABLE_TYPES, GGUFFile
 from nanoghost.formats.gguf_tokenizer import PRE_TOKENIZERS, bos_post_processor
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder
-from nanoghost.model.llama import LlamaConfig
+from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.chat_format import render, render_text
 from nanoghost.tokenizer.tokenizer import SPECIALS, Tokenizer
 from tests.support.toys import CONVERSATION, LLAMA3_SCALING, random_llama_folder, toy_text
@@ -35,14 +35,14 @@ TEXTS = (
 
 CONFIGS = {
     "llama": {},
-    "llama, tied, long": {"tied": True, "rope_scaling": LLAMA3_SCALING, "rope_base": 500000.0},
-    "llama, biases, wide heads": {"biases": "qkvo", "head_dim": 24},
+    "llama, tied, long": {"tied_embeddings": True, "rope_scaling": LLAMA3_SCALING, "rope_base": 500000.0},
+    "llama, biases, wide heads": {"qkv_bias": True, "out_bias": True, "head_width": 24},
     "llama, linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "llama, yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
     "mistral": {"model_type": "mistral"},
-    "qwen2": {"model_type": "qwen2", "biases": "qkv", "tied": True},
-    "qwen3": {"model_type": "qwen3", "norm_qk": True, "head_dim": 24},
-    "smollm3": {"model_type": "smollm3", "depth": 5, "unrotated": (3,), "tied": True},
+    "qwen2": {"model_type": "qwen2", "qkv_bias": True, "tied_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "qk_norm": True, "head_width": 24},
+    "smollm3": {"model_type": "smollm3", "depth": 5, "no_rope_layers": (3,), "tied_embeddings": True},
 }
 
 

@@ -11,14 +11,16 @@ from nanoghost.errors import UserError
 from nanoghost.formats import peft
 from nanoghost.formats.model_folder import load_model, load_with_adapters
 from nanoghost.home import ModelFolder
-from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.model.lora import MODULES, attach, merged, new_adapter
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
+from nanoghost.model.lora import attach_adapters, merge_adapter, new_adapter
+from nanoghost.model.names import MATRIX_MODULES
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.train.hyperparameters import LORA_GROUP
 from tests.test_training import killed_after_checkpoint, losses
 
-CONFIG = LlamaConfig(97, 32, 3, 32, 4, 2, 48, biases="q")
+CONFIG = LlamaConfig(97, 32, 3, 32, 4, 2, 48, qkv_bias=True)
 IDS = torch.randint(97, (4, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -45,7 +47,7 @@ def logits(model, **more):
 
 def test_a_new_adapter_changes_nothing_and_dropping_one_gives_the_base_back(model):
     before = logits(model)
-    attach(model, [new_adapter(model, 4, None, None, 0)])
+    attach_adapters(model, [new_adapter(model, 4, None, None, 0)])
     assert torch.equal(logits(model), before)
     noisy(model.adapters[0])
     assert (logits(model) - before).abs().max() > 0.1
@@ -54,28 +56,28 @@ def test_a_new_adapter_changes_nothing_and_dropping_one_gives_the_base_back(mode
 
 
 def test_an_adapter_is_what_the_formula_says(model):
-    attach(model, [noisy(new_adapter(model, 4, 8.0, "q,down", 0))])
+    attach_adapters(model, [noisy(new_adapter(model, 4, 8.0, "q,down", 0))])
     after = logits(model)
-    assert set(model.adapters[0].pairs) == {(layer, name) for layer in range(3) for name in ("q", "down")}
-    for (layer, name), (a, b, scale) in model.adapters[0].pairs.items():
+    assert set(model.adapters[0].updates) == {(layer, name) for layer in range(3) for name in ("q", "down")}
+    for (layer, name), (a, b, scale) in model.adapters[0].updates.items():
         assert scale == 2.0
-        getattr(model.blocks[layer], name).data += 2.0 * torch.einsum("nr,rm->nm", b.data, a.data)
+        model.blocks[layer].matrix(name).data += 2.0 * torch.einsum("nr,rm->nm", b.data, a.data)
     model.adapters = []
     assert torch.allclose(logits(model), after, atol=1e-4)
 
 
 def test_merging_equals_applying(model):
-    attach(model, [noisy(new_adapter(model, 4, None, None, 0))])
+    attach_adapters(model, [noisy(new_adapter(model, 4, None, None, 0))])
     applied = logits(model)
-    assert merged(model).adapters == []
+    assert merge_adapter(model).adapters == []
     assert torch.allclose(logits(model), applied, atol=1e-4 * applied.abs().max())
     once = logits(model)
-    assert torch.equal(logits(merged(model)), once), "without an adapter there is nothing to merge"
+    assert torch.equal(logits(merge_adapter(model)), once), "without an adapter there is nothing to merge"
 
 
 def test_every_row_uses_the_adapter_it_asks_for(model):
     adapters = [noisy(new_adapter(model, rank, None, targets, 0), rank) for rank, targets in ((2, None), (4, "v,gate"))]
-    attach(model, adapters)
+    attach_adapters(model, adapters)
     mixed = logits(model, adapters_B=torch.tensor([1, -1, 0, 1]))
     for row, of_row in enumerate(([adapters[1]], [], [adapters[0]], [adapters[1]])):
         model.adapters = of_row
@@ -96,26 +98,26 @@ def logits_of(model, cache, t, adapters_B):
 def test_gradients_are_those_of_the_slow_way_and_the_base_gets_none(model):
     """Against the same model with W + scale B A as its weights, differentiated by autograd in fp64."""
     model.double()
-    attach(model, [noisy(new_adapter(model, 3, None, None, 0))])
+    attach_adapters(model, [noisy(new_adapter(model, 3, None, None, 0))])
     targets = IDS.roll(-1, 1)
     model.logprobs(IDS, targets).sum().backward()
     assert all(p.grad is None for p in model.parameters())
-    got = {key: (a.grad, b.grad) for key, (a, b, _) in model.adapters[0].pairs.items()}
+    got = {key: (a.grad, b.grad) for key, (a, b, _) in model.adapters[0].updates.items()}
     [adapter], model.adapters = model.adapters, []
     weights = {}
-    for (layer, name), (a, b, scale) in adapter.pairs.items():
+    for (layer, name), (a, b, scale) in adapter.updates.items():
         a.grad = b.grad = None
-        matrix = getattr(model.blocks[layer], name)
-        weights[f"blocks.{layer}.{name}"] = matrix.detach() + scale * (b @ a)[None]
+        matrix = model.blocks[layer].matrix(name)
+        weights[f"blocks.{layer}.{MATRIX_MODULES[name]}.weight"] = matrix.detach() + scale * (b @ a)
     out = torch.func.functional_call(model, weights, (IDS,)).double()  # forward's logits are fp32
     torch.log_softmax(out, -1).gather(-1, targets[..., None]).sum().backward()
-    for key, (a, b, _) in adapter.pairs.items():
+    for key, (a, b, _) in adapter.updates.items():
         for mine, slow in zip(got[key], (a.grad, b.grad)):
             assert torch.allclose(mine, slow, atol=1e-4 * slow.abs().max()), key
 
 
 def test_training_moves_the_adapter_and_not_a_bit_of_the_base(model):
-    attach(model, [new_adapter(model, 4, None, None, 0)])
+    attach_adapters(model, [new_adapter(model, 4, None, None, 0)])
     before = {name: t.clone() for name, t in model.state_dict().items()}
     optimizer = Optimizer(model, {"lora": LORA_GROUP}, torch.float32)
     seen = []
@@ -159,8 +161,8 @@ def test_an_adapter_is_a_model_named_base_at_name(nanoghost, toy, tmp_path):
     files = {p.name for p in ModelFolder("toy@me").path.iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "card.json", "events.jsonl", ".lock"}
     model, _ = load_model(ModelFolder("toy@more").path, torch.float32)
-    first = next(iter(model.adapters[0].pairs.values()))
-    assert first[1].abs().max() > 0 and model.adapters[0].targets == list(MODULES)
+    first = next(iter(model.adapters[0].updates.values()))
+    assert first[1].abs().max() > 0 and model.adapters[0].targets == list(MATRIX_MODULES)
     for words in (("eval", "toy@more", "--problems", 2), ("report", "toy@more"), ("show", "toy@more"), ("list",),
                   ("chat", "toy@me", "--prompt", "Hello", "--max-tokens", 4)):  # fmt: skip
         code, _, err = nanoghost(*words)
@@ -242,7 +244,7 @@ def change_adapter_config(folder, change: dict) -> None:
 
 
 def test_scale_of_a_loaded_adapter_is_alpha_by_rank(model, adapter_folder):
-    assert peft.read_adapter(adapter_folder, model.config, torch.float32).pairs[0, "q"][2] == 8 / 2
+    assert peft.read_adapter(adapter_folder, model.config, torch.float32).updates[0, "q"][2] == 8 / 2
 
 
 def test_scale_of_a_rslora_adapter_is_alpha_by_the_root_of_the_rank(model, adapter_folder):
@@ -253,7 +255,7 @@ def test_scale_of_a_rslora_adapter_is_alpha_by_the_root_of_the_rank(model, adapt
     for name, tensor in safetensors.torch.load_file(path).items():
         doubled[name] = torch.cat([tensor, tensor], dim=0 if "lora_A" in name else 1)
     safetensors.torch.save_file(doubled, path)
-    assert peft.read_adapter(adapter_folder, model.config, torch.float32).pairs[0, "q"][2] == 8 / 4**0.5
+    assert peft.read_adapter(adapter_folder, model.config, torch.float32).updates[0, "q"][2] == 8 / 4**0.5
 
 
 @pytest.mark.parametrize(
@@ -310,7 +312,7 @@ def test_an_adapter_saved_by_peft_is_loaded(nanoghost, toy, tmp_path):
     folder = tmp_path / "toy@saved"
     expected_model.save_pretrained(folder)
     model, _ = load_model(ModelFolder(toy).path, torch.float32)
-    attach(model, [peft.read_adapter(folder, model.config, torch.float32)])
+    attach_adapters(model, [peft.read_adapter(folder, model.config, torch.float32)])
     ids = torch.randint(10, 300, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert (model(ids) - expected_model(ids).logits).abs().max() <= 1e-4 * model(ids).abs().max()

@@ -11,26 +11,28 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanoghost.errors import UserError
 from nanoghost.formats.model_folder import load_model, save_model
 from nanoghost.model.character_features import (
-    END,
-    ENDS,
-    KEPT,
-    NOTHING,
-    PLACES,
-    SYMBOLS,
-    kind,
-    letter_table,
-    letter_tokens,
-    word_rows,
+    CHARACTERS,
+    END_OF_WORD,
+    MAX_TOKEN_BYTES,
+    NO_FEATURE,
+    POSITIONS,
+    POSITIONS_PER_END,
+    byte_class,
+    character_table,
+    single_character_tokens,
+    word_features,
 )
-from nanoghost.model.ghost import POINTER_WIDTH, Ghost, GhostConfig
-from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.copy_heads import POINTER_WIDTH
+from nanoghost.model.ghost import Ghost, GhostConfig
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.toys import toy_text
 
 V = 300
-GHOST = GhostConfig(vocab_size=V, context=24, depth=3, width=32, head_width=16, ngrams=101)
+GHOST = GhostConfig(vocab_size=V, context=24, depth=3, width=32, head_width=16, bigram_rows=101)
 LLAMA = LlamaConfig(vocab_size=V, context=24, depth=3, width=32, heads=4, key_value_heads=2, mlp_width=48)
-CONFIGS = {"ghost": GHOST, "llama": LLAMA, "tied llama": replace(LLAMA, tied=True)}
+CONFIGS = {"ghost": GHOST, "llama": LLAMA, "tied llama": replace(LLAMA, tied_embeddings=True)}
 
 
 def fresh(config):
@@ -51,12 +53,12 @@ def model(config):
         for p in model.parameters():
             if p.unique().numel() <= 3:  # zeros, ones, the two numbers of a residual mix, the gates' biases
                 p.add_(torch.randn_like(p) * 0.3)
-        model.head.mul_(0.5 / model.head.std())
+        model.head_weight.mul_(0.5 / model.head_weight.std())
     if isinstance(model, Ghost):
-        model.letters[:, 0] = torch.randint(1, 5, (V,))
-        model.letters[:, 1:3] = torch.randint(3, (V, 2))
-        model.letters[:, 3:] = torch.randint(256, (V, KEPT))
-        model.letter_tokens.copy_(letter_tokens(model.letters))
+        model.character_table[:, 0] = torch.randint(1, 5, (V,))
+        model.character_table[:, 1:3] = torch.randint(3, (V, 2))
+        model.character_table[:, 3:] = torch.randint(256, (V, MAX_TOKEN_BYTES))
+        model.character_tokens.copy_(single_character_tokens(model.character_table))
     return model.requires_grad_(False)
 
 
@@ -105,7 +107,7 @@ def test_logprobs_are_the_log_softmax_of_the_logits(model):
 def test_a_pointer_copies_from_what_it_may_see_and_nothing_else():
     """With the gate wide open all probability lies on tokens that were read, of this conversation alone."""
     model = fresh(GHOST).requires_grad_(False)
-    model.gates[0, 0] = 50.0
+    model.copy_heads.gates.bias[0] = 50.0
     row = torch.tensor([[5, 6, 7, 20, 21, 22]])
     probs = model(row, segments_BT=torch.tensor([[1, 1, 1, 2, 2, 2]])).exp()
     for t in range(6):
@@ -120,8 +122,8 @@ def test_a_letter_comes_from_a_word_that_was_read():
     """With that gate wide open too, all probability is on letters of what may be seen; place 1 is the second letter."""
     tokenizer = Tokenizer.train([toy_text()], V)
     model = fresh(GHOST)
-    model.requires_grad_(False).learn_letters(tokenizer)
-    model.gates[1, 0], model.gates[2 + 1, 0] = 50.0, 50.0
+    model.requires_grad_(False).set_character_features(tokenizer)
+    model.copy_heads.gates.bias[1], model.copy_heads.gates.bias[2 + 1] = 50.0, 50.0
     ids = tokenizer.encode("o king")
     for text, letters in (("king", "i"), (" king", "i"), ("ki-ng", "i"), ("on, king", "ni")):
         probs = model(torch.tensor([tokenizer.encode(text)])).exp()[0, -1]
@@ -138,7 +140,7 @@ def test_the_cache_equals_recomputing(model, chunks):
     cache = model.new_cache(3, 20)
     logits = torch.cat([model(x, cache) for x in x_BT.split(chunks, 1)], 1)
     assert_close(logits, model(x_BT), rtol=1e-4, atol=1e-5)
-    assert cache.starts_B.tolist() == [12] * 3
+    assert cache.next_slots_B.tolist() == [12] * 3
 
 
 def test_only_those_logits_that_are_wanted(model):
@@ -156,19 +158,19 @@ def test_conversations_of_different_lengths_are_as_if_alone(model):
     for i, (row, n) in enumerate(zip(rows, lengths)):
         padded[i, :n] = row[0, :n]
     cache = model.new_cache(4, capacity)
-    cache.take([2, 0, 3], torch.zeros(3, dtype=torch.long))  # seats in any order
+    cache.select([2, 0, 3], torch.zeros(3, dtype=torch.long))  # seats in any order
     steps = [model(padded, cache, last_B=torch.tensor(lengths) - 1)[:, 0]]
-    cache.copy([2, 0, 3], [0, 1, 2], 7)
+    cache.copy_rows([2, 0, 3], [0, 1, 2], 7)
     for t in range(new - 1):
-        cache.take(None, torch.tensor(lengths) + t)
+        cache.select(None, torch.tensor(lengths) + t)
         steps.append(model(torch.cat([row[:, n + t : n + t + 1] for row, n in zip(rows, lengths)]), cache)[:, 0])
     together = torch.stack(steps, 1)
     for i, (row, n) in enumerate(zip(rows, lengths)):
         assert_close(together[i], model(row)[0, n - 1 : n + new - 1], rtol=1e-4, atol=1e-5)
 
-    cache.take([1], torch.tensor([5]))  # one reads two more, the others stand
+    cache.select([1], torch.tensor([5]))  # one reads two more, the others stand
     assert_close(model(rows[1][:, -1:], cache)[0, 0], model(rows[1])[0, -1], rtol=1e-4, atol=1e-5)
-    cache.take([1, 0], torch.tensor([0, 9]))  # a row begins anew while another pads beyond the end
+    cache.select([1, 0], torch.tensor([0, 9]))  # a row begins anew while another pads beyond the end
     both = model(torch.cat([rows[1][:, :5], rows[0][:, [9, 10, 0, 0, 0]]]), cache)
     assert_close(both[0], model(rows[1])[0, :5], rtol=1e-4, atol=1e-5)
     assert_close(both[1, :2], model(rows[0])[0, 9:], rtol=1e-4, atol=1e-5)
@@ -195,12 +197,12 @@ def independent_count(config) -> dict[str, int]:
         return {
             "matrices": c.depth * (3 + 1 + 4 + 4) * D * D + 4 * POINTER_WIDTH * D,
             "head": V * D,
-            "embeddings": V * D * (1 + valued) + (NOTHING + 1) * D,
-            "ngrams": c.ngrams * D,
-            "scalars": 2 * c.depth + valued + (2 + PLACES) * (1 + D),
+            "embeddings": V * D * (1 + valued) + (NO_FEATURE + 1) * D,
+            "bigram_embedding": c.bigram_rows * D,
+            "scalars": 2 * c.depth + valued + (2 + POSITIONS) * (1 + D),
         }
     attention = 2 * D * D + 2 * D * D * c.key_value_heads // c.heads
-    embeddings = 0 if c.tied else V * D
+    embeddings = 0 if c.tied_embeddings else V * D
     return {
         "matrices": c.depth * (attention + 3 * D * c.mlp_width),
         "head": V * D,
@@ -247,22 +249,22 @@ def tokenizer():
 
 def test_of_a_text_that_is_read_again_the_tables_meet_each_line_about_once():
     model, tokens = fresh(GHOST).requires_grad_(False), torch.randint(V, (4, 24))
-    model.ngrams.normal_()
-    whole, found = model.looked_up(model.ngrams, tokens % 101), []
+    model.bigram_embedding.weight.normal_()
+    whole, found = model.look_up(model.bigram_embedding, "bigram", tokens % 101), []
     for seed in range(2000):
-        model.thin(4.0, seed)
-        found.append(model.looked_up(model.ngrams, tokens % 101) / whole)
+        model.set_embedding_row_dropout(4.0, seed)
+        found.append(model.look_up(model.bigram_embedding, "bigram", tokens % 101) / whole)
     found = torch.stack(found)
     assert set(found.round().unique().tolist()) == {0.0, 4.0}, (
         "left out, or scaled up by as much as others are left out"
     )
     assert_close(found.mean(0), torch.ones_like(whole), atol=0.25, rtol=0)
     thinned = model.logprobs(tokens[:, :-1], tokens[:, 1:])
-    model.thin(4.0, 1999)
+    model.set_embedding_row_dropout(4.0, 1999)
     assert torch.equal(model.logprobs(tokens[:, :-1], tokens[:, 1:]), thinned), "the same seed leaves out the same rows"
     with torch.no_grad():
         tested = model.logprobs(tokens[:, :-1], tokens[:, 1:])
-        model.thin(1.0, 0)
+        model.set_embedding_row_dropout(1.0, 0)
         assert torch.equal(model.logprobs(tokens[:, :-1], tokens[:, 1:]), tested), (
             "who does not learn looks everything up"
         )
@@ -282,11 +284,11 @@ def test_saved_model_is_loaded_bit_for_bit(model, tokenizer, tmp_path, dtype):
 
 def test_a_token_knows_the_letters_of_its_word_so_far(tokenizer):
     """Against reading the bytes one token after the other; what is cut into many tokens is known as well as what is one."""
-    table = letter_table(tokenizer)
+    table = character_table(tokenizer)
     text = "The unkind owl\nsaid t-o o-w-l: 1066, 30+4 naïve owls' heads; wards sdraw  xyzzyx."
     ids = tokenizer.encode(text)
     before = torch.arange(len(ids))[None] - 1
-    rows = word_rows(table, torch.tensor([ids]), before, torch.arange(len(ids))[None])[0].tolist()
+    rows = word_features(table, torch.tensor([ids]), before, torch.arange(len(ids))[None])[0].tolist()
     word, last = b"", 0
     assert max(map(len, map(tokenizer.token_bytes, ids))) > 2, "some tokens are more than a letter"
     for token, row in zip(ids, rows):
@@ -295,12 +297,12 @@ def test_a_token_knows_the_letters_of_its_word_so_far(tokenizer):
             last = 1
             continue
         letters = text.lstrip(b" ") or text
-        word = word + letters if kind(text[0]) and kind(text[0]) == last else letters
-        last = kind(text[-1])
-        for ends, spelled in ((row[:ENDS], word), (row[ENDS:], word[::-1])):
-            symbols = [r % SYMBOLS for r in ends if r != NOTHING]
-            assert symbols == [*spelled, END][:ENDS]
-        assert all(r // SYMBOLS == place for place, r in enumerate(row) if r != NOTHING)
+        word = word + letters if byte_class(text[0]) and byte_class(text[0]) == last else letters
+        last = byte_class(text[-1])
+        for ends, spelled in ((row[:POSITIONS_PER_END], word), (row[POSITIONS_PER_END:], word[::-1])):
+            symbols = [r % CHARACTERS for r in ends if r != NO_FEATURE]
+            assert symbols == [*spelled, END_OF_WORD][:POSITIONS_PER_END]
+        assert all(r // CHARACTERS == place for place, r in enumerate(row) if r != NO_FEATURE)
 
 
 def test_damaged_or_missing_weights_raise_an_error_that_names_the_file(model, tokenizer, tmp_path):
@@ -319,7 +321,7 @@ def test_damaged_or_missing_weights_raise_an_error_that_names_the_file(model, to
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_llama_has_the_same_logits_in_transformers(tokenizer, tmp_path, tied):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    model = fresh(replace(LLAMA, tied=tied)).requires_grad_(False)
+    model = fresh(replace(LLAMA, tied_embeddings=tied)).requires_grad_(False)
     for p in model.parameters():
         p.add_(torch.randn_like(p) * 0.2)
     save_model(tmp_path, model, tokenizer)

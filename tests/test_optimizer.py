@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanoghost import distributed, hardware
 from nanoghost.data.batches import Batches
 from nanoghost.model.ghost import Ghost, GhostConfig
-from nanoghost.optim.collectives import volume
-from nanoghost.optim.optimizer import POLAR_EXPRESS, Bucket, Group, Optimizer, orthogonalize
-from nanoghost.optim.schedule import learning_rate
+from nanoghost.optim.collectives import communication_bytes
+from nanoghost.optim.optimizer import POLAR_EXPRESS, Bucket, Optimizer, UpdateRule, orthogonalize
+from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.train.hyperparameters import pretrain_groups
 from nanoghost.train.pretrain import accumulate_gradients
 from tests.support.ranks import in_ranks
@@ -22,13 +22,13 @@ from tests.support.ranks import in_ranks
 def toy_ghost(depth: int = 2) -> Ghost:
     """The same for every caller; matrices that start at zero are random, so that no gradient is only rounding noise."""
     torch.manual_seed(0)
-    model = Ghost(GhostConfig(vocab_size=61, context=16, depth=depth, width=32, head_width=16, ngrams=64))
-    model.letters[:, :6] = torch.randint(1, 3, (61, 6), dtype=torch.int32)
+    model = Ghost(GhostConfig(vocab_size=61, context=16, depth=depth, width=32, head_width=16, bigram_rows=64))
+    model.character_table[:, :6] = torch.randint(1, 3, (61, 6), dtype=torch.int32)
     with torch.no_grad():
         for block in model.blocks:
-            block.out.normal_(std=0.1)
-            block.down.normal_(std=0.1)
-        model.head.normal_(std=0.1)
+            block.attention.out.weight.normal_(std=0.1)
+            block.mlp.down.weight.normal_(std=0.1)
+        model.head.weight.normal_(std=0.1)
     return model
 
 
@@ -90,7 +90,9 @@ def test_adamw_is_torchs_adamw():
     gradients = [[torch.randn(5, 7) * sizes, torch.randn(3), torch.randn(2, 2, 2)] for _ in range(100)]
     for step in gradients:
         step[0][0] = 0  # a row that was never seen
-    ours = Bucket([p.clone().requires_grad_() for p in start], Group("adamw", 0.02, 0.8, 0.95), 0, 1, torch.float32)
+    ours = Bucket(
+        [p.clone().requires_grad_() for p in start], (), UpdateRule("adamw", 0.02, 0.8, 0.95), 0, 1, torch.float32
+    )
     theirs = [p.clone().requires_grad_() for p in start]
     optimizer = torch.optim.AdamW(theirs, lr=0.02, betas=(0.8, 0.95), eps=1e-10, weight_decay=0)
     scales = torch.linspace(1, 0, 100).tolist()
@@ -106,17 +108,17 @@ def test_adamw_is_torchs_adamw():
 @pytest.mark.parametrize("rows, columns", [(12, 6), (6, 12), (8, 8)])
 def test_muon_is_a_loop_over_matrices(rows, columns):
     torch.manual_seed(0)
-    start = [torch.randn(3, rows, columns), torch.randn(1, rows, columns)]
+    start = [torch.randn(3 * rows, columns), torch.randn(rows, columns)]
     gradients = [[torch.randn_like(p) for p in start] for _ in range(100)]
     scales = torch.linspace(1, 0.1, 100).tolist()
-    group = Group("muon", 0.02, beta1=0.9, beta2=0.9, weight_decay=0.5)
-    bucket = Bucket([p.clone().requires_grad_() for p in start], group, 0, 1, torch.float32)
+    group = UpdateRule("muon", 0.02, beta1=0.9, beta2=0.9, weight_decay=0.5)
+    bucket = Bucket([p.clone().requires_grad_() for p in start], (rows, columns), group, 0, 1, torch.float32)
 
-    weights = [m.double() for p in start for m in p]
+    weights = [m.double() for p in start for m in p.split(rows)]
     moments = [torch.zeros(rows, columns, dtype=torch.float64) for _ in weights]
     row_sizes = [torch.zeros(rows, 1, dtype=torch.float64) for _ in weights]
     for step, after in enumerate(follow(bucket, gradients, scales)):
-        for i, g in enumerate(m.double() for p in gradients[step] for m in p):
+        for i, g in enumerate(m.double() for p in gradients[step] for m in p.split(rows)):
             mu, rate = 0.9, 0.02 * scales[step] * max(1, rows / columns) ** 0.5
             moments[i] = mu * moments[i] + (1 - mu) * g
             update = slow_orthogonalize(mu * moments[i] + (1 - mu) * g)  # Nesterov
@@ -125,7 +127,7 @@ def test_muon_is_a_loop_over_matrices(rows, columns):
             update = scaled * update.norm() / scaled.norm()
             decay = 0.5 * torch.where(update * weights[i] > 0, weights[i], 0)  # only where it agrees
             weights[i] = weights[i] - rate * (update + decay)
-        assert_close(torch.cat(after).double(), torch.stack(weights), rtol=1e-4, atol=1e-4)
+        assert_close(torch.cat(after).double(), torch.cat(weights), rtol=1e-4, atol=1e-4)
 
 
 # ── a model ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -136,7 +138,7 @@ def train(model, optimizer, batches, steps) -> list[float]:
     for step in steps:
         loss = accumulate_gradients(model, *batches.at(step), micro_batch=4)
         losses.append(distributed.all_reduce_mean(loss))
-        optimizer.step(learning_rate(step / STEPS))
+        optimizer.step(lr_multiplier_at(step / STEPS))
     return losses
 
 
@@ -169,8 +171,8 @@ def test_bf16_weights_are_their_fp32_masters_rounded():
         assert bucket.master.dtype == torch.float32
         assert torch.equal(weights, bucket.master.flatten().to(weights.dtype))
     assert (
-        model.head.dtype == torch.bfloat16
-        and (optimizer.buckets["head.torch.bfloat16"].master != model.head.flatten()).any()
+        model.dtype == torch.bfloat16
+        and (optimizer.buckets["head.torch.bfloat16"].master != model.head.weight.flatten()).any()
     )
 
 
@@ -183,7 +185,7 @@ def test_state_restores_exactly(dtype):
     state = {k: t.clone() for k, t in optimizer.state().items()}
 
     restored = Ghost(model.config).cast(dtype)  # other random weights
-    restored.letters.copy_(model.letters)
+    restored.character_table.copy_(model.character_table)
     again = recipe(restored, dtype)
     again.load_state(state)
     assert torch.equal(everything(restored), everything(model))
@@ -239,7 +241,7 @@ def one_of_several(folder: str) -> None:
         accumulate_gradients(model, *batches.at(0), micro_batch=2)
         with Sent(world) as sent:
             optimizer.step()
-        result[str(dtype)] = sent.bytes, volume(optimizer.buckets.values(), world)
+        result[str(dtype)] = sent.bytes, communication_bytes(optimizer.buckets.values(), world)
     torch.save(result, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -290,13 +292,13 @@ def test_as_much_is_sent_as_the_formula_says(several, world, dtype):
 
 def test_learning_rate_goes_up_stays_and_comes_down():
     def rate(progress):
-        return learning_rate(progress, warmup=0.1, cooldown=0.5, floor=0.2)
+        return lr_multiplier_at(progress, warmup=0.1, cooldown=0.5, floor=0.2)
 
     assert [round(rate(p), 9) for p in (0, 0.05, 0.1, 0.3, 0.5, 0.75, 1)] == [0, 0.5, 1, 1, 1, 0.6, 0.2]
-    assert [learning_rate(p) for p in (0, 0.4)] == [1, 1] and learning_rate(1) == 0
+    assert [lr_multiplier_at(p) for p in (0, 0.4)] == [1, 1] and lr_multiplier_at(1) == 0
 
 
-@pytest.mark.parametrize("schedule", [learning_rate, lambda p: learning_rate(p, 0.1, 0.5, 0.2)])
+@pytest.mark.parametrize("schedule", [lr_multiplier_at, lambda p: lr_multiplier_at(p, 0.1, 0.5, 0.2)])
 def test_schedules_do_not_jump(schedule):
     values = [schedule(i / 1000) for i in range(1001)]
     assert max(abs(a - b) for a, b in zip(values, values[1:])) <= 0.0100001

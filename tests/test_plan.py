@@ -10,7 +10,8 @@ from nanoghost import hardware, speedrun
 from nanoghost.commands.plan import PlanSettings, activation_bytes, command, kept, memory, plan
 from nanoghost.errors import UserError
 from nanoghost.model.ghost import Ghost, GhostConfig
-from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.train.hyperparameters import depth_for, pretrain_groups
 from nanoghost.train.pretrain import accumulate_gradients

@@ -263,7 +263,7 @@ def test_only_the_std_of_the_group_favors_problems_that_are_almost_solved():
 def test_ratios_of_fresh_rollouts_are_one_and_micro_batches_do_not_change_the_gradient():
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([toy_text(200)], 300)
-    model = Ghost(GhostConfig(tokenizer.vocab_size, 64, depth=2, width=32, head_width=16, ngrams=64))
+    model = Ghost(GhostConfig(tokenizer.vocab_size, 64, depth=2, width=32, head_width=16, bigram_rows=64))
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)  # some matrices start as zeros, which would hide errors
     prompts = [render([{"role": "user", "content": c}], tokenizer, generation=True)[0] for c in ("king?", "The ghost")]

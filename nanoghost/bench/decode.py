@@ -18,7 +18,7 @@ from rich.table import Table
 
 from nanoghost import hardware
 from nanoghost.bench.table import limits, peers, tell, texts
-from nanoghost.commands.arguments import numbers
+from nanoghost.commands.arguments import parse_numbers
 from nanoghost.engine.generate import open_engine
 from nanoghost.engine.quantized_llama import PackedLlama, pack_module, packable
 from nanoghost.engine.sampler import Sampling
@@ -138,7 +138,7 @@ def most(model, measured: dict, streams: int, context: int, tokens: int = 1) -> 
     packed = isinstance(model, PackedLlama)
     head = c.vocab_size * c.width
     body = model.products() - head if packed else model.parameter_counts()["matrices"]
-    weights = model.bytes() if packed else (body + head) * model.head.element_size()
+    weights = model.bytes() if packed else (body + head) * model.head_weight.element_size()
     heads = getattr(c, "key_value_heads", None) or c.heads
     kept = streams * context * c.depth * heads * c.head_width * 2 * 2  # keys and values, 16 bits each
     peak = measured["matrix_gflops_per_second"] * 1e9 * (2 if packed else 1)
@@ -168,7 +168,7 @@ def contenders(settings, seats: int, room: int) -> dict:
 
 def decode(settings: DecodeSettings) -> None:
     """Writing: one conversation and many, then one that guesses ahead, by kind of text."""
-    streams = numbers("--streams", settings.streams)
+    streams = parse_numbers("--streams", settings.streams)
     check(settings)
     rivals = contenders(settings, max(streams), LONGEST + settings.tokens)
     ours, tokenizer = rivals["nanoghost"], rivals["nanoghost"].engine.tokenizer

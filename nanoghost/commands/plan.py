@@ -16,10 +16,10 @@ from rich.table import Table
 
 from nanoghost import hardware
 from nanoghost.errors import UserError
-from nanoghost.model.registry import architecture
-from nanoghost.optim.collectives import volume
+from nanoghost.model.registry import new_model
+from nanoghost.optim.collectives import communication_bytes
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.train.hyperparameters import depth_for, pretrain_groups, model_config
+from nanoghost.train.hyperparameters import depth_for, model_config, pretrain_groups
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def plan(settings: PlanSettings) -> dict:
     def made(depth: int):
         config = model_config(settings.arch, depth, vocab_size, context)
         with torch.device("meta"):
-            model = architecture(config.model_type)[1](config)
+            model = new_model(config)
         counts, flops = model.parameter_counts(), model.flops_per_token(context)
         tokens = settings.tokens_per_parameter * (counts["matrices"] + counts["head"])
         return config, model, counts, flops, tokens
@@ -192,12 +192,12 @@ def memory(model, dtype: torch.dtype, devices: int) -> dict[str, int]:
     """Bytes on each of `devices`, but for the activations; `model` is in the compute dtype, on the meta device."""
     optimizer = Optimizer(model, pretrain_groups(model.config.width), dtype, 0, devices)
     buckets = optimizer.buckets.values()
-    weights = sum(size([b.work]) for b in buckets) + size(model.buffers())
+    weights = sum(size([b.params]) for b in buckets) + size(model.buffers())
     # while a bucket is updated: Muon works on four copies of its shard, AdamW on two; the gradients of all are on their way, in fp32
-    largest = max(4 * b.master.numel() * (4 if b.group.kind == "muon" else 2) for b in buckets)
-    largest += 4 * sum(b.work.numel() for b in buckets) * (devices > 1)
+    largest = max(4 * b.master.numel() * (4 if b.is_muon else 2) for b in buckets)
+    largest += 4 * sum(b.params.numel() for b in buckets) * (devices > 1)
     return {
-        "weights": weights, "gradients": sum(size([b.work]) for b in buckets),
+        "weights": weights, "gradients": sum(size([b.params]) for b in buckets),
         "optimizer": sum(size(b.state().values()) for b in buckets), "largest update": largest,
     }  # fmt: skip
 
@@ -211,7 +211,7 @@ def communication(model, dtype: torch.dtype, devices: int, hardware: Hardware) -
     if devices == 1:
         return 0, 0.0
     buckets = Optimizer(model, pretrain_groups(model.config.width), dtype, 0, devices).buckets.values()
-    sent = volume(buckets, devices)
+    sent = communication_bytes(buckets, devices)
     total = sent["gradients (nccl)"] + sent["weights"]
     rate = (hardware.link_gb if devices <= NODE else min(hardware.link_gb, hardware.network_gb)) * 1e9 * REACHED
     return total, total / rate + 2 * len(buckets) * (devices - 1) * MESSAGE
@@ -246,7 +246,7 @@ def activation_bytes(arch: str, config, dtype: torch.dtype) -> float:
 def kept(config, dtype: torch.dtype, rows: int = 2) -> float:
     """Bytes that autograd keeps of a row of a real forward pass, without the parameters themselves; counted once each."""
     torch.manual_seed(0)
-    model = architecture(config.model_type)[1](config).cast(dtype)
+    model = new_model(config).cast(dtype)
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     seen = {}
 

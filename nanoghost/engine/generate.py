@@ -298,7 +298,7 @@ def steps(
 
 def runner_for(model: torch.nn.Module, seats: int, capacity: int):
     """Where `seats` rows of `capacity` tokens find room. A Llama in bf16 is packed for it, as it is at this moment."""
-    if model.config.model_type != "nanoghost" and model.head.dtype == torch.bfloat16:
+    if model.config.model_type != "nanoghost" and model.dtype == torch.bfloat16:
         from nanoghost.engine.paged_runner import paged
 
         return paged(model, seats, capacity) or PlainRunner(model, seats, capacity)

@@ -26,7 +26,7 @@ def score(runner, ids: list[int], adapter: str, top: int) -> Iterator[list[Likel
 
 
 def plain_reader(runner: PlainRunner, count: int, adapter: str):
-    model, device = runner.model, runner.model.head.device
+    model, device = runner.model, runner.model.device
     cache = model.new_cache(1, count)
     through = (
         {"adapters_B": torch.tensor([runner.names.index(adapter) if adapter else -1], device=device)}
@@ -35,7 +35,7 @@ def plain_reader(runner: PlainRunner, count: int, adapter: str):
     )
 
     def read(tokens: list[int], start: int) -> torch.Tensor:
-        cache.take([0], torch.tensor([start], device=device))
+        cache.select([0], torch.tensor([start], device=device))
         return model(torch.tensor([tokens], device=device), cache=cache, **through)[0]
 
     return read

@@ -24,8 +24,10 @@ from safetensors import safe_open
 from nanoghost.engine import kernels
 from nanoghost.errors import UserError
 from nanoghost.home import read_json, write_atomic
-from nanoghost.model.llama import Llama, LlamaConfig, their_name
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.model.lora import Adapter
+from nanoghost.model.names import MATRIX_MODULES, huggingface_name
 from nanoghost.model.rope import rope_table
 
 GROUP, LANES = 32, 16  # as in kernels.cpp
@@ -93,7 +95,13 @@ def fewest_bits(weight_MK: torch.Tensor) -> int:
 
 
 NONE = torch.empty(0)  # stands for a part that a model does not have
-VECTORS = ("attention_norm", "mlp_norm", "q_norm", "k_norm", "out_bias")
+VECTORS = {  # name of a part -> parameter of llama.Block
+    "attention_norm": "attention_norm.weight",
+    "mlp_norm": "mlp_norm.weight",
+    "q_norm": "attention.q_norm.weight",
+    "k_norm": "attention.k_norm.weight",
+    "out_bias": "attention.out.bias",
+}
 STACKS = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
 
 
@@ -107,14 +115,17 @@ def pack_model(config: LlamaConfig, tensor, bits: int | None = None) -> dict:
         weight = torch.cat([tensor(name).float().flatten(0, -2) for name in names])
         return pack(weight, bits or fewest_bits(weight))
 
-    parts = {"embedding": packed("embedding"), "final_norm": tensor("final_norm").float()}
-    if not config.tied:
-        parts["head"] = packed("separate_head")
+    parts = {"embedding": packed("embedding.weight"), "final_norm": tensor("final_norm.weight").float()}
+    if not config.tied_embeddings:
+        parts["head"] = packed("lm_head.weight")
     for b in (f"blocks.{i}." for i in range(config.depth)):
-        parts |= {b + stack: packed(*(b + name for name in names)) for stack, names in STACKS.items()}
-        parts |= {b + v: tensor(b + v).float() for v in VECTORS if tensor(b + v) is not None}
-        if tensor(b + "q_bias") is not None:
-            parts[b + "qkv_bias"] = torch.cat([tensor(b + f"{x}_bias").float() for x in "qkv"])
+        parts |= {
+            b + stack: packed(*(f"{b}{MATRIX_MODULES[name]}.weight" for name in names))
+            for stack, names in STACKS.items()
+        }
+        parts |= {b + v: tensor(b + p).float() for v, p in VECTORS.items() if tensor(b + p) is not None}
+        if tensor(b + "attention.q.bias") is not None:
+            parts[b + "qkv_bias"] = torch.cat([tensor(f"{b}attention.{x}.bias").float() for x in "qkv"])
     return parts
 
 
@@ -135,7 +146,11 @@ def packable(c) -> bool:
 def pack_module(model: Llama, bits: int | None) -> "PackedLlama":
     """What a model being trained says now, its adapter merged; nothing is compiled anew."""
     parameters = dict(model.named_parameters())
-    corrections = {f"blocks.{i}.{name}": pair for a in model.adapters for (i, name), pair in a.pairs.items()}
+    corrections = {
+        f"blocks.{i}.{MATRIX_MODULES[name]}.weight": pair
+        for a in model.adapters
+        for (i, name), pair in a.updates.items()
+    }
 
     def tensor(name):
         weight = parameters.get(name)
@@ -150,7 +165,7 @@ def pack_module(model: Llama, bits: int | None) -> "PackedLlama":
 
 def load_packed(folder: Path, bits: int | None = None) -> "PackedLlama":
     """From a model folder. The packed form is kept beside the weights, and made anew when these have changed."""
-    config = LlamaConfig.from_settings(read_json(folder / "config.json"))
+    config = LlamaConfig.from_json(read_json(folder / "config.json"))
     weights, path = folder / "model.safetensors", folder / f"packed-{bits or 'few'}-bits.safetensors"
     mark = f"{weights.stat().st_size} {weights.stat().st_mtime_ns}"
     if path.exists():
@@ -166,7 +181,7 @@ def load_packed(folder: Path, bits: int | None = None) -> "PackedLlama":
         there = set(f.keys())
 
         def tensor(name):
-            name = their_name(name.replace("blocks.", "model.layers."))
+            name = huggingface_name(name)
             return f.get_tensor(name) if name in there else None
 
         parts = pack_model(config, tensor, bits)
@@ -193,8 +208,8 @@ class PackedLlama:
             {name.split(".")[2]: p for name, p in parts.items() if name.startswith(f"blocks.{i}.")}
             for i in range(config.depth)
         ]
-        self.turned = [int(i not in config.unrotated) for i in range(config.depth)]
-        self.windows = list(config.windows or [0] * config.depth)
+        self.turned = [int(i not in config.no_rope_layers) for i in range(config.depth)]
+        self.windows = list(config.sliding_windows or [0] * config.depth)
         self.bits = [b[stack].bits for b in self.blocks for stack in STACKS]
         self.flat = [t for b in self.blocks for t in tensors_of(b)]
         self.cos, self.sin = rope_table(config.context, config.head_width, config.rope_base, config.rope_scaling)
@@ -207,7 +222,7 @@ class PackedLlama:
     def products(self) -> int:
         """Multiplications a token, the head included."""
         packed = {name: p for name, p in self.parts.items() if isinstance(p, Packed)}
-        if not self.config.tied:
+        if not self.config.tied_embeddings:
             del packed["embedding"]
         return sum(p.outputs * p.codes.size(1) * GROUP for p in packed.values())
 
@@ -233,7 +248,7 @@ class PackedLlama:
         def correct(y, layer, stack, x, norm=None):
             """Add the adapters' part of the matrices of a stack, whose outputs stand side by side in y."""
             for tokens, adapter in adapted:
-                pairs = [adapter.pairs.get((layer, name)) for name in STACKS[stack]]
+                pairs = [adapter.updates.get((layer, name)) for name in STACKS[stack]]
                 if any(pairs):
                     h = x[tokens]
                     if norm is not None:
@@ -263,7 +278,7 @@ class PackedLlama:
             linear(gate_up, b["down"], x_ND, add=True)
             correct(x_ND, layer, "down", gate_up)
         x_ND = x_ND[wanted]
-        head = self.parts["embedding" if c.tied else "head"]
+        head = self.parts["embedding" if c.tied_embeddings else "head"]
         return linear(x_ND, head, torch.empty(len(x_ND), c.vocab_size), norm=self.parts["final_norm"])
 
     def logprobs(self, tokens_BT, targets_BT) -> torch.Tensor:

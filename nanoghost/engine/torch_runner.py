@@ -23,7 +23,7 @@ class PlainRunner:
         """From here on rows may go through the adapter of this folder, by this name or its path."""
         from nanoghost.formats.peft import read_adapter
 
-        self.model.adapters = [*self.model.adapters, read_adapter(folder, self.model.config, self.model.head.dtype)]
+        self.model.adapters = [*self.model.adapters, read_adapter(folder, self.model.config, self.model.dtype)]
         self.names.append(name or str(folder))
 
     def open(self, row) -> bool:
@@ -38,7 +38,7 @@ class PlainRunner:
         free = [i for i, taken in enumerate(self.seats) if taken is None][: len(others)] if others else []
         for seat, other in zip(free, others):
             self.seats[seat] = other
-        self.cache.copy([self.seats.index(row)] * len(free), free, row.read)
+        self.cache.copy_rows([self.seats.index(row)] * len(free), free, row.read)
         return len(free)
 
     def close(self, row) -> None:
@@ -69,9 +69,9 @@ class PlainRunner:
         return torch.cat(logits)
 
     def forward(self, tokens, starts, seats, last, rows) -> torch.Tensor:
-        device = self.model.head.device
+        device = self.model.device
         tokens, starts, last = (torch.tensor(x, device=device) for x in (tokens, starts, last))
-        self.cache.take(seats, starts)
+        self.cache.select(seats, starts)
         if not self.names:
             return self.model(tokens, cache=self.cache, last_B=last)[:, 0]
         through = [self.names.index(row.adapter) if row and row.adapter else -1 for row in rows]
@@ -83,6 +83,6 @@ class PlainRunner:
         if taken and len(taken) <= 0.7 * (taken[-1] + 1):
             free = [i for i in range(len(taken)) if self.seats[i] is None]
             movers = taken[len(taken) - len(free) :]
-            self.cache.copy(movers, free, max(self.seats[i].read for i in movers))
+            self.cache.copy_rows(movers, free, max(self.seats[i].read for i in movers))
             for old, new in zip(movers, free):
                 self.seats[old], self.seats[new] = None, self.seats[old]

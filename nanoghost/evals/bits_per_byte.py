@@ -6,6 +6,7 @@ import torch
 
 from nanoghost import distributed, hardware
 from nanoghost.data.batches import windows
+from nanoghost.optim.fsdp import is_sharded
 
 
 @torch.no_grad()
@@ -16,7 +17,7 @@ def bits_per_byte(model, tokens, context: int, text_bytes: float) -> float:
     `text_bytes`: length in bytes of the text that the tokens encode.
     """
     nats, (rank, world) = 0.0, distributed.rank_and_world_size()
-    if hasattr(model, "whole"):  # its weights come together for each window, so all look at each
+    if is_sharded(model):  # its weights come together for each window, so all look at each
         rank, world = 0, 1
     for i, (inputs, targets) in enumerate(windows(tokens, context)):
         if i % world == rank:

@@ -6,7 +6,6 @@ that rotate together are neighbors, where Hugging Face has the first channels of
 """
 
 import math
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from nanoghost.errors import UserError
 from nanoghost.formats.gguf_reader import GGUFFile
 from nanoghost.formats.validation import check_fields, check_llama_config, integer, one_of, optional
+from nanoghost.model.names import huggingface_name_of_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
 PERMUTED_ARCHITECTURES = ("llama", "smollm3")
@@ -21,25 +21,6 @@ LLAMA3_CONTEXT = 8192
 """Context that Llama 3 was trained with before its RoPE frequencies were scaled; a GGUF file does not store it."""
 ROPE_DIVISORS = "rope_freqs.weight"
 """Tensor with one divisor for each RoPE frequency: how GGUF stores Llama 3's RoPE scaling."""
-
-TENSOR_NAMES = {  # GGUF -> Hugging Face
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-LAYER_TENSOR_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 CONFIG_KEYS = {  # key of config.json -> key of the GGUF header, after the prefix "ARCHITECTURE."
     "max_position_embeddings": "context_length",
@@ -59,27 +40,6 @@ HEADER_CHECKS = {  # header fields that are used here and are not copied to conf
     "rope.scaling.type": optional(one_of("none", "linear", "yarn")),
 }
 ROPE_SCALING_KEYS = ("type", "factor", "original_context_length", "finetuned")
-
-
-def huggingface_name(name: str) -> str | None:
-    """Hugging Face's name of a tensor in a GGUF file; None if the family has no such tensor."""
-    if name in TENSOR_NAMES:
-        return TENSOR_NAMES[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in LAYER_TENSOR_NAMES:
-        return None
-    layer, module, kind = match.groups()
-    return f"model.layers.{layer}.{LAYER_TENSOR_NAMES[module]}.{kind}"
-
-
-def gguf_name(name: str) -> str:
-    """GGUF's name of a tensor that has this name in Hugging Face's form."""
-    names = {huggingface: gguf for gguf, huggingface in TENSOR_NAMES.items()}
-    if name in names:
-        return names[name]
-    modules = {huggingface: gguf for gguf, huggingface in LAYER_TENSOR_NAMES.items()}
-    _, _, layer, *module, kind = name.split(".")
-    return f"blk.{layer}.{modules['.'.join(module)]}.{kind}"
 
 
 # ── config ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,7 +100,7 @@ def read_config(gguf: GGUFFile) -> dict:
 
 def _refuse_unknown(gguf: GGUFFile, architecture: str) -> None:
     """Raise UserError for tensors and RoPE scaling fields that would be lost."""
-    unknown = [name for name in gguf.tensors if huggingface_name(name) is None and name != ROPE_DIVISORS]
+    unknown = [name for name in gguf.tensors if huggingface_name_of_gguf(name) is None and name != ROPE_DIVISORS]
     prefix = f"{architecture}.rope.scaling."
     rope_fields = [key for key in gguf.fields if key.startswith(prefix)]
     unknown += [key for key in rope_fields if key.removeprefix(prefix) not in ROPE_SCALING_KEYS]
@@ -179,7 +139,7 @@ def _llama3_rope_scaling(gguf: GGUFFile, base: float, head_width: int) -> dict:
 
 def tensor_shapes(gguf: GGUFFile) -> dict[str, tuple[int, ...]]:
     """Shape of each weight, by Hugging Face's names."""
-    return {huggingface_name(name): info.shape for name, info in gguf.tensors.items() if name != ROPE_DIVISORS}
+    return {huggingface_name_of_gguf(name): info.shape for name, info in gguf.tensors.items() if name != ROPE_DIVISORS}
 
 
 def read_weights(gguf: GGUFFile, config: dict) -> Iterator[tuple[str, np.ndarray]]:
@@ -187,7 +147,7 @@ def read_weights(gguf: GGUFFile, config: dict) -> Iterator[tuple[str, np.ndarray
     for name in gguf.tensors:
         if name == ROPE_DIVISORS:
             continue
-        weight, target_name = gguf.read_tensor(name), huggingface_name(name)
+        weight, target_name = gguf.read_tensor(name), huggingface_name_of_gguf(name)
         heads = permuted_heads(
             target_name, config["model_type"], config["num_attention_heads"], config["num_key_value_heads"]
         )

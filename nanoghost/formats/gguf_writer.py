@@ -8,9 +8,11 @@ import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from nanoghost.errors import UserError
-from nanoghost.formats.gguf_llama import ROPE_DIVISORS, gguf_name, permute, permuted_heads
+from nanoghost.formats.gguf_llama import ROPE_DIVISORS, permute, permuted_heads
 from nanoghost.formats.gguf_tokenizer import to_gguf_tokenizer
-from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
+from nanoghost.model.names import gguf_name
 from nanoghost.model.rope import frequencies, kind_of
 from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE
 from nanoghost.tokenizer.tokenizer import Tokenizer
@@ -57,12 +59,12 @@ def write_gguf(path: Path, model: Llama, tokenizer: Tokenizer, provenance: Prove
 def gguf_architecture(config: LlamaConfig) -> str:
     """The architecture's name in llama.cpp; UserError if llama.cpp computes something else than this config says."""
     architecture = "llama" if config.model_type == "mistral" else config.model_type
-    unrotated = ()
+    no_rope_layers = ()
     if architecture == "smollm3":  # hard-coded in llama.cpp: every fourth layer
-        unrotated = tuple(range(3, config.depth, 4))
-    if any(config.windows):
+        no_rope_layers = tuple(range(3, config.depth, 4))
+    if any(config.sliding_windows):
         raise UserError("this model has sliding windows, which its GGUF architecture does not support")
-    if config.unrotated != unrotated:
+    if config.no_rope_layers != no_rope_layers:
         raise UserError("this model has layers without rotary embedding, which its GGUF architecture does not support")
     return architecture
 

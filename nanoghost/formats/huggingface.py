@@ -16,8 +16,7 @@ from nanoghost.formats.licenses import copy_license_files
 from nanoghost.formats.safetensors_file import read_header, read_tensors
 from nanoghost.formats.validation import OBJECT, TOKEN_IDS, Check, check_fields, check_llama_config, one_of, optional
 from nanoghost.home import write_json
-from nanoghost.model.llama import CLASSES
-from nanoghost.model.registry import architecture
+from nanoghost.model.registry import LLAMA_FAMILY, architecture, config_from_json, new_model
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
@@ -49,7 +48,7 @@ TENSOR_TYPE_CHECK = one_of("F32", "F16", "BF16")
 def import_folder(source: Path, target: Path) -> dict:
     """Write the files of a model folder to `target`; returns the model's entry in the card's `data`."""
     config = read_json_object(source / "config.json")
-    check_fields(config, {"model_type": one_of(*CLASSES)}, source / "config.json")
+    check_fields(config, {"model_type": one_of(*LLAMA_FAMILY)}, source / "config.json")
     check_llama_config(config, source / "config.json")
     tokenizer_config = read_json_object(source / "tokenizer_config.json")
     check_fields(tokenizer_config, TOKENIZER_CONFIG_CHECKS, source / "tokenizer_config.json")
@@ -178,9 +177,8 @@ def read_license_name(source: Path) -> str:
 
 def check_tensor_shapes(shapes: dict[str, tuple], config: dict, source: Path) -> None:
     """Raise UserError unless these are the tensors of a model with this config. Allocates no tensor."""
-    config_class, model_class = architecture(config["model_type"])
     with torch.device("meta"):
-        model = model_class(config_class.from_settings(config))
+        model = new_model(config_from_json(config))
     expected = {name: tuple(t.shape) for name, t in model.exported_tensors().items()}
     extra = shapes.keys() - expected.keys()
     if extra:
@@ -212,7 +210,8 @@ def write_config_files(
     target: Path, config: dict, special_tokens: dict[str, str], chat_template: str, stop_ids: list[int]
 ) -> None:
     """Write config.json, generation_config.json and tokenizer_config.json."""
-    write_json(target / "config.json", {"architectures": [CLASSES[config["model_type"]]]} | config)
+    huggingface_class = architecture(config["model_type"]).huggingface_class
+    write_json(target / "config.json", {"architectures": [huggingface_class]} | config)
     write_json(target / "generation_config.json", {"eos_token_id": stop_ids})
     write_json(
         target / "tokenizer_config.json",

@@ -12,8 +12,8 @@ from nanoghost.errors import UserError
 from nanoghost.formats.peft import base_folder, read_adapter, save_adapter
 from nanoghost.formats.safetensors_file import read_tensors
 from nanoghost.home import read_json, write_atomic, write_json
-from nanoghost.model.lora import attach
-from nanoghost.model.registry import architecture
+from nanoghost.model.lora import attach_adapters
+from nanoghost.model.registry import config_from_json, config_to_json, new_model
 from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE
 from nanoghost.tokenizer.jinja_template import Dialect
 from nanoghost.tokenizer.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
     if "bos_token" in names:
         token_ids["bos_token_id"] = tokenizer.special(names["bos_token"])
     sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
-    write_json(folder / "config.json", model.settings() | token_ids)
+    write_json(folder / "config.json", config_to_json(model.config) | token_ids)
     write_json(folder / "generation_config.json", token_ids | sampling)
     tokenizer.save(folder)
     write_json(
@@ -51,8 +51,7 @@ def load_model(folder: Path, dtype: torch.dtype, device="cpu"):
     if (folder / "adapter_config.json").exists():
         return load_with_adapters([folder], dtype, device)
     config = load_config(folder)
-    _, model_class = architecture(config.model_type)
-    model = model_class(config)
+    model = new_model(config)
     tensors, _ = read_tensors(folder / "model.safetensors")
     for name, expected in model.exported_tensors().items():
         if name not in tensors or tensors[name].shape != expected.shape:
@@ -63,9 +62,7 @@ def load_model(folder: Path, dtype: torch.dtype, device="cpu"):
 
 def load_config(folder: Path):
     """GhostConfig or LlamaConfig of a model folder."""
-    config = read_json(folder / "config.json")
-    config_class, _ = architecture(config["model_type"])
-    return config_class.from_settings(config)
+    return config_from_json(read_json(folder / "config.json"))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -84,5 +81,5 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def load_with_adapters(folders: list[Path], dtype: torch.dtype, device="cpu"):
     """(model with the adapters of these folders in this order, tokenizer). All adapters must have the same base."""
     model, tokenizer = load_model(base_folder(folders[0]), dtype, device)
-    attach(model, [read_adapter(folder, model.config, dtype) for folder in folders])
+    attach_adapters(model, [read_adapter(folder, model.config, dtype) for folder in folders])
     return model, tokenizer

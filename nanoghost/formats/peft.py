@@ -15,7 +15,8 @@ from torch import nn
 from nanoghost.errors import UserError
 from nanoghost.formats.safetensors_file import read_tensors
 from nanoghost.home import finish_time, read_card, read_json, write_atomic, write_json
-from nanoghost.model.lora import MODULES, Adapter
+from nanoghost.model.lora import Adapter, LowRankUpdate
+from nanoghost.model.names import peft_name, peft_target
 
 
 def base_folder(folder: Path) -> Path:
@@ -47,16 +48,16 @@ def save_adapter(folder: Path, adapter: Adapter, base: str | None = None) -> Non
             "base_model_name_or_path": base or base_folder(folder).name,
             "r": adapter.rank,
             "lora_alpha": adapter.alpha,
-            "target_modules": [MODULES[name].split(".")[1] for name in adapter.targets],
+            "target_modules": [peft_target(name) for name in adapter.targets],
             "lora_dropout": 0.0,
             "bias": "none",
             "inference_mode": True,
         },
     )
     tensors = {}
-    for (layer, name), (a_RM, b_NR, _) in adapter.pairs.items():
-        tensors[_tensor_name(layer, name, "A")] = a_RM.detach().cpu().contiguous()
-        tensors[_tensor_name(layer, name, "B")] = b_NR.detach().cpu().contiguous()
+    for (layer, name), (a_RM, b_NR, _) in adapter.updates.items():
+        tensors[peft_name(layer, name, "A")] = a_RM.detach().cpu().contiguous()
+        tensors[peft_name(layer, name, "B")] = b_NR.detach().cpu().contiguous()
     write_atomic(folder / "adapter_model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
 
 
@@ -74,21 +75,22 @@ def read_adapter(folder: Path, config, dtype: torch.dtype) -> Adapter:
     rank, alpha = settings["r"], float(settings["lora_alpha"])
     scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     tensors, _ = read_tensors(folder / "adapter_model.safetensors")
-    pairs = {}
+    updates = {}
     for layer in range(config.depth):
         for name, (N, M) in config.matrix_shapes().items():
-            a_RM = tensors.pop(_tensor_name(layer, name, "A"), None)
-            b_NR = tensors.pop(_tensor_name(layer, name, "B"), None)
+            a_RM = tensors.pop(peft_name(layer, name, "A"), None)
+            b_NR = tensors.pop(peft_name(layer, name, "B"), None)
             if a_RM is None and b_NR is None:
                 continue
             if a_RM is None or b_NR is None or a_RM.shape != (rank, M) or b_NR.shape != (N, rank):
                 raise UserError(f"the adapter in {folder} does not fit the base's {name} of layer {layer}")
-            pairs[layer, name] = (nn.Parameter(a_RM.to(dtype)), nn.Parameter(b_NR.to(dtype)), scale)
+            factors = nn.Parameter(a_RM.to(dtype)), nn.Parameter(b_NR.to(dtype))
+            updates[layer, name] = LowRankUpdate(*factors, scale)
     if tensors:
         raise UserError(f"the adapter in {folder} has a tensor that does not fit this base: {min(tensors)}")
-    if not pairs:
+    if not updates:
         raise UserError(f"the adapter in {folder} holds no weights")
-    return Adapter(rank, alpha, pairs)
+    return Adapter(rank, alpha, updates)
 
 
 def _unsupported_features(settings: dict) -> Iterator[str]:
@@ -102,7 +104,3 @@ def _unsupported_features(settings: dict) -> Iterator[str]:
         yield "whole modules (modules_to_save)"
     if settings.get("rank_pattern") or settings.get("alpha_pattern"):
         yield "ranks that differ between modules"
-
-
-def _tensor_name(layer: int, name: str, part: str) -> str:
-    return f"base_model.model.model.layers.{layer}.{MODULES[name]}.lora_{part}.weight"

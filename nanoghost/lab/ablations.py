@@ -34,28 +34,29 @@ from pathlib import Path
 import torch
 
 from nanoghost import hardware
-from nanoghost.commands.arguments import matching
+from nanoghost.commands.arguments import select_names
 from nanoghost.data.registry import open_source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.errors import UserError
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
 from nanoghost.home import home, read_json, write_json
-from nanoghost.lab import ablation_model
-from nanoghost.lab.ablation_model import STEP, SYSTEM, Rung, RungModel, RungOptimizer, ladder, left_out, tried
+from nanoghost.lab.ablation_model import AblationModel
+from nanoghost.lab.ablation_recipes import SPEED_ONLY, TOKENS_PER_STEP, Recipe, alternatives, cumulative, leave_one_out
 from nanoghost.lab.ablation_report import tell, write
+from nanoghost.lab.ablation_training import AblationOptimizer, batch_shape, lr_multiplier, momentum, steps_for
 from nanoghost.progress import Display
 from nanoghost.tasks.registry import example_texts
 from nanoghost.train.pretrain import accumulate_gradients
 
 TODAY = "today"
-FIRST = "+ loss in chunks"  # what a step teaches is as in 2019, and it is as fast as today
+FIRST = "+ chunked loss"  # what a step teaches is as in 2019, and it is as fast as today
 HALF = "+ NorMuon, cautious decay"  # where it ends is the second mark, for the rungs from there on
 LONGEST = 45.0  # seconds of a run
-LENGTHS = tuple(STEP * n for n in (6, 12, 24, 48, 96, 144, 192))  # in tokens
-LENGTH = STEP * 96  # of what is left out or tried: after half of that, layers do not matter yet
-TUNING = STEP * 48  # to choose a learning rate
-SLOW = STEP * 192  # to choose a learning rate for FIRST, which has hardly begun to learn after TUNING
+LENGTHS = tuple(TOKENS_PER_STEP * n for n in (6, 12, 24, 48, 96, 144, 192))  # in tokens
+LENGTH = TOKENS_PER_STEP * 96  # of what is left out or tried: after half of that, layers do not matter yet
+TUNING = TOKENS_PER_STEP * 48  # to choose a learning rate
+SLOW = TOKENS_PER_STEP * 192  # to choose a learning rate for FIRST, which has hardly begun to learn after TUNING
 RATIO = 1.6  # between learning rates that are tried
 ROUNDS = 12  # times that the steps of all rungs are timed, in turn
 
@@ -80,35 +81,35 @@ class LedgerSettings:
     """Print the figures as JSON on standard output."""
 
 
-def made(rung: Rung, tokenizer, scale: float, seed: int) -> tuple[RungModel, RungOptimizer]:
+def made(rung: Recipe, tokenizer, scale: float, seed: int) -> tuple[AblationModel, AblationOptimizer]:
     torch.manual_seed(seed)
-    model = RungModel(rung)
-    model.learn_letters(tokenizer)
+    model = AblationModel(rung)
+    model.set_character_features(tokenizer)
     model = model.cast(getattr(torch, rung.dtype)).to(hardware.device())
-    return model, RungOptimizer(model, scale)
+    return model, AblationOptimizer(model, scale)
 
 
-def teach(rung: Rung, model, optimizer, batch, progress: float, average: dict) -> float:
+def teach(rung: Recipe, model, optimizer, batch, progress: float, average: dict) -> float:
     """One step; its loss. `average` is that of the weights, if the rung has one."""
     loss = accumulate_gradients(model, *batch, len(batch[0]))
-    optimizer.momentum(ablation_model.momentum(rung, progress))
-    optimizer.step(ablation_model.rate(rung, progress))
-    if rung.averaged:
+    optimizer.set_momentum(momentum(rung, progress))
+    optimizer.step(lr_multiplier(rung, progress))
+    if rung.ema_decay:
         for key, bucket in optimizer.buckets.items():
             if key not in average:
                 average[key] = bucket.master.clone()
-            average[key].lerp_(bucket.master, 1 - rung.averaged)
+            average[key].lerp_(bucket.master, 1 - rung.ema_decay)
     return loss
 
 
-def train(rung: Rung, tokenizer, shards, tokens: int, scale: float, seed: int, split: str, show) -> dict:
+def train(rung: Recipe, tokenizer, shards, tokens: int, scale: float, seed: int, split: str, show) -> dict:
     """One run from the start: bits per byte of the held-out text."""
     model, optimizer = made(rung, tokenizer, scale, seed)
-    steps = ablation_model.steps_of(rung, tokens)
+    steps = steps_for(rung, tokens)
     batches, read, average = {}, 0, {}
     for step in range(steps):
         progress = step / steps
-        rows, context = ablation_model.rows_at(rung, progress)
+        rows, context = batch_shape(rung, progress)
         if (rows, context) not in batches:
             batches[rows, context] = shards.batches(context, rows, seed)
         loss = teach(
@@ -117,14 +118,14 @@ def train(rung: Rung, tokenizer, shards, tokens: int, scale: float, seed: int, s
         read += rows * context
         show(step, steps, loss)
     for key in average:
-        optimizer.buckets[key].work.copy_(average[key])
+        optimizer.buckets[key].params.copy_(average[key])
     return {"bpb": bits_per_byte(model, shards.tokens(split), rung.context, shards.bytes(split)), "tokens": read}
 
 
-def seconds_a_token(rung: Rung, tokenizer, shards, steps: int = 6) -> float:
+def seconds_a_token(rung: Recipe, tokenizer, shards, steps: int = 6) -> float:
     """Where nothing is learned: the fastest of a few steps of each size that the rung has, since whatever disturbs makes them slower."""
     model, optimizer = made(rung, tokenizer, 0.0, 0)
-    sizes = [ablation_model.rows_at(rung, i / 20) for i in range(20)]
+    sizes = [batch_shape(rung, i / 20) for i in range(20)]
     times, average = {}, {}
     for rows, context in dict.fromkeys(sizes):
         batches, found = shards.batches(context, rows, 0), []
@@ -167,7 +168,7 @@ class Runs:
 
         return self.kept({"counted": self.source.fingerprint, "split": split}, make)["bpb"]
 
-    def run(self, name: str, rung: Rung, tokens: int, scale: float, seed: int, split: str = "test") -> dict:
+    def run(self, name: str, rung: Recipe, tokens: int, scale: float, seed: int, split: str = "test") -> dict:
         tokenizer, shards = self.text(rung.vocab_size)
 
         def show(step, steps, loss):
@@ -185,13 +186,13 @@ class Runs:
         }
         return self.kept(what, lambda: train(rung, tokenizer, shards, tokens, scale, seed, split, show))
 
-    def time_all(self, asked: dict[str, Rung]) -> None:
+    def time_all(self, asked: dict[str, Recipe]) -> None:
         """Take the times of all these rungs, in turn, so that a slow hour is slow for all."""
         for turn in range(ROUNDS):
             for name, rung in asked.items():
                 self.time(name, rung, turn)
 
-    def time(self, name: str, rung: Rung, turn: int) -> float:
+    def time(self, name: str, rung: Recipe, turn: int) -> float:
         tokenizer, shards = self.text(rung.vocab_size)
 
         def make():
@@ -200,14 +201,14 @@ class Runs:
 
         return self.kept({"timed": asdict(rung), "round": turn}, make)["seconds"]
 
-    def _rate(self, name: str, rung: Rung) -> float:
+    def _rate(self, name: str, rung: Recipe) -> float:
         """Seconds a token, the mean of the fastest third of the rounds: one single round may have had luck."""
         return statistics.mean(sorted(self.time(name, rung, turn) for turn in range(ROUNDS))[: math.ceil(ROUNDS / 3)])
 
-    def _scale(self, name: str, rung: Rung) -> float:
+    def _scale(self, name: str, rung: Recipe) -> float:
         """The factor on all learning rates that is best on the validation text, seed 0; neighbours of the best were tried."""
-        if name in SYSTEM:
-            return self.scale(FIRST, ladder()[FIRST])
+        if name in SPEED_ONLY:
+            return self.scale(FIRST, cumulative()[FIRST])
 
         def bpb(power: int) -> float:
             return self.run(name, rung, SLOW if name == FIRST else TUNING, RATIO**power, 0, "val")["bpb"]
@@ -218,14 +219,14 @@ class Runs:
                 best += direction
         return RATIO**best
 
-    def at(self, name: str, rung: Rung, tokens: int, seed: int) -> dict:
+    def at(self, name: str, rung: Recipe, tokens: int, seed: int) -> dict:
         return self.run(name, rung, tokens, self.scale(name, rung), seed)
 
-    def longest(self, name: str, rung: Rung, most: int = LENGTHS[-1]) -> int:
+    def longest(self, name: str, rung: Recipe, most: int = LENGTHS[-1]) -> int:
         """The largest length of at most `most` tokens that takes LONGEST or less."""
         return max(n for n in LENGTHS if n <= most and (n == LENGTHS[0] or n * self.rate(name, rung) <= LONGEST))
 
-    def tokens_to(self, bpb: float, name: str, rung: Rung, seed: int, most: int = LENGTHS[-1]) -> float | None:
+    def tokens_to(self, bpb: float, name: str, rung: Recipe, seed: int, most: int = LENGTHS[-1]) -> float | None:
         """Tokens until this many bits per byte, between two lengths; None if it takes more than `most`."""
         fits = [n for n in LENGTHS if n <= most]
         i = min(LENGTHS.index(LENGTH), len(fits) - 1)
@@ -247,13 +248,13 @@ def mean_and_spread(values: list[float]) -> dict:
     return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[list[float], dict[str, dict]]:
+def climbed(runs: Runs, asked: dict[str, Recipe], seeds: list[int]) -> tuple[list[float], dict[str, dict]]:
     """(the two marks in bits per byte, figures of each rung of the ladder; its seconds to a mark that is not its own are None, {} if LONGEST is too short)."""
-    whole, marks, found = ladder(), [], {}
+    whole, marks, found = cumulative(), [], {}
     before = dict(zip(list(whole)[1:], whole))
     for name, rung in asked.items():
         length = runs.longest(name, rung, LENGTH)
-        some = seeds[:1] if name in SYSTEM else seeds
+        some = seeds[:1] if name in SPEED_ONLY else seeds
         bpb = mean_and_spread([runs.at(name, rung, length, seed)["bpb"] for seed in some])
         found[name] = {
             "before": before.get(name), "seconds": [None, None], "bpb": bpb, "length": length,
@@ -266,7 +267,7 @@ def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[list[
         length = runs.longest(mark, whole[mark], most)
         marks.append(statistics.mean(runs.at(mark, whole[mark], length, seed)["bpb"] for seed in seeds))
         for name in (name for name in names if name in asked):
-            of = FIRST if name in SYSTEM else name  # what a step teaches is the same: only its time is measured
+            of = FIRST if name in SPEED_ONLY else name  # what a step teaches is the same: only its time is measured
             if of == mark:
                 tokens = [length]
             else:
@@ -278,9 +279,9 @@ def climbed(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> tuple[list[
     return marks, found
 
 
-def compared(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> dict[str, dict]:
+def compared(runs: Runs, asked: dict[str, Recipe], seeds: list[int]) -> dict[str, dict]:
     """How many times as long each takes as today's recipe, to where it ends."""
-    today, found = list(ladder().values())[-1], {}
+    today, found = list(cumulative().values())[-1], {}
     for name, rung in asked.items():
         length = runs.longest(name, rung, LENGTH)
         ends = [runs.at(name, rung, length, seed) for seed in seeds]
@@ -295,7 +296,7 @@ def compared(runs: Runs, asked: dict[str, Rung], seeds: list[int]) -> dict[str, 
     return found
 
 
-def asked_again(runs: Runs, asked: dict[str, Rung], seeds: list[int], steps: int) -> dict[str, dict]:
+def asked_again(runs: Runs, asked: dict[str, Recipe], seeds: list[int], steps: int) -> dict[str, dict]:
     """Bits per byte of the validation text after this many steps, and how much less today's recipe has; the first of `asked`."""
     tokens = steps * asked[TODAY].rows * asked[TODAY].context
     ends = {
@@ -310,7 +311,7 @@ def asked_again(runs: Runs, asked: dict[str, Rung], seeds: list[int], steps: int
     }  # fmt: skip
 
 
-def resized(asked: dict[str, Rung], depth: int) -> dict[str, Rung]:
+def resized(asked: dict[str, Recipe], depth: int) -> dict[str, Recipe]:
     """With other layers, those that are as large as today's recipe and whose heads fit."""
     width, today = 64 * depth, asked[TODAY]
     return {
@@ -326,9 +327,9 @@ def command(settings: LedgerSettings) -> None:
             raise UserError(f"--{name} must be at least 1")
     if settings.depth and not settings.steps:
         raise UserError("--depth is for --steps: the ledger itself has a size of its own")
-    chosen = matching(settings.rungs, [*ladder(), *left_out(), *tried()])
+    chosen = select_names("--rungs", settings.rungs, [*cumulative(), *leave_one_out(), *alternatives()])
 
-    def asked(group: dict[str, Rung]) -> dict[str, Rung]:
+    def asked(group: dict[str, Recipe]) -> dict[str, Recipe]:
         return {name: rung for name, rung in group.items() if name in chosen}
 
     runs, seeds = Runs(settings.data, Display()), list(range(1, settings.seeds + 1))  # seed 0 chose the learning rates
@@ -336,19 +337,23 @@ def command(settings: LedgerSettings) -> None:
         shutil.rmtree(runs.folder, ignore_errors=True)
     counted = runs.counting("val" if settings.steps else "test")
     whole, figures = (
-        ladder(),
+        cumulative(),
         {"marks": [], "ladder": {}, "left_out": {}, "tried": {}, "again": {}, "counting": counted},
     )
     today = list(whole.values())[-1]
     if settings.steps:
-        larger = resized({TODAY: today} | asked(left_out() | tried()), settings.depth or today.depth)
+        larger = resized({TODAY: today} | asked(leave_one_out() | alternatives()), settings.depth or today.depth)
         runs.time_all(larger)
         figures["again"] = asked_again(runs, larger, seeds, settings.steps)
     else:
-        runs.time_all({FIRST: whole[FIRST], HALF: whole[HALF], TODAY: today} | asked(whole | left_out() | tried()))
+        runs.time_all(
+            {FIRST: whole[FIRST], HALF: whole[HALF], TODAY: today} | asked(whole | leave_one_out() | alternatives())
+        )
         if asked(whole):
             figures["marks"], figures["ladder"] = climbed(runs, asked(whole), seeds)
-        figures["left_out"], figures["tried"] = (compared(runs, asked(group), seeds) for group in (left_out(), tried()))
+        figures["left_out"], figures["tried"] = (
+            compared(runs, asked(group), seeds) for group in (leave_one_out(), alternatives())
+        )
     tell(figures)
     if settings.out:
         write(settings.out, figures, shlex.join(["nanoghost", *sys.argv[1:]]))

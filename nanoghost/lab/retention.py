@@ -22,7 +22,7 @@ from nanoghost.memory.phrasings import phrasings
 from nanoghost.memory.recipe import AdapterRecipe
 from nanoghost.memory.router import Router
 from nanoghost.memory.store import Fact
-from nanoghost.model.lora import attach
+from nanoghost.model.lora import attach_adapters
 
 TEXT_TOKENS = 16_384  # tokens of plain text
 PROBLEMS = (("chain_sum", {"max_terms": 2, "max_digits": 1}), ("basic_arithmetic", {"max_terms": 2, "max_digits": 1}))
@@ -164,7 +164,7 @@ def plain_text_bits_per_byte(base: ModelFolder, adapter: Path | None) -> float:
     """Bits per byte of the first TEXT_TOKENS tokens of the plays' test text."""
     model, tokenizer = load_model(base.path, hardware.compute_dtype(), hardware.device())
     if adapter:
-        attach(model, [read_adapter(adapter, model.config, hardware.compute_dtype())])
+        attach_adapters(model, [read_adapter(adapter, model.config, hardware.compute_dtype())])
     text = next(d.text for d in open_source("plays").documents() if d.split == "test")
     ids = tokenizer.encode(text)[:TEXT_TOKENS]
     return bits_per_byte(model, ids, 512, len(tokenizer.decode(ids[1:]).encode()))

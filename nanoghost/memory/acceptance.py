@@ -26,7 +26,7 @@ from nanoghost.memory.store import Fact
 from nanoghost.memory.synthesize import question_phrasings
 from nanoghost.memory.teacher import general_examples, tokenize_example
 from nanoghost.memory.train_adapter import AdapterExample, divergence_per_token
-from nanoghost.model.lora import attach
+from nanoghost.model.lora import attach_adapters
 
 HELD_OUT_GENERAL_PROMPTS = 40  # general prompts that are not trained on
 UNANSWERABLE_QUESTIONS = 40
@@ -140,7 +140,7 @@ def general_divergence(base: ModelFolder, adapter: Path, recipe: AdapterRecipe) 
     """KL(base || base + adapter) per token, on the base model's answers to held-out general prompts, in nats."""
     examples, targets = general_examples(base, held_out_general_prompts(), 0, recipe)
     model, tokenizer = load_model(base.path, hardware.compute_dtype(), hardware.device())
-    attach(model, [read_adapter(adapter, model.config, hardware.compute_dtype())])
+    attach_adapters(model, [read_adapter(adapter, model.config, hardware.compute_dtype())])
     divergences = []
     for qa, target in zip(examples, targets):
         example = AdapterExample(tokenize_example(qa, tokenizer, False, recipe.context), target)

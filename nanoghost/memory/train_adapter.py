@@ -20,10 +20,10 @@ from nanoghost.home import ModelFolder
 from nanoghost.memory.recipe import AdapterRecipe
 from nanoghost.memory.synthesize import SyntheticQA
 from nanoghost.memory.teacher import TokenTargets, token_targets, tokenize_example
-from nanoghost.model.layers import shared_prompts
-from nanoghost.model.lora import attach, new_adapter
+from nanoghost.model.layout import shared_prompt_rows
+from nanoghost.model.lora import attach_adapters, new_adapter
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.optim.schedule import learning_rate
+from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
 from nanoghost.train.checkpoints import Checkpoints
 from nanoghost.train.clock import Clock, Throughput
@@ -90,7 +90,7 @@ def train_on_answers(
 def train_adapter(run: AdapterRun, model, examples: list[AdapterExample]) -> TrainingFigures:
     """Train a new adapter on `model` for one epoch, and write it to run.folder/adapter."""
     recipe = run.recipe
-    attach(model, [new_adapter(model, recipe.rank, None, None, recipe.seed)])
+    attach_adapters(model, [new_adapter(model, recipe.rank, None, None, recipe.seed)])
     shared_prefix, examples = split_shared_prefix(examples)
     batches = PackedBatches([x.tokens for x in examples], recipe.context, 1, recipe.seed)
     batches.row(0)  # packs the first epoch
@@ -112,7 +112,7 @@ def train_adapter(run: AdapterRun, model, examples: list[AdapterExample]) -> Tra
         batch = [examples[i] for i in batches.row(step)]
         loss = adapter_loss(model, shared_prefix, batch)
         loss.backward()
-        optimizer.step(learning_rate(step / steps, warmup=0.05, cooldown=0.8))
+        optimizer.step(lr_multiplier_at(step / steps, warmup=0.05, cooldown=0.8))
         throughput.add(sum(len(x.tokens.ids) for x in batch))
         run.display(
             {
@@ -149,9 +149,9 @@ def adapter_loss(model, shared_prefix: list[int], batch: list[AdapterExample]) -
 def divergence_per_token(model, shared_prefix: list[int], batch: list[AdapterExample]) -> torch.Tensor:
     """KL(targets || model) at each token in the loss, in nats: (N,)."""
     continuations = [x.tokens.ids for x in batch]
-    tokens, layout, places = shared_prompts([shared_prefix], [continuations], model.head.dtype, hardware.device())
+    tokens, layout, places = shared_prompt_rows([shared_prefix], [continuations], model.dtype, hardware.device())
     in_loss = torch.tensor([flag for x in batch for flag in x.tokens.loss_mask])
     ids_NK = torch.cat([x.targets.ids_NK for x in batch])
     logprobs_NB = torch.cat([x.targets.logprobs_NB for x in batch])
     hidden_ND = model.hidden(tokens, layout)[tuple(place[in_loss] for place in places)]
-    return divergence(bucket_logprobs(hidden_ND, model.head, ids_NK), logprobs_NB, 0.0)
+    return divergence(bucket_logprobs(hidden_ND, model.head_weight, ids_NK), logprobs_NB, 0.0)

@@ -1,89 +1,116 @@
-"""What a model of tokens can't see: the letters, of the whole word and not only of the token.
+"""Character features: which characters the word around each token has, as far as it was read.
 
-A word is a run of letters, or of digits, whatever tokens it is cut into. Each token knows all of its word that was read
-so far: the letters counted from the front, the same letters counted from the back, and where they end.
+BPE hides spelling from the model: a token is one number whatever its characters are, and a word is often several tokens. Here a word
+is a run of letters or of digits, whatever tokens it consists of. For each token, features say which characters its word has at
+each of P positions: 8 counted from the front and 8 from the back, and where the word ends. A hyphen joins: "t-h-o-u" is one word.
+The tokenizer determines all of this; nothing is learned.
 
-B batch, S tokens read so far, T those of them that are new, V vocabulary.
+B batch, T new tokens, S tokens read so far, V vocabulary, P positions, L characters of a token.
 """
 
 import torch
 
-KEPT = 12  # bytes kept of a token
-WORD = 16  # letters kept of a word
-ENDS = 8  # letters seen from the front, and from the back
-HOPS = 20  # tokens of a word: "t-h-o-u" has seven
-END, SYMBOLS = 256, 257  # a symbol is a byte or the end of the word
-PLACES = 2 * ENDS
-NOTHING = PLACES * SYMBOLS  # the row that stands for no symbol
+MAX_TOKEN_BYTES = 12  # L: bytes stored for each token
+MAX_WORD = 16  # characters stored for each word
+MAX_WORD_TOKENS = 20  # tokens that a word may consist of: "t-h-o-u" has seven
+POSITIONS_PER_END = 8
+POSITIONS = 2 * POSITIONS_PER_END
+END_OF_WORD = 256  # follows the 256 byte values
+CHARACTERS = 257  # byte values and END_OF_WORD
+NO_FEATURE = (
+    POSITIONS * CHARACTERS
+)  # the padding index of the feature embedding, one row for each position and character
+OTHER, LETTER, DIGIT = 0, 1, 2  # classes of bytes
+LENGTH, FIRST_CLASS, LAST_CLASS, FIRST_BYTE = 0, 1, 2, 3  # columns of the character table
 
 
-def kind(byte: int) -> int:
-    """1 for letters (and whatever is beyond ASCII), 2 for digits, 0 for what no word holds."""
-    return 1 if chr(byte).isalpha() or byte > 127 else 2 if chr(byte).isdigit() else 0
+def byte_class(byte: int) -> int:
+    """LETTER (also for bytes beyond ASCII), DIGIT, or OTHER for what is not part of a word."""
+    if chr(byte).isalpha() or byte > 127:
+        return LETTER
+    return DIGIT if chr(byte).isdigit() else OTHER
 
 
-def letter_table(tokenizer) -> torch.Tensor:
-    """(V, 3 + KEPT): how many letters a token has, the kind of its first byte and of its last one, and its bytes.
+def character_table(tokenizer) -> torch.Tensor:
+    """(V, 3 + L): for each token the number of its characters, the classes of its first and of its last byte, and its bytes.
 
-    A space in front does not count as a letter, so that " day" has the letters of "day"; but it begins a new word.
-    A hyphen is no letter but joins: "t-h-o-u" is one word.
+    A leading space is not a character of the token, so " day" has the characters of "day", but it begins a new word. A hyphen
+    has no characters and the class of a letter on both sides, so it joins what is around it.
     """
-    table = torch.zeros(tokenizer.vocab_size, 3 + KEPT, dtype=torch.int32)
+    table = torch.zeros(tokenizer.vocab_size, 3 + MAX_TOKEN_BYTES, dtype=torch.int32)
     for token in range(tokenizer.vocab_size):
         text = tokenizer.token_bytes(token)
-        if text:
-            letters = b"" if text == b"-" else (text.lstrip(b" ") or text)[:KEPT]
-            kinds = [1, 1] if text == b"-" else [kind(text[0]), kind(text[-1])]
-            table[token, :3] = torch.tensor([len(letters), *kinds])
-            table[token, 3 : 3 + len(letters)] = torch.tensor(list(letters))
+        if not text:
+            continue
+        if text == b"-":
+            characters, classes = b"", [LETTER, LETTER]
+        else:
+            characters = (text.lstrip(b" ") or text)[:MAX_TOKEN_BYTES]
+            classes = [byte_class(text[0]), byte_class(text[-1])]
+        table[token, :FIRST_BYTE] = torch.tensor([len(characters), *classes])
+        table[token, FIRST_BYTE : FIRST_BYTE + len(characters)] = torch.tensor(list(characters))
     return table
 
 
-def is_letter(table):
-    """(V,): which tokens are one letter or digit, without a space in front."""
-    return (table[:, 0] == 1) & (table[:, 1] > 0)
+def is_single_character(table) -> torch.Tensor:
+    """(V,): whether a token is one letter or digit, without a leading space."""
+    return (table[:, LENGTH] == 1) & (table[:, FIRST_CLASS] > 0)
 
 
-def letter_tokens(table) -> torch.Tensor:
-    """(SYMBOLS,): the token that each byte is alone, -1 where there is none."""
-    tokens = torch.full((SYMBOLS,), -1)
-    alone = is_letter(table).nonzero()[:, 0]
-    tokens[table[alone, 3].long()] = alone
+def single_character_tokens(table) -> torch.Tensor:
+    """(CHARACTERS,): the token that consists of this character alone; -1 if there is none."""
+    tokens = torch.full((CHARACTERS,), -1)
+    single = is_single_character(table).nonzero()[:, 0]
+    tokens[table[single, FIRST_BYTE].long()] = single
     return tokens
 
 
-def word_rows(table, tokens_BS, before_BS, at_BT):
-    """For the tokens in columns `at` the symbols of their words so far, as rows (place, symbol): (B, T, PLACES).
+def word_features(table, tokens_BS, prev_index_BS, slots_BT) -> torch.Tensor:
+    """(B, T, P): for the new tokens, at `slots_BT`, the character at each position of their words so far.
 
-    `before` tells where the token before each stands, -1 for nowhere.
+    Values are position * CHARACTERS + character, or NO_FEATURE behind the end of the word.
     """
-    device = tokens_BS.device
-    B, new = at_BT.shape
-    part = table[tokens_BS.gather(1, at_BT)].long()
-    inside_BT = torch.ones(B, new, dtype=torch.bool, device=device)
-    parts = []  # from the newest token of the word to its first one
-    for _ in range(HOPS):
-        parts.append((part, inside_BT))
-        at_BT = before_BS.gather(1, at_BT)
-        earlier = table[tokens_BS.gather(1, at_BT.clamp(0))].long()
-        inside_BT = inside_BT & (at_BT >= 0) & (part[..., 1] > 0) & (part[..., 1] == earlier[..., 2])
-        part, at_BT = earlier, at_BT.clamp(0)
-
-    places = torch.arange(KEPT, device=device)
-    word_BTW = torch.full((B, new, WORD + 2), END, device=device)  # the last column is for what finds no room
-    length_BT = torch.zeros(B, new, dtype=torch.long, device=device)
-    for part, inside_BT in reversed(parts):
-        letters = part[..., :1] * inside_BT[..., None]
-        to = torch.where(places < letters, (length_BT[..., None] + places).clamp(max=WORD + 1), WORD + 1)
-        word_BTW.scatter_(2, to, part[..., 3:])
-        length_BT = (length_BT + letters[..., 0]).clamp(max=WORD)
-    word_BTW.scatter_(2, length_BT[..., None], END)
-
-    ends = torch.arange(ENDS, device=device)
+    word_BTW, length_BT = _words_so_far(table, tokens_BS, prev_index_BS, slots_BT)
+    positions = torch.arange(POSITIONS_PER_END, device=tokens_BS.device)
     length_BT1 = length_BT[..., None]
-    front = word_BTW[..., :ENDS] + ends * SYMBOLS
-    from_back = torch.where(ends < length_BT1, length_BT1 - 1 - ends, length_BT1)  # behind the letters stands END
-    back = word_BTW.gather(2, from_back) + (ENDS + ends) * SYMBOLS
-    rows = torch.cat([front, back], 2)
-    seen = torch.cat([ends <= length_BT1, ends <= length_BT1], 2)
-    return rows.masked_fill(~(seen & (length_BT1 > 0)), NOTHING)
+    front = word_BTW[..., :POSITIONS_PER_END] + positions * CHARACTERS
+    index_from_back = torch.where(
+        positions < length_BT1, length_BT1 - 1 - positions, length_BT1
+    )  # at length: END_OF_WORD
+    back = word_BTW.gather(2, index_from_back) + (POSITIONS_PER_END + positions) * CHARACTERS
+    features = torch.cat([front, back], 2)
+    in_word = torch.cat([positions <= length_BT1, positions <= length_BT1], 2)
+    return features.masked_fill(~(in_word & (length_BT1 > 0)), NO_FEATURE)
+
+
+def characters(features_BTP) -> torch.Tensor:
+    """The characters of `word_features`, END_OF_WORD where there is none."""
+    return torch.where(features_BTP == NO_FEATURE, END_OF_WORD, features_BTP % CHARACTERS)
+
+
+def _words_so_far(table, tokens_BS, prev_index_BS, slots_BT):
+    """(characters (B, T, W), length (B, T)) of the word of each new token up to that token; END_OF_WORD behind it."""
+    device = tokens_BS.device
+    B, T = slots_BT.shape
+    token_BT = table[tokens_BS.gather(1, slots_BT)].long()
+    in_word_BT = torch.ones(B, T, dtype=torch.bool, device=device)
+    parts = []  # (row of the table, whether the token belongs to the word), from the newest token to the first one
+    for _ in range(MAX_WORD_TOKENS):
+        parts.append((token_BT, in_word_BT))
+        slots_BT = prev_index_BS.gather(1, slots_BT)
+        earlier_BT = table[tokens_BS.gather(1, slots_BT.clamp(0))].long()
+        continues_BT = (token_BT[..., FIRST_CLASS] > 0) & (token_BT[..., FIRST_CLASS] == earlier_BT[..., LAST_CLASS])
+        in_word_BT = in_word_BT & (slots_BT >= 0) & continues_BT
+        token_BT, slots_BT = earlier_BT, slots_BT.clamp(0)
+
+    offsets = torch.arange(MAX_TOKEN_BYTES, device=device)
+    overflow = MAX_WORD + 1  # a last column for characters beyond the end of a token or of the word
+    word_BTW = torch.full((B, T, MAX_WORD + 2), END_OF_WORD, device=device)
+    length_BT = torch.zeros(B, T, dtype=torch.long, device=device)
+    for token_BT, in_word_BT in reversed(parts):
+        count_BT1 = token_BT[..., :FIRST_CLASS] * in_word_BT[..., None]
+        target = (length_BT[..., None] + offsets).clamp(max=overflow)
+        word_BTW.scatter_(2, torch.where(offsets < count_BT1, target, overflow), token_BT[..., FIRST_BYTE:])
+        length_BT = (length_BT + count_BT1[..., 0]).clamp(max=MAX_WORD)
+    word_BTW.scatter_(2, length_BT[..., None], END_OF_WORD)
+    return word_BTW, length_BT

@@ -1,20 +1,19 @@
-"""ghost: our own small language model. Every trick that pays at 0.3M to 30M parameters may live here.
+"""ghost: a small language model for 0.3M to 30M parameters that learns fast on a CPU.
 
-What is unusual, beside the usual pre-norm transformer:
-  - a token's embedding is the sum of its own row, the rows of its word's letters (character_features.py), and a hashed row for the
-    pair it forms with the token before it (n-gram tables cost no arithmetic, which is what a CPU is short of);
-  - the embedding is mixed back into the stream before each layer, and token-specific values into attention on every
-    second layer (value embeddings, Zhou et al. 2024);
-  - two pointers. With a learned probability the next token is copied from the context, from a place where what came
-    before looks like what comes before now (pointer networks, Merity et al. 2016; the cache of Grave et al. 2017): a
-    name that no training text had is learned at its first mention. With another it is a letter of a word of the
-    context: the word is pointed at, and one of its places, counted from the front or from the back. So it can spell
-    what it never saw spelled, although tokens hide the letters;
-  - RMSNorm without parameters, also on queries and keys; ReLU squared; matrices that write into the stream start at 0.
+A pre-norm decoder-only transformer (docs/model.md has it in equations, docs/results/ledger.md what each part is worth). What
+differs from a Llama does almost no arithmetic, which a CPU is short of:
+  - The embedding is the sum of a token embedding, character features of the word (character_features.py), and a hashed bigram
+    embedding of the token and its predecessor.
+  - The embedding is mixed back into the residual stream before each layer (embedding shortcut). Every second layer adds a
+    token-specific vector to the values of attention (value embeddings, Zhou et al. 2024).
+  - Two copy heads point at tokens of the context and at characters of its words (copy_heads.py).
+  - RMSNorm without parameters, also on queries and keys (QK-norm, Henry et al. 2020); squared ReLU (So et al. 2021). Matrices
+    that write into the residual stream start at 0, so that at first a block is the identity.
 
-B batch, T time, D width, H heads, K head width, V vocabulary, S tokens read so far, W pointer width, P places in a word.
+B batch, T new tokens, S tokens read so far, D width, H heads, K head width, V vocabulary, P character positions, N rows of a table.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -22,281 +21,294 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanoghost.model import character_features
-from nanoghost.model.layers import (
-    Cache,
-    Layout,
-    attend,
-    norm,
-    relu_squared,
-    rotate,
-    text_layout,
-    token_logprobs,
-)
+from nanoghost.model.copy_heads import POINTER_WIDTH, CopyHeads, GhostCache
+from nanoghost.model.layers import Embedding, Linear, attend, init_uniform, norm, relu_squared, rotate, token_logprobs
+from nanoghost.model.layout import Layout, causal_layout
 from nanoghost.model.rope import rope_table
-
-POINTER_WIDTH = 64
 
 
 @dataclass(frozen=True)
 class GhostConfig:
     vocab_size: int = 4096
-    """Tokens."""
+    """Number of tokens."""
     context: int = 512
-    """Longest sequence in tokens."""
+    """Length of the longest sequence, in tokens."""
     depth: int = 4
-    """Layers."""
+    """Number of layers."""
     width: int = 256
-    """Of the residual stream; a multiple of `head_width`."""
+    """Width of the residual stream; a multiple of `head_width`."""
     head_width: int = 64
-    """Of one attention head."""
-    ngrams: int = 32768
-    """Rows of the table of hashed token pairs."""
+    """Width of an attention head."""
+    bigram_rows: int = 32768
+    """Rows of the hashed bigram embedding."""
     rope_base: float = 10000.0
-    """Longest wavelength of the rotary embedding, in tokens over 2 pi."""
+    """Base of the rotary frequencies."""
     model_type: str = "nanoghost"
-    """How config.json names the architecture."""
+    """Name of the architecture in config.json."""
 
     @property
     def heads(self) -> int:
         return self.width // self.head_width
 
     @classmethod
-    def from_settings(cls, settings: dict) -> "GhostConfig":
-        """From config.json, which holds more than the architecture."""
-        return cls(**{f.name: settings[f.name] for f in fields(cls)})
+    def from_json(cls, values: dict) -> "GhostConfig":
+        """From the content of config.json, which holds more than the architecture."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions, QK-norm and, in some layers, value embeddings."""
+
+    num_matrices = 3
+    """`qkv` holds three D x D matrices, stacked: one matmul is faster than three."""
+    scale = 1.44
+    """On top of 1 / sqrt(K): after QK-norm |q| = |k| is fixed, so the softmax needs help to be sharp."""
+
+    def __init__(self, config: GhostConfig, layer: int, has_value_embedding: bool):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.head_width = config.heads, config.head_width
+        self.qkv = Linear(config.width, self.num_matrices * config.width)
+        self.out = Linear(config.width, config.width)
+        self.value_mix = nn.Parameter(torch.tensor([0.5])) if has_value_embedding else None
+
+    def forward(self, x_BTD, value_embedding_BTD, cos_TK, sin_TK, mask_BTS, cache: GhostCache | None = None):
+        B, T, _ = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(B, T, self.num_matrices, self.heads, self.head_width)
+        qk = rotate(norm(qkv[:, :, :2]), cos_TK, sin_TK)
+        q, k, v = qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]
+        if self.value_mix is not None:
+            v = v + self.value_mix.to(v.dtype) * value_embedding_BTD.view_as(v)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        return self.out(attend(q, k, v, mask_BTS, scale=self.scale / self.head_width**0.5))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GhostConfig):
+        super().__init__()
+        self.up = Linear(config.width, 4 * config.width)
+        self.down = Linear(4 * config.width, config.width)
+
+    def forward(self, x_BTD):
+        return self.down(relu_squared(self.up(x_BTD)))
 
 
 class Block(nn.Module):
-    def __init__(self, config: GhostConfig, has_values: bool):
+    def __init__(self, config: GhostConfig, layer: int, has_value_embedding: bool):
         super().__init__()
-        D = config.width
-        self.config = config
-        self.qkv = nn.Parameter(torch.empty(3, D, D).uniform_(-1, 1) * (3 / D) ** 0.5)
-        self.out = nn.Parameter(torch.zeros(1, D, D))
-        self.up = nn.Parameter(torch.empty(1, 4 * D, D).uniform_(-1, 1) * (0.75 / D) ** 0.5)
-        self.down = nn.Parameter(torch.zeros(1, D, 4 * D))
+        self.attention = Attention(config, layer, has_value_embedding)
+        self.mlp = MLP(config)
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.1]))
-        self.value_mix = nn.Parameter(torch.tensor([0.5])) if has_values else None
 
-    def forward(self, x_BTD, embedding_BTD, values_BTD, cos_TK, sin_TK, mask_BTS, layer=0, cache: Cache | None = None):
-        B, T, D = x_BTD.shape
-        keep, again = self.residual_mix.to(x_BTD.dtype)
-        x_BTD = x_BTD * keep + embedding_BTD * again
-        qkv = F.linear(norm(x_BTD), self.qkv.view(3 * D, D)).view(B, T, 3, self.config.heads, self.config.head_width)
-        qk = rotate(norm(qkv[:, :, :2]), cos_TK, sin_TK)
-        q, k, v = qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]
-        if values_BTD is not None:
-            v = v + self.value_mix.to(v.dtype) * values_BTD.view_as(v)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        y_BTD = attend(q, k, v, mask_BTS, scale=1.44 / self.config.head_width**0.5)  # sharper, since |q| = |k| is fixed
-        x_BTD = x_BTD + F.linear(y_BTD, self.out[0])
-        return x_BTD + F.linear(relu_squared(F.linear(norm(x_BTD), self.up[0])), self.down[0])
+    def init_weights(self) -> None:
+        for linear, variance in ((self.attention.qkv, 1.0), (self.mlp.up, 0.25)):
+            init_uniform(linear.weight.data, variance / linear.in_features)
+        nn.init.zeros_(self.attention.out.weight)
+        nn.init.zeros_(self.mlp.down.weight)
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [self.attention.qkv.weight, self.attention.out.weight, self.mlp.up.weight, self.mlp.down.weight]
+
+    def forward(
+        self, x_BTD, embedding_BTD, value_embedding_BTD, cos_TK, sin_TK, mask_BTS, cache: GhostCache | None = None
+    ):
+        stream, shortcut = self.residual_mix.to(x_BTD.dtype)
+        x_BTD = x_BTD * stream + embedding_BTD * shortcut
+        x_BTD = x_BTD + self.attention(norm(x_BTD), value_embedding_BTD, cos_TK, sin_TK, mask_BTS, cache)
+        return x_BTD + self.mlp(norm(x_BTD))
 
 
 class Ghost(nn.Module):
-    """forward(tokens) -> log-probabilities of what follows each; forward(tokens, cache) -> those of the new tokens."""
+    """A LanguageModel (interface.py) whose scores are log-probabilities."""
 
-    adapters = ()  # LoRA is for llama.py
+    adapters = ()  # a ghost is small enough to be trained whole: LoRA is for Llamas
 
     def __init__(self, config: GhostConfig):
         super().__init__()
         self.config = config
         D, V = config.width, config.vocab_size
-        has_values = [(config.depth - 1 - i) % 2 == 0 for i in range(config.depth)]
-        self.embedding = nn.Parameter(torch.randn(V, D) * 0.8)
-        self.spelling = nn.Parameter(torch.randn(character_features.NOTHING + 1, D) * 0.3)
-        self.ngrams = nn.Parameter(torch.zeros(config.ngrams, D))
-        self.values = nn.ParameterList(torch.empty(V, D).uniform_(-1, 1) for has in has_values if has)
-        self.blocks = nn.ModuleList(Block(config, has) for has in has_values)
-        self.head = nn.Parameter(torch.randn(V, D) * 0.001)
-        alike = torch.empty(2, POINTER_WIDTH, D).uniform_(-1, 1) * (3 / D) ** 0.5
-        self.pointer = nn.Parameter(torch.cat([alike, alike]))  # two queries, two keys: at first, similar means similar
-        gates = torch.zeros(
-            2 + character_features.PLACES, 1 + D
-        )  # bias and weights: of a copy, of a letter, of each place
-        gates[:2, 0] = torch.tensor([-3.0, -5.0])
-        self.gates = nn.Parameter(gates)
+        self.embedding = Embedding(V, D)
+        self.character_embedding = Embedding(character_features.NO_FEATURE + 1, D)
+        self.bigram_embedding = Embedding(config.bigram_rows, D)
+        has_value_embedding = [
+            (config.depth - 1 - layer) % 2 == 0 for layer in range(config.depth)
+        ]  # also the last layer
+        self.value_embeddings = nn.ModuleList(Embedding(V, D) for has in has_value_embedding if has)
+        self.blocks = nn.ModuleList(Block(config, layer, has) for layer, has in enumerate(has_value_embedding))
+        self.head = Linear(D, V)
+        self.copy_heads = CopyHeads(D)
         cos, sin = rope_table(config.context, config.head_width, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.kept = None
-        self.register_buffer("letters", torch.zeros(V, 3 + character_features.KEPT, dtype=torch.int32))
-        self.register_buffer("letter_tokens", torch.full((character_features.SYMBOLS,), -1))
+        # What the tokenizer says about the characters of tokens; set_character_features fills it
+        table_shape = V, character_features.FIRST_BYTE + character_features.MAX_TOKEN_BYTES
+        self.register_buffer("character_table", torch.zeros(table_shape, dtype=torch.int32))
+        self.register_buffer("character_tokens", torch.full((character_features.CHARACTERS,), -1))
+        self.dropout_scales: dict[str, torch.Tensor] = {}
+        """Embedding-row dropout: by table, what each row is multiplied by in training: 0 or the number of epochs."""
+        self.init_weights()
 
-    def learn_letters(self, tokenizer) -> None:
-        """Note which bytes each token stands for."""
-        self.letters.copy_(character_features.letter_table(tokenizer))
-        self.letter_tokens.copy_(character_features.letter_tokens(self.letters))
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Random initial weights. The order of the draws is fixed, so a seed gives the same model as ever."""
+        self.embedding.weight.normal_().mul_(0.8)
+        self.character_embedding.weight.normal_().mul_(0.3)
+        self.bigram_embedding.weight.zero_()
+        for table in self.value_embeddings:
+            table.weight.uniform_(-1, 1)
+        for block in self.blocks:
+            block.init_weights()
+        self.head.weight.normal_().mul_(0.001)
+        self.copy_heads.init_weights()
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return self.head.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def set_character_features(self, tokenizer) -> None:
+        """Store which characters each token consists of. They are saved with the model."""
+        self.character_table.copy_(character_features.character_table(tokenizer))
+        self.character_tokens.copy_(character_features.single_character_tokens(self.character_table))
+
+    def set_embedding_row_dropout(self, epochs: float, seed: int) -> None:
+        """Keep each row of the bigram and value embeddings with probability 1 / epochs, scaled by epochs, while gradients are on.
+
+        These tables memorize a text that is read several times; with dropout each row learns from a line about once. It lasts
+        until the next call; 1 epoch turns it off. All value embeddings drop the same tokens.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        self.dropout_scales = {}
+        if epochs > 1:
+            for table, rows in (("bigram", self.config.bigram_rows), ("value", self.config.vocab_size)):
+                is_kept_N = torch.rand(rows, generator=generator) * epochs < 1
+                self.dropout_scales[table] = is_kept_N.to(self.device) * epochs
+
+    def look_up(self, embedding: Embedding, table: str, rows_BT):
+        """Embeddings (B, T, D), with the dropout of that table."""
+        x_BTD = embedding(rows_BT)
+        if self.dropout_scales and torch.is_grad_enabled():
+            return x_BTD * self.dropout_scales[table][rows_BT][..., None]
+        return x_BTD
 
     def cast(self, dtype: torch.dtype) -> "Ghost":
-        """Matrices (and the head) to the compute dtype; tables stay fp32: rare rows collect tiny updates."""
-        for block in self.blocks:
-            for p in (block.qkv, block.out, block.up, block.down):
-                p.data = p.data.to(dtype)
-        self.head.data, self.pointer.data = self.head.data.to(dtype), self.pointer.data.to(dtype)
+        """Cast the weights of matmuls to the compute dtype. Embeddings stay in fp32, because rare rows collect tiny updates."""
+        for p in [*self.matrices(), self.head.weight]:
+            p.data = p.data.to(dtype)
         return self
 
-    def thin(self, epochs: float, seed: int) -> None:
-        """From now on, while learning, look up only one row of `epochs` in the tables of pairs and of values, scaled up.
+    def bigram_hash(self, tokens_BT, previous_BT):
+        """Row of the bigram embedding for each pair of tokens; pairs that collide share a row."""
+        return (previous_BT * 9973 + tokens_BT * 31337) % self.config.bigram_rows
 
-        These learn a text by heart that is read more than once; now they meet each of its lines about once.
-        """
-        draw = torch.Generator().manual_seed(seed)
-        rows, device = (self.config.ngrams, self.config.vocab_size), self.head.device
-        self.kept = (
-            {n: (torch.rand(n, generator=draw) * epochs < 1).to(device) * epochs for n in rows} if epochs > 1 else None
-        )
+    def embed_characters(self, features_BTP):
+        """Sum over the positions of a word of the embedding of the character there, (B, T, D)."""
+        features_NP = features_BTP.flatten(0, 1)
+        table = self.character_embedding.weight
+        sum_ND = F.embedding_bag(features_NP, table, mode="sum", padding_idx=character_features.NO_FEATURE)
+        return sum_ND.unflatten(0, features_BTP.shape[:2])
 
-    def looked_up(self, table_ND, rows_BT):
-        x_BTD = F.embedding(rows_BT, table_ND)
-        return x_BTD * self.kept[len(table_ND)][rows_BT][..., None] if self.kept and torch.is_grad_enabled() else x_BTD
+    def embed(self, tokens_BT, layout: Layout, features_BTP, tokens_BS):
+        """Sum of the three embeddings of the new tokens, normalized, in the compute dtype."""
+        x_BTD = self.embedding(tokens_BT)
+        bigram_BT = self.bigram_hash(tokens_BT, layout.previous_tokens(tokens_BS))
+        x_BTD = x_BTD + self.look_up(self.bigram_embedding, "bigram", bigram_BT)
+        x_BTD = x_BTD + self.embed_characters(features_BTP)
+        return norm(x_BTD.to(self.dtype))
 
-    def embed(self, tokens_BT, layout: Layout, rows_BTP, tokens_BS):
-        """(B, T, D) in the compute dtype, of the new tokens `tokens_BT` among all that were read, `tokens_BS`."""
-        x_BTD = F.embedding(tokens_BT, self.embedding)
-        pair_BT = (layout.previous(tokens_BS) * 9973 + tokens_BT * 31337) % self.config.ngrams
-        x_BTD = x_BTD + self.looked_up(self.ngrams, pair_BT)
-        rows_NP = rows_BTP.flatten(0, 1)
-        x_BTD = x_BTD + F.embedding_bag(
-            rows_NP, self.spelling, mode="sum", padding_idx=character_features.NOTHING
-        ).view_as(x_BTD)
-        return norm(x_BTD.to(self.head.dtype))
-
-    def hidden(self, tokens_BT, layout: Layout, cache: Cache | None = None):
-        """Last hidden states (B, T, D), and the letters of each token's word so far, as tokens (B, T, P; -1 for none)."""
+    def hidden_and_characters(self, tokens_BT, layout: Layout, cache: GhostCache | None = None):
+        """(last hidden states (B, T, D), tokens of the characters of each token's word so far (B, T, P), -1 for none)."""
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
-        seen_BS = tokens_BT if cache is None else cache.seen
-        rows_BTP = character_features.word_rows(self.letters, seen_BS, layout.before_BS, layout.columns_BT)
-        embedding_BTD = self.embed(tokens_BT, layout, rows_BTP, seen_BS)
-        values = iter(self.values)
+        tokens_BS = tokens_BT if cache is None else cache.tokens_BS
+        features_BTP = character_features.word_features(
+            self.character_table, tokens_BS, layout.prev_index_BS, layout.slots_BT
+        )
+        embedding_BTD = self.embed(tokens_BT, layout, features_BTP, tokens_BS)
+        value_embeddings = iter(self.value_embeddings)
         x_BTD = embedding_BTD
-        for layer, block in enumerate(self.blocks):
-            v = None if block.value_mix is None else self.looked_up(next(values), tokens_BT).to(x_BTD.dtype)
-            x_BTD = block(x_BTD, embedding_BTD, v, cos, sin, layout.mask_BTS, layer, cache)
-        symbols_BTP = torch.where(
-            rows_BTP == character_features.NOTHING, character_features.END, rows_BTP % character_features.SYMBOLS
-        )
-        return norm(x_BTD), self.letter_tokens[symbols_BTP]
+        for block in self.blocks:
+            value_embedding_BTD = None
+            if block.attention.value_mix is not None:
+                value_embedding_BTD = self.look_up(next(value_embeddings), "value", tokens_BT).to(x_BTD.dtype)
+            x_BTD = block(x_BTD, embedding_BTD, value_embedding_BTD, cos, sin, layout.mask_BTS, cache)
+        return norm(x_BTD), self.character_tokens[character_features.characters(features_BTP)]
 
-    def point(self, hidden_BTD, spelled_BTP, layout: Layout, cache: Cache | None = None):
-        """Where the pointers look and what for.
-
-        Returns copies (B, T, S): how a copy is shared out among the tokens read; letters (B, T, S) and places (B, T, P):
-        how a letter is, among the words and their places; spelled (B, S, P); gates (B, T, 3) in fp32: the probability that
-        the next token comes from the vocabulary, from a copy, from a letter. Where a word has no letter at a place, the
-        vocabulary gets the share.
-
-        The key for copying a token is made from the token before it, from where the model stood when that token was to be
-        predicted; the key of a word is made from the word.
-        """
-        B, T, _ = hidden_BTD.shape
-        qk = norm(F.linear(hidden_BTD, self.pointer.flatten(0, 1)).view(B, T, 4, POINTER_WIDTH))
-        q, k, spelled_BSP = qk[:, :, :2], qk[:, :, 2:], spelled_BTP
+    def forward(self, tokens_BT, cache: GhostCache | None = None, segments_BT=None, last_B=None):
+        """Log-probabilities of the next token, (B, T, V) in fp32. Arguments as in LanguageModel.forward."""
         if cache is None:
-            before_BSW = layout.before_BS.clamp(0)[..., None].expand(B, T, POINTER_WIDTH)
-            late = k[:, :, 0].gather(1, before_BSW) * (layout.before_BS >= 0)[..., None]
-            k = torch.stack([late, k[:, :, 1]], 2)
+            layout, tokens_BS = causal_layout(tokens_BT, self.dtype, segments_BT), tokens_BT
         else:
-            k, spelled_BSP = cache.point(k, spelled_BTP)
-        mask_BTS = layout.mask_BTS.expand(B, -1, -1)
-        copies_BTS, letters_BTS = (
-            torch.softmax(torch.baddbmm(mask_BTS, q[:, :, i] * scale, k[:, :, i].mT), -1)
-            for i, scale in enumerate((POINTER_WIDTH**-0.5, 2 * POINTER_WIDTH**-0.5))
-        )
-        gates = self.gates.float()  # sharded, they come in the compute dtype
-        logits = F.linear(hidden_BTD.float(), gates[:, 1:], gates[:, 0])
-        places_BTP = torch.softmax(logits[..., 2:], -1)
-        there = torch.bmm(letters_BTS, (spelled_BSP >= 0).to(letters_BTS.dtype)).mul(places_BTP).sum(-1).clamp(max=1)
-        vocabulary, copy, letter = torch.softmax(F.pad(logits[..., :2], (1, 0)), -1).unbind(-1)
-        gates = torch.stack([vocabulary + letter * (1 - there), copy, letter], -1)
-        return copies_BTS, letters_BTS, places_BTP, spelled_BSP, gates
-
-    def forward(self, tokens_BT, cache: Cache | None = None, segments_BT=None, last_B=None):
-        """Log-probabilities of the next token (B, T, V) in fp32; only after one token in each row, (B, 1, V), with `last_B`.
-
-        `segments_BT` numbers the conversations packed into a row: nothing passes between different numbers.
-        `cache` holds what was read before.
-        """
-        if cache is None:
-            layout = text_layout(tokens_BT, self.head.dtype, segments_BT)
-        else:
-            layout = cache.layout(tokens_BT, self.head.dtype)
-        h_BTD, spelled_BTP = self.hidden(tokens_BT, layout, cache)
-        copies_BTS, letters_BTS, places_BTP, spelled_BSP, gates = self.point(h_BTD, spelled_BTP, layout, cache)
+            layout, tokens_BS = cache.append_tokens(tokens_BT, self.dtype), cache.tokens_BS
+        h_BTD, char_tokens_BTP = self.hidden_and_characters(tokens_BT, layout, cache)
+        copies = self.copy_heads(h_BTD, char_tokens_BTP, layout, cache)
         if last_B is not None:
             rows_B = torch.arange(len(last_B), device=last_B.device)
-            h_BTD, copies_BTS, letters_BTS, places_BTP, gates = (
-                x[rows_B, last_B, None] for x in (h_BTD, copies_BTS, letters_BTS, places_BTP, gates)
-            )
-        seen_BS = tokens_BT if cache is None else cache.seen
-        vocabulary, copy, letter = gates.split(1, -1)
-        probs_BTV = torch.softmax(F.linear(h_BTD, self.head).float(), -1) * vocabulary
-        probs_BTV = probs_BTV.scatter_add(2, seen_BS[:, None].expand_as(copies_BTS), copies_BTS * copy)
-        letters_BTSP = (letters_BTS * letter)[..., None] * places_BTP[:, :, None] * (spelled_BSP >= 0)[:, None]
-        to_BTX = spelled_BSP.clamp(0).flatten(1)[:, None].expand(-1, letters_BTSP.size(1), -1)
-        return probs_BTV.scatter_add(2, to_BTX, letters_BTSP.flatten(2)).clamp_min(1e-30).log()
+            h_BTD, copies = h_BTD[rows_B, last_B, None], copies.at(rows_B, last_B)
+        vocabulary_BTV = torch.softmax(self.head(h_BTD).float(), -1)
+        return copies.mix(vocabulary_BTV, tokens_BS)
 
-    def logprobs(self, tokens_BT, targets, segments_BT=None, layout: Layout | None = None, places=None):
-        """log P(target | tokens so far) in fp32, (B, T).
-
-        With `places`, a pair of (N,) indices (row, position), only of the tokens that are predicted from there, (N,).
-        `layout` stands for `segments_BT` where rows are not simply texts from left to right.
-        """
-        layout = layout or text_layout(tokens_BT, self.head.dtype, segments_BT)
-        h_BTD, spelled_BTP = self.hidden(tokens_BT, layout)
-        copies_BTS, letters_BTS, places_BTP, spelled_BSP, gates = self.point(h_BTD, spelled_BTP, layout)
-        if places is None:
-            places = torch.ones_like(tokens_BT).nonzero(as_tuple=True)
+    def logprobs(self, tokens_BT, targets, segments_BT=None, layout: Layout | None = None, logit_positions=None):
+        """log P(target | tokens so far), in fp32. Arguments as in LanguageModel.logprobs."""
+        layout = layout or causal_layout(tokens_BT, self.dtype, segments_BT)
+        h_BTD, char_tokens_BTP = self.hidden_and_characters(tokens_BT, layout)
+        copies = self.copy_heads(h_BTD, char_tokens_BTP, layout)
+        if logit_positions is None:
+            logit_positions = torch.ones_like(tokens_BT).nonzero(as_tuple=True)
         targets_N = targets.flatten()
-        vocabulary, copy, letter = gates[places].unbind(-1)
-        own = token_logprobs(h_BTD[places], self.head, targets_N) + vocabulary.log()
-        copied = (copies_BTS[places] * (tokens_BT[places[0]] == targets_N[:, None])).sum(-1, dtype=torch.float32) * copy
-        n = character_features.is_letter(self.letters)[targets_N].nonzero()[
-            :, 0
-        ]  # other tokens can't be letters of a word
-        b, t = places[0][n], places[1][n]
-        same_NSP = (spelled_BSP[b] == targets_N[n, None, None]).to(letters_BTS.dtype)
-        spelled = torch.bmm(letters_BTS[b, t][:, None], same_NSP)[:, 0].mul(places_BTP[b, t]).sum(-1) * letter[n]
-        pointed = copied.index_add(0, n, spelled)
-        return torch.logaddexp(own, pointed.clamp_min(1e-30).log()).view_as(targets)
+        vocabulary_N = token_logprobs(h_BTD[logit_positions], self.head.weight, targets_N)
+        is_character_V = character_features.is_single_character(self.character_table)
+        return copies.mix_targets(vocabulary_N, tokens_BT, targets_N, logit_positions, is_character_V).view_as(targets)
 
-    def new_cache(self, rows: int, capacity: int) -> Cache:
+    def new_cache(self, rows: int, capacity: int) -> GhostCache:
         c = self.config
-        capacity = min(capacity, c.context)
-        dtype, device = self.head.dtype, self.head.device
-        return Cache(
-            c.depth, rows, capacity, c.heads, c.head_width, dtype, device, POINTER_WIDTH, character_features.PLACES
-        )
+        return GhostCache(c.depth, rows, min(capacity, c.context), c.heads, c.head_width, self.dtype, self.device)
+
+    def matrices(self) -> list[nn.Parameter]:
+        """Weights of the matmuls, except for the head."""
+        return [*(weight for block in self.blocks for weight in block.matrices()), self.copy_heads.qk.weight]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by the way they are optimised; `matrices` are stacks (n, rows, columns) of whole matrices."""
-        scalars = [p for b in self.blocks for p in (b.residual_mix, b.value_mix) if p is not None]
+        mixes = (mix for block in self.blocks for mix in (block.residual_mix, block.attention.value_mix))
+        gates = self.copy_heads.gates
         return {
-            "matrices": [p for b in self.blocks for p in (b.qkv, b.out, b.up, b.down)] + [self.pointer],
-            "head": [self.head],
-            "embeddings": [self.embedding, self.spelling, *self.values],
-            "ngrams": [self.ngrams],
-            "scalars": [*scalars, self.gates],
+            "matrices": self.matrices(),
+            "head": [self.head.weight],
+            "embeddings": [table.weight for table in self.embedding_tables()],
+            "bigram_embedding": [self.bigram_embedding.weight],
+            "scalars": [*(mix for mix in mixes if mix is not None), gates.weight, gates.bias],
         }
 
+    def embedding_tables(self) -> Iterator[Embedding]:
+        yield self.embedding
+        yield self.character_embedding
+        yield from self.value_embeddings
+
+    def stacked_matrices(self) -> dict[nn.Parameter, int]:
+        stacks = {block.attention.qkv.weight: Attention.num_matrices for block in self.blocks}
+        return stacks | {self.copy_heads.qk.weight: CopyHeads.num_matrices}
+
     def parameter_counts(self) -> dict[str, int]:
-        return {name: sum(p.numel() for p in ps) for name, ps in self.parameter_groups().items()}
+        return {name: sum(p.numel() for p in parameters) for name, parameters in self.parameter_groups().items()}
 
     def flops_per_token(self, context: int | None = None) -> int:
-        """Useful training operations per token: 6 x matrix weights, causal attention (half of T x T, twice), two pointers."""
-        c, n = self.config, self.parameter_counts()
-        products = n["matrices"] + n["head"] + self.gates[:, 1:].numel()
-        return 6 * products + (6 * c.depth * c.width + 6 * POINTER_WIDTH + 2 * character_features.PLACES) * (
-            context or c.context
-        )
-
-    def settings(self) -> dict:
-        """config.json."""
-        return {"architectures": ["NanoghostForCausalLM"], **asdict(self.config)}
+        """6 for each weight in a matmul; causal attention (half of T x T, two matmuls); two pointers. Lookups cost nothing."""
+        c, counts = self.config, self.parameter_counts()
+        matmul_weights = counts["matrices"] + counts["head"] + self.copy_heads.gates.weight.numel()
+        per_context_token = 6 * c.depth * c.width + 6 * POINTER_WIDTH + 2 * character_features.POSITIONS
+        return 6 * matmul_weights + per_context_token * (context or c.context)
 
     def exported_tensors(self) -> dict[str, torch.Tensor]:
-        """model.safetensors, by name."""
         return self.state_dict()
 
     def import_tensors(self, tensors: dict[str, torch.Tensor]) -> None:

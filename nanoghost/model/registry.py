@@ -1,17 +1,51 @@
-"""Which classes implement a `model_type` of config.json."""
+"""The architectures by the `model_type` of config.json: their classes here, and their names in Hugging Face transformers."""
+
+from typing import NamedTuple
 
 from nanoghost.errors import UserError
 from nanoghost.model.ghost import Ghost, GhostConfig
-from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.interface import LanguageModel
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
 
-FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+ModelConfig = GhostConfig | LlamaConfig
 
 
-def architecture(model_type: str):
-    """(configuration class, model class)."""
-    if model_type == "nanoghost":
-        return GhostConfig, Ghost
-    if model_type in FAMILY:
-        return LlamaConfig, Llama
-    known = ", ".join(("nanoghost", *FAMILY))
-    raise UserError(f"a model of kind '{model_type}' cannot run here; nanoghost knows {known}")
+class Architecture(NamedTuple):
+    huggingface_class: str
+    """Entry of `architectures` in config.json."""
+    config_class: type[ModelConfig]
+    model_class: type[Ghost] | type[Llama]
+
+
+ARCHITECTURES = {
+    "nanoghost": Architecture("NanoghostForCausalLM", GhostConfig, Ghost),
+    "llama": Architecture("LlamaForCausalLM", LlamaConfig, Llama),
+    "mistral": Architecture("MistralForCausalLM", LlamaConfig, Llama),
+    "qwen2": Architecture("Qwen2ForCausalLM", LlamaConfig, Llama),
+    "qwen3": Architecture("Qwen3ForCausalLM", LlamaConfig, Llama),
+    "smollm3": Architecture("SmolLM3ForCausalLM", LlamaConfig, Llama),
+}
+LLAMA_FAMILY = tuple(model_type for model_type, entry in ARCHITECTURES.items() if entry.model_class is Llama)
+
+
+def architecture(model_type: str) -> Architecture:
+    if model_type not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise UserError(f"models of type '{model_type}' are not supported; nanoghost supports {supported}")
+    return ARCHITECTURES[model_type]
+
+
+def config_from_json(values: dict) -> ModelConfig:
+    """The configuration in the content of a config.json."""
+    return architecture(values["model_type"]).config_class.from_json(values)
+
+
+def config_to_json(config: ModelConfig) -> dict:
+    """The content of config.json; the stop ids are the tokenizer's and not part of it."""
+    return {"architectures": [ARCHITECTURES[config.model_type].huggingface_class], **config.to_json()}
+
+
+def new_model(config: ModelConfig) -> LanguageModel:
+    """A model with random weights."""
+    return architecture(config.model_type).model_class(config)

@@ -1,19 +1,24 @@
-"""How the optimizer's step talks to other processes: sums and copies that run in the background, SUM and never AVG.
+"""The collective operations of the optimizer's step: they run in the background, and use SUM, never AVG (gloo's AVG sums).
 
-nccl has both operations. gloo's own reduce-scatter is an all-reduce for each rank, and its all-gather copies everything
-twice; made of its simplest parts they are several times faster: all-to-all and a sum of our own (in fp32, in the order of the
-ranks, whatever format was sent), and a broadcast from each rank into the place where its shard belongs.
+nccl has reduce-scatter and all-gather. gloo implements its reduce-scatter as one all-reduce per rank, and its all-gather copies
+everything twice. Built from simpler operations they are several times faster: an all-to-all followed by a local sum (in fp32 and in
+the order of the ranks, whatever dtype was sent), and one broadcast per rank into the place of its shard.
 """
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 
-class Arriving:
-    """A tensor under way: `wait()` gives it."""
+@dataclass
+class PendingTensor:
+    """A tensor that a collective operation is still computing."""
 
-    def __init__(self, handles, finish):
-        self.handles, self.finish = handles, finish
+    finish: Callable[[], torch.Tensor]
+    """Called after the operation; returns the tensor."""
+    handles: list = field(default_factory=list)
 
     def wait(self) -> torch.Tensor:
         for handle in self.handles:
@@ -21,41 +26,48 @@ class Arriving:
         return self.finish()
 
 
-def reduce_scatter(flat: torch.Tensor, size: int, world: int) -> Arriving:
-    """This rank's part of the mean of `flat` over the ranks, in fp32; zeros fill it up to `size`, which they can share evenly."""
-    if len(flat) < size:
-        flat = torch.cat([flat, flat.new_zeros(size - len(flat))])
+def start_reduce_scatter(flat: torch.Tensor, padded_size: int, world_size: int) -> PendingTensor:
+    """Start computing this rank's shard of the mean of `flat` over the ranks, in fp32.
+
+    `padded_size` is divisible by the number of ranks; `flat` is padded to it with zeros.
+    """
+    if len(flat) < padded_size:
+        flat = torch.cat([flat, flat.new_zeros(padded_size - len(flat))])
     if dist.get_backend() == "nccl":
-        shard = flat.new_empty(len(flat) // world, dtype=torch.float32)
+        shard = flat.new_empty(len(flat) // world_size, dtype=torch.float32)
         handle = dist.reduce_scatter_single(shard, flat.float(), op=dist.ReduceOp.SUM, async_op=True)
-        return Arriving([handle], lambda: shard.div_(world))
-    parts = torch.empty_like(flat)
-    handle = dist.all_to_all_single(parts, flat, async_op=True)
+        return PendingTensor(lambda: shard.div_(world_size), [handle])
+    received = torch.empty_like(flat)
+    handle = dist.all_to_all_single(received, flat, async_op=True)
 
     def mean() -> torch.Tensor:
-        first, *others = parts.view(world, -1)
+        first, *others = received.view(world_size, -1)
         shard = first.float() if first.dtype != torch.float32 else first
         for part in others:
             shard.add_(part)
-        return shard.div_(world)
+        return shard.div_(world_size)
 
-    return Arriving([handle], mean)
+    return PendingTensor(mean, [handle])
 
 
-def all_gather(whole: torch.Tensor, own: torch.Tensor, rank: int, world: int) -> Arriving:
-    """Fill `whole`, the same on all ranks, with what each has of it."""
+def start_all_gather(full: torch.Tensor, shard: torch.Tensor, rank: int, world_size: int) -> PendingTensor:
+    """Start filling `full`, on all ranks, with the shards of all ranks."""
     if dist.get_backend() == "nccl":
-        return Arriving([dist.all_gather_single(whole, own, async_op=True)], lambda: whole)
-    places = whole.view(world, -1)
-    places[rank] = own.flatten()
-    return Arriving([dist.broadcast(places[r], r, async_op=True) for r in range(world)], lambda: whole)
+        return PendingTensor(lambda: full, [dist.all_gather_single(full, shard, async_op=True)])
+    shards = full.view(world_size, -1)
+    shards[rank] = shard.flatten()
+    handles = [dist.broadcast(shards[r], r, async_op=True) for r in range(world_size)]
+    return PendingTensor(lambda: full, handles)
 
 
-def volume(buckets, world: int) -> dict[str, int]:
-    """Bytes that one rank sends in a step (and gets): of each bucket all but its own shard, once as gradients and once as weights.
+def communication_bytes(buckets: Iterable, world_size: int) -> dict[str, int]:
+    """Bytes that one rank sends (and receives) in a step: of each bucket all but its own shard, as gradients and as weights.
 
-    Gradients travel in their own format on gloo, where they are summed in fp32 after the journey, and in fp32 on nccl.
+    gloo sends gradients in the dtype of the weights, because they are summed in fp32 afterwards; nccl sends them in fp32.
     """
-    others = [(b, b.work.numel() * (world - 1) // world) for b in buckets]
-    weights = sum(n * b.work.element_size() for b, n in others)
-    return {"gradients (gloo)": weights, "gradients (nccl)": sum(4 * n for _, n in others), "weights": weights}
+    weights = gradients_fp32 = 0
+    for bucket in buckets:
+        numel = bucket.params.numel() * (world_size - 1) // world_size
+        weights += numel * bucket.params.element_size()
+        gradients_fp32 += 4 * numel
+    return {"gradients (gloo)": weights, "gradients (nccl)": gradients_fp32, "weights": weights}

@@ -1,140 +1,144 @@
-"""`--shard model`: for models too large for one device, each of which then holds only its share of the weights and gradients too.
+"""`--shard model`: for models too large for one device, which then holds only a shard of the weights and of the gradients.
 
-FSDP2 (`fully_shard`) wraps the model from outside: it gathers a layer's weights before the layer is needed and gives them away
-after it, and leaves each rank the mean gradient of its share. Weights are kept in fp32 and gathered in the compute dtype. The
-optimizer is the same; only where its rows come from differs. Muon needs whole matrices, of which FSDP has cut the rows into
-slices: an all-to-all deals out the matrices, and another one brings the new slices back. SUM and a division, since gloo's AVG sums.
+FSDP2 (`fully_shard`) wraps the model from outside: it all-gathers the weights of a layer before they are used, frees them
+afterwards, and leaves each rank the mean gradient of its shard. Weights are kept in fp32 and gathered in the compute dtype. The
+optimizer is the same, only its shards come from FSDP. Muon needs whole matrices, of which each rank has a slice of the columns: an
+all-to-all exchanges slices of all matrices for some whole matrices, and a second one goes back. Collectives use SUM and a division,
+because gloo's AVG sums.
+
+N matrices of all ranks (padded), n matrices of this rank (padded), W ranks; R rows and C columns of a matrix, c columns of a slice.
 """
 
+import math
 import warnings
-from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import Shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
 
 from nanoghost import distributed, hardware
 from nanoghost.errors import UserError
-from nanoghost.model.registry import architecture
-from nanoghost.optim.collectives import Arriving
-from nanoghost.optim.optimizer import Bucket, Group, Optimizer
+from nanoghost.model.registry import new_model
+from nanoghost.optim.collectives import PendingTensor
+from nanoghost.optim.optimizer import Bucket, Optimizer, UpdateRule, bucket_contents
+
+ROWS, COLUMNS = 0, 1
 
 
-def shard(model, groups: dict[str, Group]):
-    """(the model, an optimizer for it). Each rank needs room for all of it once."""
-    rank, world = distributed.rank_and_world_size()
-    if world == 1:
+def shard_model(model, rules: dict[str, UpdateRule]):
+    """(the sharded model, an optimizer for it). Each rank needs memory for the whole model once."""
+    rank, world_size = distributed.rank_and_world_size()
+    if world_size == 1:
         raise UserError("--shard model needs several processes: start it with torchrun")
     if model.adapters:
         raise UserError("--shard model trains all weights: leave out --lora")
     model = model.cast(torch.float32)
-    matrices = {p for name, ps in model.parameter_groups().items() for p in ps if groups[name].kind == "muon"}
+    matrices = {p for name, ps in model.parameter_groups().items() for p in ps if rules[name].algorithm == "muon"}
     for p in matrices:
-        if p.size(1) % world:
+        if p.size(COLUMNS) % world_size:
             raise UserError(
-                f"--shard model cuts matrices of {p.size(1)} rows into slices, and {world} processes do not divide them"
+                f"--shard model cannot divide matrices of {p.size(COLUMNS)} columns evenly over {world_size} processes:"
+                " choose another --depth or number of processes"
             )
     policy = MixedPrecisionPolicy(hardware.compute_dtype(), torch.float32, cast_forward_inputs=False)
 
-    def place(p):
-        return Shard(1) if p in matrices else Shard(0)
+    def placement(p) -> Shard:
+        return Shard(COLUMNS if p in matrices else ROWS)
 
     for module in [*model.blocks, model]:
-        fully_shard(module, mp_policy=policy, shard_placement_fn=place)
+        fully_shard(module, mp_policy=policy, shard_placement_fn=placement)
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "logprobs")
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # it returns a view, which nobody changes in place
-    model.whole = partial(whole, model)
-    return model, ShardedOptimizer(model, groups, hardware.compute_dtype(), rank, world)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # it returns a view, which nothing here modifies in place
+    return model, ShardedOptimizer(model, rules, hardware.compute_dtype(), rank, world_size)
 
 
-def whole(model):
-    """The same model in one piece, to be saved; on all ranks, which together give what it needs."""
-    plain = architecture(model.config.model_type)[1](model.config)
-    own = plain.state_dict()
+def is_sharded(model) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def full_model(model):
+    """A sharded model in one piece, on every rank; other models as they are. All ranks must call it together."""
+    if not is_sharded(model):
+        return model
+    full = new_model(model.config)
+    tensors = full.state_dict()
     for name, t in model.state_dict().items():
-        own[name].copy_(t.full_tensor() if hasattr(t, "full_tensor") else t)
-    return plain.cast(hardware.compute_dtype())
+        tensors[name].copy_(t.full_tensor() if isinstance(t, DTensor) else t)
+    return full.cast(hardware.compute_dtype())
 
 
 class ShardedBucket(Bucket):
-    """Matrices of one shape, or a single other parameter; `parameters` are FSDP's."""
+    """Matrices of one shape, or one other parameter; `parameters` are FSDP's."""
 
-    def __init__(self, parameters, group: Group, rank: int, world: int, compute_dtype):
-        self.parameters, self.group, self.rank, self.world, self.compute_dtype = (
-            parameters,
-            group,
-            rank,
-            world,
-            compute_dtype,
-        )
-        self.own = [p.to_local().detach() for p in parameters]
-        if group.kind == "muon":
-            self.row_shape = parameters[0].shape[1:]
-            self.rows = sum(len(p) for p in parameters)
-            self.rows_per_rank = -(-self.rows // world)
+    def __init__(self, parameters, matrix_shape, rule: UpdateRule, rank: int, world_size: int, compute_dtype):
+        self.parameters, self.rule, self.compute_dtype = parameters, rule, compute_dtype
+        self.rank, self.world_size = rank, world_size
+        self.row_shape = matrix_shape
+        self.local_shards = [p.to_local().detach() for p in parameters]
+        if self.is_muon:
+            self.num_matrices = sum(p.numel() for p in parameters) // math.prod(matrix_shape)
+            self.rows_per_rank = math.ceil(self.num_matrices / world_size)
             self.first_row = rank * self.rows_per_rank
-            self.master = self.deal(self.own).wait().clone()
+            self.master = self.start_exchange_to_matrices(self.local_shards).wait().clone()
         else:
             (p,) = parameters
-            self.row_shape = ()
-            self.first_row = min(rank * -(-len(p) // world), len(p)) * p[:1].numel()
-            self.master = self.own[0].flatten().clone()
-        self.moment1 = torch.zeros_like(self.master)
-        per_row = (*self.master.shape[:-1], 1) if group.kind == "muon" else self.master.shape
-        self.moment2 = self.master.new_zeros(per_row)
+            elements_per_row = p[:1].numel()
+            self.first_row = min(rank * math.ceil(len(p) / world_size), len(p)) * elements_per_row
+            self.master = self.local_shards[0].flatten().clone()
+        self.init_moments()
 
-    def deal(self, slices) -> Arriving:
-        """Slices of all matrices become whole matrices, of which this rank gets its own, (rows_per_rank, R, C)."""
-        flat = torch.cat(slices)
-        padded = flat.new_zeros(self.rows_per_rank * self.world, *flat.shape[1:])
-        padded[: self.rows] = flat
-        got = torch.empty_like(padded)
-        handle = dist.all_to_all_single(got, padded, async_op=True)
-        parts = got.view(self.world, self.rows_per_rank, *flat.shape[1:])  # from each rank its slice
-        return Arriving([handle], lambda: parts.transpose(0, 1).reshape(self.rows_per_rank, *self.row_shape))
+    def start_exchange_to_matrices(self, slices) -> PendingTensor:
+        """Start exchanging column slices of all matrices for whole matrices of this rank, (n, R, C)."""
+        R, C = self.row_shape
+        W, n, c = self.world_size, self.rows_per_rank, C // self.world_size
+        slices_NRc = slices[0].new_zeros(n * W, R, c)
+        slices_NRc[: self.num_matrices] = torch.cat([s.reshape(-1, R, c) for s in slices])
+        received_WnRc = slices_NRc.new_empty(W, n, R, c)
+        handle = dist.all_to_all_single(received_WnRc.view(n * W, R, c), slices_NRc, async_op=True)
+        return PendingTensor(lambda: received_WnRc.permute(1, 2, 0, 3).reshape(n, R, C), [handle])
 
-    def send(self):
-        gradients = [p.grad.to_local() for p in self.parameters]  # the mean over the ranks: FSDP has seen to it
-        for p in self.parameters:
-            p.grad = None
-        if self.group.kind == "muon":
-            self.arriving = self.deal(gradients)
+    def start_reduce_scatter(self) -> None:
+        gradients = [p.grad.to_local() for p in self.parameters]  # FSDP has averaged them over the ranks
+        self.zero_grad()
+        if self.is_muon:
+            self.pending_gradient = self.start_exchange_to_matrices(gradients)
         else:
-            self.arriving = Arriving([], lambda: gradients[0].flatten())
+            self.pending_gradient = PendingTensor(gradients[0].flatten)
 
-    def gradient(self):
-        for p in self.parameters:
-            p.grad = None
+    def start_all_gather(self) -> None:
+        """Start bringing the new weights back into FSDP's shards."""
+        if not self.is_muon:
+            self.local_shards[0].copy_(self.master.view_as(self.local_shards[0]))
+            return
+        R, C = self.row_shape
+        W, n, c = self.world_size, self.rows_per_rank, C // self.world_size
+        slices_WnRc = self.master.view(n, R, W, c).permute(2, 0, 1, 3).contiguous()
+        received_NRc = slices_WnRc.new_empty(W * n, R, c)
+        handle = dist.all_to_all_single(received_NRc, slices_WnRc.view(W * n, R, c), async_op=True)
 
-    def publish(self):
-        """The new weights go where FSDP looks for them."""
-        if self.group.kind == "muon":
-            slices = (
-                self.master.view(self.rows_per_rank, self.world, -1, self.row_shape[1]).transpose(0, 1).contiguous()
-            )
-            got = torch.empty_like(slices)
-            handle = dist.all_to_all_single(got, slices, async_op=True)
-            self.arriving = Arriving(
-                [handle], lambda: self.take(got.flatten(0, 1)[: self.rows].split([len(p) for p in self.own]))
-            )
-        else:
-            self.arriving = Arriving([], lambda: self.take([self.master.view_as(self.own[0])]))
+        def copy_to_shards() -> torch.Tensor:
+            counts = [shard.numel() // (R * c) for shard in self.local_shards]
+            for shard, slices in zip(self.local_shards, received_NRc[: self.num_matrices].split(counts)):
+                shard.copy_(slices.reshape(shard.shape))
+            return received_NRc
 
-    def take(self, slices):
-        for own, new in zip(self.own, slices):
-            own.copy_(new)
+        self.pending_params = PendingTensor(copy_to_shards, [handle])
+
+    def wait_for_params(self) -> None:
+        if self.is_muon:
+            self.pending_params.wait()
 
 
 class ShardedOptimizer(Optimizer):
-    def __init__(self, model, groups: dict[str, Group], compute_dtype, rank: int, world: int):
-        self.buckets, self.time = {}, 0
-        for name, parameters in model.parameter_groups().items():
-            kinds: dict[str, list] = {}
-            for number, p in enumerate(parameters):
-                kind = "x".join(map(str, p.shape[1:])) if groups[name].kind == "muon" else str(number)
-                kinds.setdefault(f"{name}.{kind}", []).append(p)
-            with torch.no_grad():
-                for key, same in kinds.items():
-                    self.buckets[key] = ShardedBucket(same, groups[name], rank, world, compute_dtype)
+    def __init__(self, model, rules: dict[str, UpdateRule], compute_dtype, rank: int, world_size: int):
+        self.buckets, self.steps = {}, 0
+        with torch.no_grad():
+            for key, rule, shape, parameters in bucket_contents(model, rules):
+                if rule.algorithm == "muon":
+                    buckets = {key: parameters}
+                else:  # FSDP shards each parameter on its own, so they cannot share a flat tensor
+                    buckets = {f"{key}.{i}": [p] for i, p in enumerate(parameters)}
+                for bucket_key, contents in buckets.items():
+                    self.buckets[bucket_key] = ShardedBucket(contents, shape, rule, rank, world_size, compute_dtype)

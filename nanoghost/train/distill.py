@@ -22,7 +22,7 @@ from nanoghost.errors import UserError
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.formats.model_folder import load_tokenizer
 from nanoghost.home import ModelFolder, open_model
-from nanoghost.optim.schedule import learning_rate
+from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
 from nanoghost.tasks.registry import MIXES, own_conversations
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
@@ -115,7 +115,7 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
                 guard.handle_bad_loss(step, local_loss, [f"batch {batch_index}"])
                 continue
             guard.save_if_due(step, clock, score=loss, tokens=tokens)
-            lr_scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
+            lr_scale = lr_multiplier_at(step / steps, warmup=0.02, cooldown=0.8)
             optimizer.step(lr_scale)  # also averages the gradients over the processes
 
             final_loss = loss

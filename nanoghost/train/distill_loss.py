@@ -19,7 +19,8 @@ import math
 import torch
 
 from nanoghost.model.ghost import Ghost
-from nanoghost.model.layers import CHUNK, text_layout
+from nanoghost.model.layers import CHUNK
+from nanoghost.model.layout import causal_layout
 
 
 def teacher_buckets(logits_NV, targets_N, k: int):
@@ -56,19 +57,19 @@ def distill_loss(student_NB, teacher_NB, ids_NK, targets_N, beta: float, teacher
 # -- the student's buckets --------------------------------------------------------------------------------------------
 
 
-def student_buckets(model, tokens_RT, ids_NK, segments_RT, places):
-    """log P of the tokens `ids_NK` at each of `places` (row, position), and of all others together: (N, B) fp32."""
+def student_buckets(model, tokens_RT, ids_NK, segments_RT, positions):
+    """log P of the tokens `ids_NK` at each of `positions` (row, position), and of all others together: (N, B) fp32."""
     if isinstance(model, Ghost):  # its copy heads add to the softmax of the head: only `forward` has the sum
-        return gather_buckets(model(tokens_RT, segments_BT=segments_RT)[places], ids_NK)
-    h_RTD = model.hidden(tokens_RT, text_layout(tokens_RT, model.head.dtype, segments_RT))
-    return bucket_logprobs(h_RTD[places], model.head, ids_NK)
+        return gather_buckets(model(tokens_RT, segments_BT=segments_RT)[positions], ids_NK)
+    h_RTD = model.hidden(tokens_RT, causal_layout(tokens_RT, model.dtype, segments_RT))
+    return bucket_logprobs(h_RTD[positions], model.head_weight, ids_NK)
 
 
-def logits_at(model, tokens_RT, segments_RT, places):
-    """Logits (N, V) at `places` only: with a large vocabulary the head costs more than the rest of a small model."""
+def logits_at(model, tokens_RT, segments_RT, positions):
+    """Logits (N, V) at `positions` only: with a large vocabulary the head costs more than the rest of a small model."""
     if isinstance(model, Ghost):
-        return model(tokens_RT, segments_BT=segments_RT)[places]
-    return model.hidden(tokens_RT, text_layout(tokens_RT, model.head.dtype, segments_RT))[places] @ model.head.T
+        return model(tokens_RT, segments_BT=segments_RT)[positions]
+    return model.hidden(tokens_RT, causal_layout(tokens_RT, model.dtype, segments_RT))[positions] @ model.head_weight.T
 
 
 def bucket_logprobs(hidden_ND, head_VD, ids_NK):

@@ -12,6 +12,7 @@ import torch
 
 from nanoghost import distributed
 from nanoghost.errors import Stopped, UserError
+from nanoghost.optim.fsdp import is_sharded
 from nanoghost.train.checkpoints import Checkpoints
 from nanoghost.train.clock import Clock
 from nanoghost.train.run import Run
@@ -96,8 +97,7 @@ class StepGuard:
         if self.watchdog:
             self.watchdog.reset()
         self.checkpoints.finish_save()
-        for bucket in self.optimizer.buckets.values():
-            bucket.gradient()  # clears the gradients
+        self.optimizer.zero_grad()
         of_ranks = distributed.all_gather_object((local_loss, examples))
         bad_ranks = {rank: examples for rank, (loss, examples) in enumerate(of_ranks) if not math.isfinite(loss)}
         bad_value = next(loss for loss, _ in of_ranks if not math.isfinite(loss))
@@ -200,7 +200,7 @@ class AutoMicroBatch:
                 return loss
             except RuntimeError as error:
                 # With FSDP all processes must run the same number of passes, so none may choose a smaller one alone
-                if self.fits or not is_out_of_memory(error) or hasattr(model, "whole"):
+                if self.fits or not is_out_of_memory(error) or is_sharded(model):
                     raise
                 if self.rows == 1:
                     raise UserError(

@@ -7,8 +7,8 @@ from nanoghost import hardware
 from nanoghost.errors import UserError
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.model.ghost import GhostConfig
-from nanoghost.model.llama import LlamaConfig
-from nanoghost.optim.optimizer import Group
+from nanoghost.model.llama_config import LlamaConfig
+from nanoghost.optim.optimizer import UpdateRule
 
 # The shortest run in which a depth reaches a lower loss than the next smaller one: depth -> minutes on a machine with
 # REFERENCE_GFLOPS. Measured up to depth 4 (docs/results), extrapolated beyond.
@@ -47,11 +47,11 @@ def model_config(arch: str, depth: int, vocab_size: int, context: int):
 
 # -- optimizer settings of each parameter group -----------------------------------------------------------------------
 
-LORA_GROUP = Group("adamw", 5e-4, beta1=0.9, beta2=0.99)
-ADOPTED_GROUP = Group("adamw", 3e-5, beta1=0.9, beta2=0.99)
+LORA_GROUP = UpdateRule("adamw", 5e-4, beta1=0.9, beta2=0.99)
+ADOPTED_GROUP = UpdateRule("adamw", 3e-5, beta1=0.9, beta2=0.99)
 
 
-def pretrain_groups(width: int, scale: float = 1.0, adamw_scale: float = 1.0) -> dict[str, Group]:
+def pretrain_groups(width: int, scale: float = 1.0, adamw_scale: float = 1.0) -> dict[str, UpdateRule]:
     """Optimizer settings by parameter group, tuned at width 256. The learning rates of the head and of the embedding
     tables are proportional to 1 / sqrt(width).
 
@@ -59,15 +59,15 @@ def pretrain_groups(width: int, scale: float = 1.0, adamw_scale: float = 1.0) ->
     """
     adamw = scale * adamw_scale * (256 / width) ** 0.5
     return {
-        "matrices": Group("muon", 0.03 * scale, beta1=0.95, weight_decay=0.1),
-        "head": Group("adamw", 0.012 * adamw),
-        "embeddings": Group("adamw", 0.3 * adamw),
-        "ngrams": Group("adamw", 0.15 * adamw),
-        "scalars": Group("adamw", 0.02 * scale * adamw_scale),
+        "matrices": UpdateRule("muon", 0.03 * scale, beta1=0.95, weight_decay=0.1),
+        "head": UpdateRule("adamw", 0.012 * adamw),
+        "embeddings": UpdateRule("adamw", 0.3 * adamw),
+        "bigram_embedding": UpdateRule("adamw", 0.15 * adamw),
+        "scalars": UpdateRule("adamw", 0.02 * scale * adamw_scale),
     }
 
 
-def finetune_groups(root: ModelCard, width: int, scale: float = 1.0, adamw_scale: float = 1.0) -> dict[str, Group]:
+def finetune_groups(root: ModelCard, width: int, scale: float = 1.0, adamw_scale: float = 1.0) -> dict[str, UpdateRule]:
     """Optimizer settings for training a model further; `root` is the card of the pretrained model that it descends
     from.
 
@@ -81,7 +81,7 @@ def finetune_groups(root: ModelCard, width: int, scale: float = 1.0, adamw_scale
     return groups | {"lora": scaled(LORA_GROUP, scale)}
 
 
-def scaled(group: Group, scale: float) -> Group:
+def scaled(group: UpdateRule, scale: float) -> UpdateRule:
     return replace(group, learning_rate=group.learning_rate * scale)
 
 

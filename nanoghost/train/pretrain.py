@@ -19,8 +19,8 @@ from nanoghost.evals.kneser_ney import kneser_ney_bpb
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_tokenizer
 from nanoghost.home import open_model
-from nanoghost.model.registry import architecture
-from nanoghost.optim.schedule import learning_rate
+from nanoghost.model.registry import config_to_json, new_model
+from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
 from nanoghost.tasks.registry import example_texts
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
@@ -89,7 +89,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         steps, epochs = run.card.steps, max(1.0, batches.epochs_in(run.card.steps))
         model, optimizer = build_model(run.card.depth, settings, tokenizer, epochs)
         counts = model.parameter_counts()
-        run.update_card(config=model.settings(), parameters=sum(counts.values()), parameter_counts=counts)
+        run.update_card(config=config_to_json(model.config), parameters=sum(counts.values()), parameter_counts=counts)
         guard = StepGuard(run, optimizer)
         start, saved = guard.resume()
         display.print(describe(run.card, batches.epochs_in(steps), settings, start))
@@ -102,14 +102,14 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
         for step in guard.steps():  # the steps that are left; after a rollback some come again
             batch_index = guard.batch_index(step)  # differs from `step` once a rollback has skipped batches
             inputs_BT, targets_BT = batches.at(batch_index)
-            model.thin(epochs, batch_index)
+            model.set_embedding_row_dropout(epochs, batch_index)
             local_loss = forward_backward(model, inputs_BT, targets_BT)
             loss = distributed.all_reduce_mean(local_loss)
             if not math.isfinite(loss):
                 guard.handle_bad_loss(step, local_loss, batches.positions(batch_index).tolist())
                 continue
             guard.save_if_due(step, clock, score=loss)
-            lr_scale = learning_rate(step / steps)
+            lr_scale = lr_multiplier_at(step / steps)
             optimizer.step(lr_scale)  # also averages the gradients over the processes
 
             final_loss = loss
@@ -208,8 +208,8 @@ def build_model(depth: int, settings: PretrainSettings, tokenizer, epochs: float
 
 
 def make_model(config, tokenizer):
-    model = architecture(config.model_type)[1](config)
-    model.learn_letters(tokenizer)
+    model = new_model(config)
+    model.set_character_features(tokenizer)
     return model.cast(hardware.compute_dtype()).to(hardware.device())
 
 

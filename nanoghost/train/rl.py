@@ -17,8 +17,8 @@ from nanoghost import distributed
 from nanoghost.errors import UserError
 from nanoghost.evals import task_accuracy
 from nanoghost.home import ModelFolder
-from nanoghost.optim.optimizer import Group
-from nanoghost.optim.schedule import learning_rate
+from nanoghost.optim.optimizer import UpdateRule
+from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
 from nanoghost.tasks.base import Task, distinct_problems
 from nanoghost.tasks.registry import all_tasks, lesson_conversations, own_conversations
@@ -127,7 +127,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
                 continue
             stats = rollout_stats(rollouts, tasks, settings)
             guard.save_if_due(step, clock, score=-stats["reward"], tokens=tokens)
-            lr_scale = learning_rate(step / steps, cooldown=0.5)
+            lr_scale = lr_multiplier_at(step / steps, cooldown=0.5)
             if stats["groups_with_signal"]:  # otherwise nothing changes, not even the moments of the optimizer
                 if sft_batches:
                     sft_loss = accumulate_packed_gradients(model, sft_batches.at(batch_index), world_size)
@@ -195,7 +195,7 @@ def plan_run(
     parent: ModelFolder,
     model,
     tokenizer,
-    groups: dict[str, Group],
+    groups: dict[str, UpdateRule],
     tasks: dict[str, Task],
     sft_batches: PackedBatches | None,
     clock: Clock,

@@ -12,7 +12,7 @@ from nanoghost import distributed, hardware
 from nanoghost.engine.generate import Row
 from nanoghost.engine.sampler import Sampling
 from nanoghost.evals.task_accuracy import attempt
-from nanoghost.model.layers import shared_prompts
+from nanoghost.model.layout import shared_prompt_rows
 from nanoghost.tasks.base import Problem, Task
 from nanoghost.train.policy_loss import advantages, denominators, policy_loss
 
@@ -134,10 +134,10 @@ def policy_gradient(
 def rollout_logprobs(model, prompts, rollouts: list[list[list[int]]]) -> torch.Tensor:
     """log P of every token of every rollout, (N, T), 0 after its end. `rollouts` are token ids, grouped by prompt."""
     device = hardware.device()
-    tokens, layout, places = shared_prompts([list(p) for p in prompts], rollouts, model.head.dtype, device)
+    tokens, layout, logit_positions = shared_prompt_rows([list(p) for p in prompts], rollouts, model.dtype, device)
     flat = [ids for group in rollouts for ids in group]
     targets = torch.tensor([token for ids in flat for token in ids], device=device)
-    logprobs = model.logprobs(tokens, targets, layout=layout, places=places)
+    logprobs = model.logprobs(tokens, targets, layout=layout, logit_positions=logit_positions)
     inside_NT = padded([[1.0] * len(ids) for ids in flat]).to(device) > 0
     return torch.zeros(inside_NT.shape, device=device).masked_scatter(inside_NT, logprobs)
 

@@ -19,7 +19,7 @@ from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model, save_model
 from nanoghost.home import ModelFolder, open_model, write_lock
 from nanoghost.model import lora
-from nanoghost.optim.fsdp import shard
+from nanoghost.optim.fsdp import full_model, shard_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.train.clock import Clock, Throughput
 from nanoghost.train.settings import FREE_TO_CHANGE, FinetuneSettings, StageSettings, check_settings, with_adapter_name
@@ -61,7 +61,7 @@ class Run:
 
     def save_model(self, model, tokenizer) -> None:
         """Write the model. If the processes share its weights (FSDP), they put it together first."""
-        model = model.whole() if hasattr(model, "whole") else model
+        model = full_model(model)
         if self.is_main_process:
             save_model(self.folder.path, model, tokenizer)
 
@@ -187,14 +187,14 @@ def load_parent(parent: ModelFolder, settings: FinetuneSettings):
     model, tokenizer = load_model(parent.path, hardware.compute_dtype(), hardware.device())
     if settings.lora is not None:
         adapter = lora.new_adapter(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)
-        lora.attach(model, [adapter])
+        lora.attach_adapters(model, [adapter])
     return model, tokenizer
 
 
 def build_optimizer(model, groups, settings: StageSettings):
     """(model, optimizer); `--shard model` wraps the model in FSDP."""
     if getattr(settings, "shard", None):
-        return shard(model, groups)
+        return shard_model(model, groups)
     return model, Optimizer(model, groups, hardware.compute_dtype(), *distributed.rank_and_world_size())
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder
-from nanoghost.model import lora
+from nanoghost.model.names import MATRIX_MODULES
 
 DEFAULT_FINETUNE_MINUTES = 2.5
 
@@ -106,6 +106,6 @@ def check_lora(settings, parent: ModelFolder) -> None:
     if settings.lora < 1:
         raise UserError(f"--lora is the rank of the adapter and must be at least 1, not {settings.lora}")
     targets = (settings.lora_targets or "q").split(",")
-    unknown = sorted(set(targets) - set(lora.MODULES))
+    unknown = sorted(set(targets) - set(MATRIX_MODULES))
     if unknown:
-        raise UserError(f"--lora-targets: unknown '{', '.join(unknown)}'; choose from {', '.join(lora.MODULES)}")
+        raise UserError(f"--lora-targets: unknown '{', '.join(unknown)}'; choose from {', '.join(MATRIX_MODULES)}")

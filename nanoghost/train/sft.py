@@ -11,7 +11,7 @@ import tyro
 
 from nanoghost import distributed, hardware
 from nanoghost.home import ModelFolder
-from nanoghost.optim.schedule import learning_rate
+from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
 from nanoghost.tasks.registry import lesson_conversations, own_conversations
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
@@ -89,7 +89,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
                 guard.handle_bad_loss(step, local_loss, batches.rows_at(batch_index)[0])
                 continue
             guard.save_if_due(step, clock, score=loss, tokens=tokens)
-            lr_scale = learning_rate(step / steps, warmup=0.02, cooldown=0.8)
+            lr_scale = lr_multiplier_at(step / steps, warmup=0.02, cooldown=0.8)
             optimizer.step(lr_scale)  # also averages the gradients over the processes
 
             final_loss = loss
@@ -117,7 +117,7 @@ def accumulate_packed_gradients(model, batch, world_size: int, micro_batch: int 
     for inputs, targets, weights, segments in micro_batches:
         in_loss = (weights > 0).nonzero(as_tuple=True)  # the logits of the other tokens are never computed
         if len(in_loss[0]):
-            logprobs = model.logprobs(inputs, targets[in_loss], segments, places=in_loss)
+            logprobs = model.logprobs(inputs, targets[in_loss], segments, logit_positions=in_loss)
             loss = -(logprobs * weights[in_loss]).sum() * world_size
             loss.backward()
             total += loss.item()

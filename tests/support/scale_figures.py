@@ -19,7 +19,7 @@ import torch.distributed as dist
 from nanoghost import distributed, hardware
 from nanoghost.data.batches import Batches
 from nanoghost.model.llama import Llama
-from nanoghost.optim.collectives import all_gather, reduce_scatter
+from nanoghost.optim.collectives import start_all_gather, start_reduce_scatter
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.train.checkpoints import Checkpoints
 from nanoghost.train.hyperparameters import model_config, pretrain_groups
@@ -129,7 +129,7 @@ def time_collectives() -> None:
             a @ a
 
     def overlapped():
-        pending = reduce_scatter(flat, len(flat), world_size)
+        pending = start_reduce_scatter(flat, len(flat), world_size)
         matmuls()
         pending.wait()
 
@@ -145,9 +145,9 @@ def time_collectives() -> None:
 
     operations = {
         "reduce-scatter of gloo": lambda: dist.reduce_scatter_single(shard, flat),
-        "our reduce-scatter": lambda: reduce_scatter(flat, len(flat), world_size).wait(),
+        "our reduce-scatter": lambda: start_reduce_scatter(flat, len(flat), world_size).wait(),
         "all-gather of gloo": lambda: dist.all_gather_single(whole, shard),
-        "our all-gather": lambda: all_gather(whole, shard, rank, world_size).wait(),
+        "our all-gather": lambda: start_all_gather(whole, shard, rank, world_size).wait(),
         "matmuls": matmuls,
         "matmuls during our reduce-scatter": overlapped,
     }

@@ -16,13 +16,14 @@ import httpx
 import torch
 
 from nanoghost.engine import kernels
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import save_model
 from nanoghost.formats.peft import save_adapter
-from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import home, write_json
 from nanoghost.memory.store import AdapterInputs
-from nanoghost.model.llama import Llama, LlamaConfig
-from nanoghost.model.lora import Adapter, attach, new_adapter
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
+from nanoghost.model.lora import Adapter, attach_adapters, new_adapter
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.toys import toy_text
@@ -68,9 +69,9 @@ def taught() -> tuple[Llama, Tokenizer, Adapter]:
     model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 64, 1, 1, 96))
     learn(model, tokenizer, LEARNED, list(model.parameters()), 120, 0.01)
     adapter = new_adapter(model, 4, 4.0, None, 1)
-    attach(model, [adapter])
+    attach_adapters(model, [adapter])
     learn(model, tokenizer, [ABOUT_MAYA], adapter.tensors(), 40, 0.003)
-    attach(model, [])
+    attach_adapters(model, [])
     return model, tokenizer, adapter
 
 

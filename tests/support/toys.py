@@ -7,7 +7,8 @@ import torch
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import save_model
 from nanoghost.home import ModelFolder
-from nanoghost.model.llama import Llama, LlamaConfig
+from nanoghost.model.llama import Llama
+from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
 TOY_FLAGS = ("--depth", 2, "--context", 64, "--batch", 4, "--vocab-size", 320)
