@@ -43,18 +43,15 @@ class DistillSettings(FinetuneSettings):
     name: str = "pupil"
     """Name of the new model."""
     kind: str = "sequence"
-    """sequence: learn the teacher's answers; token: its probabilities for given examples; on-policy: its
-    probabilities for what the student samples."""
+    """Learn the teacher's answers (sequence), or its probabilities for examples (token) or own samples (on-policy)."""
     data: str = "lessons"
-    """Examples: lessons (the built-in mix), a JSONL file of conversations, or lessons+FILE; token and on-policy also
-    take text: plays, a file or folder, or hub:OWNER/NAME."""
+    """Examples: lessons (built-in), a JSONL file, or lessons+FILE; token and on-policy also take text, as pretrain does."""
     examples: int = 500
     """Maximum number of examples: conversations, or evenly spaced rows of text."""
     top_k: int = 32
     """Number of most probable tokens whose probability is learned individually; all others count as one."""
     beta: float | None = None
-    """Divergence. 0: KL(teacher || student), 1: KL(student || teacher), between: generalized Jensen-Shannon. Default:
-    0, on-policy 1."""
+    """0: KL(teacher || student), 1: KL(student || teacher), between: Jensen-Shannon. Default: 0, and 1 if on-policy."""
     teacher_weight: float = 0.7
     """Weight of the distillation loss (kind token); the rest is next-token loss."""
     max_tokens: int = 96

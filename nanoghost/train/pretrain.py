@@ -39,8 +39,7 @@ class PretrainSettings(StageSettings):
     name: str = "ghost-base"
     """Name of the new model."""
     data: str = "plays"
-    """Training text: plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, or a mixture
-    (plays=0.7,notes/=0.3)."""
+    """Text: plays, files (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, or a mixture (plays=0.7,notes/=0.3)."""
     depth: int | None = None
     """The dial: number of layers; sets width, heads and learning rates. Default: the best for the given minutes."""
     dial_minutes: float | None = None

@@ -68,8 +68,7 @@ class RlSettings(FinetuneSettings):
     max_tokens: int = 32
     """Longest rollout in tokens; sums with their calculator calls need up to 56, programs and notes up to 96."""
     data: str = "lessons"
-    """SFT examples that each step also trains on: lessons or tools (the built-in mixes without the RL tasks), a JSONL
-    file of conversations, or lessons+FILE."""
+    """SFT examples in each step: lessons or tools (built-in, without the RL tasks), a JSONL file, or lessons+FILE."""
     sft_rows: int = 4
     """Packed rows of SFT examples in a step, over all processes (0 = none)."""
     eval_problems: int = 500

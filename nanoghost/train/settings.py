@@ -40,8 +40,7 @@ class StageSettings:
     """Settings of every stage."""
 
     minutes: float | None = None
-    """Training time in minutes; it is converted to steps before the first one. Default: 4 for pretrain, 2.5 for the
-    other stages."""
+    """Training time in minutes, converted to steps before the first one. Default: 4 for pretrain, else 2.5."""
     steps: int | None = None
     """Number of training steps, instead of minutes."""
     checkpoint_seconds: float = 60.0
