@@ -45,7 +45,7 @@ class DistillSettings(FinetuneSettings):
     kind: str = "sequence"
     """Learn the teacher's answers (sequence), or its probabilities for examples (token) or own samples (on-policy)."""
     data: str = "lessons"
-    """Examples: lessons (built-in), a JSONL file, or lessons+FILE; token and on-policy also take text, as pretrain does."""
+    """Examples: lessons (built-in), a JSONL file, or lessons+FILE; token and on-policy take text, too (as pretrain)."""
     examples: int = 500
     """Maximum number of examples: conversations, or evenly spaced rows of text."""
     top_k: int = 32
