@@ -1,4 +1,7 @@
-"""The verbs. Each command's module is imported only when it runs, so `nanoghost --help` answers at once."""
+"""The command line: one table of commands, and a parser that makes a settings dataclass from the arguments.
+
+A command's module is imported only when the command runs, so that `nanoghost --help` answers at once (no torch, no tyro).
+"""
 
 import contextlib
 import importlib
@@ -6,223 +9,425 @@ import io
 import os
 import re
 import sys
+from dataclasses import dataclass
 
 from nanoghost import __version__
-from nanoghost.errors import UserError
+from nanoghost.errors import Stopped, UserError
 
-# verb: (module, settings class, function, what it does)
-VERBS = {
-    "speedrun": ("speedrun", "SpeedrunSettings", "command", "the whole pipeline: from an empty folder to a chat"),
-    "chat": ("serve.terminal", "ChatSettings", "command", "talk to a model"),
-    "serve": (
-        "serve.server",
-        "ServeSettings",
-        "command",
-        "a chat page and an API for other programs, on this computer",
-    ),
-    "report": ("evals.report", "ReportSettings", "command", "what was made, how, and how good it is"),
-    "data": ("commands.data", "DataSettings", "command", "fetch, check and tokenize text"),
-    "data refine": (
-        "data.refine",
-        "RefineSettings",
-        "command",
-        "leave out copies, near copies, junk and what models are examined on",
-    ),
-    "tokenizer train": ("commands.tokenizer", "TrainSettings", "train_command", "learn a vocabulary from text"),
-    "tokenizer eval": ("commands.tokenizer", "EvalSettings", "eval_command", "bytes per token by kind of text"),
-    "pretrain": ("train.pretrain", "PretrainSettings", "command", "learn to continue text"),
-    "sft": ("train.sft", "SftSettings", "command", "learn to answer, from conversations"),
-    "rl": ("train.rl", "RlSettings", "command", "learn from attempts at problems that can be checked"),
-    "distill": ("train.distill", "DistillSettings", "command", "learn what another model answers, or expects"),
-    "eval": ("evals.evaluate", "EvalSettings", "command", "bits per byte and accuracy on held-out problems"),
-    "adopt": ("commands.adopt", "AdoptSettings", "command", "take in a model that others trained"),
-    "export": ("commands.export", "ExportSettings", "command", "write a model as a GGUF file"),
-    "list": ("commands.models", "ListSettings", "list_command", "models in the home folder"),
-    "show": ("commands.models", "ShowSettings", "show_command", "a model's card"),
-    "rename": ("commands.models", "RenameSettings", "rename_command", "give a model another name"),
-    "rm": ("commands.models", "RemoveSettings", "remove_command", "remove a model"),
-    "sleep": (
-        "memory.sleep_command",
-        "SleepSettings",
-        "command",
-        "train what a person wrote into an adapter of the model",
-    ),
-    "memory": ("memory.memory_command", "MemorySettings", "command", "show and change the facts stored about a person"),
-    "lab sleep": (
-        "lab.sleep",
-        "LabSleepSettings",
-        "command",
-        "what a model remembers after sleeping, against baselines",
-    ),
-    "lab ledger": ("lab.ablations", "LedgerSettings", "command", "what each part of the recipe is worth, in seconds"),
-    "lab extraction": (
-        "lab.fact_extraction",
-        "LabExtractionSettings",
-        "command",
-        "precision and recall of fact extraction",
-    ),
-    "lab dial": ("lab.depth_sweep", "DialSettings", "command", "whether the dial chooses well"),
-    "lab race": ("lab.baselines", "RaceSettings", "command", "other people's small trainers beside ours"),
-    "lab lecun1989": (
-        "lab.lecun1989",
-        "Lecun1989Settings",
-        "command",
-        "a network of 1989, brought to the present step by step",
-    ),
-    "bench decode": (
-        "bench.decode",
-        "DecodeSettings",
-        "decode",
-        "how fast a model writes here, beside what is possible",
-    ),
-    "bench prefill": ("bench.decode", "PrefillSettings", "prefill", "how fast it reads"),
-    "bench pretrain": (
-        "bench.pretrain",
-        "PretrainBenchSettings",
-        "command",
-        "how fast a model is trained from nothing, by size and batch",
-    ),
-    "bench train": ("bench.train", "TrainSettings", "train", "how fast it is finetuned"),
-    "bench rl": ("bench.rl", "RlBenchSettings", "command", "how fast it practises"),
-    "bench serve": ("bench.serve", "ServeBenchSettings", "command", "what HTTP costs beside the engine alone"),
-    "bench load": ("bench.load", "LoadSettings", "command", "many clients at once, some of them bad"),
-    "bench packing": ("bench.decode", "PackingSettings", "packing", "what it costs to speak in fewer bits"),
-    "bench refine": (
-        "bench.refine",
-        "RefineBenchSettings",
-        "command",
-        "what the refinery finds, and what memory it takes",
-    ),
-    "plan": ("commands.plan", "PlanSettings", "command", "what a pretraining run takes: time, memory, money"),
-    "doctor": ("commands.doctor", "DoctorSettings", "command", "what this computer does well"),
-}
 
-EXAMPLES = {
-    "speedrun": "nanoghost speedrun\n  nanoghost speedrun --minutes 2",
-    "chat": "nanoghost chat\n  nanoghost chat ghost --prompt 'What is 12 + 345?'\n  nanoghost chat ghost --documents ./notes",
-    "serve": "nanoghost serve\n  nanoghost serve smollm2 --documents ./notes\n"
-    "  nanoghost serve --host 0.0.0.0 --api-key-file key.txt --allow-host ghost.example.org",
-    "report": "nanoghost report\n  nanoghost report ghost-base --json",
-    "data": "nanoghost data plays\n  nanoghost data ./my_notes",
-    "data refine": "nanoghost data refine ./crawl --name clean\n  nanoghost data refine ./crawl --name clean --similarity 0.7 --decontaminate none",
-    "tokenizer train": "nanoghost tokenizer train --data plays --vocab-size 4096",
-    "tokenizer eval": "nanoghost tokenizer eval",
-    "pretrain": "nanoghost pretrain --data ./my_notes --name mine --minutes 5\n  nanoghost pretrain --depth 2 --steps 100",
-    "sft": "nanoghost sft mine --name mine-sft\n  nanoghost sft mine --name mine-sft --data chats.jsonl --minutes 2\n"
-    "  nanoghost sft mine --name mine-tools --data tools",
-    "rl": "nanoghost rl ghost-sft --name ghost\n  nanoghost rl ghost-sft --name other --variant dr_grpo --tasks chain_sum",
-    "distill": "nanoghost distill ghost-base --teacher ghost --name pupil\n"
-    "  nanoghost distill nano --teacher smollm2 --name pupil --kind token --data plays --context 256",
-    "eval": "nanoghost eval ghost\n  nanoghost eval ghost --problems 500 --json",
-    "adopt": "nanoghost adopt smollm2\n  nanoghost adopt ./SmolLM2-360M-Instruct --name smol\n  nanoghost adopt Qwen/Qwen3-0.6B",
-    "export": "nanoghost export smollm2 --gguf\n  nanoghost export smollm2 --gguf --quant q8_0 --out smollm2.gguf",
-    "list": "nanoghost list",
-    "show": "nanoghost show ghost",
-    "rename": "nanoghost rename ghost old-ghost",
-    "rm": "nanoghost rm old-ghost",
-    "sleep": "nanoghost sleep --person me\n  nanoghost sleep --person me --dry-run\n  nanoghost sleep --person me --log",
-    "memory": "nanoghost memory --person me --search sister\n  nanoghost memory --person me --correct 3 Rex\n"
-    "  nanoghost memory --person me --forget 3",
-    "lab sleep": "nanoghost lab sleep\n  nanoghost lab sleep --split test --arms base,sleep --json",
-    "lab ledger": "nanoghost lab ledger\n  nanoghost lab ledger --rungs muon,pairs --seeds 1",
-    "lab extraction": "nanoghost lab extraction",
-    "lab dial": "nanoghost lab dial --minutes 1,4\n  nanoghost lab dial --minutes 10 --choices 4x4096,6x4096",
-    "lab race": "nanoghost lab race --nanochat ../nanochat --nanogpt ../nanoGPT --out race.svg",
-    "lab lecun1989": "nanoghost lab lecun1989\n  nanoghost lab lecun1989 --rungs 1989,dropout --seeds 1",
-    "bench decode": "nanoghost bench decode smollm2\n  nanoghost bench decode smollm2 --against llama.cpp,transformers --json",
-    "bench prefill": "nanoghost bench prefill smollm2 --tokens 512",
-    "bench pretrain": "nanoghost bench pretrain\n  nanoghost bench pretrain --depths 4 --batches 8,16,32 --json",
-    "bench train": "nanoghost bench train smollm2 --lora 8\n  nanoghost bench train smollm2 --against transformers --json",
-    "bench rl": "nanoghost bench rl smollm2\n  nanoghost bench rl smollm2 --against trl --json",
-    "bench serve": "nanoghost bench serve smollm2 --streams 1,16",
-    "bench load": "nanoghost bench load smollm2 --clients 32 --minutes 5",
-    "bench packing": "nanoghost bench packing smollm2",
-    "bench refine": "nanoghost bench refine --megabytes 10,100 --kills 3",
-    "plan": "nanoghost plan --depth 24 --hardware 8xH100\n  nanoghost plan --minutes 10 --json",
-    "doctor": "nanoghost doctor\n  nanoghost doctor --json",
-}
+@dataclass(frozen=True)
+class Command:
+    module: str
+    """Module below `nanoghost` that has the settings and the function."""
+    settings: str
+    """Name of the settings dataclass; each of its fields is a flag or a positional argument."""
+    function: str
+    """Name of the function to call with the settings."""
+    summary: str
+    """One line for `nanoghost --help`."""
+    examples: tuple[str, ...]
+    """Command lines for the command's own --help."""
+
+
+GROUPS = {
+    "Pipeline": {
+        "speedrun": Command(
+            "speedrun",
+            "SpeedrunSettings",
+            "command",
+            "run the whole pipeline: tokenizer, pretraining, SFT, RL, evaluation, report",
+            ("nanoghost speedrun", "nanoghost speedrun --minutes 2"),
+        ),
+        "data": Command(
+            "commands.data",
+            "DataSettings",
+            "command",
+            "download, check and tokenize training text",
+            ("nanoghost data plays", "nanoghost data ./my_notes"),
+        ),
+        "data refine": Command(
+            "data.refine",
+            "RefineSettings",
+            "command",
+            "deduplicate, filter and decontaminate training text",
+            (
+                "nanoghost data refine ./crawl --name clean",
+                "nanoghost data refine ./crawl --name clean --similarity 0.7 --decontaminate none",
+            ),
+        ),
+        "tokenizer train": Command(
+            "commands.tokenizer",
+            "TrainSettings",
+            "train_command",
+            "train a byte-level BPE tokenizer",
+            ("nanoghost tokenizer train --data plays --vocab-size 4096",),
+        ),
+        "tokenizer eval": Command(
+            "commands.tokenizer",
+            "EvalSettings",
+            "eval_command",
+            "measure a tokenizer's bytes per token on several kinds of text",
+            ("nanoghost tokenizer eval",),
+        ),
+        "pretrain": Command(
+            "train.pretrain",
+            "PretrainSettings",
+            "command",
+            "pretrain a base model on text",
+            (
+                "nanoghost pretrain --data ./my_notes --name mine --minutes 5",
+                "nanoghost pretrain --depth 2 --steps 100",
+            ),
+        ),
+        "sft": Command(
+            "train.sft",
+            "SftSettings",
+            "command",
+            "supervised fine-tuning (SFT) on conversations",
+            (
+                "nanoghost sft mine --name mine-sft",
+                "nanoghost sft mine --name mine-sft --data chats.jsonl --minutes 2",
+                "nanoghost sft mine --name mine-tools --data tools",
+            ),
+        ),
+        "rl": Command(
+            "train.rl",
+            "RlSettings",
+            "command",
+            "reinforcement learning (RL) with verifiable rewards",
+            (
+                "nanoghost rl ghost-sft --name ghost",
+                "nanoghost rl ghost-sft --name other --variant dr_grpo --tasks chain_sum",
+            ),
+        ),
+        "distill": Command(
+            "train.distill",
+            "DistillSettings",
+            "command",
+            "knowledge distillation from a teacher model (answers, tokens or on-policy)",
+            (
+                "nanoghost distill ghost-base --teacher ghost --name student",
+                "nanoghost distill nano --teacher smollm2 --name student --kind token --data plays --context 256",
+            ),
+        ),
+        "eval": Command(
+            "evals.evaluate",
+            "EvalSettings",
+            "command",
+            "evaluate a model: bits per byte, and accuracy on held-out problems",
+            ("nanoghost eval ghost", "nanoghost eval ghost --problems 500 --json"),
+        ),
+        "report": Command(
+            "evals.report",
+            "ReportSettings",
+            "command",
+            "write a report: how a model was trained and how it scores",
+            ("nanoghost report", "nanoghost report ghost-base --json"),
+        ),
+    },
+    "Chat": {
+        "chat": Command(
+            "serve.terminal",
+            "ChatSettings",
+            "command",
+            "chat with a model in the terminal",
+            (
+                "nanoghost chat",
+                "nanoghost chat ghost --prompt 'What is 12 + 345?'",
+                "nanoghost chat ghost --documents ./notes",
+            ),
+        ),
+        "serve": Command(
+            "serve.server",
+            "ServeSettings",
+            "command",
+            "serve a chat page and an OpenAI-compatible API",
+            (
+                "nanoghost serve",
+                "nanoghost serve smollm2 --documents ./notes",
+                "nanoghost serve --host 0.0.0.0 --api-key-file key.txt --allow-host ghost.example.org",
+            ),
+        ),
+    },
+    "Models": {
+        "adopt": Command(
+            "commands.adopt",
+            "AdoptSettings",
+            "command",
+            "import a model (Hugging Face folder or name, GGUF file)",
+            (
+                "nanoghost adopt smollm2",
+                "nanoghost adopt ./SmolLM2-360M-Instruct --name smol",
+                "nanoghost adopt Qwen/Qwen3-0.6B",
+            ),
+        ),
+        "export": Command(
+            "commands.export",
+            "ExportSettings",
+            "command",
+            "export a model as a GGUF file",
+            ("nanoghost export smollm2", "nanoghost export smollm2 --quant q8_0 --out smollm2.gguf"),
+        ),
+        "list": Command(
+            "commands.models", "ListSettings", "list_command", "list the models of the home folder", ("nanoghost list",)
+        ),
+        "show": Command(
+            "commands.models", "ShowSettings", "show_command", "show a model's card", ("nanoghost show ghost",)
+        ),
+        "rename": Command(
+            "commands.models", "RenameSettings", "rename_command", "rename a model", ("nanoghost rename ghost old-ghost",)
+        ),
+        "rm": Command("commands.models", "RemoveSettings", "remove_command", "delete a model", ("nanoghost rm old-ghost",)),
+        "plan": Command(
+            "commands.plan",
+            "PlanSettings",
+            "command",
+            "estimate time, memory and cost of a pretraining run",
+            ("nanoghost plan --depth 24 --hardware 8xH100", "nanoghost plan --minutes 10 --json"),
+        ),
+        "doctor": Command(
+            "commands.doctor",
+            "DoctorSettings",
+            "command",
+            "check this computer: CPU, memory, compiler, matmul speed",
+            ("nanoghost doctor", "nanoghost doctor --json"),
+        ),
+    },
+    "Memory": {
+        "sleep": Command(
+            "memory.sleep_command",
+            "SleepSettings",
+            "command",
+            "train a LoRA adapter on what a user has told the model",
+            ("nanoghost sleep --person me", "nanoghost sleep --person me --dry-run", "nanoghost sleep --person me --log"),
+        ),
+        "memory": Command(
+            "memory.memory_command",
+            "MemorySettings",
+            "command",
+            "show, correct and delete the facts stored about a user",
+            (
+                "nanoghost memory --person me --search sister",
+                "nanoghost memory --person me --correct 3 Rex",
+                "nanoghost memory --person me --forget 3",
+            ),
+        ),
+    },
+    "Lab (experiments)": {
+        "lab ledger": Command(
+            "lab.ablations",
+            "LedgerSettings",
+            "command",
+            "ablations of the pretraining recipe, in seconds of training",
+            ("nanoghost lab ledger", "nanoghost lab ledger --rungs muon,pairs --seeds 1"),
+        ),
+        "lab dial": Command(
+            "lab.depth_sweep",
+            "DialSettings",
+            "command",
+            "check the dial: which depth is best for which training time",
+            ("nanoghost lab dial --minutes 1,4", "nanoghost lab dial --minutes 10 --choices 4x4096,6x4096"),
+        ),
+        "lab baselines": Command(
+            "lab.baselines",
+            "BaselinesSettings",
+            "command",
+            "compare pretraining with nanochat and nanoGPT",
+            ("nanoghost lab baselines --nanochat ../nanochat --nanogpt ../nanoGPT --out baselines.svg",),
+        ),
+        "lab lecun1989": Command(
+            "lab.lecun1989",
+            "Lecun1989Settings",
+            "command",
+            "the digit network of LeCun et al. (1989), modernized step by step",
+            ("nanoghost lab lecun1989", "nanoghost lab lecun1989 --rungs 1989,dropout --seeds 1"),
+        ),
+        "lab sleep": Command(
+            "lab.sleep",
+            "LabSleepSettings",
+            "command",
+            "what a model remembers after sleep, compared with baselines",
+            ("nanoghost lab sleep", "nanoghost lab sleep --split test --arms base,sleep --json"),
+        ),
+        "lab extraction": Command(
+            "lab.fact_extraction",
+            "LabExtractionSettings",
+            "command",
+            "precision and recall of fact extraction",
+            ("nanoghost lab extraction",),
+        ),
+    },
+    "Benchmarks": {
+        "bench decode": Command(
+            "bench.decode",
+            "DecodeSettings",
+            "decode",
+            "decoding speed, compared with the memory bandwidth limit",
+            (
+                "nanoghost bench decode smollm2",
+                "nanoghost bench decode smollm2 --against llama.cpp,transformers --json",
+            ),
+        ),
+        "bench prefill": Command(
+            "bench.decode",
+            "PrefillSettings",
+            "prefill",
+            "prefill speed",
+            ("nanoghost bench prefill smollm2 --tokens 512",),
+        ),
+        "bench quantization": Command(
+            "bench.decode",
+            "PackingSettings",
+            "packing",
+            "speed and quality at 4, 8 and 16 bits",
+            ("nanoghost bench quantization smollm2",),
+        ),
+        "bench pretrain": Command(
+            "bench.pretrain",
+            "PretrainBenchSettings",
+            "command",
+            "pretraining speed by depth and batch size",
+            ("nanoghost bench pretrain", "nanoghost bench pretrain --depths 4 --batches 8,16,32 --json"),
+        ),
+        "bench train": Command(
+            "bench.train",
+            "TrainSettings",
+            "train",
+            "fine-tuning speed",
+            ("nanoghost bench train smollm2 --lora 8", "nanoghost bench train smollm2 --against transformers --json"),
+        ),
+        "bench rl": Command(
+            "bench.rl",
+            "RlBenchSettings",
+            "command",
+            "speed of RL rollouts and training",
+            ("nanoghost bench rl smollm2", "nanoghost bench rl smollm2 --against trl --json"),
+        ),
+        "bench serve": Command(
+            "bench.serve",
+            "ServeBenchSettings",
+            "command",
+            "overhead of the HTTP server compared with the engine alone",
+            ("nanoghost bench serve smollm2 --streams 1,16",),
+        ),
+        "bench load": Command(
+            "bench.load",
+            "LoadSettings",
+            "command",
+            "load test with many clients, some of them misbehaving",
+            ("nanoghost bench load smollm2 --clients 32 --minutes 5",),
+        ),
+        "bench refine": Command(
+            "bench.refine",
+            "RefineBenchSettings",
+            "command",
+            "speed, memory and recall of `data refine`",
+            ("nanoghost bench refine --megabytes 10,100 --kills 3",),
+        ),
+    },
+}  # fmt: skip
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 def usage() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {row[3]}" for verb, row in VERBS.items())
-    return f"""nanoghost {__version__}: make a chat model of your own, and understand all of it
+    width = max(map(len, COMMANDS))
+    sections = []
+    for title, group in GROUPS.items():
+        lines = [f"  {name:<{width}}  {command.summary}" for name, command in group.items()]
+        sections.append("\n".join([f"{title}:", *lines]))
+    commands = "\n\n".join(sections)
+    return f"""nanoghost {__version__}: train a small chat model on your own computer, and understand every part of it
 
-usage: nanoghost VERB [options]
+usage: nanoghost COMMAND [options]
 
-{verbs}
+{commands}
 
-`nanoghost VERB --help` explains a verb. Models live in $NANOGHOST_HOME (default ~/.nanoghost)."""
+`nanoghost COMMAND --help` explains a command. Models are stored in $NANOGHOST_HOME (default: ~/.nanoghost)."""
 
 
-def parse(settings_class, verb: str, words: list[str]):
-    """Settings from the command line; tyro's boxes become one line."""
+def command_name(arguments: list[str]) -> str:
+    """The command at the head of the arguments: one word or two. Raises UserError if there is no such command."""
+    two_words = " ".join(arguments[:2])
+    name = two_words if two_words in COMMANDS else arguments[0]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command '{name}'; `nanoghost --help` lists all commands")
+    return name
+
+
+def load(name: str) -> tuple[type, object]:
+    """Import a command: (settings dataclass, function)."""
+    command = COMMANDS[name]
+    module = importlib.import_module(f"nanoghost.{command.module}")
+    return getattr(module, command.settings), getattr(module, command.function)
+
+
+def parse(settings_class: type, name: str, arguments: list[str]):
+    """Make the settings of a command from its arguments. Raises UserError with one line instead of tyro's error box."""
     import tyro
 
-    said = io.StringIO()
+    errors = io.StringIO()
+    examples = "\n".join(f"  {example}" for example in COMMANDS[name].examples)
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             return tyro.cli(
                 settings_class,
-                prog=f"nanoghost {verb}",
-                args=words,
+                prog=f"nanoghost {name}",
+                args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff,),
-                description=f"{VERBS[verb][3]}\n\nExamples:\n  {EXAMPLES[verb]}",
+                description=f"{COMMANDS[name].summary}\n\nExamples:\n{examples}",
             )
     except SystemExit as e:
         if not e.code:  # --help
             raise
-        raise UserError(f"{complaint(said.getvalue())} (see `nanoghost {verb} --help`)") from None
+        raise UserError(f"{error_text(errors.getvalue())} (see `nanoghost {name} --help`)") from None
 
 
-def complaint(box: str) -> str:
-    """The sentence inside one of tyro's error boxes."""
+def error_text(box: str) -> str:
+    """The message inside one of tyro's error boxes."""
     lines = [re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", line).strip() for line in box.splitlines()]
-    body = [line for line in lines[1:] if line]  # the first is the title
-    end = next((i for i, line in enumerate(body) if line.startswith(("Argument helptext", "For full helptext"))), None)
-    text = re.sub(
-        r"no type matching .* could be instantiated from \['?(.*?)'?\]\..*", r"'\1' does not fit", " ".join(body[:end])
-    )
-    return text[:300]
+    message = []
+    for line in filter(None, lines[1:]):  # the first line is the title
+        if line.startswith(("Argument helptext", "For full helptext")):
+            break
+        message.append(line)
+    no_match = r"no type matching .* could be instantiated from \['?(.*?)'?\]\..*"
+    return re.sub(no_match, r"invalid value '\1'", " ".join(message))[:300]
 
 
-def main(words: list[str] | None = None) -> None:
-    words = sys.argv[1:] if words is None else words
-    if not words or words[0] in ("-h", "--help"):
+def run(arguments: list[str]) -> None:
+    name = command_name(arguments)
+    settings_class, function = load(name)
+    function(parse(settings_class, name, arguments[len(name.split()) :]))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command. Errors of the user are one line on standard error and exit code 2; NANOGHOST_DEBUG=1 shows tracebacks."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return
-    if words[0] == "--version":
+    if arguments[0] == "--version":
         print(__version__)
         return
+    debug = bool(os.environ.get("NANOGHOST_DEBUG"))
     try:
-        run(words)
+        run(arguments)
     except UserError as e:
-        if os.environ.get("NANOGHOST_DEBUG"):
+        if debug:
             raise
-        print(f"nanoghost: {e}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(e), 2)
     except OSError as e:
-        if os.environ.get("NANOGHOST_DEBUG") or e.errno is None:
+        if debug or e.errno is None:
             raise
-        where = f": {e.filename}" if e.filename else ""
-        print(f"nanoghost: {e.strerror}{where}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as e:
-        from nanoghost.errors import Stopped
-
-        saved = isinstance(e, Stopped)
-        print(
-            "\nnanoghost: stopped; the same command goes on where it was" if saved else "\nnanoghost: stopped",
-            file=sys.stderr,
-        )
-        sys.exit(0 if saved else 130)
+        fail(f"{e.strerror}: {e.filename}" if e.filename else str(e.strerror), 2)
+    except Stopped:
+        print(file=sys.stderr)
+        fail("stopped; rerun the same command to resume", 0)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        fail("stopped", 130)
 
 
-def run(words: list[str]) -> None:
-    verb = " ".join(words[:2]) if " ".join(words[:2]) in VERBS else words[0]
-    if verb not in VERBS:
-        raise UserError(f"'{verb}' is not a verb; `nanoghost --help` lists them")
-    module_name, settings_name, function, _ = VERBS[verb]
-    module = importlib.import_module(f"nanoghost.{module_name}")
-    settings = parse(getattr(module, settings_name), verb, words[len(verb.split()) :])
-    getattr(module, function)(settings)
+def fail(message: str, exit_code: int) -> None:
+    print(f"nanoghost: {message}", file=sys.stderr)
+    sys.exit(exit_code)

@@ -1,8 +1,9 @@
-"""The live display: a progress bar for each stage, drawn from the same events that are written to events.jsonl."""
+"""What commands show: a progress bar for each stage, drawn from the events of events.jsonl, and the flag --json."""
 
 import os
 import sys
 import time
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,6 +23,14 @@ FIGURES = (  # key of an event, how it is shown
     ("tokens_per_second", "{:,.0f} tok/s"),
 )
 SECONDS_BETWEEN_LINES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonFlag:
+    """Settings of a command that can print its results as JSON. Everything else goes to standard error."""
+
+    json: bool = False
+    """Print the results as JSON on standard output."""
 
 
 class Display:

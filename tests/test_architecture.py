@@ -1,7 +1,6 @@
 """The house: who may import whom, how much there is to read, and a door that opens at once."""
 
 import dataclasses
-import importlib
 import inspect
 import re
 import shlex
@@ -16,7 +15,7 @@ from tests.support.count_lines import ROOT, code_lines, imports_of, table
 
 # From the ground up; a file imports from its own row and the rows below it. A folder stands for all in it.
 ROWS = (
-    ("foundations", "errors lists runs people licences machine tokenizer bpe chat template progress model"),
+    ("foundations", "errors lists runs people licenses machine tokenizer bpe chat template progress model"),
     ("machinery", "optim data tasks tools engine"),
     ("stages", "train evals models doctor plan adopt export bench"),
     ("rooms", "serve sleep"),
@@ -68,13 +67,13 @@ def test_from_an_empty_folder_to_a_chat_in_4000_lines():
     assert sum(counts.values()) <= 4000, counts
 
 
-# ── the door ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- the command line ------------------------------------------------------------------------------------------------
 
 
 def test_help_answers_at_once_without_torch():
     command = [sys.executable, "-X", "importtime", "-m", "nanoghost", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert all(f"  {verb} " in done.stdout for verb in cli.VERBS)
+    assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "nanoghost" in imported and not imported & {"torch", "numpy", "tyro", "tokenizers"}
     seconds = []
@@ -85,41 +84,41 @@ def test_help_answers_at_once_without_torch():
     assert min(seconds) < 0.5
 
 
-def test_every_verb_has_an_example_and_no_example_lacks_a_verb():
-    assert set(cli.EXAMPLES) == set(cli.VERBS)
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_examples_of_a_command_parse(name):
+    settings, function = cli.load(name)
+    assert callable(function)
+    assert cli.COMMANDS[name].examples
+    for example in cli.COMMANDS[name].examples:
+        program, *words = shlex.split(example)
+        assert [program, *words[: len(name.split())]] == ["nanoghost", *name.split()]
+        assert isinstance(cli.parse(settings, name, words[len(name.split()) :]), settings)
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_a_verb_is_there_its_examples_parse_and_its_settings_are_explained(verb):
-    module_name, settings_name, function, _ = cli.VERBS[verb]
-    module = importlib.import_module(f"nanoghost.{module_name}")
-    settings = getattr(module, settings_name)
-    assert callable(getattr(module, function))
-    for line in cli.EXAMPLES[verb].splitlines():
-        program, *words = shlex.split(line)
-        assert [program, *words[: len(verb.split())]] == ["nanoghost", *verb.split()]
-        assert isinstance(cli.parse(settings, verb, words[len(verb.split()) :]), settings)
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_setting_of_a_command_has_help(name):
+    settings, _ = cli.load(name)
     source = "\n".join(inspect.getsource(part) for part in settings.__mro__[:-1])
     for field in dataclasses.fields(settings):
-        assert re.search(rf'^    {field.name}: .*\n    """', source, re.M), f"{field.name} has no docstring"
+        assert re.search(rf'^    {field.name}: (.|\n    [ )])*\n    """', source, re.M), f"{field.name} has no docstring"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.sh")), ids=lambda path: path.name)
-def test_the_commands_of_a_recipe_parse(path):
+def test_the_commands_of_a_run_script_parse(path):
     lines = path.read_text().replace("\\\n", " ").splitlines()
     commands = [
         shlex.split(line) for line in lines if "nanoghost" in line and not line.startswith(("#", "export", "pip"))
     ]
     assert commands
     for words in commands:
-        words = words[words.index("nanoghost") + 1 :]
-        module_name, settings_name, _, _ = cli.VERBS[words[0]]
-        settings = getattr(importlib.import_module(f"nanoghost.{module_name}"), settings_name)
-        assert isinstance(cli.parse(settings, words[0], words[1:]), settings)
+        arguments = words[words.index("nanoghost") + 1 :]
+        name = cli.command_name(arguments)
+        settings, _ = cli.load(name)
+        assert isinstance(cli.parse(settings, name, arguments[len(name.split()) :]), settings)
     assert subprocess.run(["sh", "-n", path]).returncode == 0
 
 
-def test_help_of_a_verb_shows_its_examples(capsys):
+def test_help_of_a_command_shows_its_examples(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["pretrain", "--help"])
     assert not stopped.value.code

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanoghost import hardware
 from nanoghost.bench.table import limits, tell
-from nanoghost.commands.arguments import numbers
+from nanoghost.commands.arguments import parse_numbers
 from nanoghost.data.batches import Batches
 from nanoghost.data.registry import open_source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
@@ -52,7 +52,7 @@ def command(settings: PretrainBenchSettings) -> None:
     hardware.prepare()
     if settings.arch not in ("ghost", "llama"):
         raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
-    depths, rows = numbers("--depths", settings.depths), numbers("--batches", settings.batches)
+    depths, rows = parse_numbers("--depths", settings.depths), parse_numbers("--batches", settings.batches)
     if min(settings.steps, settings.rounds) < 1:
         raise UserError("--steps and --rounds are at least 1")
     source = open_source(settings.data)

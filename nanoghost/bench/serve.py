@@ -21,7 +21,7 @@ import tyro
 from nanoghost import hardware
 from nanoghost.bench.decode import KINDS, WORDS
 from nanoghost.bench.table import tell
-from nanoghost.commands.arguments import numbers
+from nanoghost.commands.arguments import parse_numbers
 from nanoghost.engine.generate import open_engine
 from nanoghost.engine.sampler import Sampling
 from nanoghost.errors import UserError
@@ -124,7 +124,7 @@ def command(settings: ServeBenchSettings) -> None:
     hardware.prepare()
     if settings.tokens < 1 or settings.rounds < 1:
         raise UserError("--tokens and --rounds are at least 1")
-    streams, folder = numbers("--streams", settings.streams, 1), open_model(settings.model)
+    streams, folder = parse_numbers("--streams", settings.streams, 1), open_model(settings.model)
     engine = open_engine(folder, max(streams), settings.tokens + 64)
     asked = [KINDS["story"].format(word=f"{WORDS[i % len(WORDS)]} and the number {i}") for i in range(max(streams))]
 

@@ -1,23 +1,50 @@
-"""Lists on the command line: numbers or words with commas between."""
+"""Command-line arguments that many commands share: the model, and comma-separated lists.
+
+The flag `--json` is `progress.JsonFlag`, because training stages have it too.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from nanoghost.errors import UserError
 
 
-def numbers(flag: str, text: str, least: float = 1, kind=int) -> list:
-    """The numbers, each at least `least`. Raises UserError."""
+@dataclass(frozen=True)
+class ModelArgument:
+    """Settings of a command that uses one finished model: `nanoghost COMMAND [MODEL]`."""
+
+    model: Annotated[
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="[MODEL]", help_behavior_hint="(default: the model finished last)"),
+    ] = None
+    """Name of the model."""
+
+
+def parse_numbers(flag: str, text: str, minimum: float = 1, number_type: type = int) -> list:
+    """Parse comma-separated numbers. Raises UserError unless each is at least `minimum`."""
     try:
-        found = [kind(word) for word in text.split(",")]
+        numbers = [number_type(word) for word in text.split(",")]
     except ValueError:
-        found = []
-    if not found or not all(n >= least for n in found):
-        raise UserError(f"{flag} takes numbers from {least:g} up with commas between, not '{text}'")
-    return found
+        numbers = []
+    if not numbers or not all(number >= minimum for number in numbers):
+        raise UserError(f"{flag} expects comma-separated numbers >= {minimum:g}, not '{text}'")
+    return numbers
 
 
-def matching(text: str, names) -> list[str]:
-    """Those of `names` that have one of the words in them; all, if there is no word. Raises UserError if none has."""
+def select_names(flag: str, text: str, names: Iterable[str]) -> list[str]:
+    """Names that contain one of the comma-separated words, case ignored; all names if there is no word.
+
+    Raises UserError if no name matches.
+    """
     words = [word.strip().casefold() for word in text.split(",") if word.strip()]
-    found = [name for name in names if not words or any(word in name.casefold() for word in words)]
-    if not found:
-        raise UserError(f"'{text}' names none of: {'; '.join(names)}")
-    return found
+    names = list(names)
+    if not words:
+        return names
+    selected = [name for name in names if any(word in name.casefold() for word in words)]
+    if not selected:
+        raise UserError(f"{flag}: '{text}' matches none of: {'; '.join(names)}")
+    return selected

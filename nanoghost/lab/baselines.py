@@ -1,4 +1,4 @@
-"""`nanoghost lab race`: other people's small trainers beside ours, on this machine, the same text and the same split.
+"""`nanoghost lab baselines`: other people's small trainers beside ours, on this machine, the same text and the same split.
 
 Every point is a run of its own, to the end of its schedule: seconds of training (compiling included, reading the text and the last
 evaluation not; ours with the rehearsal and nine looks at the validation text, theirs without any) and bits per byte of the test text.
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost import hardware
-from nanoghost.commands.arguments import numbers
+from nanoghost.commands.arguments import parse_numbers
 from nanoghost.data.registry import open_source
 from nanoghost.data.sources import Source
 from nanoghost.errors import UserError
@@ -50,7 +50,7 @@ NANOGPT = (
 
 
 @dataclass(frozen=True)
-class RaceSettings:
+class BaselinesSettings:
     minutes: str = "0.5,1,2,4"
     """Lengths of our runs."""
     nanochat: Path | None = None
@@ -73,14 +73,14 @@ class RaceSettings:
     """Print the figures as JSON on standard output."""
 
 
-def command(settings: RaceSettings) -> None:
+def command(settings: BaselinesSettings) -> None:
     hardware.prepare()
     source, display = open_source(settings.data), Display()
     folder = home() / "lab" / "race" / f"{source.name}-{source.fingerprint[:8]}"
     if settings.seeds < 1:
         raise UserError("--seeds must be at least 1")
     runs = []
-    for minutes in numbers("--minutes", settings.minutes, 0.01, float):
+    for minutes in parse_numbers("--minutes", settings.minutes, 0.01, float):
         for seed in range(settings.seeds):
             label = f"{minutes}-{seed}"
             name = f"race-{source.fingerprint[:8]}-{label}"
@@ -92,7 +92,7 @@ def command(settings: RaceSettings) -> None:
             )
             runs.append(("nanoghost", folder / f"nanoghost-{label}.json", run))
     for name, script, train in (("nanochat", "scripts/base_train.py", nanochat), ("nanogpt", "train.py", nanogpt)):
-        clone, lengths = getattr(settings, name), numbers(f"--{name}-steps", getattr(settings, f"{name}_steps"))
+        clone, lengths = getattr(settings, name), parse_numbers(f"--{name}-steps", getattr(settings, f"{name}_steps"))
         if clone and not (clone / script).exists():
             raise UserError(f"{clone} is no clone of {name}")
         if clone:

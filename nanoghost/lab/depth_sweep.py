@@ -17,7 +17,7 @@ from rich.table import Table
 
 from nanoghost import hardware
 from nanoghost.bench.pretrain import step_of
-from nanoghost.commands.arguments import numbers
+from nanoghost.commands.arguments import parse_numbers
 from nanoghost.data.batches import Batches
 from nanoghost.data.registry import open_source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
@@ -53,7 +53,7 @@ class DialSettings:
 
 def command(settings: DialSettings) -> None:
     hardware.prepare()
-    minutes = numbers("--minutes", settings.minutes, 0.01, float)
+    minutes = parse_numbers("--minutes", settings.minutes, 0.01, float)
     choices = [tuple(map(int, pair)) for pair in re.findall(r"([1-9]\d*)x(\d+)", settings.choices)]
     if ",".join(f"{depth}x{vocabulary}" for depth, vocabulary in choices) != settings.choices:
         raise UserError(f"--choices are like 4x4096,6x4096 (layers x vocabulary), not '{settings.choices}'")

@@ -71,7 +71,7 @@ def command(settings: LabExtractionSettings) -> None:
     base = open_model(settings.model)
     with StopFlag() as stop_flag:
         extractor = open_fact_extractor(base, stop_flag, Display())
-    rng = seeded_rng("lab notes")
+    rng = seeded_rng("lab extraction")
     messages, expected = zip(*(synthetic_message(rng, "val") for _ in range(settings.messages)))
     results = extract_facts(base, extractor, list(messages))
     by_kind: dict[str, list[ExtractedMessage]] = {}

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost import hardware
-from nanoghost.commands.arguments import matching
+from nanoghost.commands.arguments import select_names
 from nanoghost.errors import UserError
 from nanoghost.evals.pictures import GAP, LEFT, ROW, WIDE, bars, standalone
 from nanoghost.home import home, read_json, write_atomic, write_json
@@ -282,7 +282,7 @@ def command(settings: Lecun1989Settings) -> None:
     else:
         digits, labels = bundled()
         kind = "digits"
-    asked = {name: rungs()[name] for name in matching(settings.rungs, rungs())}
+    asked = {name: rungs()[name] for name in select_names("--rungs", settings.rungs, rungs())}
     folder = home() / "lab" / "lecun1989"
     results = {}
     for name, rung in asked.items():

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost import hardware
-from nanoghost.commands.arguments import numbers
+from nanoghost.commands.arguments import parse_numbers
 from nanoghost.errors import StopFlag, UserError
 from nanoghost.home import ModelFolder, home, open_model, read_json, write_json
 from nanoghost.lab.fact_extraction import ignore_case
@@ -151,7 +151,7 @@ def command(settings: LabSleepSettings) -> None:
     base, display = open_model(settings.model), Display()
     results: dict[str, list[dict]] = {arm: [] for arm in arms}
     users = []
-    for seed in numbers("--seeds", settings.seeds, 0):
+    for seed in parse_numbers("--seeds", settings.seeds, 0):
         user = synthesize_user(seed, settings.split, settings.nights, settings.facts)
         name = f"{settings.split}-{seed}-{settings.nights}x{settings.facts}-{settings.facts_from}"
         folder = home() / "lab" / "sleep" / name
