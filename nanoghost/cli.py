@@ -219,7 +219,7 @@ GROUPS = {
             "LedgerSettings",
             "command",
             "ablations of the pretraining recipe, in seconds of training",
-            ("nanoghost lab ledger", "nanoghost lab ledger --rungs muon,pairs --seeds 1"),
+            ("nanoghost lab ledger", "nanoghost lab ledger --rungs muon,bigram --seeds 1"),
         ),
         "lab dial": Command(
             "lab.depth_sweep",
