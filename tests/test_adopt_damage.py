@@ -19,7 +19,7 @@ from nanoghost.formats.model_folder import load_model, save_model
 from nanoghost.home import home
 from nanoghost.model.llama import Llama
 from nanoghost.model.llama_config import LlamaConfig
-from nanoghost.tokenizer.jinja_template import Dialect
+from nanoghost.tokenizer.jinja_template import ChatTemplate
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.toys import TOY_TEMPLATE, toy_text
 
@@ -37,7 +37,8 @@ def source(tmp_path):
     """A tiny model as a Hugging Face folder."""
     folder = tmp_path / "source"
     tokenizer = Tokenizer.train([toy_text(200)], 300)
-    tokenizer.dialect = Dialect(TOY_TEMPLATE, tokenizer.names, {tokenizer.special("<|im_end|>")})
+    stop_ids = {tokenizer.special_id("<|im_end|>")}
+    tokenizer.chat_template = ChatTemplate(TOY_TEMPLATE, tokenizer.special_tokens_map, stop_ids)
     save_model(folder, Llama(LlamaConfig(tokenizer.vocab_size, 32, 2, 32, 4, 2, 48)), tokenizer)
     return folder
 

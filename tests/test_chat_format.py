@@ -12,8 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 import nanoghost.tokenizer.chat_format
 from nanoghost.data.conversations import load_conversations
 from nanoghost.errors import UserError
-from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE, parse_reply, render, render_text, shortened, text_of
-from nanoghost.tokenizer.tokenizer import SPECIALS, Tokenizer
+from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE, parse_reply, render, render_text, truncate_oldest_turns, text_of
+from nanoghost.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.support.toys import toy_text
 
 FAST = settings(deadline=None, max_examples=60)
@@ -32,7 +32,7 @@ def template():
     return environment.from_string(CHAT_TEMPLATE)
 
 
-AWKWARD = [*SPECIALS, "\n", "\r\n", " ", "user", "{{ 1 }}", "{% if %}", "{# #}", "<b>&'\"", "東", "é", "👩‍👩‍👧", "king"]
+AWKWARD = [*SPECIAL_TOKENS, "\n", "\r\n", " ", "user", "{{ 1 }}", "{% if %}", "{# #}", "<b>&'\"", "東", "é", "👩‍👩‍👧", "king"]
 TEXTS = st.text(max_size=12) | st.lists(st.sampled_from(AWKWARD), max_size=5).map("".join)
 CONTENTS = TEXTS | st.none() | st.lists(TEXTS.map(lambda text: {"type": "text", "text": text}), max_size=3)
 JSON = st.recursive(
@@ -114,7 +114,7 @@ def test_exactly_what_the_assistant_writes_is_learned(messages, generation):
 @FAST
 @given(CONVERSATIONS)
 def test_nobody_types_a_mark(messages):
-    names = {toy().special(name): name for name in SPECIALS}
+    names = {toy().special_id(name): name for name in SPECIAL_TOKENS}
     expected = []
     for message in messages:
         inside = ["<tool_call>", "</tool_call>"] * len(message.get("tool_calls", []))
@@ -147,7 +147,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("body", MALFORMED, ids=lambda body: body[:20])
 def test_a_malformed_call_stays_in_the_text(body):
-    opening, closing, end = map(toy().special, ("<tool_call>", "</tool_call>", "<|im_end|>"))
+    opening, closing, end = map(toy().special_id, ("<tool_call>", "</tool_call>", "<|im_end|>"))
     ids = [*toy().encode("Well: "), opening, *toy().encode(body), closing]
     assert parse_reply([*ids, end], toy()) == {"role": "assistant", "content": "Well: " + body}
     good = [opening, *toy().encode('{"name": "f", "arguments": 1}'), closing]
@@ -162,7 +162,7 @@ def test_shortening_drops_the_oldest_turns_and_no_more(messages, room, generatio
     def size(some):
         return len(render(some, toy(), generation)[0])
 
-    kept = shortened(messages, toy(), room, generation)
+    kept = truncate_oldest_turns(messages, toy(), room, generation)
     assert [m for m in kept if m["role"] == "system"] == [m for m in messages if m["role"] == "system"]
     others = [m for m in messages if m["role"] != "system"]
     turns = [m for m in kept if m["role"] != "system"]

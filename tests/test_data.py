@@ -32,7 +32,7 @@ def home(tmp_path, monkeypatch):
 class ByteTokenizer:
     """The tokenizer's interface over raw bytes: 256 values and <|endoftext|>."""
 
-    specials = {"<|endoftext|>": 256}
+    special_tokens = {"<|endoftext|>": 256}
 
     vocab_size = 257
     fingerprint = "b" * 64
@@ -40,8 +40,8 @@ class ByteTokenizer:
     def __init__(self):
         self.calls = 0
 
-    def special(self, mark):
-        return self.specials[mark]
+    def special_id(self, mark):
+        return self.special_tokens[mark]
 
     def encode_batch(self, texts):
         self.calls += 1
@@ -303,4 +303,4 @@ def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(monkeypatch):
     ids = [i for _, piece, _ in pieces for i in tokenizer.encode(piece)]
     assert ids == tokenizer.encode(text)
     shards = tokenize_source(source_of([Document("a", text, "train")]), tokenizer)
-    assert shards.tokens("train").tolist() == [tokenizer.special("<|endoftext|>"), *ids]
+    assert shards.tokens("train").tolist() == [tokenizer.special_id("<|endoftext|>"), *ids]

@@ -6,7 +6,7 @@ import pytest
 
 from nanoghost.errors import UserError
 from nanoghost.tokenizer import jinja_template
-from nanoghost.tokenizer.chat_format import following, parse_reply, render
+from nanoghost.tokenizer.chat_format import tool_response_ids, parse_reply, render
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.toys import CONVERSATION, TOY_TEMPLATE, toy_text
 
@@ -14,16 +14,17 @@ from tests.support.toys import CONVERSATION, TOY_TEMPLATE, toy_text
 @pytest.fixture
 def tokenizer():
     t = Tokenizer.train([toy_text()], 400)
-    t.dialect = jinja_template.Dialect(TOY_TEMPLATE, {"eos_token": "<|im_end|>"}, {t.special("<|im_end|>")})
+    stop_ids = {t.special_id("<|im_end|>")}
+    t.chat_template = jinja_template.ChatTemplate(TOY_TEMPLATE, {"eos_token": "<|im_end|>"}, stop_ids)
     return t
 
 
 def test_special_token_text_in_a_message_stays_text(tokenizer):
     """Otherwise users could end their own turn and write the assistant's."""
     ids, _ = render(CONVERSATION, tokenizer)
-    end = tokenizer.special("<|im_end|>")
+    end = tokenizer.special_id("<|im_end|>")
     assert ids.count(end) == 5  # one for the system message that the template adds, one for each message
-    assert tokenizer.decode(ids, skip_special=False) == jinja_template.render_text(TOY_TEMPLATE, CONVERSATION)
+    assert tokenizer.decode(ids, skip_special=False) == jinja_template.render_template(TOY_TEMPLATE, CONVERSATION)
 
 
 def test_loss_mask_covers_answers_with_their_stop_tokens(tokenizer):
@@ -41,14 +42,14 @@ def test_generation_prompt_is_the_beginning_of_the_rendered_answer(tokenizer):
 
 
 def test_an_exception_that_a_template_raises_is_a_user_error(tokenizer):
-    tokenizer.dialect = replace(tokenizer.dialect, source="{{ raise_exception('no system text') }}")
+    tokenizer.chat_template = replace(tokenizer.chat_template, source="{{ raise_exception('no system text') }}")
     with pytest.raises(UserError, match="no system text"):
         render(CONVERSATION, tokenizer)
 
 
 def test_a_template_cannot_reach_python_internals(tokenizer):
     """Jinja's sandbox refuses attributes that lead out of the template."""
-    tokenizer.dialect = replace(tokenizer.dialect, source="{{ ''.__class__.__mro__ }}")
+    tokenizer.chat_template = replace(tokenizer.chat_template, source="{{ ''.__class__.__mro__ }}")
     with pytest.raises(UserError):
         render(CONVERSATION, tokenizer)
 
@@ -69,6 +70,6 @@ def test_ids_after_a_tool_result_continue_the_rendered_conversation(tokenizer):
     messages = [CONVERSATION[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
     result = {"role": "tool", "tool_call_id": "call_1", "content": "3"}
     ids, _ = render(messages, tokenizer)
-    end_of_call = len(ids) - 1 - ids[::-1].index(tokenizer.special("<|im_end|>"))
+    end_of_call = len(ids) - 1 - ids[::-1].index(tokenizer.special_id("<|im_end|>"))
     whole, _ = render([*messages, result], tokenizer, generation=True)
-    assert ids[: end_of_call + 1] + following([result], tokenizer) == whole
+    assert ids[: end_of_call + 1] + tool_response_ids([result], tokenizer) == whole

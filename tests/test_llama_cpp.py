@@ -20,7 +20,7 @@ from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.chat_format import render, render_text
-from nanoghost.tokenizer.tokenizer import SPECIALS, Tokenizer
+from nanoghost.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.support.toys import CONVERSATION, LLAMA3_SCALING, random_llama_folder, toy_text
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make parity")
@@ -108,7 +108,7 @@ def test_an_export_says_the_same_there(nanoghost, folder, tmp_path, quant, most)
     with torch.no_grad():
         a, b = model(torch.tensor([ids]))[0].numpy(), their_logits(theirs, ids)
     assert np.linalg.norm(a - b) <= most * np.linalg.norm(a)
-    assert theirs.metadata["tokenizer.chat_template"] and theirs.token_eos() in own.ends
+    assert theirs.metadata["tokenizer.chat_template"] and theirs.token_eos() in own.stop_ids
     if quant == "f32":
         same_greedy_words(theirs, model, ids, 100, 1e-4)
 
@@ -119,7 +119,7 @@ def test_words_are_split_as_there(nanoghost, tmp_path, pre):
     backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[pre](), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=list(SPECIALS), initial_alphabet=alphabet, show_progress=False
+        vocab_size=700, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator([toy_text(), "\n\n    1234567 1999 2024\n\n", *TEXTS * 3], trainer)
     if pre == "llama-bpe":

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanoghost.commands.tokenizer import SAMPLES, EvalSettings, TrainSettings, eval_command, train_command
 from nanoghost.errors import UserError
-from nanoghost.tokenizer.tokenizer import SPECIALS, StreamDecoder, Tokenizer
+from nanoghost.tokenizer.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 from tests.support.reference_bpe import (
     reference_decode,
     reference_encode,
@@ -27,7 +27,7 @@ MIXED = [
     "Grüße aus Zürich, naïve café, Ω≈ç√ — 東京の東の東, привет привет, नमस्ते नमस्ते, 👩‍👩‍👧 👩‍👩‍👧",
     "aaaaaaaaaaaaaaa aaaaaaa aaaa bababababa      \n\n\n\n    x\u00a0\u2003y <|im_start|>user <|im_start|>user",
 ]
-PIECES = [*"ab 's1\n\t\r'É東ſ\u0301\ud7ff\U0001f469\u200d", *SPECIALS]
+PIECES = [*"ab 's1\n\t\r'É東ſ\u0301\ud7ff\U0001f469\u200d", *SPECIAL_TOKENS]
 ANY_TEXT = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 
 
@@ -96,18 +96,18 @@ def test_any_text_encodes_as_the_reference_and_comes_back(text):
 @settings(max_examples=100, deadline=None)
 def test_the_reference_carries_any_bytes(words, unseen):
     merges = reference_merges(words, 300)
-    tokens = reference_tokens(merges)[len(SPECIALS) :]
-    assert len(set(tokens)) == len(tokens) <= 300 - len(SPECIALS)  # each spelling is one token
+    tokens = reference_tokens(merges)[len(SPECIAL_TOKENS) :]
+    assert len(set(tokens)) == len(tokens) <= 300 - len(SPECIAL_TOKENS)  # each spelling is one token
     for word in [*words, unseen]:
         assert reference_decode(reference_encode_words([word], merges), merges) == word
 
 
-@given(ANY_TEXT, st.sampled_from(SPECIALS), ANY_TEXT)
+@given(ANY_TEXT, st.sampled_from(SPECIAL_TOKENS), ANY_TEXT)
 @settings(max_examples=100, deadline=None)
 def test_text_never_makes_a_special_token(before, special, after):
     text = before + special + after
-    assert min(toy().encode(text)) >= len(SPECIALS)
-    assert min(toy().encode_batch([text])[0]) >= len(SPECIALS)
+    assert min(toy().encode(text)) >= len(SPECIAL_TOKENS)
+    assert min(toy().encode_batch([text])[0]) >= len(SPECIAL_TOKENS)
     assert toy().decode(toy().encode(text)) == text
 
 
@@ -128,9 +128,9 @@ def test_a_stream_holds_back_unfinished_characters():
 
 
 def test_special_tokens_are_asked_for_by_name():
-    assert [toy().special(name) for name in SPECIALS] == list(range(len(SPECIALS)))
-    assert {toy().token_bytes(i) for i in range(len(SPECIALS))} == {b""}
-    ids = [toy().special("<|im_start|>"), *toy().encode("user"), toy().special("<|im_end|>")]
+    assert [toy().special_id(name) for name in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
+    assert {toy().token_bytes(i) for i in range(len(SPECIAL_TOKENS))} == {b""}
+    ids = [toy().special_id("<|im_start|>"), *toy().encode("user"), toy().special_id("<|im_end|>")]
     assert toy().decode(ids) == "user"
     assert toy().decode(ids, skip_special=False) == "<|im_start|>user<|im_end|>"
 
@@ -138,14 +138,14 @@ def test_special_tokens_are_asked_for_by_name():
 def test_a_saved_vocabulary_is_the_same_vocabulary(tmp_path):
     toy().save(tmp_path / "new")
     loaded = Tokenizer.load(tmp_path / "new")
-    text = "".join(MIXED) + "".join(SPECIALS)
+    text = "".join(MIXED) + "".join(SPECIAL_TOKENS)
     assert loaded.encode(text) == toy().encode(text)
     assert loaded.fingerprint == toy().fingerprint != Tokenizer.train(MIXED, 300).fingerprint
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["tokenizer.json"]
 
     elsewhere = tokenizers.Tokenizer.from_file(str(tmp_path / "new" / "tokenizer.json"))
-    assert elsewhere.encode("".join(SPECIALS)).ids == list(range(len(SPECIALS)))
-    assert elsewhere.decode(list(range(len(SPECIALS)))) == ""
+    assert elsewhere.encode("".join(SPECIAL_TOKENS)).ids == list(range(len(SPECIAL_TOKENS)))
+    assert elsewhere.decode(list(range(len(SPECIAL_TOKENS)))) == ""
 
 
 def test_little_text_makes_a_small_vocabulary():

@@ -48,7 +48,7 @@ def load_or_train_tokenizer(
 
 def tokenize_source(source: Source, tokenizer) -> Shards:
     """The tokens of a source. The first call tokenizes the text; later calls open the files."""
-    if "<|endoftext|>" not in tokenizer.specials:
+    if "<|endoftext|>" not in tokenizer.special_tokens:
         raise UserError("this tokenizer has no <|endoftext|> token, which separates documents")
     key = hashlib.sha256(f"{FORMAT} {source.fingerprint} {tokenizer.fingerprint}".encode()).hexdigest()
     folder = home() / "data" / f"{source.name}-{key[:8]}"
@@ -86,7 +86,7 @@ def remove_unusable_partials(data_folder: Path) -> None:
 def write_shards(folder: Path, source: Source, tokenizer) -> None:
     """Write files and manifest. Resumes at the position that an earlier process saved in the folder."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    endoftext = tokenizer.special("<|endoftext|>")
+    endoftext = tokenizer.special_id("<|endoftext|>")
     position_file = folder / "position.json"
     if position_file.exists():
         position = read_json(position_file)

@@ -109,12 +109,12 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: in
     writer.add_token_list(fields.tokens)
     writer.add_token_types(fields.token_types)
     writer.add_token_merges(fields.merges)
-    writer.add_eos_token_id(tokenizer.special(tokenizer.names["eos_token"]))
-    if "bos_token" in tokenizer.names:
-        writer.add_bos_token_id(tokenizer.special(tokenizer.names["bos_token"]))
+    writer.add_eos_token_id(tokenizer.special_id(tokenizer.special_tokens_map["eos_token"]))
+    if "bos_token" in tokenizer.special_tokens_map:
+        writer.add_bos_token_id(tokenizer.special_id(tokenizer.special_tokens_map["bos_token"]))
     writer.add_add_bos_token(fields.add_bos)
     writer.add_add_space_prefix(False)
-    writer.add_chat_template(tokenizer.dialect.source if tokenizer.dialect else CHAT_TEMPLATE)
+    writer.add_chat_template(tokenizer.chat_template.source if tokenizer.chat_template else CHAT_TEMPLATE)
 
 
 def _add_tensors(writer: gguf.GGUFWriter, model: Llama, architecture: str, quantization: str) -> None:

@@ -55,7 +55,7 @@ def import_folder(source: Path, target: Path) -> dict:
     chat_template = read_chat_template(source, tokenizer_config)
     special_tokens = read_special_tokens(tokenizer_config)
     tokenizer = Tokenizer.load(source)
-    stop_ids = read_stop_ids(source, config, tokenizer.specials.get(special_tokens.get("eos_token")))
+    stop_ids = read_stop_ids(source, config, tokenizer.special_tokens.get(special_tokens.get("eos_token")))
     tensors = read_weights(source, config)
 
     write_config_files(target, config, special_tokens, chat_template, stop_ids)
@@ -195,11 +195,11 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise UserError unless the tokenizer fits the embedding and its chat template works."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding has {vocab_size}")
-    unknown = set(tokenizer.names.values()) - tokenizer.specials.keys()
+    unknown = set(tokenizer.special_tokens_map.values()) - tokenizer.special_tokens.keys()
     if unknown:
         raise UserError(f"the tokenizer has no special token {min(unknown)!r}")
-    if max(tokenizer.ends) >= tokenizer.vocab_size:
-        raise UserError(f"the tokenizer has no token {max(tokenizer.ends)}, which should end an answer")
+    if max(tokenizer.stop_ids) >= tokenizer.vocab_size:
+        raise UserError(f"the tokenizer has no token {max(tokenizer.stop_ids)}, which should end an answer")
     render([{"role": "user", "content": "Hello"}], tokenizer, generation=True)
 
 

@@ -15,7 +15,7 @@ from nanoghost.home import read_json, write_atomic, write_json
 from nanoghost.model.lora import attach_adapters
 from nanoghost.model.registry import config_from_json, config_to_json, new_model
 from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE
-from nanoghost.tokenizer.jinja_template import Dialect
+from nanoghost.tokenizer.jinja_template import ChatTemplate
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
 
@@ -24,11 +24,13 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
     if model.adapters:
         save_adapter(folder, model.adapters[0])
         return
-    dialect = tokenizer.dialect
-    names = tokenizer.names
-    token_ids = {"eos_token_id": sorted(dialect.ends) if dialect else tokenizer.special(names["eos_token"])}
-    if "bos_token" in names:
-        token_ids["bos_token_id"] = tokenizer.special(names["bos_token"])
+    template = tokenizer.chat_template
+    special_tokens_map = tokenizer.special_tokens_map
+    token_ids = {
+        "eos_token_id": sorted(template.stop_ids) if template else tokenizer.special_id(special_tokens_map["eos_token"])
+    }
+    if "bos_token" in special_tokens_map:
+        token_ids["bos_token_id"] = tokenizer.special_id(special_tokens_map["bos_token"])
     sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
     write_json(folder / "config.json", config_to_json(model.config) | token_ids)
     write_json(folder / "generation_config.json", token_ids | sampling)
@@ -37,9 +39,9 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **names,
+            **special_tokens_map,
             "model_max_length": model.config.context,
-            "chat_template": dialect.source if dialect else CHAT_TEMPLATE,
+            "chat_template": template.source if template else CHAT_TEMPLATE,
         },
     )
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.exported_tensors().items()}
@@ -71,10 +73,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     config = read_json(folder / "tokenizer_config.json")
     generation_config = read_json(folder / "generation_config.json")
     if config["chat_template"] != CHAT_TEMPLATE:
-        names = {key: config[key] for key in ("bos_token", "eos_token") if config.get(key)}
+        special_tokens_map = {key: config[key] for key in ("bos_token", "eos_token") if config.get(key)}
         eos = generation_config["eos_token_id"]
         stop_ids = set(eos) if isinstance(eos, list) else {eos}
-        tokenizer.dialect = Dialect(config["chat_template"], names, stop_ids)
+        tokenizer.chat_template = ChatTemplate(config["chat_template"], special_tokens_map, stop_ids)
     return tokenizer
 
 

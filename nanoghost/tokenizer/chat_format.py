@@ -59,8 +59,8 @@ def text_of(message: dict) -> str:
     return "".join(parts_of(message))
 
 
-def pieces(messages: list[dict]):
-    """(text, is_mark, is_learned) of a conversation, in order; marks are special tokens."""
+def segments(messages: list[dict]):
+    """(text, is_special, is_learned) of a conversation, in order; marks are special tokens."""
     for message in messages:
         learned = message["role"] == "assistant"
         yield "<|im_start|>", True, False
@@ -87,33 +87,35 @@ def render(messages: list[dict], tokenizer: Tokenizer, generation: bool = False)
 
     With `generation` the assistant's header is appended, so that the model's next token begins its answer.
     """
-    if tokenizer.dialect:
-        return tokenizer.dialect.render(messages, tokenizer, generation)
+    if tokenizer.chat_template:
+        return tokenizer.chat_template.render(messages, tokenizer, generation)
     ids, learned = [], []
-    for text, is_mark, is_learned in pieces(messages):
-        new = [tokenizer.special(text)] if is_mark else tokenizer.encode(text)
+    for text, is_special, is_learned in segments(messages):
+        new = [tokenizer.special_id(text)] if is_special else tokenizer.encode(text)
         ids += new
         learned += [is_learned] * len(new)
     if generation:
-        header = [tokenizer.special("<|im_start|>"), *tokenizer.encode("assistant\n")]
+        header = [tokenizer.special_id("<|im_start|>"), *tokenizer.encode("assistant\n")]
         ids += header
         learned += [False] * len(header)
     return ids, learned
 
 
-def following(answers: list[dict], tokenizer: Tokenizer) -> list[int]:
+def tool_response_ids(answers: list[dict], tokenizer: Tokenizer) -> list[int]:
     """What stands between the end of an assistant's message that called tools and its next: the tools' answers."""
     before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     ids = render(before, tokenizer)[0]
-    last = max(i for i, token in enumerate(ids) if token in tokenizer.ends)
+    last = max(i for i, token in enumerate(ids) if token in tokenizer.stop_ids)
     return render(before + answers, tokenizer, generation=True)[0][last + 1 :]
 
 
 def render_text(messages: list[dict], generation: bool = False) -> str:
-    return "".join(p[0] for p in pieces(messages)) + ("<|im_start|>assistant\n" if generation else "")
+    return "".join(p[0] for p in segments(messages)) + ("<|im_start|>assistant\n" if generation else "")
 
 
-def shortened(messages: list[dict], tokenizer: Tokenizer, room: int, generation: bool = False) -> list[dict]:
+def truncate_oldest_turns(
+    messages: list[dict], tokenizer: Tokenizer, room: int, generation: bool = False
+) -> list[dict]:
     """The conversation without its oldest turns, as many as must go for the rest to take at most `room` tokens.
 
     System messages stay. A turn is a user message with all that follows it; the newest turn always stays, so the
@@ -131,10 +133,10 @@ def parse_reply(ids: list[int], tokenizer: Tokenizer) -> dict:
 
     A call whose JSON does not parse stays in the text: it is the model's mistake, and the reader should see it.
     """
-    ids = ids[:-1] if ids and ids[-1] in tokenizer.ends else ids
-    if tokenizer.dialect:
-        return tokenizer.dialect.parse(tokenizer.decode(ids))
-    opening, closing = tokenizer.special("<tool_call>"), tokenizer.special("</tool_call>")
+    ids = ids[:-1] if ids and ids[-1] in tokenizer.stop_ids else ids
+    if tokenizer.chat_template:
+        return tokenizer.chat_template.parse(tokenizer.decode(ids))
+    opening, closing = tokenizer.special_id("<tool_call>"), tokenizer.special_id("</tool_call>")
     text, calls = [], []
     while opening in ids:
         i = ids.index(opening)

@@ -30,7 +30,7 @@ def _compiled(source: str):
     return environment.from_string(source)
 
 
-def render_text(source: str, messages: list[dict], generation: bool = False, **names) -> str:
+def render_template(source: str, messages: list[dict], generation: bool = False, **names) -> str:
     """The text of a conversation; `names` are what templates know beside it (bos_token, eos_token, tools).
 
     A template that refuses the conversation raises UserError.
@@ -42,20 +42,20 @@ def render_text(source: str, messages: list[dict], generation: bool = False, **n
 
 
 @dataclass(frozen=True)
-class Dialect:
+class ChatTemplate:
     """How an adopted model writes conversations."""
 
     source: str
     """The template."""
-    names: dict[str, str]
+    special_tokens_map: dict[str, str]
     """What it knows beside the messages: bos_token, eos_token."""
-    ends: set[int]
+    stop_ids: set[int]
     """Tokens after which an answer is over."""
     tools: tuple[dict, ...] = ()
     """Functions that may be called, in OpenAI's form; told if the template has words for that."""
 
     @property
-    def knows_tools(self) -> bool:
+    def supports_tools(self) -> bool:
         """Whether its makers taught the model to call functions, in the form that `parse` reads: then the template says so."""
         return re.search(r"\btools\b", self.source) is not None and "<tool_call>" in self.source
 
@@ -66,7 +66,7 @@ class Dialect:
         template rewrites earlier answers (some drop old thoughts), only the last one can be found, and is learned.
         """
         messages = spoken(messages) if "tool" not in self.source else messages
-        mark = re.compile("|".join(map(re.escape, sorted(tokenizer.specials, key=len, reverse=True))))
+        mark = re.compile("|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))))
         sign = _unused(messages)
 
         def broken(value):
@@ -80,7 +80,9 @@ class Dialect:
 
         def written(count: int, generation: bool = False) -> str:
             functions = [{"type": "function", "function": tool} for tool in self.tools] or None
-            return render_text(self.source, messages[:count], generation, tools=functions, **self.names)
+            return render_template(
+                self.source, messages[:count], generation, tools=functions, **self.special_tokens_map
+            )
 
         text = written(len(messages), generation)
         spans = []
@@ -92,8 +94,8 @@ class Dialect:
 
         ids, learned, at = [], [], 0
         for piece in re.split(f"({mark.pattern})", text):
-            if piece in tokenizer.specials:
-                ids.append(tokenizer.specials[piece])
+            if piece in tokenizer.special_tokens:
+                ids.append(tokenizer.special_tokens[piece])
                 learned.append(any(start <= at < end for start, end in spans))
             elif piece:
                 where = [at + i for i, character in enumerate(piece) if character != sign]

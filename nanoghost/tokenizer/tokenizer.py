@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from nanoghost.errors import UserError
 from nanoghost.home import write_atomic
 
-SPECIALS = (
+SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -42,7 +42,7 @@ VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_ORDER = VISIBLE + [b for b in range(256) if b not in VISIBLE]
 BYTE_OF = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(BYTE_ORDER[len(VISIBLE) :])}
 
-FIRST_BYTE = len(SPECIALS)
+FIRST_BYTE = len(SPECIAL_TOKENS)
 FIRST_MERGE = FIRST_BYTE + 256
 
 
@@ -54,8 +54,10 @@ class Tokenizer:
         # The property that keeps "<|im_end|>" in somebody's text from ending their turn. The file does not hold it.
         backend.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
-        self.specials = {token.content: i for i, token in added.items() if token.special}
-        self.dialect = None  # how an adopted model writes conversations (template.py); ours are written by chat.py
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        self.chat_template = (
+            None  # how an adopted model writes conversations (template.py); ours are written by chat.py
+        )
         vocabulary = backend.get_vocab(with_added_tokens=True)
         spelled = set("".join(token for token, i in vocabulary.items() if i not in added))
         if not isinstance(backend.model, models.BPE) or not spelled or not spelled <= BYTE_OF.keys():
@@ -85,7 +87,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            special_tokens=list(SPECIALS),
+            special_tokens=list(SPECIAL_TOKENS),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -132,26 +134,34 @@ class Tokenizer:
         return b"".join(self._pieces(ids, skip_special)).decode(errors="replace")
 
     def _pieces(self, ids: Iterable[int], skip_special: bool) -> Iterator[bytes]:
-        names = {} if skip_special else {i: name.encode() for name, i in self.specials.items()}
+        names = {} if skip_special else {i: name.encode() for name, i in self.special_tokens.items()}
         return (names.get(i) or self._bytes[i] for i in ids)
 
     def token_bytes(self, id: int) -> bytes:
         """What a token adds to the text; nothing for a special token."""
         return self._bytes[id]
 
-    def special(self, name: str) -> int:
+    def special_id(self, name: str) -> int:
         """Id of a special token."""
-        return self.specials[name]
+        return self.special_tokens[name]
 
     @property
-    def names(self) -> dict[str, str]:
+    def special_tokens_map(self) -> dict[str, str]:
         """Its bos_token and eos_token, in the words of tokenizer_config.json."""
-        return self.dialect.names if self.dialect else {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+        return (
+            self.chat_template.special_tokens_map
+            if self.chat_template
+            else {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+        )
 
     @property
-    def ends(self) -> set[int]:
+    def stop_ids(self) -> set[int]:
         """Tokens after which an answer is over."""
-        return self.dialect.ends if self.dialect else {self.special("<|im_end|>"), self.special("<|endoftext|>")}
+        return (
+            self.chat_template.stop_ids
+            if self.chat_template
+            else {self.special_id("<|im_end|>"), self.special_id("<|endoftext|>")}
+        )
 
     @property
     def vocab_size(self) -> int:

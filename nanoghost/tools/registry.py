@@ -125,7 +125,7 @@ def tools_for_model(model: ModelFolder, chat_template, documents: Path | None) -
 
     Raises UserError if such a model is given documents.
     """
-    if model.card.stage == "adopt" and chat_template and not chat_template.knows_tools:
+    if model.card.stage == "adopt" and chat_template and not chat_template.supports_tools:
         if documents:
             raise UserError(f"{model.name} was not trained to call tools, so it cannot look anything up in {documents}")
         return {}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nanoghost.errors import UserError
-from nanoghost.tokenizer.chat_format import render, shortened
+from nanoghost.tokenizer.chat_format import render, truncate_oldest_turns
 
 
 @dataclass
@@ -37,7 +37,7 @@ def tokenize_conversations(
     for messages in conversations:
         ids, loss_mask = render(messages, tokenizer)
         if len(ids) > context:
-            ids, loss_mask = render(shortened(messages, tokenizer, context), tokenizer)
+            ids, loss_mask = render(truncate_oldest_turns(messages, tokenizer, context), tokenizer)
         example = TokenizedExample(ids[:context], loss_mask[:context])
         if any(example.loss_mask[1:]):
             examples.append(example)

@@ -10,7 +10,7 @@ import regex
 import tokenizers
 from tokenizers import normalizers
 
-from nanoghost.tokenizer.tokenizer import BYTE_ORDER, FIRST_BYTE, FIRST_MERGE, PATTERN, SPECIALS
+from nanoghost.tokenizer.tokenizer import BYTE_ORDER, FIRST_BYTE, FIRST_MERGE, PATTERN, SPECIAL_TOKENS
 
 Pair = tuple[int, int]  # ids of two neighbours
 
@@ -101,7 +101,7 @@ def reference_encode_words(words: Iterable[bytes], merges: Sequence[Pair]) -> li
 
 def reference_tokens(merges: Sequence[Pair]) -> list[bytes]:
     """The bytes of each id; none for the special tokens."""
-    tokens = [b""] * len(SPECIALS) + [bytes([b]) for b in BYTE_ORDER]
+    tokens = [b""] * len(SPECIAL_TOKENS) + [bytes([b]) for b in BYTE_ORDER]
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
     return tokens
