@@ -8,8 +8,8 @@ import torch
 from nanoghost.bench import decode, pretrain, rl, table, train
 from nanoghost.data.local import open_local
 from nanoghost.engine import kernels, quantized_llama
-from nanoghost.engine.generate import open_engine
-from nanoghost.engine.torch_runner import PlainRunner
+from nanoghost.engine.engine import open_engine
+from nanoghost.engine.torch_runner import TorchRunner
 from nanoghost.formats.model_folder import load_tokenizer, save_model
 from nanoghost.home import ModelFolder
 from nanoghost.model.llama import Llama
@@ -108,7 +108,7 @@ def test_practice_is_counted_in_attempts(nanoghost, llama):
     assert nanoghost("bench", "rl", llama, "--task", "chess")[0] == 2
 
 
-@pytest.mark.skipif(bool(kernels.unavailable()), reason="no kernels here")
+@pytest.mark.skipif(bool(kernels.unavailable_reason()), reason="no kernels here")
 def test_fewer_bits_cost_more(nanoghost, llama, toy_base):
     code, out, err = nanoghost("bench", "packing", llama, "--tokens", 120, "--json")
     assert code == 0, err
@@ -141,7 +141,7 @@ def test_mistakes_get_a_line(nanoghost, toy_base, words, said):
 
 def test_without_a_compiler_everything_works_and_the_reason_is_known(llama, monkeypatch, home):
     monkeypatch.setenv("CXX", "/bin/false")
-    assert "compiler" in kernels.unavailable.__wrapped__() or kernels.unavailable()
-    monkeypatch.setattr(quantized_llama.kernels, "unavailable", lambda: "there is no C++ compiler")
+    assert "compiler" in kernels.unavailable_reason.__wrapped__() or kernels.unavailable_reason()
+    monkeypatch.setattr(quantized_llama.kernels, "unavailable_reason", lambda: "there is no C++ compiler")
     engine = open_engine(ModelFolder(llama))
-    assert isinstance(engine.runner, PlainRunner)
+    assert isinstance(engine.runner, TorchRunner)

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from nanoghost.engine import kernels
-from nanoghost.engine.generate import Engine, generate
-from nanoghost.engine.paged_runner import PAGE, PagedRunner
-from nanoghost.engine.quantized_llama import LANES, NONE, load_packed, pack, pack_module, unpack
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.engine import Engine
+from nanoghost.engine.generate import generate
+from nanoghost.engine.block_manager import BLOCK_SIZE
+from nanoghost.engine.paged_runner import PagedRunner
+from nanoghost.engine.quantization import LANES, dequantize, quantize
+from nanoghost.engine.quantized_llama import EMPTY, load_quantized, quantize_model
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.formats.model_folder import save_model
 from nanoghost.model.llama import Llama
 from nanoghost.model.llama_config import LlamaConfig
@@ -29,19 +32,19 @@ def test_what_is_packed_is_near_and_packing_again_changes_nothing(bits, error):
     weight = torch.randn(50, 96)  # 50 outputs do not fill the last block
     weight[3, 32:64] = 0.25  # a group of equal weights, and one of zeros
     weight[4, :32] = 0.0
-    packed = pack(weight, bits)
-    numbers = unpack(packed)
+    packed = quantize(weight, bits)
+    numbers = dequantize(packed)
     groups = weight.view(50, 3, 32)
     reach = groups.amax(2) - groups.amin(2) if bits == 4 else groups.abs().amax(2)
     assert (
         (numbers - weight).view(50, 3, 32).abs().amax(2) <= 0.51 * error * reach + 1e-3 * groups.abs().amax(2)
     ).all()
-    assert torch.equal(unpack(pack(numbers, bits)), numbers)
+    assert torch.equal(dequantize(quantize(numbers, bits)), numbers)
     rows = torch.tensor([49, 0, 17])
-    assert torch.equal(unpack(packed, rows), numbers[rows])
+    assert torch.equal(dequantize(packed, rows), numbers[rows])
 
 
-needs_kernels = pytest.mark.skipif(bool(kernels.unavailable()), reason=f"no kernels here: {kernels.unavailable()}")
+needs_kernels = pytest.mark.skipif(bool(kernels.unavailable_reason()), reason=f"no kernels here: {kernels.unavailable_reason()}")
 
 
 def rounded(x_NK: torch.Tensor, bits: int) -> torch.Tensor:
@@ -68,12 +71,12 @@ def test_products_are_those_of_the_numbers(bits, N):
     weight, bias, norm = torch.randn(50, 96), torch.randn(50), torch.rand(96) + 0.5
     x, start = torch.randn(N, 96), torch.randn(N, 50)
     x[0, :32] = 0.0
-    p = pack(weight, bits)
-    numbers = unpack(p)
+    p = quantize(weight, bits)
+    numbers = dequantize(p)
 
-    def product(x, bias=NONE, norm=NONE, out=None):
+    def product(x, bias=EMPTY, norm=EMPTY, out=None):
         add, out = out is not None, torch.full((len(x), 50), torch.nan) if out is None else out.clone()
-        torch.ops.nanoghost.linear(x, p.codes, p.scales, p.lows, bits, bias, norm, 1e-5, out, add)
+        torch.ops.nanoghost.linear(x, p.codes, p.scales, p.mins, bits, bias, norm, 1e-5, out, add)
         return out
 
     def close(a, b):
@@ -145,7 +148,7 @@ def llama(tokenizer, **changes):
 def whole_text(packed, ids, adapted=()):
     """Logits (T, V) of a text read in one pass, in a cache of its own."""
     n = len(ids)
-    pages = packed.new_pages(-(-n // PAGE))
+    pages = packed.new_kv_cache(-(-n // BLOCK_SIZE))
     table = torch.arange(pages.size(1), dtype=torch.int32)[None]
     rows, at = torch.zeros(n, dtype=torch.int32), torch.arange(n, dtype=torch.int32)
     return packed.forward(torch.tensor(ids), rows, at, pages, table, torch.arange(n), adapted)
@@ -167,7 +170,7 @@ def test_a_packed_llama_is_that_llama(changes, tokenizer):
     model = llama(tokenizer, **changes)
     ids = tokenizer.encode(toy_text(3))[:60]
     for bits, error in ((16, 0.04), (8, 0.1)):  # rounded inputs, too; weights this wild carry errors on
-        packed = pack_module(model, bits)
+        packed = quantize_model(model, bits)
         with torch.no_grad():
             want = model(torch.tensor([ids]))[0]
         got = whole_text(packed, ids)
@@ -180,14 +183,14 @@ def test_a_packed_llama_is_that_llama(changes, tokenizer):
 @pytest.mark.parametrize("tied", [True, False])
 def test_it_is_kept_beside_the_weights_and_made_anew_with_them(tokenizer, tmp_path, tied):
     save_model(tmp_path, llama(tokenizer, tied_embeddings=tied), tokenizer)
-    first, kept = load_packed(tmp_path), tmp_path / "packed-few-bits.safetensors"
+    first, kept = load_quantized(tmp_path), tmp_path / "quantized.safetensors"
     made = kept.stat().st_mtime_ns
-    again = load_packed(tmp_path)
+    again = load_quantized(tmp_path)
     assert kept.stat().st_mtime_ns == made
     ids = list(range(20))
     assert torch.equal(whole_text(first, ids), whole_text(again, ids))
     (tmp_path / "model.safetensors").touch()
-    load_packed(tmp_path)
+    load_quantized(tmp_path)
     assert kept.stat().st_mtime_ns != made
 
 
@@ -197,12 +200,12 @@ def test_as_few_bits_as_lose_nothing(tokenizer, tmp_path):
     model = llama(tokenizer)
     with torch.no_grad():
         for p in model.matrices():
-            p.copy_(unpack(pack(p, 4)))
+            p.copy_(dequantize(quantize(p, 4)))
     save_model(tmp_path, model, tokenizer)
-    parts = load_packed(tmp_path).parts
+    parts = load_quantized(tmp_path).weights
     assert {p.bits for name, p in parts.items() if name.startswith("blocks.") and hasattr(p, "bits")} == {4}
     assert parts["embedding"].bits == parts["head"].bits == 8
-    assert_close(unpack(parts["blocks.1.down"]), model.blocks[1].matrix("down").detach(), rtol=1e-5, atol=1e-7)
+    assert_close(dequantize(parts["blocks.1.down"]), model.blocks[1].matrix("down").detach(), rtol=1e-5, atol=1e-7)
 
 
 @needs_kernels
@@ -211,16 +214,16 @@ def test_guessing_ahead_changes_nothing(tokenizer, temperature):
     model = llama(tokenizer)
     for block in model.blocks:  # what follows a token depends almost on it alone, so texts soon go in circles
         block.matrix("out").data *= 0.02
-    model = pack_module(model, 8)
+    model = quantize_model(model, 8)
     prompts = [tokenizer.encode("the king the queen the king the queen the king the"), tokenizer.encode("A")]
-    s = Sampling(max_tokens=150, temperature=temperature, seed=4)
+    s = SamplingParams(max_tokens=150, temperature=temperature, seed=4)
 
     def written(drafts):
         runner = PagedRunner(model, 1000)
-        runner.drafts = drafts
+        runner.speculative = drafts
         steps, run = [], runner.run
         runner.run = lambda batch: steps.append(len(batch)) or run(batch)
-        return [row.ids for row in generate(runner, tokenizer, prompts, s, samples=2)], len(steps)
+        return [row.completion_ids for row in generate(runner, tokenizer, prompts, s, samples=2)], len(steps)
 
     (plain, many), (guessed, few) = written(False), written(True)
     assert plain == guessed and few <= many
@@ -230,55 +233,55 @@ def test_guessing_ahead_changes_nothing(tokenizer, temperature):
 @needs_kernels
 def test_nobody_notices_who_else_is_served(tokenizer):
     """Rows come and go at random, share beginnings, are cancelled, and find too little room; each writes as if alone."""
-    model = pack_module(llama(tokenizer), 8)
+    model = quantize_model(llama(tokenizer), 8)
     rng = random.Random(0)
     words = tokenizer.encode(toy_text(20))
     beginnings = [words[i * 40 : i * 40 + n] for i, n in enumerate((0, 16, 33, 64))]
     asked = []
     for i in range(40):
         prompt = rng.choice(beginnings) + rng.sample(words, rng.randint(1, 30))
-        s = Sampling(
+        s = SamplingParams(
             rng.randint(1, 40), rng.choice([0.0, 0.7, 1.0]), rng.choice([0, 5]), rng.choice([1.0, 0.9]), seed=i
         )
         asked.append((prompt, s, rng.choice([1, 1, 3])))
     alone = []
     for prompt, s, samples in asked:
-        alone.append([row.ids for row in generate(PagedRunner(model, 2000), tokenizer, [prompt], s, samples)])
+        alone.append([row.completion_ids for row in generate(PagedRunner(model, 2000), tokenizer, [prompt], s, samples)])
 
-    engine = Engine(PagedRunner(model, 600, seats=7), tokenizer)
+    engine = Engine(PagedRunner(model, 600, slots=7), tokenizer)
     rows, coming = [], list(asked)
-    engine.runner.chunk = 48  # prompts are read in pieces, beside those who write
-    while coming or engine.waiting or engine.running:
+    engine.runner.token_budget = 48  # prompts are read in pieces, beside those who write
+    while coming or engine.has_unfinished:
         while coming and rng.random() < 0.5:
             rows.append(engine.add(coming[0][0], coming[0][1], coming[0][2]))
             coming.pop(0)
-        if rng.random() < 0.1 and engine.running:
-            engine.cancel(rng.choice(engine.running))
-        if rng.random() < 0.05 and engine.waiting:
-            engine.cancel(engine.waiting[-1])
-        if engine.waiting or engine.running:
+        if rng.random() < 0.1 and engine.scheduler.running:
+            engine.cancel(rng.choice(engine.scheduler.running))
+        if rng.random() < 0.05 and engine.scheduler.waiting:
+            engine.cancel(engine.scheduler.waiting[-1])
+        if engine.has_unfinished:
             engine.step()
     finished = 0
     for group, want in zip(rows, alone):
         for row, ids in zip(group, want):
             finished += row.finish_reason != "cancelled"
-            assert row.ids == (ids[: len(row.ids)] if row.finish_reason == "cancelled" else ids)
-    assert finished > 25 and not any(engine.runner.users) and len(engine.runner.resting) == len(engine.runner.users)
+            assert row.completion_ids == (ids[: len(row.completion_ids)] if row.finish_reason == "cancelled" else ids)
+    assert finished > 25 and not any(engine.runner.block_manager.ref_count) and len(engine.runner.block_manager.free_blocks) == len(engine.runner.block_manager.ref_count)
 
 
 @needs_kernels
 def test_a_beginning_is_read_once(tokenizer):
-    model = pack_module(llama(tokenizer), 8)
+    model = quantize_model(llama(tokenizer), 8)
     runner = PagedRunner(model, 1000)
     read, run = [], runner.run
-    runner.run = lambda batch: read.extend(len(r.tokens) - r.guessed for r in batch) or run(batch)
+    runner.run = lambda batch: read.extend(len(r.token_ids) - r.num_draft for r in batch) or run(batch)
     first = tokenizer.encode(toy_text(6))[:100]
-    s = Sampling(max_tokens=20, temperature=0)
+    s = SamplingParams(max_tokens=20, temperature=0)
     [row] = generate(runner, tokenizer, [first], s)
     read.clear()
-    turn = row.tokens + first[:5]
+    turn = row.token_ids + first[:5]
     generate(runner, tokenizer, [turn], s)
-    assert read[0] <= PAGE + 5 + 1
+    assert read[0] <= BLOCK_SIZE + 5 + 1
     read.clear()
     engine = Engine(runner, tokenizer)
     model.adapters["another"] = Adapter(4, 32.0, {})
@@ -289,12 +292,12 @@ def test_a_beginning_is_read_once(tokenizer):
 
 @needs_kernels
 def test_attempts_at_one_prompt_read_it_once(tokenizer):
-    runner = PagedRunner(pack_module(llama(tokenizer), 16), 2000)
+    runner = PagedRunner(quantize_model(llama(tokenizer), 16), 2000)
     read, run = [], runner.run
-    runner.run = lambda batch: read.append(sum(len(r.tokens) - r.guessed for r in batch)) or run(batch)
+    runner.run = lambda batch: read.append(sum(len(r.token_ids) - r.num_draft for r in batch)) or run(batch)
     prompt = tokenizer.encode(toy_text(6))[:53]
-    rows = generate(runner, tokenizer, [prompt], Sampling(max_tokens=4, temperature=1.0), samples=8)
-    assert read[0] == 53 and all(n <= 8 for n in read[1:]) and len({tuple(row.ids) for row in rows}) > 1
+    rows = generate(runner, tokenizer, [prompt], SamplingParams(max_tokens=4, temperature=1.0), samples=8)
+    assert read[0] == 53 and all(n <= 8 for n in read[1:]) and len({tuple(row.completion_ids) for row in rows}) > 1
 
 
 @needs_kernels
@@ -307,22 +310,22 @@ def test_each_row_goes_through_the_adapter_it_asks_for(tokenizer):
         for _, b, _ in adapter.updates.values():
             b.data = 0.05 * torch.randn(b.shape, generator=torch.Generator().manual_seed(i))
         adapters[f"toy@{i}"] = adapter
-    model = pack_module(base, 16)
+    model = quantize_model(base, 16)
     model.adapters = adapters
     prompt = tokenizer.encode(toy_text(4))[:50]
     with torch.inference_mode():
         want = {}
         for name, adapter in {"": None, **adapters}.items():
             base.adapters = [adapter] if adapter else []
-            want[name] = whole_text(pack_module(base, 16), prompt)[-1]
+            want[name] = whole_text(quantize_model(base, 16), prompt)[-1]
         runner = PagedRunner(model, 1000)
         engine = Engine(runner, tokenizer)
-        runner.drafts = False
+        runner.speculative = False
         names = ["toy@1", "", "toy@0", "toy@0"]
         seen, run = [], runner.run
         runner.run = lambda batch: seen.append(run(batch)) or seen[-1]
         for name in names:
-            engine.add(prompt, Sampling(max_tokens=2, temperature=0), adapter=name)
+            engine.add(prompt, SamplingParams(max_tokens=2, temperature=0), adapter=name)
         engine.step()
     for name, logits in zip(names, seen[0]):
         assert (logits - want[name]).norm() < 0.04 * want[name].norm()

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from nanoghost.engine.generate import Engine, generate
-from nanoghost.engine.sampler import Sampling, distribution, draw, uniform
-from nanoghost.engine.torch_runner import PlainRunner
+from nanoghost.engine.engine import Engine
+from nanoghost.engine.generate import generate
+from nanoghost.engine.sampler import SamplingParams, distribution, draw, uniform
+from nanoghost.engine.torch_runner import TorchRunner
 from nanoghost.errors import UserError
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama
@@ -44,38 +45,38 @@ def toy_model(arch, tokenizer):
 def test_greedy_rows_equal_full_recomputation_alone_and_padded(arch, tokenizer):
     model = toy_model(arch, tokenizer)
     prompts = [tokenizer.encode(t) for t in ("The king", "The queen fears the ghost. The sea", "A")]
-    rows = generate(model, tokenizer, prompts, Sampling(max_tokens=12, temperature=0))
+    rows = generate(model, tokenizer, prompts, SamplingParams(max_tokens=12, temperature=0))
     for prompt, row in zip(prompts, rows):
         ids = list(prompt)
-        for _ in row.ids:
+        for _ in row.completion_ids:
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-        assert ids == prompt + row.ids
+        assert ids == prompt + row.completion_ids
 
 
 def test_stored_logprobs_are_those_of_full_recomputation(tokenizer):
     model = toy_model("ghost", tokenizer)
     prompts = [tokenizer.encode(t) for t in ("The king sees", "The")]
-    rows = generate(model, tokenizer, prompts, Sampling(max_tokens=10, temperature=1.0, seed=3), samples=3)
-    assert len(rows) == 6 and rows[0].ids != rows[1].ids
+    rows = generate(model, tokenizer, prompts, SamplingParams(max_tokens=10, temperature=1.0, seed=3), samples=3)
+    assert len(rows) == 6 and rows[0].completion_ids != rows[1].completion_ids
     for row in rows:
-        ids = torch.tensor([row.prompt + row.ids])
-        logp = model.logprobs(ids[:, :-1], ids[:, 1:])[0, len(row.prompt) - 1 :]
+        ids = torch.tensor([row.prompt_ids + row.completion_ids])
+        logp = model.logprobs(ids[:, :-1], ids[:, 1:])[0, len(row.prompt_ids) - 1 :]
         assert torch.allclose(logp, torch.tensor(row.logprobs), atol=1e-4)
-    again = generate(model, tokenizer, prompts, Sampling(max_tokens=10, temperature=1.0, seed=3), samples=3)
-    assert [r.ids for r in again] == [r.ids for r in rows]
+    again = generate(model, tokenizer, prompts, SamplingParams(max_tokens=10, temperature=1.0, seed=3), samples=3)
+    assert [r.completion_ids for r in again] == [r.completion_ids for r in rows]
 
 
 def test_distributions():
     logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 2
     plain = torch.softmax(logits, 1)
-    assert torch.allclose(distribution(logits, Sampling(temperature=1.0)), plain)
-    assert torch.allclose(distribution(logits, Sampling(temperature=0.5)), torch.softmax(logits * 2, 1))
-    assert ((distribution(logits, Sampling(temperature=1.0, top_k=5)) > 0).sum(1) == 5).all()
-    nucleus = distribution(logits, Sampling(temperature=1.0, top_p=0.7))
+    assert torch.allclose(distribution(logits, SamplingParams(temperature=1.0)), plain)
+    assert torch.allclose(distribution(logits, SamplingParams(temperature=0.5)), torch.softmax(logits * 2, 1))
+    assert ((distribution(logits, SamplingParams(temperature=1.0, top_k=5)) > 0).sum(1) == 5).all()
+    nucleus = distribution(logits, SamplingParams(temperature=1.0, top_p=0.7))
     for kept, p in zip(nucleus > 0, plain):
         assert p[kept].sum() >= 0.7 and p[kept].sum() - p[kept].min() < 0.7
     assert torch.allclose(nucleus.sum(1), torch.ones(50))
-    greedy = distribution(logits, Sampling(temperature=0))
+    greedy = distribution(logits, SamplingParams(temperature=0))
     assert (greedy.argmax(1) == logits.argmax(1)).all() and (greedy.max(1).values == 1).all()
 
 
@@ -115,13 +116,13 @@ def test_a_tool_is_called_and_its_answer_is_read(tokenizer):
     whole, learned = render([question, asked, told, said], tokenizer)
     model = Scripted(tokenizer, whole[len(prompt) :])
     model.start = len(prompt)
-    [row] = generate(model, tokenizer, [prompt], Sampling(max_tokens=300, temperature=0), run_tool=run_tool)
+    [row] = generate(model, tokenizer, [prompt], SamplingParams(max_tokens=300, temperature=0), run_tool=run_tool)
     assert row.messages == [asked, told, said]
-    assert prompt + row.ids == whole[: len(prompt) + len(row.ids)]
-    assert row.sampled == learned[len(prompt) : len(prompt) + len(row.ids)]
+    assert prompt + row.completion_ids == whole[: len(prompt) + len(row.completion_ids)]
+    assert row.sampled_mask == learned[len(prompt) : len(prompt) + len(row.completion_ids)]
     assert row.finish_reason == "stop"
     model.start = len(prompt)
-    [row] = generate(model, tokenizer, [prompt], Sampling(max_tokens=300, temperature=0))
+    [row] = generate(model, tokenizer, [prompt], SamplingParams(max_tokens=300, temperature=0))
     assert row.messages == [asked], "without tools a call ends the answer"
 
 
@@ -131,14 +132,14 @@ def test_limits_and_stop_texts(tokenizer):
     prompt = tokenizer.encode("x")
     script = Scripted(tokenizer, tokenizer.encode(text))
     script.start = len(prompt)
-    [row] = generate(script, tokenizer, [prompt], Sampling(max_tokens=40, temperature=0, stop=("sea",)))
+    [row] = generate(script, tokenizer, [prompt], SamplingParams(max_tokens=40, temperature=0, stop=("sea",)))
     assert row.messages[-1]["content"] == "The king sees the " and row.finish_reason == "stop"
-    [row] = generate(model, tokenizer, [prompt], Sampling(max_tokens=3, temperature=1.0))
-    assert sum(row.sampled) <= 3 and row.finish_reason in ("length", "stop")
+    [row] = generate(model, tokenizer, [prompt], SamplingParams(max_tokens=3, temperature=1.0))
+    assert sum(row.sampled_mask) <= 3 and row.finish_reason in ("length", "stop")
     with pytest.raises(UserError, match="no room"):
-        generate(model, tokenizer, [[5] * 512], Sampling())
-    [row] = generate(model, tokenizer, [[5] * 504], Sampling(max_tokens=100, temperature=1.0))
-    assert len(row.ids) <= 9 and row.finish_reason
+        generate(model, tokenizer, [[5] * 512], SamplingParams())
+    [row] = generate(model, tokenizer, [[5] * 504], SamplingParams(max_tokens=100, temperature=1.0))
+    assert len(row.completion_ids) <= 9 and row.finish_reason
 
 
 def called(tokenizer, result):
@@ -162,7 +163,7 @@ def test_a_tools_answer_that_fills_the_context_is_no_message_of_the_models(token
     prompt, call, fed = called(tokenizer, result)
     script = Scripted(tokenizer, call + fed)
     script.start = len(prompt)
-    s = Sampling(max_tokens=len(call) + 8, temperature=0)
+    s = SamplingParams(max_tokens=len(call) + 8, temperature=0)
     [row] = generate(script, tokenizer, [prompt], s, run_tool=lambda call: result)
     assert [m["role"] for m in row.messages] == ["assistant", "tool"] and row.finish_reason == "length"
 
@@ -171,22 +172,22 @@ def test_a_call_with_the_last_token_is_not_answered(tokenizer):
     prompt, call, fed = called(tokenizer, "2")
     script = Scripted(tokenizer, call + fed + tokenizer.encode("It is 2."))
     script.start = len(prompt)
-    [row] = generate(script, tokenizer, [prompt], Sampling(max_tokens=len(call), temperature=0), run_tool=run_tool)
-    assert sum(row.sampled) == len(call) == len(row.ids)
+    [row] = generate(script, tokenizer, [prompt], SamplingParams(max_tokens=len(call), temperature=0), run_tool=run_tool)
+    assert sum(row.sampled_mask) == len(call) == len(row.completion_ids)
 
 
 @pytest.mark.parametrize("steps", [0, 1], ids=["waiting", "half read"])
 def test_when_the_first_of_several_samples_is_cancelled_the_others_go_on(tokenizer, steps):
     model = toy_model("ghost", tokenizer)
-    prompt, s = tokenizer.encode("The king sees the queen. The sea"), Sampling(max_tokens=5, temperature=1.0, seed=2)
-    want = [row.ids for row in generate(model, tokenizer, [prompt], s, samples=4)]
-    engine = Engine(PlainRunner(model, 4, 64), tokenizer)
-    engine.runner.chunk = 6
+    prompt, s = tokenizer.encode("The king sees the queen. The sea"), SamplingParams(max_tokens=5, temperature=1.0, seed=2)
+    want = [row.completion_ids for row in generate(model, tokenizer, [prompt], s, samples=4)]
+    engine = Engine(TorchRunner(model, 4, 64), tokenizer)
+    engine.runner.token_budget = 6
     rows = engine.add(prompt, s, samples=4)
     for _ in range(steps):
         engine.step()
     engine.cancel(rows[2])
     engine.cancel(rows[0])
-    while engine.waiting or engine.running:
+    while engine.has_unfinished:
         engine.step()
-    assert [row.ids for row in rows] == [[], want[1], [], want[3]]
+    assert [row.completion_ids for row in rows] == [[], want[1], [], want[3]]

@@ -418,7 +418,7 @@ def test_honest_answers_beside_malformed_and_hasty_ones(server):
 @pytest.mark.skipif(bool(NO_KERNELS), reason=f"no kernels here: {NO_KERNELS}")
 def test_pages_are_shared_by_nobody_else(tmp_path, monkeypatch):
     """Not between people, not between a person and others, not between adapters; between equal beginnings of one owner, yes."""
-    from nanoghost.engine.sampler import Sampling
+    from nanoghost.engine.sampler import SamplingParams
     from nanoghost.serve.worker import Job, Voice, Worker
 
     monkeypatch.setenv("NANOGHOST_HOME", str(make_home(tmp_path / "home")))
@@ -434,15 +434,15 @@ def test_pages_are_shared_by_nobody_else(tmp_path, monkeypatch):
     cases = [("maya", ""), ("carl", ""), ("", ""), ("maya", path), ("carl", path), ("", path)]
     for turn in range(2):
         for owner, adapter in cases:
-            job = Job(len(found) + 1, Voice("toy", 2.0, adapter), ids, Sampling(max_tokens=1), owner=owner)
+            job = Job(len(found) + 1, Voice("toy", 2.0, adapter), ids, SamplingParams(max_tokens=1), owner=owner)
             worker.begin(job)
             [row] = worker.open[job.number].rows
             engine = worker.open[job.number].engine
-            engine.runner.open(row)
-            found[turn, owner, adapter] = row.read
-            engine.waiting.clear()
-            engine.running.append(row)
-            row.unread = row.unread[row.read :]
+            engine.runner.admit(row)
+            found[turn, owner, adapter] = row.num_computed
+            engine.scheduler.waiting.clear()
+            engine.scheduler.running.append(row)
+            row.pending_ids = row.pending_ids[row.num_computed :]
             while not row.finish_reason:
                 engine.step()
     assert [found[0, *case] for case in cases] == [0] * 6, "nobody finds what another has read"

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
 from nanoghost.formats.peft import save_adapter
@@ -122,7 +122,7 @@ def test_general_questions_get_the_base_models_answer_and_see_no_facts(person_wi
 
 def test_a_chat_is_routed_turn_by_turn(person_with_adapter, monkeypatch):
     monkeypatch.setattr(personal_chat, "load_router", lambda: SIMPLE_ROUTER)
-    greedy = Sampling(max_tokens=8, temperature=0.0)
+    greedy = SamplingParams(max_tokens=8, temperature=0.0)
 
     def answers(conversation, *questions):
         for question in questions:

@@ -9,16 +9,17 @@ import pytest
 
 from nanoghost.data.conversations import load_conversations
 from nanoghost.engine.generate import generate
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder, write_json
 from nanoghost.serve.terminal import Conversation
 from nanoghost.tasks import registry, tool_use
-from nanoghost.tasks.base import assistant, distinct_problems, final_text
-from nanoghost.tasks.tool_use import Notes, Programs
+from nanoghost.tasks.base import distinct_problems
+from nanoghost.tasks.messages import assistant, final_text
+from nanoghost.tasks.tool_use import Lookup, Programs
 from nanoghost.tokenizer.chat_format import render
-from nanoghost.tokenizer.jinja_template import Dialect
+from nanoghost.tokenizer.jinja_template import ChatTemplate
 from nanoghost.tools import sandbox
 from nanoghost.tools.registry import TOOLS, available_tools, lookup_tool, run_tool, tools_for_model
 from tests.support.toys import TOY_FLAGS
@@ -103,14 +104,14 @@ def adopted(tokenizer, home, source, stage):  # noqa: F811
     folder = ModelFolder("other")
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_card(ModelCard(name="other", stage=stage))
-    tokenizer.dialect = Dialect(source, {"eos_token": "<|im_end|>"}, {tokenizer.special("<|im_end|>")})
+    tokenizer.chat_template = ChatTemplate(source, {"eos_token": "<|im_end|>"}, {tokenizer.special_id("<|im_end|>")})
     return tokenizer, folder
 
 
 @pytest.fixture
 def other_tokenizer(tokenizer):  # noqa: F811
     yield tokenizer
-    tokenizer.dialect = None
+    tokenizer.chat_template = None
 
 
 def test_a_template_that_knows_tools_tells_them(other_tokenizer, home, notes):
@@ -130,19 +131,19 @@ def test_a_template_that_knows_tools_tells_them(other_tokenizer, home, notes):
 def test_who_was_not_taught_is_offered_nothing(other_tokenizer, home, notes):
     plain = QWEN[QWEN.index("{% endif %}") + len("{% endif %}") :]
     made = adopted(other_tokenizer, home, plain, "adopt")
-    assert offer(*made, None) is None and other_tokenizer.dialect.tools == ()
+    assert offer(*made, None) is None and other_tokenizer.chat_template.tools == ()
     with pytest.raises(UserError, match="other was not taught to call tools"):
         offer(*made, notes)
     assert offer(*adopted(other_tokenizer, home, plain, "sft"), None), "what was finetuned here may have been taught"
-    llama = replace(other_tokenizer.dialect, source=QWEN.replace("tool_call>", "call>"))
-    assert not llama.knows_tools, "it writes calls in another form than we read"
+    llama = replace(other_tokenizer.chat_template, source=QWEN.replace("tool_call>", "call>"))
+    assert not llama.supports_tools, "it writes calls in another form than we read"
 
 
 def test_documents_in_the_terminal(nanoghost, toy_file, notes, monkeypatch):
     """A model that calls lookup reads what stands in the folder, and the line shows it."""
     code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 6, *TOY_FLAGS[:3], 512, *TOY_FLAGS[4:])
     assert code == 0, err
-    conversation = Conversation("toy", Sampling(300, temperature=0), None, notes)
+    conversation = Conversation("toy", SamplingParams(300, temperature=0), None, notes)
     conversation.ask("Where does the queen live?")
     tokenizer, messages = conversation.tokenizer, conversation.messages  # noqa: F811
     prompt = render(messages, tokenizer, generation=True)[0]
@@ -165,7 +166,7 @@ def test_documents_in_the_terminal(nanoghost, toy_file, notes, monkeypatch):
 
 def test_programs_in_lessons_print_what_python_prints(python_sandbox):
     for problem in distinct_problems(Programs(WORDS), 12):
-        asked, told, answer = problem.lesson
+        asked, told, answer = problem.solution
         assert run_tool(asked["tool_calls"][0], TOOLS) == told["content"]
         assert final_text([answer]).rstrip(".").endswith(problem.answer)
 
@@ -174,17 +175,17 @@ def test_an_answer_without_the_program_or_with_another_is_wrong():
     task, rng = Programs(WORDS), random.Random(0)
     for _ in range(100):
         problem = task.problem(rng, "train")
-        asked, told, answer = problem.lesson
+        asked, told, answer = problem.solution
         assert task.score(problem, [answer]) == task.score(problem, [asked, told]) == 0.0
         assert task.score(problem, [asked, told | {"content": "error: "}, answer]) == 0.0
         assert task.score(problem, [asked, told, assistant(f"{final_text([answer])} Or 77777.")]) == 0.0
 
 
 def test_a_note_is_found_read_and_cited():
-    task, rng, cited = Notes(), random.Random(0), set()
+    task, rng, cited = Lookup(), random.Random(0), set()
     for _ in range(100):
         problem = task.problem(rng, "train")
-        asked, told, answer = problem.lesson
+        asked, told, answer = problem.solution
         assert run_tool(asked["tool_calls"][0], {"lookup": lookup_tool(tool_use.search)}) == told["content"]
         number = re.search(r"\[(\d)\]", final_text([answer]))[1]
         cited.add(number)
@@ -201,7 +202,7 @@ def test_a_note_is_found_read_and_cited():
 
 def test_people_in_the_notes_of_the_test_are_in_no_lesson():
     rng = random.Random(0)
-    asked = {split: {Notes().problem(rng, split).answer for _ in range(300)} for split in ("train", "test")}
+    asked = {split: {Lookup().problem(rng, split).answer for _ in range(300)} for split in ("train", "test")}
     names = {split: {" ".join(text.split()[:2]) for text in texts} for split, texts in asked.items()}
     assert not names["train"] & names["test"]
 
@@ -248,7 +249,7 @@ def test_tools_are_taught_and_practised(nanoghost, toy_file, python_sandbox):
         "rl",
         "taught",
         "--tasks",
-        "programs,notes",
+        "programs,lookup",
         "--steps",
         2,
         "--problems",
@@ -272,10 +273,10 @@ def test_practice_without_the_sandbox_is_refused(nanoghost, toy_base, monkeypatc
 
 def test_a_call_in_practice_is_answered(tokenizer):  # noqa: F811
     """What skills.attempt gives the engine: the whole way from a call to the answer that is scored."""
-    task = Notes()
+    task = Lookup()
     problem = task.problem(random.Random(3), "train")
     prompt = render(list(problem.messages), tokenizer, generation=True)[0]
-    script = Scripted(tokenizer, render([*problem.messages, *problem.lesson], tokenizer)[0][len(prompt) :])
+    script = Scripted(tokenizer, render([*problem.messages, *problem.solution], tokenizer)[0][len(prompt) :])
     script.start = len(prompt)
-    [row] = generate(script, tokenizer, [prompt], Sampling(300, temperature=0), run_tool=tool_use.practice({"lookup"}))
+    [row] = generate(script, tokenizer, [prompt], SamplingParams(300, temperature=0), run_tool=tool_use.practice({"lookup"}))
     assert task.score(problem, row.messages) == 1.0

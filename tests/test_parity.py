@@ -10,7 +10,7 @@ import torch
 
 from nanoghost import home
 from nanoghost.engine.generate import generate
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.formats.model_folder import load_model, load_tokenizer
 from nanoghost.home import ModelFolder
 from nanoghost.tokenizer.chat_format import render
@@ -190,10 +190,10 @@ def test_smollm2_generates_the_greedy_tokens_of_transformers(smollm2_folder):
     expected_model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
     model, tokenizer = load_model(smollm2_folder, torch.float32)
     prompts = [render([{"role": "user", "content": p}], tokenizer, generation=True)[0] for p in PROMPTS]
-    rows = generate(model, tokenizer, prompts, Sampling(200, temperature=0, endless=True))
+    rows = generate(model, tokenizer, prompts, SamplingParams(200, temperature=0, ignore_eos=True))
     worst = 0.0
     with torch.no_grad():
-        for prompt, generated in ((row.prompt, row.ids) for row in rows):
+        for prompt, generated in ((row.prompt_ids, row.completion_ids) for row in rows):
             whole = torch.tensor([prompt + generated])
             expected, actual = expected_model(whole).logits[0], model(whole)[0]
             worst = max(worst, largest_difference(actual, expected))
@@ -236,5 +236,5 @@ def test_smollm2_prompts_equal_those_of_transformers(
     expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
     ids, _ = render(messages, tokenizer, generation)
     assert tokenizer.decode(ids, skip_special=False) == expected
-    if not any(token in text for token in tokenizer.specials):  # transformers encodes such text as special tokens
+    if not any(token in text for token in tokenizer.special_tokens):  # transformers encodes such text as special tokens
         assert ids == reference(expected, add_special_tokens=False)["input_ids"]

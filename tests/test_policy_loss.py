@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoghost.engine.generate import generate
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
@@ -267,11 +267,11 @@ def test_ratios_of_fresh_rollouts_are_one_and_micro_batches_do_not_change_the_gr
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)  # some matrices start as zeros, which would hide errors
     prompts = [render([{"role": "user", "content": c}], tokenizer, generation=True)[0] for c in ("king?", "The ghost")]
-    rows = generate(model, tokenizer, prompts, Sampling(max_tokens=8, temperature=1.0, seed=3), 4)
+    rows = generate(model, tokenizer, prompts, SamplingParams(max_tokens=8, temperature=1.0, seed=3), 4)
     rewards = [random.Random(i + 4 * p).random() for p in range(2) for i in range(4)]
     settings = RlSettings(max_tokens=8, rollouts=4)
     rollouts = Rollouts(
-        rows, ["toy"] * 8, rewards, [sum(row.sampled) for row in rows], [sum(row.logprobs) for row in rows]
+        rows, ["toy"] * 8, rewards, [sum(row.sampled_mask) for row in rows], [sum(row.logprobs) for row in rows]
     )
     advantages_N, denominators_N = compute_advantages(rollouts, settings)
     losses, gradients = [], []

@@ -230,8 +230,8 @@ def test_cancel_frees_the_engine_at_once(server, client):
 def test_echo_gives_the_log_probability_of_every_token(server, monkeypatch, tmp_path):
     import torch
 
-    from nanoghost.engine.generate import open_engine
-    from nanoghost.engine.prompt_logprobs import score
+    from nanoghost.engine.engine import open_engine
+    from nanoghost.engine.prompt_logprobs import prompt_logprobs
     from nanoghost.formats.model_folder import load_model, load_tokenizer
     from nanoghost.home import ModelFolder
 
@@ -250,7 +250,7 @@ def test_echo_gives_the_log_probability_of_every_token(server, monkeypatch, tmp_
         found = choice["logprobs"]
         assert choice["text"] == other["text"] and found == other["logprobs"]
         assert len(found["tokens"]) == len(own) + 1 and found["token_logprobs"][0] is None
-        expected = [likely for part in score(engine.runner, own, "", 1) for likely in part]
+        expected = [likely for part in prompt_logprobs(engine.runner, own, "", 1) for likely in part]
         assert found["token_logprobs"][1:-1] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
         exact = model.logprobs(torch.tensor([own[:-1]]), torch.tensor([own[1:]]))[0].tolist()
         assert sum(found["token_logprobs"][1:-1]) == pytest.approx(sum(exact), rel=0.1)

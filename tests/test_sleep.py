@@ -8,7 +8,7 @@ import torch
 
 from nanoghost import hardware
 from nanoghost.engine import paged_runner
-from nanoghost.engine.generate import open_engine
+from nanoghost.engine.engine import open_engine
 from nanoghost.errors import StopFlag
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
@@ -305,9 +305,9 @@ def test_adding_a_fact_by_hand_does_not_hide_earlier_messages(me, toy, accept_al
 def test_adapters_of_two_people_in_one_batch_answer_as_each_alone(base, packed, monkeypatch):
     """A sequence's adapter affects no other sequence, and no cached block that sequences with the same prefix share."""
     model, tokenizer = load_model(base, torch.float32)
-    if packed and not paged_runner.packable(model.config):
+    if packed and not paged_runner.supports_quantization(model.config):
         pytest.skip("the quantized engine does not run here")
-    monkeypatch.setattr(paged_runner, "packable", lambda config: packed)
+    monkeypatch.setattr(paged_runner, "supports_quantization", lambda config: packed)
     monkeypatch.setattr(hardware, "compute_dtype", lambda: torch.float32)
     folders = []
     for seed in (1, 2):
@@ -319,10 +319,10 @@ def test_adapters_of_two_people_in_one_batch_answer_as_each_alone(base, packed, 
     prompts = [[{"role": "user", "content": f"What is my name, {i}?"}] for i in range(6)]
     alone = []
     for folder in [None, *folders]:
-        engine = open_engine(ModelFolder("toy"), seats=6, room=96, adapter=folder)
+        engine = open_engine(ModelFolder("toy"), slots=6, slot_tokens=96, adapter=folder)
         alone.append(greedy_answers(engine, prompts, 12))
     assert alone[0] != alone[1] != alone[2]
-    engine = open_engine(ModelFolder("toy"), seats=4, room=96, adapter=folders[0])
+    engine = open_engine(ModelFolder("toy"), slots=4, slot_tokens=96, adapter=folders[0])
     engine.runner.add_adapter(folders[1])
     names = ["", str(folders[0]), str(folders[1])]
     combinations = [(prompt, adapter) for prompt in range(6) for adapter in range(3)]

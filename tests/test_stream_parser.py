@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from nanoghost.serve.stream_parser import Reply, chat_logprobs, completion_logprobs, end_of, key_of
 from nanoghost.tokenizer.chat_format import parse_reply
-from nanoghost.tokenizer.jinja_template import Dialect
+from nanoghost.tokenizer.jinja_template import ChatTemplate
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.toys import toy_text
 
 OURS = Tokenizer.train([toy_text(100)], 290)
 OTHERS = Tokenizer.train([toy_text(100)], 290)
-OTHERS.dialect = Dialect("", {}, {OTHERS.special("<|im_end|>")})
+OTHERS.chat_template = ChatTemplate("", {}, {OTHERS.special_id("<|im_end|>")})
 BYTES = {OURS.token_bytes(i)[0]: i for i in range(7, 263)}
 TEXT = st.text(alphabet="ab<>é👻 {}", max_size=40)
 
@@ -23,8 +23,8 @@ def written(tokenizer, pieces) -> list[int]:
     """Tokens of some texts; names of marks stand for the marks, where the tokenizer has them as tokens."""
     ids = []
     for piece in pieces:
-        is_mark = piece in tokenizer.specials and not (tokenizer.dialect and "tool" in piece)
-        ids += [tokenizer.special(piece)] if is_mark else tokenizer.encode(piece)
+        is_mark = piece in tokenizer.special_tokens and not (tokenizer.chat_template and "tool" in piece)
+        ids += [tokenizer.special_id(piece)] if is_mark else tokenizer.encode(piece)
     return ids
 
 
@@ -78,7 +78,7 @@ PARTS = st.lists(st.sampled_from(["Hello. ", "<", "<tool", "<tool_call>", "</too
 @pytest.mark.parametrize("tokenizer", [OURS, OTHERS], ids=["ours", "others"])
 def test_an_answer_in_pieces_is_the_answer_as_a_whole(tokenizer, parts, seed):
     """The same text and calls as chat.parse_reply, which sees everything at once."""
-    ids = [*written(tokenizer, parts), tokenizer.special("<|im_end|>")]
+    ids = [*written(tokenizer, parts), tokenizer.special_id("<|im_end|>")]
     text, calls, _ = said(Reply(tokenizer), ids, random.Random(seed))
     whole = parse_reply(ids, tokenizer)
     assert text == whole["content"]
@@ -100,7 +100,7 @@ def test_without_tools_everything_is_text():
 
 def test_a_forced_call_is_the_whole_reply():
     text, calls, _ = said(
-        Reply(OURS, ("arguments",), forced=True), [*OURS.encode(CALLS[0]), OURS.special("<|im_end|>")]
+        Reply(OURS, ("arguments",), forced=True), [*OURS.encode(CALLS[0]), OURS.special_id("<|im_end|>")]
     )
     assert not text and calls[0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
     assert said(Reply(OURS, forced=True), OURS.encode(CALLS[0][:-1]))[0] == CALLS[0][:-1], "cut off, it is text"
@@ -125,20 +125,21 @@ def test_the_grammar_lets_no_blanks_in():
     import torch
     from llguidance import LLMatcher
 
-    from nanoghost.engine.logits_processors import Watcher, grammar_tokens, json_grammar
+    from nanoghost.engine.grammar import grammar_tokenizer, json_grammar
+    from nanoghost.engine.logits_processors import LogitsProcessor
 
     schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}, "maxItems": 3}}, "required": ["a"],
               "additionalProperties": False}  # fmt: skip
-    watcher, ids = Watcher(LLMatcher(grammar_tokens(OURS), json_grammar(schema)), 2), []
+    processor, ids = LogitsProcessor(LLMatcher(grammar_tokenizer(OURS), json_grammar(schema)), 2), []
     blank = torch.zeros(OURS.vocab_size + 10)
     blank[OURS.encode(" ")[0]] = 50.0
-    while not ids or ids[-1] not in OURS.ends:
+    while not ids or ids[-1] not in OURS.stop_ids:
         logits = blank + torch.rand(len(blank), generator=torch.Generator().manual_seed(len(ids)))
-        watcher.before(logits)
+        processor.process(logits)
         ids.append(int(logits.argmax()))
-        watcher.after(ids[-1])
+        processor.accept(ids[-1])
         assert len(ids) < 60
-    assert "  " not in OURS.decode(ids) and len(watcher.noted) == len(ids)
-    assert watcher.noted[0][1][0] == (OURS.encode(" ")[0], pytest.approx(0, abs=1e-3)), (
+    assert "  " not in OURS.decode(ids) and len(processor.recorded) == len(ids)
+    assert processor.recorded[0][1][0] == (OURS.encode(" ")[0], pytest.approx(0, abs=1e-3)), (
         "probabilities are the model's own, before the grammar"
     )

@@ -8,14 +8,14 @@ import torch
 
 from nanoghost import cli
 from nanoghost.data.conversations import load_conversations
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.serve.terminal import Conversation, fragments, slash
 from tests.test_generate import Scripted, run_tool, tokenizer  # noqa: F401
 
 
 def test_text_streams_whole_characters_and_calls_become_a_line(tokenizer):  # noqa: F811
-    from nanoghost.engine.generate import Engine
-    from nanoghost.engine.torch_runner import PlainRunner
+    from nanoghost.engine.engine import Engine
+    from nanoghost.engine.torch_runner import TorchRunner
     from nanoghost.tokenizer.chat_format import render
 
     call = {
@@ -32,8 +32,8 @@ def test_text_streams_whole_characters_and_calls_become_a_line(tokenizer):  # no
     prompt, _ = render(messages[:1], tokenizer, generation=True)
     model = Scripted(tokenizer, render(messages, tokenizer)[0][len(prompt) :])
     model.start = len(prompt)
-    engine = Engine(PlainRunner(model, 1, 512), tokenizer)
-    [row] = engine.add(prompt, Sampling(max_tokens=300, temperature=0), run_tool=run_tool)
+    engine = Engine(TorchRunner(model, 1, 512), tokenizer)
+    [row] = engine.add(prompt, SamplingParams(max_tokens=300, temperature=0), run_tool=run_tool)
     said = [s for s in fragments(engine, row) if s.text]
     assert [s.text for s in said if s.is_tool] == ["calculator(1+1) → 2"]
     assert "".join(s.text for s in said if not s.is_tool) == "Voilà: 2 € 👻"
@@ -42,7 +42,7 @@ def test_text_streams_whole_characters_and_calls_become_a_line(tokenizer):  # no
 
 @pytest.fixture
 def conversation(toy_base):
-    return Conversation(toy_base, Sampling(max_tokens=8, temperature=1.0), system="Be brief.")
+    return Conversation(toy_base, SamplingParams(max_tokens=8, temperature=1.0), system="Be brief.")
 
 
 def test_conversation_keeps_drops_and_stops(conversation):
@@ -79,8 +79,8 @@ def test_slash_commands(conversation, tmp_path):
 
 def shown(tokenizer, *script):  # noqa: F811
     """What is shown of an answer of these texts; names of marks stand for the marks. (fragments, messages)"""
-    from nanoghost.engine.generate import Engine
-    from nanoghost.engine.torch_runner import PlainRunner
+    from nanoghost.engine.engine import Engine
+    from nanoghost.engine.torch_runner import TorchRunner
     from nanoghost.tokenizer.chat_format import render
 
     prompt, _ = render([{"role": "user", "content": "?"}], tokenizer, generation=True)
@@ -90,11 +90,11 @@ def shown(tokenizer, *script):  # noqa: F811
             told = [{"role": "tool", "content": "2"}]
             ids += tokenizer.encode("\n") + render(told, tokenizer, generation=True)[0]
         else:
-            ids += [tokenizer.special(text)] if text.startswith("<") else tokenizer.encode(text)
+            ids += [tokenizer.special_id(text)] if text.startswith("<") else tokenizer.encode(text)
     model = Scripted(tokenizer, ids)
     model.start = len(prompt)
-    engine = Engine(PlainRunner(model, 1, 512), tokenizer)
-    [row] = engine.add(prompt, Sampling(max_tokens=300, temperature=0), run_tool=run_tool)
+    engine = Engine(TorchRunner(model, 1, 512), tokenizer)
+    [row] = engine.add(prompt, SamplingParams(max_tokens=300, temperature=0), run_tool=run_tool)
     return [s for s in fragments(engine, row) if s.text], row.messages
 
 
@@ -119,11 +119,11 @@ def test_a_tool_line_stands_alone(tokenizer):  # noqa: F811
 
 
 def test_stopping_inside_a_call_keeps_only_what_was_said(conversation):
-    special, encode = conversation.tokenizer.special, conversation.tokenizer.encode
+    special, encode = conversation.tokenizer.special_id, conversation.tokenizer.encode
     script = [*encode("Well."), special("<tool_call>"), *encode('{"name')]
     conversation.set_system(None)
     conversation.ask("?")
-    conversation.sampling = Sampling(max_tokens=len(script) + 50, temperature=0)
+    conversation.sampling = SamplingParams(max_tokens=len(script) + 50, temperature=0)
     weights = conversation.engine.runner.model
 
     class Scribe(type(weights)):

@@ -19,9 +19,9 @@ from rich.table import Table
 from nanoghost import hardware
 from nanoghost.bench.table import limits, peers, tell, texts
 from nanoghost.commands.arguments import parse_numbers
-from nanoghost.engine.generate import open_engine
-from nanoghost.engine.quantized_llama import PackedLlama, pack_module, packable
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.engine import open_engine
+from nanoghost.engine.quantized_llama import QuantizedLlama, quantize_model, supports_quantization
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.formats.model_folder import load_model
@@ -85,21 +85,21 @@ class Ours:
 
     def write(self, prompts: list[list[int]], tokens: int, guess: bool = False, temperature: float = 0.8) -> float:
         """Tokens a second of all rows together, from when every prompt is read until the last row is done."""
-        self.engine.runner.drafts = guess
+        self.engine.runner.speculative = guess
         rows = []
         for i, prompt in enumerate(prompts):
-            rows += self.engine.add(prompt, Sampling(tokens, temperature, seed=i, endless=True))
-        while any(not row.ids for row in rows):
+            rows += self.engine.add(prompt, SamplingParams(tokens, temperature, seed=i, ignore_eos=True))
+        while any(not row.completion_ids for row in rows):
             self.engine.step()
-        start, before = time.perf_counter(), sum(len(row.ids) for row in rows)
-        while self.engine.running:
+        start, before = time.perf_counter(), sum(len(row.completion_ids) for row in rows)
+        while self.engine.has_unfinished:
             self.engine.step()
-        return (sum(len(row.ids) for row in rows) - before) / (time.perf_counter() - start)
+        return (sum(len(row.completion_ids) for row in rows) - before) / (time.perf_counter() - start)
 
     def read(self, prompt: list[int]) -> float:
         """Tokens a second from a text nobody has seen to the first word after it."""
         start = time.perf_counter()
-        [row] = self.engine.add(prompt, Sampling(1, 0.0))
+        [row] = self.engine.add(prompt, SamplingParams(1, 0.0))
         while not row.finish_reason:
             self.engine.step()
         return len(prompt) / (time.perf_counter() - start)
@@ -135,10 +135,10 @@ def most(model, measured: dict, streams: int, context: int, tokens: int = 1) -> 
     `tokens`: how many each row reads; the head works on the last one only.
     """
     c = model.config
-    packed = isinstance(model, PackedLlama)
+    packed = isinstance(model, QuantizedLlama)
     head = c.vocab_size * c.width
-    body = model.products() - head if packed else model.parameter_counts()["matrices"]
-    weights = model.bytes() if packed else (body + head) * model.head_weight.element_size()
+    body = model.matmul_weights() - head if packed else model.parameter_counts()["matrices"]
+    weights = model.weight_bytes() if packed else (body + head) * model.head_weight.element_size()
     heads = getattr(c, "key_value_heads", None) or c.heads
     kept = streams * context * c.depth * heads * c.head_width * 2 * 2  # keys and values, 16 bits each
     peak = measured["matrix_gflops_per_second"] * 1e9 * (2 if packed else 1)
@@ -179,7 +179,7 @@ def decode(settings: DecodeSettings) -> None:
             works.append(
                 (name, "decode", n, lambda rival=rival, prompts=prompts: rival.write(prompts, settings.tokens))
             )
-    if ours.engine.runner.drafts:
+    if ours.engine.runner.speculative:
         text = tokenizer.decode(texts(tokenizer, 1, 120)[0])
         for kind, question in KINDS.items():
             asked = [[{"role": "user", "content": question.format(word=word, text=text)}] for word in WORDS]
@@ -210,17 +210,17 @@ def packing(settings: PackingSettings) -> None:
     hardware.prepare()
     folder = open_model(settings.model)
     model, tokenizer = load_model(folder.path, torch.float32)
-    if not packable(model.config):
+    if not supports_quantization(model.config):
         raise UserError(f"'{folder.name}' is not packed on this machine: it runs as PyTorch has it")
     [tokens] = texts(tokenizer, 1, settings.tokens)
     size, window = len(tokenizer.decode(tokens[1:]).encode()), min(512, model.config.context)
     plain = bits_per_byte(model, tokens, window, size)
     rows = [{"work": "fp32", "bpb": plain, "megabytes": 4 * sum(model.parameter_counts().values()) / 1e6, "more": 0.0}]
     for bits in (16, 8, 4, None):
-        packed = pack_module(model, bits)
+        packed = quantize_model(model, bits)
         bpb = bits_per_byte(packed, tokens, window, size)
         work = f"{bits} bits" if bits else "few bits, as chat has it"
-        rows.append({"work": work, "bpb": bpb, "megabytes": packed.bytes() / 1e6, "more": bpb / plain - 1})
+        rows.append({"work": work, "bpb": bpb, "megabytes": packed.weight_bytes() / 1e6, "more": bpb / plain - 1})
     table = Table()
     for column in ("weights", "MB", "bits per byte", "more"):
         table.add_column(column, justify="left" if column == "weights" else "right")

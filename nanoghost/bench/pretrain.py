@@ -19,7 +19,7 @@ from nanoghost.evals.pictures import curves
 from nanoghost.home import write_atomic
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
-from nanoghost.tasks.registry import example_texts
+from nanoghost.tasks.sft_mix import example_texts
 from nanoghost.train.hyperparameters import model_config, pretrain_groups
 from nanoghost.train.pretrain import accumulate_gradients, make_model
 

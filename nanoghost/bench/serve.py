@@ -22,8 +22,8 @@ from nanoghost import hardware
 from nanoghost.bench.decode import KINDS, WORDS
 from nanoghost.bench.table import tell
 from nanoghost.commands.arguments import parse_numbers
-from nanoghost.engine.generate import open_engine
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.engine import open_engine
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
 from nanoghost.home import open_model
 from nanoghost.tokenizer.chat_format import render
@@ -132,10 +132,10 @@ def command(settings: ServeBenchSettings) -> None:
         start, rows = time.perf_counter(), []
         for i, text in enumerate(asked[:count]):
             prompt, _ = render([{"role": "user", "content": text}], engine.tokenizer, generation=True)
-            rows += engine.add(prompt, Sampling(settings.tokens, 0.8, seed=i))
-        while engine.running or engine.waiting:
+            rows += engine.add(prompt, SamplingParams(settings.tokens, 0.8, seed=i))
+        while engine.has_unfinished:
             engine.step()
-        return sum(len(row.ids) for row in rows) / (time.perf_counter() - start)
+        return sum(len(row.completion_ids) for row in rows) / (time.perf_counter() - start)
 
     async def together(port: int, count: int) -> float:
         start = time.perf_counter()

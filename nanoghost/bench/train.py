@@ -20,7 +20,7 @@ from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, open_model
 from nanoghost.model.lora import attach_adapters, new_adapter
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.tasks.registry import lesson_conversations
+from nanoghost.tasks.sft_mix import builtin_conversations
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
 from nanoghost.train.packing import PackedBatches, TokenizedExample, tokenize_conversations
 from nanoghost.train.sft import accumulate_packed_gradients
@@ -114,7 +114,7 @@ def train(settings: TrainSettings) -> None:
     context = finetune_context(ours.config.context)
     needed = settings.batch * settings.steps
     text = [TokenizedExample(ids, [True] * context) for ids in texts(tokenizer, needed, context)]
-    conversations = lesson_conversations("lessons", folder.card.root, folder.name, 40 * needed, 0)
+    conversations = builtin_conversations("builtin", folder.card.root, folder.name, 40 * needed, 0)
     random.Random(0).shuffle(conversations)
     lessons, _ = tokenize_conversations(conversations, tokenizer, context)
     works = [

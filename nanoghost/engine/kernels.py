@@ -20,7 +20,7 @@ INSTRUCTION_SETS = (  # as lanes.h knows them, the better one first
 
 
 @cache
-def unavailable() -> str:
+def unavailable_reason() -> str:
     """Load the operators, compiling them first if need be; returns why they cannot be had, empty if they can."""
     instructions = best(torch.cpu.get_capabilities())
     if not instructions:

@@ -1,19 +1,16 @@
-"""A Llama for speaking: weights packed in 4, 8 or 16 bits, keys and values in pages, the inner loops in kernels.cpp.
+"""A Llama for inference: quantized weights, a paged KV cache, the inner loops in kernels.cpp.
 
-One conversation's step reads every weight once and does little with it, so it lasts as long as the memory takes to
-deliver them: half the bits, twice the speed. Many conversations share that reading, and then arithmetic counts: whole
-numbers of 8 bits multiply twice as fast as bf16.
+To decode one sequence, a step reads every weight once and computes little with it, so its time is that of the memory:
+half the bits, twice the speed. Many sequences share that read, and then arithmetic counts: 8-bit integers multiply
+twice as fast as bf16.
 
-  bits  a weight is                                                        the input is rounded to
-  4     one of 16 levels from the lowest to the highest of its 32 (Q4_1)   8 bits and a scale for each 32
-  8     a whole number times the scale of its 32 (Q8_0)                    the same
-  16    bf16                                                               bf16
-
-N tokens, M outputs, K inputs, G groups of 32 inputs, J key-value heads, D width.
+N tokens of any sequences, T tokens of one sequence, D width, M and K outputs and inputs of a matrix, R rank of an adapter,
+L logits, V vocabulary.
 """
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -22,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from nanoghost.engine import kernels
+from nanoghost.engine.quantization import GROUP, LANES, QuantizedMatrix, auto_bits, dequantize, quantize
 from nanoghost.errors import UserError
 from nanoghost.home import read_json, write_atomic
 from nanoghost.model.llama import Llama
@@ -30,265 +28,278 @@ from nanoghost.model.lora import Adapter
 from nanoghost.model.names import MATRIX_MODULES, huggingface_name
 from nanoghost.model.rope import rope_table
 
-GROUP, LANES = 32, 16  # as in kernels.cpp
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A matrix in the order in which the kernel reads it: 16 outputs side by side, 32 inputs at a time."""
-
-    codes: torch.Tensor
-    """(blocks of 16 outputs, G, 64 x bits) bytes."""
-    scales: torch.Tensor
-    """(blocks, G, 16) fp16."""
-    lows: torch.Tensor
-    """(blocks, G, 16) fp16: the lowest value of each group, with 4 bits."""
-    bits: int
-    outputs: int
-
-
-def pack(weight_MK: torch.Tensor, bits: int) -> Packed:
-    """K must be a multiple of 32."""
-    M, K = weight_MK.shape
-    blocks, G = -(-M // LANES), K // GROUP
-    w = F.pad(weight_MK.float(), (0, 0, 0, blocks * LANES - M)).view(blocks, LANES, G, GROUP)
-    scales = lows = torch.empty(0, dtype=torch.float16)
-    if bits == 16:
-        codes = w.view(blocks, LANES, G, GROUP // 2, 2).permute(0, 2, 3, 1, 4).bfloat16().contiguous()
-        return Packed(codes.view(torch.uint8).view(blocks, G, -1), scales, lows, bits, M)
-    if bits == 8:
-        step = (w.abs().amax(-1) / 127).half()
-        codes = (w / step.float().clamp_min(1e-30)[..., None]).round_().clamp_(-127, 127).add_(128)
-    else:
-        low, high = w.amin(-1), w.amax(-1)
-        step, low = ((high - low) / 15).half(), low.half()
-        codes = ((w - low.float()[..., None]) / step.float().clamp_min(1e-30)[..., None]).round_().clamp_(0, 15)
-        lows = low.permute(0, 2, 1).contiguous()
-    scales = step.permute(0, 2, 1).contiguous()
-    codes = codes.to(torch.uint8).view(blocks, LANES, G, 8, 4).permute(0, 2, 3, 1, 4)
-    if bits == 4:
-        codes = codes[:, :, :4] | codes[:, :, 4:] << 4
-    return Packed(codes.reshape(blocks, G, -1), scales, lows, bits, M)
-
-
-def unpack(p: Packed, rows_N: torch.Tensor | None = None) -> torch.Tensor:
-    """The numbers that a packed matrix stands for, (M, K) fp32; or only those rows."""
-    rows_N = torch.arange(p.outputs) if rows_N is None else rows_N
-    block, lane = rows_N // LANES, rows_N % LANES
-    if p.bits == 16:
-        codes = p.codes.view(torch.bfloat16).view(*p.codes.shape[:2], GROUP // 2, LANES, 2)
-        return codes[block, :, :, lane].flatten(1).float()
-    codes = p.codes.view(*p.codes.shape[:2], -1, LANES, 4)[block, :, :, lane]  # (N, G, 8 or 4, 4)
-    if p.bits == 4:
-        codes = torch.cat([codes & 15, codes >> 4], 2)
-    codes = codes.flatten(2).float()
-    scales = p.scales[block, :, lane].float()[..., None]
-    return (
-        codes * scales + p.lows[block, :, lane].float()[..., None] if p.bits == 4 else (codes - 128) * scales
-    ).flatten(1)
-
-
-def fewest_bits(weight_MK: torch.Tensor) -> int:
-    """4 if that loses nothing (the weights came from a file in 4 bits), otherwise 8."""
-    sample = weight_MK[:LANES]
-    return 4 if torch.allclose(unpack(pack(sample, 4)), sample.float(), rtol=1e-5, atol=1e-7) else 8
-
-
-NONE = torch.empty(0)  # stands for a part that a model does not have
-VECTORS = {  # name of a part -> parameter of llama.Block
+EMPTY = torch.empty(0)  # for the kernels: a tensor that a model does not have
+FUSED = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
+"""The matrices of a layer: those that multiply the same input are one."""
+VECTORS = {
     "attention_norm": "attention_norm.weight",
     "mlp_norm": "mlp_norm.weight",
     "q_norm": "attention.q_norm.weight",
     "k_norm": "attention.k_norm.weight",
     "out_bias": "attention.out.bias",
 }
-STACKS = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
+"""The other weights of a layer, and their parameters in llama.Block."""
+KERNEL_ORDER = (
+    "attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias", "mlp_norm", "gate_up", "down",
+)  # fmt: skip
+AdapterSlices = list[tuple[slice, Adapter]]
+"""Which tokens of a batch use which LoRA adapter; the others use none."""
 
 
-def pack_model(config: LlamaConfig, tensor, bits: int | None = None) -> dict:
-    """The parts of a PackedLlama by name. `tensor(name)` gives a parameter of llama.Llama, None if it has no such one.
-
-    `bits` None: as few as lose nothing, at most 8.
-    """
-
-    def packed(*names):
-        weight = torch.cat([tensor(name).float().flatten(0, -2) for name in names])
-        return pack(weight, bits or fewest_bits(weight))
-
-    parts = {"embedding": packed("embedding.weight"), "final_norm": tensor("final_norm.weight").float()}
-    if not config.tied_embeddings:
-        parts["head"] = packed("lm_head.weight")
-    for b in (f"blocks.{i}." for i in range(config.depth)):
-        parts |= {
-            b + stack: packed(*(f"{b}{MATRIX_MODULES[name]}.weight" for name in names))
-            for stack, names in STACKS.items()
-        }
-        parts |= {b + v: tensor(b + p).float() for v, p in VECTORS.items() if tensor(b + p) is not None}
-        if tensor(b + "attention.q.bias") is not None:
-            parts[b + "qkv_bias"] = torch.cat([tensor(f"{b}attention.{x}.bias").float() for x in "qkv"])
-    return parts
-
-
-def tensors_of(block: dict) -> list[torch.Tensor]:
-    """A layer's tensors in the order in which the operator `layers` takes them."""
-    order = ("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias", "mlp_norm", "gate_up", "down")
-    parts = [block.get(name, NONE) for name in order]
-    return [t for p in parts for t in ((p.codes, p.scales, p.lows) if isinstance(p, Packed) else (p,))]
-
-
-def packable(c) -> bool:
-    """Whether a model of this configuration can be packed and run on this machine."""
-    if c.model_type == "nanoghost" or c.head_width not in (64, 128) or c.width % GROUP or c.mlp_width % GROUP:
+def supports_quantization(config) -> bool:
+    """Whether the kernels can run a model of this configuration on this machine."""
+    if config.model_type == "nanoghost" or config.head_width not in (64, 128):
         return False
-    return not kernels.unavailable()
+    if config.width % GROUP or config.mlp_width % GROUP:
+        return False
+    return not kernels.unavailable_reason()
 
 
-def pack_module(model: Llama, bits: int | None) -> "PackedLlama":
-    """What a model being trained says now, its adapter merged; nothing is compiled anew."""
-    parameters = dict(model.named_parameters())
-    corrections = {
-        f"blocks.{i}.{MATRIX_MODULES[name]}.weight": pair
-        for a in model.adapters
-        for (i, name), pair in a.updates.items()
-    }
+class QuantizedLlama:
+    """Computes the function of llama.Llama for tokens of any sequences at any positions in one pass; cannot be trained."""
 
-    def tensor(name):
-        weight = parameters.get(name)
-        if name in corrections:
-            a_RM, b_NR, scale = corrections[name]
-            weight = weight.float() + scale * (b_NR.float() @ a_RM.float())
-        return weight
-
-    with torch.no_grad():
-        return PackedLlama(model.config, pack_model(model.config, tensor, bits))
-
-
-def load_packed(folder: Path, bits: int | None = None) -> "PackedLlama":
-    """From a model folder. The packed form is kept beside the weights, and made anew when these have changed."""
-    config = LlamaConfig.from_json(read_json(folder / "config.json"))
-    weights, path = folder / "model.safetensors", folder / f"packed-{bits or 'few'}-bits.safetensors"
-    mark = f"{weights.stat().st_size} {weights.stat().st_mtime_ns}"
-    if path.exists():
-        with safe_open(path, "pt") as f:
-            notes = f.metadata()
-            if notes["mark"] == mark:
-                parts = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (not a dict)
-                for name, (own_bits, outputs) in json.loads(notes["packed"]).items():
-                    pieces = (parts.pop(f"{name}.{piece}") for piece in ("codes", "scales", "lows"))
-                    parts[name] = Packed(*pieces, own_bits, outputs)
-                return PackedLlama(config, parts)
-    with safe_open(weights, "pt") as f:
-        there = set(f.keys())
-
-        def tensor(name):
-            name = huggingface_name(name)
-            return f.get_tensor(name) if name in there else None
-
-        parts = pack_model(config, tensor, bits)
-    packed = {name: p for name, p in parts.items() if isinstance(p, Packed)}
-    tensors = {name: p for name, p in parts.items() if name not in packed}
-    for name, p in packed.items():
-        tensors |= {f"{name}.codes": p.codes, f"{name}.scales": p.scales, f"{name}.lows": p.lows}
-    notes = {"mark": mark, "packed": json.dumps({name: (p.bits, p.outputs) for name, p in packed.items()})}
-    write_atomic(path, safetensors.torch.save(tensors, notes))
-    return PackedLlama(config, parts)
-
-
-class PackedLlama:
-    """The same function as llama.Llama, for reading along: tokens of any sequences at any positions in one pass."""
-
-    def __init__(self, config: LlamaConfig, parts: dict):
-        self.adapters: dict[str, Adapter] = {}
-        """By the name that a row asks for."""
-        if reason := kernels.unavailable():
-            raise UserError(f"packed weights need compiled kernels: {reason}")
+    def __init__(self, config: LlamaConfig, weights: dict[str, torch.Tensor | QuantizedMatrix]):
+        if reason := kernels.unavailable_reason():
+            raise UserError(f"quantized weights need compiled kernels: {reason}")
         self.config = config
-        self.parts = parts
-        self.blocks = [
-            {name.split(".")[2]: p for name, p in parts.items() if name.startswith(f"blocks.{i}.")}
-            for i in range(config.depth)
-        ]
-        self.turned = [int(i not in config.no_rope_layers) for i in range(config.depth)]
+        self.weights = weights
+        self.adapters: dict[str, Adapter] = {}
+        """By the name that sequences use."""
+        self.layers = []
+        for i in range(config.depth):
+            prefix = f"blocks.{i}."
+            self.layers.append({name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)})
+        self.layer_tensors = [tensor for layer in self.layers for tensor in kernel_tensors(layer)]
+        self.layer_bits = [layer[name].bits for layer in self.layers for name in FUSED]
+        self.rotary = [int(i not in config.no_rope_layers) for i in range(config.depth)]
         self.windows = list(config.sliding_windows or [0] * config.depth)
-        self.bits = [b[stack].bits for b in self.blocks for stack in STACKS]
-        self.flat = [t for b in self.blocks for t in tensors_of(b)]
+        shapes = config.matrix_shapes()
+        self.output_sizes = {fused: [shapes[name][0] for name in names] for fused, names in FUSED.items()}
         self.cos, self.sin = rope_table(config.context, config.head_width, config.rope_base, config.rope_scaling)
 
-    def bytes(self) -> int:
-        """Of all packed weights: what a step reads."""
-        packed = [p for p in self.parts.values() if isinstance(p, Packed)]
-        return sum(t.nbytes for p in packed for t in (p.codes, p.scales, p.lows))
+    def weight_bytes(self) -> int:
+        """Size of all quantized weights: what a step reads."""
+        return sum(w.nbytes for w in self.weights.values() if isinstance(w, QuantizedMatrix))
 
-    def products(self) -> int:
-        """Multiplications a token, the head included."""
-        packed = {name: p for name, p in self.parts.items() if isinstance(p, Packed)}
+    def matmul_weights(self) -> int:
+        """Number of weights that a token is multiplied with, the head included."""
+        matrices = {name: w for name, w in self.weights.items() if isinstance(w, QuantizedMatrix)}
         if not self.config.tied_embeddings:
-            del packed["embedding"]
-        return sum(p.outputs * p.codes.size(1) * GROUP for p in packed.values())
+            del matrices["embedding"]
+        return sum(w.num_weights for w in matrices.values())
 
-    def new_pages(self, count: int) -> torch.Tensor:
-        """(layers, pages, J, 2, 16 x head width) fp16: 16 tokens a page, keys as (head width, 16), values as (16, head width)."""
-        c = self.config
-        return torch.empty(c.depth, count, c.key_value_heads, 2, LANES * c.head_width, dtype=torch.float16)
+    def new_kv_cache(self, num_blocks: int) -> torch.Tensor:
+        """(layers, blocks, KV heads, 2, LANES x head width) fp16: blocks of LANES tokens.
 
-    def forward(self, tokens_N, rows_N, positions_N, pages, table, wanted, adapted=()) -> torch.Tensor:
-        """Logits (wanted, V) in fp32 after the tokens numbered `wanted`.
-
-        Token n of sequence rows_N[n] stands at positions_N[n]; that sequence's pages are listed in table[rows_N[n]].
-        `adapted` pairs a slice of the tokens with the adapter that they go through.
+        Keys are stored as (head width, LANES), values as (LANES, head width).
         """
-        c, ops, N, shapes = self.config, torch.ops.nanoghost, len(tokens_N), self.config.matrix_shapes()
-        x_ND = unpack(self.parts["embedding"], tokens_N)
-        width = (c.heads + 2 * c.key_value_heads) * c.head_width
+        c = self.config
+        return torch.empty(c.depth, num_blocks, c.key_value_heads, 2, LANES * c.head_width, dtype=torch.float16)
 
-        def linear(x, p: Packed, out, bias=NONE, norm=NONE, add=False):
-            ops.linear.default(x, p.codes, p.scales, p.lows, p.bits, bias, norm, c.norm_eps, out, add)
-            return out
+    def forward(
+        self,
+        tokens_N: torch.Tensor,
+        slots_N: torch.Tensor,
+        positions_N: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        logits_indices_L: torch.Tensor,
+        adapter_slices: AdapterSlices = (),
+    ) -> torch.Tensor:
+        """Logits (L, V) in fp32 after the tokens with these indices.
 
-        def correct(y, layer, stack, x, norm=None):
-            """Add the adapters' part of the matrices of a stack, whose outputs stand side by side in y."""
-            for tokens, adapter in adapted:
-                pairs = [adapter.updates.get((layer, name)) for name in STACKS[stack]]
-                if any(pairs):
-                    h = x[tokens]
-                    if norm is not None:
-                        h = F.rms_norm(h, (c.width,), norm, c.norm_eps)
-                    elif stack == "down":
-                        h = F.silu(h[:, : c.mlp_width]) * h[:, c.mlp_width :]
-                for pair, part in zip(pairs, y[tokens].split([shapes[name][0] for name in STACKS[stack]], 1)):
-                    if pair:
-                        a_RM, b_NR, scale = pair
-                        part.addmm_(h @ a_RM.T, b_NR.T, alpha=scale)
-
-        where, scale = (table, rows_N, positions_N), c.head_width**-0.5
-        if not adapted:
-            ops.layers.default(
-                x_ND, self.flat, self.bits, self.turned, self.windows, self.cos, self.sin, pages, *where, scale, c.norm_eps
+        Token n is at position positions_N[n] of the sequence whose blocks are listed in block_table[slots_N[n]].
+        """
+        x_ND = dequantize(self.weights["embedding"], tokens_N)
+        where = (block_table, slots_N, positions_N, self.config.head_width**-0.5)
+        if adapter_slices:
+            for i, layer_cache in enumerate(kv_cache):
+                self.adapted_layer(i, x_ND, layer_cache, where, adapter_slices)
+        else:
+            torch.ops.nanoghost.layers.default(
+                x_ND, self.layer_tensors, self.layer_bits, self.rotary, self.windows, self.cos, self.sin, kv_cache,
+                *where, self.config.norm_eps,
             )  # fmt: skip
-        for layer, (b, cache) in enumerate(zip(self.blocks, pages)) if adapted else ():
-            turned = (self.cos, self.sin) if self.turned[layer] else (NONE, NONE)
-            norms = (b.get("q_norm", NONE), b.get("k_norm", NONE), c.norm_eps)
-            qkv = linear(x_ND, b["qkv"], torch.empty(N, width), b.get("qkv_bias", NONE), b["attention_norm"])
-            correct(qkv, layer, "qkv", x_ND, b["attention_norm"])
-            y = ops.attend.default(qkv, *turned, cache, *where, scale, self.windows[layer], *norms)
-            linear(y, b["out"], x_ND, b.get("out_bias", NONE), add=True)
-            correct(x_ND, layer, "out", y)
-            gate_up = linear(x_ND, b["gate_up"], torch.empty(N, 2 * c.mlp_width), norm=b["mlp_norm"])
-            correct(gate_up, layer, "gate_up", x_ND, b["mlp_norm"])
-            linear(gate_up, b["down"], x_ND, add=True)
-            correct(x_ND, layer, "down", gate_up)
-        x_ND = x_ND[wanted]
-        head = self.parts["embedding" if c.tied_embeddings else "head"]
-        return linear(x_ND, head, torch.empty(len(x_ND), c.vocab_size), norm=self.parts["final_norm"])
+        x_LD = x_ND[logits_indices_L]
+        head = self.weights["embedding" if self.config.tied_embeddings else "head"]
+        logits_LV = torch.empty(len(x_LD), self.config.vocab_size)
+        return self.linear(x_LD, head, logits_LV, norm=self.weights["final_norm"])
+
+    def adapted_layer(self, i: int, x_ND, layer_cache, where, adapter_slices: AdapterSlices) -> None:
+        """Layer i, in place: what the kernel `layers` does in one call, step by step, with the LoRA updates in between."""
+        c, layer, N = self.config, self.layers[i], len(x_ND)
+        cos_sin = (self.cos, self.sin) if self.rotary[i] else (EMPTY, EMPTY)
+        qk_norms = (layer.get("q_norm", EMPTY), layer.get("k_norm", EMPTY))
+
+        qkv = torch.empty(N, (c.heads + 2 * c.key_value_heads) * c.head_width)
+        self.linear(x_ND, layer["qkv"], qkv, layer.get("qkv_bias", EMPTY), layer["attention_norm"])
+        self.add_lora(qkv, x_ND, i, "qkv", adapter_slices)
+        attend = torch.ops.nanoghost.attend.default
+        y = attend(qkv, *cos_sin, layer_cache, *where, self.windows[i], *qk_norms, c.norm_eps)
+        self.linear(y, layer["out"], x_ND, layer.get("out_bias", EMPTY), add=True)
+        self.add_lora(x_ND, y, i, "out", adapter_slices)
+
+        gate_up = torch.empty(N, 2 * c.mlp_width)
+        self.linear(x_ND, layer["gate_up"], gate_up, norm=layer["mlp_norm"])
+        self.add_lora(gate_up, x_ND, i, "gate_up", adapter_slices)
+        self.linear(gate_up, layer["down"], x_ND, add=True)
+        self.add_lora(x_ND, gate_up, i, "down", adapter_slices)
+
+    def linear(self, x, matrix: QuantizedMatrix, out, bias=EMPTY, norm=EMPTY, add: bool = False):
+        """out = f(x) W^T + bias, or with `add` out += f(x) W^T + bias.
+
+        f is RMSNorm if there is a `norm`; SwiGLU if x is twice as wide as W expects; otherwise it does nothing.
+        """
+        m = matrix
+        kernel = torch.ops.nanoghost.linear.default
+        kernel(x, m.codes, m.scales, m.mins, m.bits, bias, norm, self.config.norm_eps, out, add)
+        return out
+
+    def add_lora(self, y_NM, x_NK, i: int, fused: str, adapter_slices: AdapterSlices) -> None:
+        """Add the LoRA updates of the matrices in `fused`, whose outputs are next to each other in y; x is as in `linear`."""
+        for part, adapter in adapter_slices:
+            updates = [adapter.updates.get((i, name)) for name in FUSED[fused]]
+            if not any(updates):
+                continue
+            x = self.normed_or_gated(x_NK[part], i, fused)
+            for update, y in zip(updates, y_NM[part].split(self.output_sizes[fused], 1)):
+                if update:
+                    a_RK, b_MR, scale = update
+                    y.addmm_(x @ a_RK.T, b_MR.T, alpha=scale)
+
+    def normed_or_gated(self, x_NK, i: int, fused: str) -> torch.Tensor:
+        """f(x) of `linear`."""
+        c, layer = self.config, self.layers[i]
+        if fused == "qkv":
+            return F.rms_norm(x_NK, (c.width,), layer["attention_norm"], c.norm_eps)
+        if fused == "gate_up":
+            return F.rms_norm(x_NK, (c.width,), layer["mlp_norm"], c.norm_eps)
+        if fused == "down":
+            return F.silu(x_NK[:, : c.mlp_width]) * x_NK[:, c.mlp_width :]
+        return x_NK
+
+    def forward_one(self, token_ids, start: int, kv_cache: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:
+        """Logits (T, V) of the next T tokens, from position `start` on, of the only sequence in a KV cache."""
+        T, num_blocks = len(token_ids), kv_cache.size(1)
+        return self.forward(
+            torch.as_tensor(token_ids),
+            slots_N=torch.zeros(T, dtype=torch.int32),
+            positions_N=torch.arange(start, start + T, dtype=torch.int32),
+            kv_cache=kv_cache,
+            block_table=torch.arange(num_blocks, dtype=torch.int32)[None],
+            logits_indices_L=torch.arange(T),
+            adapter_slices=[(slice(0, T), adapter)] if adapter else (),
+        )
 
     def logprobs(self, tokens_BT, targets_BT) -> torch.Tensor:
         """log P(target | tokens so far), (B, T) in fp32, as llama.Llama.logprobs; one row after the other."""
-        T = tokens_BT.size(1)
-        pages = self.new_pages(-(-T // LANES))
-        rows_T, positions_T = torch.zeros(T, dtype=torch.int32), torch.arange(T, dtype=torch.int32)
-        table, wanted = torch.arange(pages.size(1), dtype=torch.int32)[None], torch.arange(T)
-        found = []
+        kv_cache = self.new_kv_cache(math.ceil(tokens_BT.size(1) / LANES))
+        rows = []
         for tokens_T, targets_T in zip(tokens_BT, targets_BT):
-            logits_TV = self.forward(tokens_T, rows_T, positions_T, pages, table, wanted)
-            found.append(-F.cross_entropy(logits_TV, targets_T, reduction="none"))
-        return torch.stack(found)
+            logits_TV = self.forward_one(tokens_T, 0, kv_cache)
+            rows.append(-F.cross_entropy(logits_TV, targets_T, reduction="none"))
+        return torch.stack(rows)
+
+
+def kernel_tensors(layer: dict[str, torch.Tensor | QuantizedMatrix]) -> list[torch.Tensor]:
+    """The tensors of a layer as the kernel `layers` expects them."""
+    tensors = []
+    for name in KERNEL_ORDER:
+        weight = layer.get(name, EMPTY)
+        tensors += [weight.codes, weight.scales, weight.mins] if isinstance(weight, QuantizedMatrix) else [weight]
+    return tensors
+
+
+# -- making one -------------------------------------------------------------------------------------------------------
+
+
+def quantize_model(model: Llama, bits: int | None) -> QuantizedLlama:
+    """A quantized copy of a model in memory, its adapter merged. `bits` as for `quantize_weights`."""
+    parameters = dict(model.named_parameters())
+    updates = {}
+    for adapter in model.adapters:
+        for (i, name), update in adapter.updates.items():
+            updates[f"blocks.{i}.{MATRIX_MODULES[name]}.weight"] = update
+
+    def get_tensor(name: str) -> torch.Tensor | None:
+        weight = parameters.get(name)
+        if name in updates:
+            a_RK, b_MR, scale = updates[name]
+            weight = weight.float() + scale * (b_MR.float() @ a_RK.float())
+        return weight
+
+    with torch.no_grad():
+        return QuantizedLlama(model.config, quantize_weights(model.config, get_tensor, bits))
+
+
+def quantize_weights(
+    config: LlamaConfig, get_tensor: Callable[[str], torch.Tensor | None], bits: int | None
+) -> dict[str, torch.Tensor | QuantizedMatrix]:
+    """The weights of a QuantizedLlama. `get_tensor` returns a parameter of llama.Llama by name, None if there is none.
+
+    `bits` None: for each matrix as few as are lossless, but at most 8.
+    """
+
+    def quantized(*names: str) -> QuantizedMatrix:
+        weight_MK = torch.cat([get_tensor(name).float().flatten(0, -2) for name in names])
+        return quantize(weight_MK, bits or auto_bits(weight_MK))
+
+    weights = {"embedding": quantized("embedding.weight"), "final_norm": get_tensor("final_norm.weight").float()}
+    if not config.tied_embeddings:
+        weights["head"] = quantized("lm_head.weight")
+    for i in range(config.depth):
+        prefix = f"blocks.{i}."
+        for fused, names in FUSED.items():
+            weights[prefix + fused] = quantized(*(f"{prefix}{MATRIX_MODULES[name]}.weight" for name in names))
+        for name, parameter in VECTORS.items():
+            vector = get_tensor(prefix + parameter)
+            if vector is not None:
+                weights[prefix + name] = vector.float()
+        if get_tensor(prefix + "attention.q.bias") is not None:
+            weights[prefix + "qkv_bias"] = torch.cat([get_tensor(f"{prefix}attention.{x}.bias").float() for x in "qkv"])
+    return weights
+
+
+def load_quantized(folder: Path) -> QuantizedLlama:
+    """From a model folder. Quantized weights are stored next to the originals, and again whenever these change."""
+    config = LlamaConfig.from_json(read_json(folder / "config.json"))
+    original, stored = folder / "model.safetensors", folder / "quantized.safetensors"
+    version = f"{original.stat().st_size} {original.stat().st_mtime_ns}"
+    weights = read_weights(stored, version) if stored.exists() else None
+    if weights is None:
+        with safe_open(original, "pt") as f:
+            present = set(f.keys())
+
+            def get_tensor(name: str) -> torch.Tensor | None:
+                name = huggingface_name(name)
+                return f.get_tensor(name) if name in present else None
+
+            weights = quantize_weights(config, get_tensor, bits=None)
+        write_weights(stored, version, weights)
+    return QuantizedLlama(config, weights)
+
+
+def write_weights(path: Path, version: str, weights: dict[str, torch.Tensor | QuantizedMatrix]) -> None:
+    """A safetensors file; its metadata have the version of the original and (bits, outputs) of each matrix."""
+    tensors, matrices = {}, {}
+    for name, weight in weights.items():
+        if isinstance(weight, QuantizedMatrix):
+            matrices[name] = (weight.bits, weight.outputs)
+            tensors |= {f"{name}.codes": weight.codes, f"{name}.scales": weight.scales, f"{name}.mins": weight.mins}
+        else:
+            tensors[name] = weight
+    metadata = {"version": version, "matrices": json.dumps(matrices)}
+    write_atomic(path, safetensors.torch.save(tensors, metadata))
+
+
+def read_weights(path: Path, version: str) -> dict[str, torch.Tensor | QuantizedMatrix] | None:
+    """None if the file belongs to another version of the original."""
+    with safe_open(path, "pt") as f:
+        metadata = f.metadata()
+        if metadata["version"] != version:
+            return None
+        weights = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (not a dict)
+    for name, (bits, outputs) in json.loads(metadata["matrices"]).items():
+        codes, scales, mins = (weights.pop(f"{name}.{part}") for part in ("codes", "scales", "mins"))
+        weights[name] = QuantizedMatrix(codes, scales, mins, bits, outputs)
+    return weights

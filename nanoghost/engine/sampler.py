@@ -1,6 +1,6 @@
-"""From logits to tokens: temperature, top-k, top-p, and a draw that no other conversation can influence.
+"""From logits to tokens: temperature, top-k, top-p, and a draw that no other sequence can influence.
 
-B rows, V vocabulary.
+B rows of logits, V vocabulary, N buckets of K tokens.
 """
 
 from dataclasses import dataclass
@@ -8,94 +8,102 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-BLOCK = 256  # tokens that are first drawn as one
-LIKELY = 512  # tokens that top-p sorts first; only if they do not suffice, all
+BUCKET = 256  # neighboring tokens that are drawn as one before one of them is drawn
+TOP_P_CANDIDATES = 512  # tokens that top-p sorts first; only if they do not reach its probability, it sorts all
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     max_tokens: int = 128
-    """Most tokens a row may write; what a tool answers does not count."""
+    """Most tokens to sample; tool results do not count."""
     temperature: float = 0.8
     """0 takes the most probable token."""
     top_k: int = 0
-    """Only the k most probable tokens; 0: all."""
+    """Sample from the k most probable tokens (0 = all)."""
     top_p: float = 1.0
-    """Only the most probable tokens that together reach this probability."""
+    """Sample from the most probable tokens that together reach this probability."""
     seed: int = 0
-    """Same seed, same place among the samples: same tokens, whatever else is being written."""
+    """Random seed. The same seed and sample number give the same tokens, whatever else the engine computes."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are cut off."""
-    endless: bool = False
-    """Go on where the model would end: for measuring."""
+    """Texts that end the completion; they are not part of it."""
+    ignore_eos: bool = False
+    """Continue after stop tokens (for measurements)."""
 
 
-def distribution(logits_BV: torch.Tensor, s: Sampling) -> torch.Tensor:
-    """Probabilities that tokens are drawn from: temperature, then top-k, then top-p."""
+def distribution(logits_BV: torch.Tensor, s: SamplingParams) -> torch.Tensor:
+    """The probabilities that tokens are drawn from: temperature, then top-k, then top-p."""
     if s.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
     logits_BV = logits_BV / s.temperature if s.temperature != 1 else logits_BV
     if s.top_k:
-        least = logits_BV.topk(min(s.top_k, logits_BV.size(1))).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least, float("-inf"))
+        smallest_B1 = logits_BV.topk(min(s.top_k, logits_BV.size(1))).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, float("-inf"))
     probs_BV = torch.softmax(logits_BV, 1)
     if s.top_p < 1:
-        ordered, index = probs_BV.topk(min(LIKELY, probs_BV.size(1)))
+        ordered, index = probs_BV.topk(min(TOP_P_CANDIDATES, probs_BV.size(1)))
         if (ordered.sum(1) < s.top_p).any():
             ordered, index = probs_BV.sort(1, descending=True)
-        kept = ordered.cumsum(1) - ordered < s.top_p  # the token that crosses the border stays
-        probs_BV = torch.zeros_like(probs_BV).scatter_(1, index, ordered * kept)
+        in_nucleus = ordered.cumsum(1) - ordered < s.top_p  # including the token that crosses top_p
+        probs_BV = torch.zeros_like(probs_BV).scatter_(1, index, ordered * in_nucleus)
         probs_BV = probs_BV / probs_BV.sum(1, keepdim=True)
     return probs_BV
 
 
 def draw(probs_BV: torch.Tensor, uniforms: list[float]) -> tuple[list[int], list[float]]:
-    """One token a row by inverting the cumulative distribution at the row's number, and the log of its probability.
+    """Draw one token per row: the inverse of the cumulative distribution at the row's number in [0, 1).
 
-    In two steps, first a block of tokens and then one in it: the sums of a whole vocabulary are never written down.
+    Returns the token ids and their log-probabilities. In two steps, first a bucket of tokens and then one in it: so the
+    cumulative sums of a whole vocabulary, in double precision, are never stored.
     """
     B, V = probs_BV.shape
-    blocks_BNK = (F.pad(probs_BV, (0, -V % BLOCK)) if V % BLOCK else probs_BV).view(B, -1, BLOCK)
+    padded = F.pad(probs_BV, (0, -V % BUCKET)) if V % BUCKET else probs_BV
+    buckets_BNK = padded.view(B, -1, BUCKET)
     u_B1 = torch.tensor(uniforms, dtype=torch.double, device=probs_BV.device)[:, None]
+    sums_BN = buckets_BNK.sum(2)
+    bucket_B1, rest_B1 = invert_cumulative(sums_BN, u_B1 * sums_BN.double().sum(1, keepdim=True))
+    inside_BK = buckets_BNK[torch.arange(B, device=probs_BV.device), bucket_B1[:, 0]]
+    offset_B1, _ = invert_cumulative(inside_BK, rest_B1)
+    ids_B1 = bucket_B1 * BUCKET + offset_B1
+    return ids_B1[:, 0].tolist(), probs_BV.gather(1, ids_B1)[:, 0].log().tolist()
 
-    def invert(weights_BX, at_B1):
-        """(index where the cumulative sum passes `at`, what is left of `at` there); never an index of weight 0."""
-        cumulative = weights_BX.double().cumsum(1)
-        last = (cumulative < cumulative[:, -1:]).sum(1, keepdim=True)
-        index = torch.searchsorted(cumulative, at_B1, right=True).minimum(last)
-        return index, (at_B1 - F.pad(cumulative, (1, 0)).gather(1, index)).clamp_min(0)
 
-    sums_BN = blocks_BNK.sum(2)
-    block, rest = invert(sums_BN, u_B1 * sums_BN.double().sum(1, keepdim=True))
-    inside_BK = blocks_BNK[torch.arange(B, device=probs_BV.device), block[:, 0]]
-    ids = block * BLOCK + invert(inside_BK, rest)[0]
-    return ids[:, 0].tolist(), probs_BV.gather(1, ids)[:, 0].log().tolist()
+def invert_cumulative(weights_BX: torch.Tensor, target_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(index where the cumulative sum passes the target, the rest of the target there); never an index of weight 0."""
+    cumulative = weights_BX.double().cumsum(1)
+    last = (cumulative < cumulative[:, -1:]).sum(1, keepdim=True)
+    index = torch.searchsorted(cumulative, target_B1, right=True).minimum(last)
+    return index, (target_B1 - F.pad(cumulative, (1, 0)).gather(1, index)).clamp_min(0)
 
 
 def uniform(seed: int, stream: int, index: int) -> float:
-    """The index-th number of a stream, in [0, 1): splitmix64 (Steele et al. 2014), so that it depends on nothing else."""
-    z = (
-        seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + (index + 1) * 0x8CB92BA72F3D8DD7
-    ) & 0xFFFFFFFFFFFFFFFF
+    """Number `index` of a stream of random numbers in [0, 1).
+
+    A counter-based generator (splitmix64, Steele et al. 2014): a number depends on nothing that was drawn before.
+    """
+    mask = 0xFFFFFFFFFFFFFFFF
+    z = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + (index + 1) * 0x8CB92BA72F3D8DD7) & mask
     for _ in range(2):
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
         z ^= z >> 31
     return (z >> 11) / 2**53
 
 
-def choose(logits_BV: torch.Tensor, samplings: list[Sampling], uniforms: list[float]) -> tuple[list[int], list[float]]:
-    """A token and its log-probability for each row, each with its own settings."""
-    alike: dict[tuple, list[int]] = {}
-    for i, s in enumerate(samplings):
-        alike.setdefault((s.temperature, s.top_k, s.top_p), []).append(i)
-    ids, logprobs = [0] * len(samplings), [0.0] * len(samplings)
-    for rows in alike.values():
-        own_BV = logits_BV if len(rows) == len(samplings) else logits_BV[rows]
-        if samplings[rows[0]].temperature == 0:
-            drawn = own_BV.argmax(1).tolist(), [0.0] * len(rows)
+def sample(
+    logits_BV: torch.Tensor, params: list[SamplingParams], uniforms: list[float]
+) -> tuple[list[int], list[float]]:
+    """Token ids and log-probabilities, one a row, each with its own settings and random number."""
+    rows_of: dict[tuple, list[int]] = {}  # rows with the same distribution are drawn together
+    for i, s in enumerate(params):
+        rows_of.setdefault((s.temperature, s.top_k, s.top_p), []).append(i)
+    ids, logprobs = [0] * len(params), [0.0] * len(params)
+    for rows in rows_of.values():
+        some_BV = logits_BV if len(rows) == len(params) else logits_BV[rows]
+        settings = params[rows[0]]
+        if settings.temperature == 0:
+            new_ids, new_logprobs = some_BV.argmax(1).tolist(), [0.0] * len(rows)
         else:
-            drawn = draw(distribution(own_BV, samplings[rows[0]]), [uniforms[i] for i in rows])
-        for i, token, logprob in zip(rows, *drawn):
-            ids[i], logprobs[i] = token, logprob
+            new_ids, new_logprobs = draw(distribution(some_BV, settings), [uniforms[i] for i in rows])
+        for i, token_id, logprob in zip(rows, new_ids, new_logprobs):
+            ids[i], logprobs[i] = token_id, logprob
     return ids, logprobs

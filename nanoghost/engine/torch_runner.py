@@ -1,88 +1,124 @@
-"""Any model, as PyTorch has it, behind the engine: a seat for each row, with room in the cache for the longest.
+"""A model runner for any model, in plain PyTorch: one slot per sequence, each with a KV cache for the longest.
 
-Rows that read one token are one batch over the seats from the first to the last one taken; rows that read more are another.
+Sequences that decode are one batch over the slots from the first to the last used one; chunks of prompts are another.
 """
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from nanoghost.engine.sequence import ScheduledChunk, Sequence
+from nanoghost.formats.peft import read_adapter
 
-class PlainRunner:
-    chunk = 4096  # tokens read in a step by those who have many
-    drafts = False
-    """Whether reading a few tokens costs little more than reading one."""
 
-    def __init__(self, model, seats: int, capacity: int):
-        self.model, self.context = model, min(model.config.context, capacity)
-        self.cache = model.new_cache(seats, capacity)
-        self.seats: list = [None] * seats
-        """Who sits where."""
-        self.names: list[str] = []
-        """Of the model's adapters, that rows ask for."""
+class TorchRunner:
+    token_budget = 4096
+    speculative = False
 
-    def add_adapter(self, folder, name: str = "") -> None:
-        """From here on rows may go through the adapter of this folder, by this name or its path."""
-        from nanoghost.formats.peft import read_adapter
+    def __init__(self, model, slots: int, slot_tokens: int):
+        self.model = model
+        self.context = min(model.config.context, slot_tokens)
+        self.cache = model.new_cache(slots, slot_tokens)
+        self.slots: list[Sequence | None] = [None] * slots
+        """The sequence in each slot."""
+        self.adapter_names: list[str] = []
+        """In the order of `model.adapters`."""
 
+    def add_adapter(self, folder: Path, name: str = "") -> None:
         self.model.adapters = [*self.model.adapters, read_adapter(folder, self.model.config, self.model.dtype)]
-        self.names.append(name or str(folder))
+        self.adapter_names.append(name or str(folder))
 
-    def open(self, row) -> bool:
-        """Give a row a seat, if there is one."""
-        if None not in self.seats:
+    def admit(self, sequence: Sequence) -> bool:
+        if None not in self.slots:
             return False
-        self.seats[self.seats.index(None)] = row
+        self.slots[self.slots.index(None)] = sequence
         return True
 
-    def fork(self, row, others: list) -> int:
-        """Seat `others` with what `row` has read; returns how many found a seat."""
-        free = [i for i, taken in enumerate(self.seats) if taken is None][: len(others)] if others else []
-        for seat, other in zip(free, others):
-            self.seats[seat] = other
-        self.cache.copy_rows([self.seats.index(row)] * len(free), free, row.read)
+    def fork(self, sequence: Sequence, siblings: list[Sequence]) -> int:
+        if not siblings:
+            return 0
+        free = [i for i, occupant in enumerate(self.slots) if occupant is None][: len(siblings)]
+        for slot, sibling in zip(free, siblings):
+            self.slots[slot] = sibling
+        self.cache.copy_rows([self.slots.index(sequence)] * len(free), free, sequence.num_computed)
         return len(free)
 
-    def close(self, row) -> None:
-        self.seats[self.seats.index(row)] = None
+    def release(self, sequence: Sequence) -> None:
+        self.slots[self.slots.index(sequence)] = None
 
-    def run(self, batch: list) -> torch.Tensor:
-        """Logits (B, V) of the readings that want them, in order; readings of one token stand in front."""
-        self.move_up()
-        seat_of = {id(row): seat for seat, row in enumerate(self.seats) if row is not None}
-        one = [r for r in batch if len(r.tokens) == 1]
-        many = batch[len(one) :]
+    def run(self, batch: list[ScheduledChunk]) -> torch.Tensor:
+        self.compact()
+        slot_of = {id(sequence): slot for slot, sequence in enumerate(self.slots) if sequence is not None}
+        decode = [chunk for chunk in batch if chunk.is_decode]
+        prefill = batch[len(decode) :]  # the scheduler puts decoding sequences first
         logits = []
-        if one:
-            seats = [seat_of[id(r.row)] for r in one]
-            tokens = [[0]] * (max(seats) + 1)
-            for seat, r in zip(seats, one):
-                tokens[seat] = r.tokens
-            starts = [row.read if row else 0 for row in self.seats[: len(tokens)]]  # who reads nothing now writes ahead
-            out_BV = self.forward(tokens, starts, None, [0] * len(tokens), self.seats[: len(tokens)])
-            logits.append(out_BV if seats == list(range(len(out_BV))) else out_BV[seats])
-        if many:
-            longest = max(len(r.tokens) for r in many)
-            tokens = [r.tokens + [0] * (longest - len(r.tokens)) for r in many]
-            seats = [seat_of[id(r.row)] for r in many]
-            rows = [r.row for r in many]
-            out_BV = self.forward(tokens, [row.read for row in rows], seats, [len(r.tokens) - 1 for r in many], rows)
-            logits.append(out_BV[[i for i, r in enumerate(many) if r.wanted]])
+        if decode:
+            logits.append(self.run_decode(decode, [slot_of[id(chunk.sequence)] for chunk in decode]))
+        if prefill:
+            logits.append(self.run_prefill(prefill, [slot_of[id(chunk.sequence)] for chunk in prefill]))
         return torch.cat(logits)
 
-    def forward(self, tokens, starts, seats, last, rows) -> torch.Tensor:
-        device = self.model.device
-        tokens, starts, last = (torch.tensor(x, device=device) for x in (tokens, starts, last))
-        self.cache.select(seats, starts)
-        if not self.names:
-            return self.model(tokens, cache=self.cache, last_B=last)[:, 0]
-        through = [self.names.index(row.adapter) if row and row.adapter else -1 for row in rows]
-        return self.model(tokens, cache=self.cache, last_B=last, adapters_B=torch.tensor(through, device=device))[:, 0]
+    def run_decode(self, chunks: list[ScheduledChunk], slots: list[int]) -> torch.Tensor:
+        """One token in every slot up to the last used one.
 
-    def move_up(self) -> None:
-        """If many seats are idle, let those at the end move to the front: computing idle ones costs more."""
-        taken = [i for i, row in enumerate(self.seats) if row is not None]
-        if taken and len(taken) <= 0.7 * (taken[-1] + 1):
-            free = [i for i in range(len(taken)) if self.seats[i] is None]
-            movers = taken[len(taken) - len(free) :]
-            self.cache.copy_rows(movers, free, max(self.seats[i].read for i in movers))
-            for old, new in zip(movers, free):
-                self.seats[old], self.seats[new] = None, self.seats[old]
+        A slot whose sequence does not decode computes token 0 at its next position. Nobody reads the result, and the
+        sequence overwrites these keys and values when it continues.
+        """
+        num_slots = max(slots) + 1
+        token_ids = [[0]] * num_slots
+        for slot, chunk in zip(slots, chunks):
+            token_ids[slot] = chunk.token_ids
+        sequences = self.slots[:num_slots]
+        starts = [sequence.num_computed if sequence else 0 for sequence in sequences]
+        logits_BV = self.forward(token_ids, starts, None, [0] * num_slots, sequences)
+        return logits_BV if slots == list(range(num_slots)) else logits_BV[slots]
+
+    def run_prefill(self, chunks: list[ScheduledChunk], slots: list[int]) -> torch.Tensor:
+        """Chunks of any lengths, padded to the longest."""
+        longest = max(len(chunk.token_ids) for chunk in chunks)
+        token_ids = [chunk.token_ids + [0] * (longest - len(chunk.token_ids)) for chunk in chunks]
+        sequences = [chunk.sequence for chunk in chunks]
+        starts = [sequence.num_computed for sequence in sequences]
+        last = [len(chunk.token_ids) - 1 for chunk in chunks]
+        logits_BV = self.forward(token_ids, starts, slots, last, sequences)
+        return logits_BV[[i for i, chunk in enumerate(chunks) if chunk.num_logits]]
+
+    def forward(self, token_ids, starts, slots, last, sequences) -> torch.Tensor:
+        """Logits (B, V) after token `last` of each row, whose first token has the position `starts`."""
+        device = self.model.device
+        tokens_BT, starts_B, last_B = (torch.tensor(x, device=device) for x in (token_ids, starts, last))
+        self.cache.select(slots, starts_B)
+        if not self.adapter_names:
+            return self.model(tokens_BT, cache=self.cache, last_B=last_B)[:, 0]
+        adapters = [self.adapter_index(sequence.adapter if sequence else "") for sequence in sequences]
+        adapters_B = torch.tensor(adapters, device=device)
+        return self.model(tokens_BT, cache=self.cache, last_B=last_B, adapters_B=adapters_B)[:, 0]
+
+    def adapter_index(self, name: str) -> int:
+        """Number of an adapter as the model counts them; -1 for the base model."""
+        return self.adapter_names.index(name) if name else -1
+
+    def compact(self) -> None:
+        """If many slots are free, move the last sequences to the front: copying costs less than computing free slots."""
+        used = [i for i, sequence in enumerate(self.slots) if sequence is not None]
+        if used and len(used) <= 0.7 * (used[-1] + 1):
+            free = [i for i in range(len(used)) if self.slots[i] is None]
+            movers = used[len(used) - len(free) :]
+            self.cache.copy_rows(movers, free, max(self.slots[i].num_computed for i in movers))
+            for source, target in zip(movers, free):
+                self.slots[target] = self.slots[source]
+                self.slots[source] = None
+
+    def single_sequence(self, num_tokens: int, adapter: str = "") -> Callable[[list[int], int], torch.Tensor]:
+        model, device = self.model, self.model.device
+        cache = model.new_cache(1, num_tokens)
+        arguments = {}
+        if self.adapter_names:
+            arguments["adapters_B"] = torch.tensor([self.adapter_index(adapter)], device=device)
+
+        def forward_one(token_ids: list[int], start: int) -> torch.Tensor:
+            cache.select([0], torch.tensor([start], device=device))
+            return model(torch.tensor([token_ids], device=device), cache=cache, **arguments)[0]
+
+        return forward_one

@@ -11,7 +11,7 @@ from nanoghost import distributed, hardware
 from nanoghost.data.registry import open_source
 from nanoghost.data.tokenize_source import tokenize_source
 from nanoghost.engine.generate import generate
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.task_accuracy import accuracy, attempt
@@ -19,11 +19,10 @@ from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, open_model
 from nanoghost.progress import Display
-from nanoghost.tasks.base import Problem, distinct_problems, user
-from nanoghost.tasks.registry import all_tasks
+from nanoghost.tasks.base import Problem, distinct_problems
+from nanoghost.tasks.messages import user
+from nanoghost.tasks.registry import evaluated_tasks
 from nanoghost.train.hyperparameters import finetune_context
-
-SKILLS = ("sums", "spelling", "counting", "identity", "refusal", "answerable", "chain_sum", "spell_backward")
 
 QUESTIONS = (  # asked of every model; the answers go into the report as they come
     "Who are you?",
@@ -54,16 +53,16 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
     card = folder.card
     base = card.root
     model, tokenizer = load_model(folder.path, hardware.compute_dtype(), hardware.device())
-    tasks = all_tasks(base, folder.name)
-    skills = {}
-    for name in SKILLS:
+    results = {}
+    for name, task in evaluated_tasks(base, folder.name).items():
         display.print(f"  {folder.name}: {problems} held-out problems of {name} ...")
-        skills[name], _ = accuracy(model, tokenizer, tasks[name], distinct_problems(tasks[name], problems))
+        figures, _ = accuracy(model, tokenizer, task, distinct_problems(task, problems))
+        results[name] = {"label": task.label} | figures
     figures = {
         "model": folder.name,
         "bpb": card.figures.get("bpb") or held_out_bpb(model, tokenizer, base),
         "kneser_ney_bpb": base.figures.get("kneser_ney_bpb"),
-        "tasks": skills,
+        "tasks": results,
         "samples": samples(model, tokenizer),
         "memorised": memorised(model, tokenizer, base),
         "seconds": round(time.perf_counter() - start, 1),
@@ -81,7 +80,7 @@ def held_out_bpb(model, tokenizer, base: ModelCard) -> float:
 def samples(model, tokenizer) -> list[dict]:
     """One conversation for each of QUESTIONS, at the chat's own temperature and a fixed seed."""
     asked = [Problem("sample", (user(q),), (), "") for q in QUESTIONS]
-    rows = attempt(model, tokenizer, asked, Sampling(max_tokens=80, temperature=0.7, top_p=0.95, seed=1))
+    rows = attempt(model, tokenizer, asked, SamplingParams(max_tokens=80, temperature=0.7, top_p=0.95, seed=1))
     return [{"messages": [*p.messages, *row.messages]} for p, row in zip(asked, rows)]
 
 
@@ -102,13 +101,13 @@ def memorised(model, tokenizer, base: ModelCard, starts: int = 64, prompt_tokens
         return {"characters": 0, "text": "", "source": ""}
     encoded = encoded[distributed.rank_and_world_size()[0] :: distributed.rank_and_world_size()[1]]  # processes share the work
     rows = (
-        generate(model, tokenizer, [ids for _, _, ids in encoded], Sampling(max_tokens=96, temperature=0))
+        generate(model, tokenizer, [ids for _, _, ids in encoded], SamplingParams(max_tokens=96, temperature=0))
         if encoded
         else []
     )
     best = {"characters": 0, "text": "", "source": ""}
     for (document, text, ids), row in zip(encoded, rows):
-        truth, said = text[len(tokenizer.decode(ids)) :], tokenizer.decode(row.ids)
+        truth, said = text[len(tokenizer.decode(ids)) :], tokenizer.decode(row.completion_ids)
         same = next((i for i, (a, b) in enumerate(zip(truth, said)) if a != b), min(len(truth), len(said)))
         if same > best["characters"]:
             best = {"characters": same, "text": said[:same], "source": document.name}

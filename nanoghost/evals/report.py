@@ -29,16 +29,6 @@ STAGES = {
     "distill": "distillation",
     "rl": "RL",
 }
-SKILLS = {
-    "sums": "sums with the calculator",
-    "spelling": "spelling a word",
-    "counting": "counting letters",
-    "identity": "who it is",
-    "refusal": "unanswerable: says so",
-    "answerable": "answerable: answers",
-    "chain_sum": "chain_sum, in the head",
-    "spell_backward": "spell_backward",
-}
 
 
 @dataclass(frozen=True)
@@ -118,12 +108,13 @@ class Content:
         if found:
             bpbs = [e["bpb"] for e in found.values()]
             rows.append(("held-out text, bits per byte", [f"{b:.3f}" for b in bpbs], bpbs.index(min(bpbs))))
-            for skill, name in SKILLS.items():
-                results = [e["tasks"].get(skill) for e in found.values()]
+            tasks = next(iter(found.values()))["tasks"]
+            for task in tasks:
+                results = [e["tasks"].get(task) for e in found.values()]
                 if all(results):
                     cells = [f"{r['accuracy']:.1%} ({r['low']:.0%} to {r['high']:.0%})" for r in results]
                     best = max(range(len(results)), key=lambda i: results[i]["accuracy"])
-                    rows.append((name, cells, best))
+                    rows.append((tasks[task]["label"], cells, best))
         return columns, rows
 
     def facts(self) -> list[tuple[str, str]]:

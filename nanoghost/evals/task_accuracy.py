@@ -3,8 +3,10 @@
 import math
 
 from nanoghost import distributed
-from nanoghost.engine.generate import Row, generate
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.generate import generate
+from nanoghost.engine.sequence import Sequence
+from nanoghost.engine.sampler import SamplingParams
+from nanoghost.tasks.tool_use import tool_runner
 from nanoghost.tokenizer.chat_format import render
 
 
@@ -16,14 +18,12 @@ def wilson(solved: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def attempt(model, tokenizer, problems, sampling: Sampling, samples: int = 1, rank=0, world=1) -> list[Row]:
+def attempt(model, tokenizer, problems, sampling: SamplingParams, samples: int = 1, rank=0, world=1) -> list[Sequence]:
     """The model's attempts at problems, of which it has each `world`-th; row p * samples + i is attempt i at problem p."""
     prompts = [render(list(p.messages), tokenizer, generation=True)[0] for p in problems]
     run = None
     if names := {name for p in problems for name in p.tools}:
-        from nanoghost.tasks.tool_use import practice
-
-        run = practice(names)
+        run = tool_runner(names)
     return generate(model, tokenizer, prompts, sampling, samples, run, rank, world)
 
 
@@ -33,7 +33,7 @@ def accuracy(model, tokenizer, task, problems, max_tokens: int = 128, batch: int
     ordered = sorted(problems, key=lambda p: len(str(p.messages)))[rank::world]  # rows of a batch alike in length
     for i in range(0, len(ordered), batch):
         some = ordered[i : i + batch]
-        rows = attempt(model, tokenizer, some, Sampling(max_tokens=max_tokens, temperature=0))
+        rows = attempt(model, tokenizer, some, SamplingParams(max_tokens=max_tokens, temperature=0))
         results += [(p, row.messages, task.score(p, row.messages)) for p, row in zip(some, rows)]
     results = [result for part in distributed.all_gather_object(results) for result in part]
     solved = sum(score for _, _, score in results)

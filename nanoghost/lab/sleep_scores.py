@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanoghost.engine.generate import open_engine
+from nanoghost.engine.engine import open_engine
 from nanoghost.home import ModelFolder
 from nanoghost.lab.retention import proportion
 from nanoghost.memory.answers import ANSWER_TOKENS, contains_values, greedy_answers, is_correct, is_refusal
@@ -138,7 +138,7 @@ def score_other_questions(answer: AnswerFunction, facts: list[Fact], split: str,
 
 def measure_leaks(base: ModelFolder, users: list[tuple[Path, list[Fact]]], split: str) -> LeakFigures:
     """Ask each user's adapter about the other users' facts and about its own, all in one batch."""
-    engine = open_engine(base, seats=32, room=256)
+    engine = open_engine(base, slots=32, slot_tokens=256)
     for adapter, _ in users:
         engine.runner.add_adapter(adapter)
     rng = random.Random("leaks")

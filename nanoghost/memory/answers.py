@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from nanoghost.engine.generate import Engine, open_engine
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.engine import Engine, open_engine
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.home import ModelFolder
 from nanoghost.memory.phrasings import other_values
 from nanoghost.memory.router import Router
@@ -20,7 +20,7 @@ class RoutedModel:
 
     def __init__(self, base: ModelFolder, adapter: Path | None, router: Router | None):
         """`router`: None if the adapter answers every question."""
-        self.engine = open_engine(base, seats=32, room=1024, adapter=adapter)
+        self.engine = open_engine(base, slots=32, slot_tokens=1024, adapter=adapter)
         self.router = router if adapter else None
 
     def answer(
@@ -46,7 +46,7 @@ def greedy_answers(
 
     `adapters`: the adapter for each conversation, "" for the base model; default: the engine's.
     """
-    sampling = Sampling(max_tokens, temperature=0.0)
+    sampling = SamplingParams(max_tokens, temperature=0.0)
     sequences = []
     for messages, adapter in zip(conversations, adapters or [None] * len(conversations)):
         prompt, _ = render(messages, engine.tokenizer, generation=True)

@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import asdict, replace
 
-from nanoghost.engine.generate import open_engine
+from nanoghost.engine.engine import open_engine
 from nanoghost.errors import StopFlag, UserError
 from nanoghost.home import ModelFolder, open_model, read_json, write_json
 from nanoghost.memory.acceptance import rejection_reasons, run_acceptance_test, training_general_prompts
@@ -163,7 +163,7 @@ def synthesize_examples(run: AdapterRun, facts: list[Fact]) -> tuple[list[Synthe
         f"data synthesis: {len(answerable)} questions about {len(facts)} facts,"
         f" {len(unanswerable)} unanswerable questions"
     )
-    engine = open_engine(run.base, seats=32, room=256)
+    engine = open_engine(run.base, slots=32, slot_tokens=256)
     answered, replaced_answers = answer_questions(
         answerable + unanswerable, engine.runner, engine.tokenizer, run.recipe.answer_tokens, run.display
     )

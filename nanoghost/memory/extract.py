@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nanoghost import hardware
-from nanoghost.engine.generate import open_engine
+from nanoghost.engine.engine import open_engine
 from nanoghost.errors import StopFlag
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, home
@@ -99,7 +99,7 @@ def extract_facts(
     """For each message: the extracted facts, and the lines that were rejected."""
     if not messages:
         return []
-    engine = open_engine(base, seats=16, room=1024, adapter=extractor)
+    engine = open_engine(base, slots=16, slot_tokens=1024, adapter=extractor)
     answers = greedy_answers(engine, [conversation(message) for message in messages], MAX_TOKENS)
     return [parse_facts(answer, message.text) for answer, message in zip(answers, messages)]
 

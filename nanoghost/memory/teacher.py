@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from nanoghost import hardware
-from nanoghost.engine.generate import generate, open_engine, steps
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.engine import open_engine
+from nanoghost.engine.generate import generate, generate_steps
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, home, write_atomic
 from nanoghost.memory.answers import contains_values
@@ -72,7 +73,7 @@ def answer_questions(
         prompt, _ = render(qa.messages(with_context=True), tokenizer, generation=True)
         prompts.append(prompt + tokenizer.encode(qa.answer_prefix))
     sequences = []
-    for sequences in steps(runner, tokenizer, prompts, Sampling(max_tokens, temperature=0.0)):
+    for sequences in generate_steps(runner, tokenizer, prompts, SamplingParams(max_tokens, temperature=0.0)):
         finished = sum(bool(sequence.finish_reason) for sequence in sequences)
         on_event({"stage": "synthesize", "step": finished - 1, "steps": len(sequences)})
     answered = {}
@@ -176,7 +177,7 @@ def general_examples(
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = home() / "data" / f"general-{digest}.safetensors"
     if not path.exists():
-        runner = open_engine(base, seats=32, room=1024).runner
+        runner = open_engine(base, slots=32, slot_tokens=1024).runner
         model, tokenizer = load_model(base.path, dtype, hardware.device())
         questions = list(prompts)
         if generated:
@@ -205,7 +206,7 @@ def generate_questions(count: int, runner, tokenizer) -> list[str]:
     one, other = (render([{"role": "user", "content": text}], tokenizer)[0] for text in ("A", "B"))
     first_difference = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
     prompts = [one[:first_difference]] * count
-    sampling = Sampling(QUESTION_TOKENS, temperature=1.0, top_p=0.95, seed=0, stop=("\n",))
+    sampling = SamplingParams(QUESTION_TOKENS, temperature=1.0, top_p=0.95, seed=0, stop=("\n",))
     sequences = generate(runner, tokenizer, prompts, sampling)
     texts = [sequence.messages[0]["content"].strip() for sequence in sequences if sequence.finish_reason == "stop"]
     return list(dict.fromkeys(text for text in texts if len(text) > 3))

@@ -67,7 +67,7 @@ class EngineClient:
         # engine waits to be forked: so another engine is there in a second, where importing alone would take two or three.
         self.context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         self.context.set_forkserver_preload(
-            ["nanoghost.serve.worker", "nanoghost.engine.paged_runner", "nanoghost.engine.logits_processors"]
+            ["nanoghost.serve.worker", "nanoghost.engine.grammar", "nanoghost.engine.prompt_logprobs"]
         )
         self.jobs: dict[int, Running] = {}
         self.numbers = count(1)

@@ -12,14 +12,14 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from nanoghost.engine.generate import TOOL_ROUNDS
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.output_processor import MAX_TOOL_ROUNDS
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
 from nanoghost.serve.client import EngineClient, Running
 from nanoghost.serve.model_registry import Known
 from nanoghost.serve.stream_parser import Piece, Reply
 from nanoghost.serve.worker import Job, Voice
-from nanoghost.tokenizer.chat_format import following
+from nanoghost.tokenizer.chat_format import tool_response_ids
 from nanoghost.tools.registry import Tool, ToolResult, call_tool
 
 TOOL_SECONDS = 60.0  # that a tool may take
@@ -30,7 +30,7 @@ class Question:
     known: Known
     voice: Voice
     prompt: list[int]
-    sampling: Sampling
+    sampling: SamplingParams
     """Its stop texts are watched for here, not in the engine."""
     samples: int = 1
     owner: str = ""
@@ -150,7 +150,7 @@ async def speak(
     """One sample, with the tools it calls."""
     tokenizer, sampling = question.known.tokenizer, question.sampling
     prompt, number, left = question.prompt, sample, sampling.max_tokens
-    for turn in range(TOOL_ROUNDS + 1):
+    for turn in range(MAX_TOOL_ROUNDS + 1):
         reply = Reply(tokenizer, sampling.stop, question.calls, question.forced and not turn, question.plain)
         written, calls, reason = [], [], ""
         try:
@@ -171,7 +171,7 @@ async def speak(
         finally:
             running.end(number)
         left -= len(written)
-        done = reply.stopped or reason != "stop" or turn == TOOL_ROUNDS
+        done = reply.stopped or reason != "stop" or turn == MAX_TOOL_ROUNDS
         if (
             calls
             and reason == "stop"
@@ -186,7 +186,7 @@ async def speak(
             result = await in_a_thread(call, question.server_tools, pool)
             yield Told(sample, call, result)
             answers.append({"role": "tool", "tool_call_id": call["id"], "content": result.content})
-        prompt = prompt + written + following(answers, tokenizer)
+        prompt = prompt + written + tool_response_ids(answers, tokenizer)
         left = min(left, question.known.context - len(prompt))
         if left < 1:
             yield Ended(sample, "length")

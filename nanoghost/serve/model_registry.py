@@ -63,8 +63,8 @@ def _tokenizer(base: str, finished: float) -> Tokenizer:
 
 @lru_cache(maxsize=256)
 def _knows_tools(base: str, finished: float) -> bool:
-    dialect = load_tokenizer(ModelFolder(base).path).dialect
-    return not dialect or dialect.knows_tools
+    dialect = load_tokenizer(ModelFolder(base).path).chat_template
+    return not dialect or dialect.supports_tools
 
 
 class Registry:

@@ -8,7 +8,7 @@ from nanoghost.memory.phrasings import FACTS_PROMPT, third_person_statement
 from nanoghost.memory.router import load_router
 from nanoghost.memory.store import Person, current_facts, search_facts
 from nanoghost.serve.terminal import LEAST, Conversation, Said
-from nanoghost.tokenizer.chat_format import shortened, text_of
+from nanoghost.tokenizer.chat_format import truncate_oldest_turns, text_of
 
 
 def voice(person: Person, folder: ModelFolder, messages: list[dict]) -> Path | None:
@@ -44,7 +44,7 @@ class PersonalConversation(Conversation):
         system = [text_of(m) for m in self.messages if m["role"] == "system"] + [FACTS_PROMPT.format(facts=found[0])]
         rest = [m for m in self.messages if m["role"] != "system"]
         room = self.engine.runner.context - LEAST
-        return shortened(
+        return truncate_oldest_turns(
             [{"role": "system", "content": "\n".join(system)}, *rest], self.tokenizer, room, generation=True
         )
 

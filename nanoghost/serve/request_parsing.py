@@ -4,8 +4,8 @@ import json
 import secrets
 from dataclasses import replace
 
-from nanoghost.engine.logits_processors import complaint, json_grammar
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.grammar import grammar_error, json_grammar
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.serve.generation import Question
 from nanoghost.serve.model_registry import Known, Registry
 from nanoghost.serve.schema import ChatRequest, CompletionRequest, Function, Request
@@ -65,10 +65,10 @@ def chat_question(request: ChatRequest, registry: Registry, tools: dict[str, Too
     mine = {name: tools[name] for name in request.server_tools or ()}
     theirs = [tool.function for tool in request.tools or ()] if request.tool_choice != "none" else []
     told = [function.model_dump(exclude_none=True, exclude={"strict"}) for function in theirs]
-    if tokenizer.dialect:  # our own models have learned the tools that they may have here
+    if tokenizer.chat_template:  # our own models have learned the tools that they may have here
         told += [tool.schema for tool in mine.values()]
-    if tokenizer.dialect and tokenizer.dialect.knows_tools:
-        prompt = replace(tokenizer.dialect, tools=tuple(told)).render(messages, tokenizer, generation=True)[0]
+    if tokenizer.chat_template and tokenizer.chat_template.supports_tools:
+        prompt = replace(tokenizer.chat_template, tools=tuple(told)).render(messages, tokenizer, generation=True)[0]
     else:
         prompt = render(informed(messages, told), tokenizer, generation=True)[0]
     grammar, forced = "", False
@@ -96,7 +96,7 @@ def completion_questions(request: CompletionRequest, registry: Registry) -> list
     questions = []
     for given in request.prompts:
         prompt = tokenizer.encode(given) if isinstance(given, str) else given
-        prompt = prompt or [max(tokenizer.ends)]  # nothing at all: the beginning of a text
+        prompt = prompt or [max(tokenizer.stop_ids)]  # nothing at all: the beginning of a text
         if max(prompt) >= tokenizer.vocab_size:
             raise Refused(400, f"token {max(prompt)} is not in a vocabulary of {tokenizer.vocab_size}", "prompt")
         score = bool(request.echo) and request.logprobs is not None
@@ -116,7 +116,7 @@ def completion_questions(request: CompletionRequest, registry: Registry) -> list
     return questions
 
 
-def sampling(request: Request, known: Known, prompt: list[int], longest: int, room: int = 1) -> Sampling:
+def sampling(request: Request, known: Known, prompt: list[int], longest: int, room: int = 1) -> SamplingParams:
     """How to write, at most as far as the context reaches. Raises Refused where it leaves less than `room` tokens."""
     left = known.context - len(prompt)
     if left < room:
@@ -127,7 +127,7 @@ def sampling(request: Request, known: Known, prompt: list[int], longest: int, ro
     temperature = 1.0 if request.temperature is None else request.temperature
     seed = secrets.randbits(48) if request.seed is None else request.seed
     top_p = 1.0 if request.top_p is None else request.top_p
-    return Sampling(min(longest, left), temperature, top_p=top_p, seed=seed, stop=request.stops)
+    return SamplingParams(min(longest, left), temperature, top_p=top_p, seed=seed, stop=request.stops)
 
 
 def informed(messages: list[dict], functions: list[dict]) -> list[dict]:
@@ -142,7 +142,7 @@ def informed(messages: list[dict], functions: list[dict]) -> list[dict]:
 
 def mark(tokenizer: Tokenizer) -> list[int]:
     """The beginning of a call, as the model would write it."""
-    opening = tokenizer.specials.get(OPENING)
+    opening = tokenizer.special_tokens.get(OPENING)
     return [*([opening] if opening is not None else tokenizer.encode(OPENING)), *tokenizer.encode("\n")]
 
 
@@ -174,7 +174,7 @@ def call_schema(functions: list[Function]) -> dict:
 def checked(schema: dict, param: str) -> str:
     """The grammar of a schema. Raises Refused for what no grammar can be made of."""
     grammar = json_grammar(schema)
-    if wrong := complaint(grammar):
+    if wrong := grammar_error(grammar):
         raise Refused(
             400, f"this JSON schema cannot be followed: {wrong.splitlines()[0][:300]}", param, "invalid_schema"
         )

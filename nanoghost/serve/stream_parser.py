@@ -7,7 +7,7 @@ import json
 import secrets
 from dataclasses import dataclass, field
 
-from nanoghost.engine.logits_processors import Likely
+from nanoghost.engine.logits_processors import TopLogprobs
 from nanoghost.tokenizer.chat_format import parse_call
 from nanoghost.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
@@ -19,7 +19,7 @@ class Piece:
     """What is new of an answer."""
 
     text: str = ""
-    tokens: list[tuple[int, Likely]] = field(default_factory=list)
+    tokens: list[tuple[int, TopLogprobs]] = field(default_factory=list)
     """The tokens of the text, where their probabilities are wanted."""
     calls: list[dict] = field(default_factory=list)
     """Whole calls of tools, in OpenAI's form."""
@@ -46,23 +46,23 @@ class Reply:
     ):
         self.tokenizer, self.stops, self.forced, self.keep_end = tokenizer, stops, forced, keep_end
         self.decoder = StreamDecoder(tokenizer)
-        marked = calls and not tokenizer.dialect  # ours are tokens, the marks of others may be text
-        self.opening, self.closing = (tokenizer.special(mark) if marked else -1 for mark in (OPENING, CLOSING))
-        self.mark = OPENING if calls and tokenizer.dialect else ""
+        marked = calls and not tokenizer.chat_template  # ours are tokens, the marks of others may be text
+        self.opening, self.closing = (tokenizer.special_id(mark) if marked else -1 for mark in (OPENING, CLOSING))
+        self.mark = OPENING if calls and tokenizer.chat_template else ""
         self.marks = (*stops, self.mark) if self.mark else stops
         self.held = ""
-        self.tokens: list[tuple[int, tuple[int, Likely]]] = []
+        self.tokens: list[tuple[int, tuple[int, TopLogprobs]]] = []
         """(where in the text it begins, (id, probabilities)) of those that were not handed out."""
         self.shown = self.seen = 0
         """Characters handed out; characters decoded."""
         self.call: str | None = "" if forced else None
         self.stopped = False
 
-    def feed(self, ids: list[int], likely: list[Likely]) -> Piece:
+    def feed(self, ids: list[int], likely: list[TopLogprobs]) -> Piece:
         """Take in what the model wrote; after a stop text nothing counts."""
         piece = Piece()
         for i, token in enumerate(ids):
-            ended = token in self.tokenizer.ends
+            ended = token in self.tokenizer.stop_ids
             if self.stopped or (ended and not self.keep_end):
                 break
             if likely:
@@ -171,7 +171,7 @@ def bytes_of(tokenizer: Tokenizer, token: int) -> bytes:
     return tokenizer.token_bytes(token) or tokenizer.decode([token], skip_special=False).encode()
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: list[tuple[int, Likely]]) -> dict:
+def chat_logprobs(tokenizer: Tokenizer, tokens: list[tuple[int, TopLogprobs]]) -> dict:
     def entry(token: int, logprob: float) -> dict:
         return {"token": spelled(tokenizer, token), "logprob": logprob, "bytes": list(bytes_of(tokenizer, token))}
 
@@ -189,7 +189,7 @@ def key_of(tokenizer: Tokenizer, token: int) -> str:
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: list[tuple[int, Likely | None]], top: int, offset: int = 0
+    tokenizer: Tokenizer, tokens: list[tuple[int, TopLogprobs | None]], top: int, offset: int = 0
 ) -> dict:
     """The first token of an echoed prompt has no probability: its entry is None."""
     found: dict = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -18,11 +18,12 @@ from typing import Annotated
 import tyro
 
 from nanoghost import hardware
-from nanoghost.engine.generate import Engine, Row, open_engine
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.engine import Engine, open_engine
+from nanoghost.engine.sequence import Sequence
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
 from nanoghost.home import home, open_model, write_atomic
-from nanoghost.tokenizer.chat_format import parse_call, render, shortened
+from nanoghost.tokenizer.chat_format import parse_call, render, truncate_oldest_turns
 from nanoghost.tokenizer.tokenizer import StreamDecoder
 from nanoghost.tools.registry import run_tool, tools_for_model
 
@@ -73,7 +74,7 @@ class Said:
 class Conversation:
     """A model, what was said so far, and how to answer."""
 
-    def __init__(self, name: str | None, sampling: Sampling, system: str | None, documents: Path | None = None):
+    def __init__(self, name: str | None, sampling: SamplingParams, system: str | None, documents: Path | None = None):
         self.folder = open_model(name)
         self.engine = open_engine(self.folder, adapter=self.adapter())
         self.tokenizer = self.engine.tokenizer
@@ -81,10 +82,10 @@ class Conversation:
         self.messages: list[dict] = []
         self.forgotten: list[dict] = []  # turns that no longer fit; /save has them still
         self.set_system(system)
-        tools = tools_for_model(self.folder, self.tokenizer.dialect, documents)
-        if tools and self.tokenizer.dialect:
+        tools = tools_for_model(self.folder, self.tokenizer.chat_template, documents)
+        if tools and self.tokenizer.chat_template:
             schemas = tuple(tool.schema for tool in tools.values())
-            self.tokenizer.dialect = replace(self.tokenizer.dialect, tools=schemas)
+            self.tokenizer.chat_template = replace(self.tokenizer.chat_template, tools=schemas)
         self.run_tool = partial(run_tool, tools=tools) if tools else None
 
     def adapter(self) -> Path | None:
@@ -111,7 +112,7 @@ class Conversation:
         room = context - max(LEAST, min(self.sampling.max_tokens, context // 2))
         text = text.encode(errors="replace").decode()  # bytes typed that are no UTF-8 arrive as lone surrogates
         longer = [*self.messages, {"role": "user", "content": text}]
-        kept = shortened(longer, self.tokenizer, room, generation=True)
+        kept = truncate_oldest_turns(longer, self.tokenizer, room, generation=True)
         used = len(render(kept, self.tokenizer, generation=True)[0])
         if used > context - LEAST:
             raise UserError(
@@ -132,7 +133,7 @@ class Conversation:
         self.answers += 1
         begun = len(self.messages)
         [row] = self.engine.add(prompt, sampling, run_tool=self.run_tool)
-        row.limit = self.engine.runner.context  # nobody else needs the room, and what was looked up may be long
+        row.max_len = self.engine.runner.context  # nobody else needs the room, and what was looked up may be long
         try:
             for said in fragments(self.engine, row):
                 if said.text:
@@ -140,23 +141,23 @@ class Conversation:
         finally:
             self.engine.cancel(row)
             finished = row.messages
-            rest = row.ids[row.message_start :]
-            if (opening := self.tokenizer.specials.get("<tool_call>")) in rest:
+            rest = row.completion_ids[row.message_start :]
+            if (opening := self.tokenizer.special_tokens.get("<tool_call>")) in rest:
                 rest = rest[: rest.index(opening)]  # half a call is nothing that was said
             text = self.tokenizer.decode(rest)
             partial = [{"role": "assistant", "content": text}] if text else []
             self.messages = self.messages[:begun] + finished + partial
 
 
-def fragments(engine: Engine, row: Row) -> Iterator[Said]:
+def fragments(engine: Engine, row: Sequence) -> Iterator[Said]:
     """What to show of a row, as it grows. Marks are never text, and calls only if they don't parse."""
     tokenizer = engine.tokenizer
-    opening, closing = (tokenizer.specials.get(mark) for mark in ("<tool_call>", "</tool_call>"))
+    opening, closing = (tokenizer.special_tokens.get(mark) for mark in ("<tool_call>", "</tool_call>"))
     decoder, call, shown, seen, calls, in_line = StreamDecoder(tokenizer), [], 0, 0, {}, False
     while not row.finish_reason:
         engine.step()
-        ids = [token for token, own in zip(row.ids[shown:], row.sampled[shown:]) if own]
-        new, text, shown, seen = row.messages[seen:], "", len(row.ids), len(row.messages)
+        ids = [token for token, own in zip(row.completion_ids[shown:], row.sampled_mask[shown:]) if own]
+        new, text, shown, seen = row.messages[seen:], "", len(row.completion_ids), len(row.messages)
         for i, token in enumerate(ids):
             if call or token == opening:
                 call.append(token)
@@ -198,7 +199,7 @@ def command(settings: ChatSettings) -> None:
         raise UserError("--temperature and --top-k are at least 0, --top-p above 0 up to 1, --max-tokens at least 1")
     once = settings.prompt is not None
     seed = settings.seed if settings.seed is not None else 0 if once else int(time.time())
-    sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_k, settings.top_p, seed)
+    sampling = SamplingParams(settings.max_tokens, settings.temperature, settings.top_k, settings.top_p, seed)
     if settings.person is None:
         conversation = Conversation(settings.model, sampling, settings.system, settings.documents)
     else:

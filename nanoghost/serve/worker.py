@@ -18,10 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from nanoghost import hardware
-from nanoghost.engine.generate import Engine, Row, open_engine
-from nanoghost.engine.quantized_llama import packable
-from nanoghost.engine.sampler import Sampling
-from nanoghost.engine.torch_runner import PlainRunner
+from nanoghost.engine.engine import Engine, open_engine
+from nanoghost.engine.sequence import Sequence
+from nanoghost.engine.quantized_llama import supports_quantization
+from nanoghost.engine.sampler import SamplingParams
+from nanoghost.engine.torch_runner import TorchRunner
 from nanoghost.errors import UserError
 from nanoghost.formats.model_folder import load_config
 from nanoghost.home import ModelFolder
@@ -60,7 +61,7 @@ class Job:
     number: int
     voice: Voice
     ids: tuple[int, ...]
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     samples: int = 1
     owner: str = ""
     """Whose pages of keys and values it may share."""
@@ -84,7 +85,7 @@ class Delta:
     sample: int
     ids: list[int]
     likely: list
-    """Of each id, if the job asked for it (watch.Likely)."""
+    """Of each id, if the job asked for it (watch.TopLogprobs)."""
     finish_reason: str
 
 
@@ -108,7 +109,7 @@ class Open:
 
     job: Job
     engine: Engine
-    rows: list[Row]
+    rows: list[Sequence]
     told: list[int]
     """How many ids of each row were sent."""
     reading: Iterator | None
@@ -138,7 +139,7 @@ class Worker:
             )  # one at a time: those who write wait for a piece, not for all
             said = self.read(reader) if reader else []
             for engine in self.engines.values():
-                if engine.waiting or engine.running:
+                if engine.has_unfinished:
                     engine.step()
             said += [part for o in list(self.open.values()) for part in self.told(o)]
             if said or self.open:  # a long text that is being read says nothing, but that it lives
@@ -190,8 +191,8 @@ class Worker:
                 del self.engines[old]
             self.pipe.send([Loaded(voice.base, loading=True)])
             self.engines[key] = engine = load(voice.base, self.capacity)
-            if not isinstance(engine.runner, PlainRunner):
-                self.untouched = list(engine.runner.cache)
+            if not isinstance(engine.runner, TorchRunner):
+                self.untouched = list(engine.runner.kv_cache)
             self.pipe.send([Loaded(voice.base)])
         self.engines.move_to_end(key)
         return self.engines[key]
@@ -201,7 +202,7 @@ class Worker:
 
     @staticmethod
     def adapters(engine: Engine):
-        return engine.runner.names if isinstance(engine.runner, PlainRunner) else engine.runner.model.adapters
+        return engine.runner.adapter_names
 
     def begin(self, job: Job) -> bool:
         """Whether there was an engine for it."""
@@ -214,14 +215,14 @@ class Worker:
                 engine.runner.add_adapter(Path(job.voice.adapter), adapter)
         reading, rows = None, []
         if job.score:
-            from nanoghost.engine.prompt_logprobs import score
+            from nanoghost.engine.prompt_logprobs import prompt_logprobs
 
-            reading = score(engine.runner, list(job.ids), adapter, job.top or 0)
+            reading = prompt_logprobs(engine.runner, list(job.ids), adapter, job.top or 0)
         if job.sampling.max_tokens:
             rows = engine.add(list(job.ids), job.sampling, job.samples, adapter=adapter)
         for row in rows:
             row.owner = job.owner
-            row.watcher = self.watcher(engine, job)
+            row.logits_processor = self.watcher(engine, job)
         if rows or reading:  # an echo alone asks nothing of the model
             self.open[job.number] = Open(job, engine, rows, [0] * len(rows), reading)
         return True
@@ -232,11 +233,12 @@ class Worker:
             return None
         from llguidance import LLMatcher
 
-        from nanoghost.engine.logits_processors import Watcher, grammar_tokens
+        from nanoghost.engine.grammar import grammar_tokenizer
+        from nanoghost.engine.logits_processors import LogitsProcessor
 
         if job.grammar and engine not in self.vocabularies:
-            self.vocabularies[engine] = grammar_tokens(engine.tokenizer)
-        return Watcher(LLMatcher(self.vocabularies[engine], job.grammar) if job.grammar else None, job.top)
+            self.vocabularies[engine] = grammar_tokenizer(engine.tokenizer)
+        return LogitsProcessor(LLMatcher(self.vocabularies[engine], job.grammar) if job.grammar else None, job.top)
 
     def read(self, o: Open) -> list[Delta]:
         """The next piece of what a job's own ids were worth; they count as a sample of their own, -1."""
@@ -251,17 +253,17 @@ class Worker:
         """What is new of a job's rows."""
         said = []
         for sample, row in enumerate(o.rows):
-            if o.told[sample] < 0 or (o.told[sample] == len(row.ids) and not row.finish_reason):
+            if o.told[sample] < 0 or (o.told[sample] == len(row.completion_ids) and not row.finish_reason):
                 continue
-            if row.watcher and row.watcher.grammar and (wrong := row.watcher.grammar.get_error()):
+            if row.logits_processor and row.logits_processor.matcher and (wrong := row.logits_processor.matcher.get_error()):
                 o.engine.cancel(row)
                 o.told[sample] = -1
                 said.append(Failed(o.job.number, f"the grammar is too much to follow: {wrong.splitlines()[0]}"))
                 continue
-            likely, new = [], row.ids[o.told[sample] :]
-            if row.watcher and o.job.top is not None:
-                likely, row.watcher.noted = row.watcher.noted, []
-            o.told[sample] = -1 if row.finish_reason else len(row.ids)
+            likely, new = [], row.completion_ids[o.told[sample] :]
+            if row.logits_processor and o.job.top is not None:
+                likely, row.logits_processor.recorded = row.logits_processor.recorded, []
+            o.told[sample] = -1 if row.finish_reason else len(row.completion_ids)
             said.append(Delta(o.job.number, sample, new, likely, row.finish_reason))
         if o.rows and all(told < 0 for told in o.told) and not o.reading:
             del self.open[o.job.number]
@@ -273,7 +275,7 @@ def load(base: str, capacity: Capacity) -> Engine:
     config = load_config(folder.path)
     context = min(config.context, capacity.context)
     seats = capacity.seats
-    if packable(config):
+    if supports_quantization(config):
         return open_engine(folder, seats, max(context // SHARE, -(-context // seats)))
     return open_engine(folder, max(1, seats // SHARE), context)
 

@@ -24,7 +24,7 @@ from nanoghost.formats.model_folder import load_tokenizer
 from nanoghost.home import ModelFolder, open_model
 from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
-from nanoghost.tasks.registry import MIXES, own_conversations
+from nanoghost.tasks.sft_mix import MIXES, file_conversations
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.distill_methods import METHODS, sample_conversations, text_rows
 from nanoghost.train.fault_tolerance import StepGuard
@@ -44,8 +44,8 @@ class DistillSettings(FinetuneSettings):
     """Name of the new model."""
     kind: str = "sequence"
     """Learn the teacher's answers (sequence), or its probabilities for examples (token) or own samples (on-policy)."""
-    data: str = "lessons"
-    """Examples: lessons (built-in), a JSONL file, or lessons+FILE; token and on-policy take text, too (as pretrain)."""
+    data: str = "builtin"
+    """Examples: builtin (conversations), a JSONL file, or builtin+FILE; token and on-policy take text, too (as pretrain)."""
     examples: int = 500
     """Maximum number of examples: conversations, or evenly spaced rows of text."""
     top_k: int = 32
@@ -75,7 +75,7 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
     teacher_folder = open_model(settings.teacher)
     check(settings, parent, teacher_folder)
     shards = tokenize_source(open_source(settings.data), tokenizer_of(parent)) if is_text(settings.data) else None
-    conversations = [] if shards else own_conversations(settings.data)
+    conversations = [] if shards else file_conversations(settings.data)
 
     with start_run("distill", settings, display, parent) as run:
         if run is None:
@@ -152,7 +152,7 @@ def check(settings: DistillSettings, parent: ModelFolder, teacher: ModelFolder) 
             raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     if settings.kind == "sequence":
         if is_text(settings.data):
-            raise UserError("--kind sequence needs questions: --data lessons, or a .jsonl file of conversations")
+            raise UserError("--kind sequence needs questions: --data builtin, or a .jsonl file of conversations")
         return
     difference = tokenizer_difference(tokenizer_of(parent), tokenizer_of(teacher))
     if difference:
@@ -166,7 +166,7 @@ def tokenizer_difference(student, teacher) -> str:
     """Why the ids of two tokenizers do not mean the same, or ""."""
     if student.vocab_size != teacher.vocab_size:
         return f"the student has {student.vocab_size} tokens and the teacher {teacher.vocab_size}"
-    if student.specials != teacher.specials:
+    if student.special_tokens != teacher.special_tokens:
         return "their special tokens differ"
     for i in range(student.vocab_size):
         of_student, of_teacher = student.token_bytes(i), teacher.token_bytes(i)

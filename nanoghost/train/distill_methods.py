@@ -10,10 +10,10 @@ import torch
 
 from nanoghost import distributed, hardware
 from nanoghost.engine.generate import generate
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
 from nanoghost.formats.model_card import ModelCard
-from nanoghost.tasks.registry import lesson_conversations
+from nanoghost.tasks.sft_mix import builtin_conversations
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.train.distill_loss import distill_loss, student_buckets
 from nanoghost.train.packing import PackedBatches, TokenizedExample, collate, pack, tokenize_conversations
@@ -48,7 +48,7 @@ def text_rows(tokens, context: int, max_rows: int, check=None) -> list[Tokenized
 def sample_conversations(settings, conversations: list[list[dict]], root: ModelCard) -> list[list[dict]]:
     """Up to `settings.examples` of the given conversations, and as many of the built-in mix."""
     sample = random.Random(0).sample(conversations, min(settings.examples, len(conversations)))
-    return sample + lesson_conversations(settings.data, root, settings.name, settings.examples, settings.seed)
+    return sample + builtin_conversations(settings.data, root, settings.name, settings.examples, settings.seed)
 
 
 def up_to_last_question(messages: list[dict]) -> list[dict]:
@@ -123,11 +123,11 @@ class OnPolicyDistillation:
     def forward_backward(self, model, step: int) -> tuple[float, int]:
         settings, (rank, world_size) = self.settings, distributed.rank_and_world_size()
         prompts = random.Random(f"{settings.seed}-{step}").choices(self.prompts, k=settings.batch)[rank::world_size]
-        sampling = Sampling(settings.max_tokens, self.temperature, seed=settings.seed * 1_000_003 + step)
+        sampling = SamplingParams(settings.max_tokens, self.temperature, seed=settings.seed * 1_000_003 + step)
         sequences = generate(model, self.tokenizer, prompts, sampling, rank=rank, world=world_size)
-        examples = [TokenizedExample(s.prompt + s.ids, [False] * len(s.prompt) + s.sampled) for s in sequences]
+        examples = [TokenizedExample(s.token_ids, [False] * len(s.prompt_ids) + s.sampled_mask) for s in sequences]
         rows = pack([len(example.ids) for example in examples], self.context + 1, range(len(examples)))
-        sampled_tokens = sum(sum(sequence.sampled) for sequence in sequences)
+        sampled_tokens = sum(sum(sequence.sampled_mask) for sequence in sequences)
         all_tokens = sum(len(example.ids) for example in examples)
         of_ranks = distributed.all_gather_object((sampled_tokens, all_tokens))
         batch = collate(rows, examples, self.context, loss_tokens=sum(sampled for sampled, _ in of_ranks))

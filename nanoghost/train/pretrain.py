@@ -22,7 +22,7 @@ from nanoghost.home import open_model
 from nanoghost.model.registry import config_to_json, new_model
 from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
-from nanoghost.tasks.registry import example_texts
+from nanoghost.tasks.sft_mix import example_texts
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
 from nanoghost.train.hyperparameters import compile_decision, depth_for, model_config, pretrain_groups

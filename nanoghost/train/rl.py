@@ -21,8 +21,8 @@ from nanoghost.optim.optimizer import UpdateRule
 from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
 from nanoghost.tasks.base import Task, distinct_problems
-from nanoghost.tasks.registry import all_tasks, lesson_conversations, own_conversations
-from nanoghost.tools import sandbox
+from nanoghost.tasks.registry import DEFAULT_RL_TASKS, RL_TASKS, TASK_CLASSES, all_tasks
+from nanoghost.tasks.sft_mix import builtin_conversations, file_conversations
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
@@ -37,18 +37,6 @@ from nanoghost.train.sft import accumulate_packed_gradients
 # reward that was seen once would rewrite a word.
 ADAMW_SCALE = 0.1
 MAX_SFT_CONVERSATIONS = 4000  # of each source
-RL_TASKS = (
-    "chain_sum",
-    "spell_backward",
-    "sums",
-    "spelling",
-    "counting",
-    "refusal",
-    "answerable",
-    "identity",
-    "programs",
-    "notes",
-)
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,7 @@ class RlSettings(FinetuneSettings):
     """Model to start from. Default: the one finished last."""
     name: str = "ghost"
     """Name of the new model."""
-    tasks: str = "chain_sum,spell_backward"
+    tasks: str = ",".join(DEFAULT_RL_TASKS)
     """Tasks to train on, comma-separated."""
     variant: str = "cispo"
     """Policy loss: cispo, dr_grpo, dapo, gspo or reinforce."""
@@ -66,9 +54,9 @@ class RlSettings(FinetuneSettings):
     rollouts: int = 8
     """Rollouts of each problem."""
     max_tokens: int = 32
-    """Longest rollout in tokens; sums with their calculator calls need up to 56, programs and notes up to 96."""
-    data: str = "lessons"
-    """SFT examples in each step: lessons or tools (built-in, without the RL tasks), a JSONL file, or lessons+FILE."""
+    """Longest rollout in tokens; sums with their calculator calls need up to 56, programs and lookup up to 96."""
+    data: str = "builtin"
+    """SFT examples in each step: builtin or tools (without the RL tasks), a JSONL file, or builtin+FILE."""
     sft_rows: int = 4
     """Packed rows of SFT examples in a step, over all processes (0 = none)."""
     eval_problems: int = 500
@@ -89,7 +77,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
     settings, parent = prepare_finetuning("rl", settings)
     _, world_size = distributed.rank_and_world_size()
     check(settings, world_size)
-    conversations = own_conversations(settings.data)
+    conversations = file_conversations(settings.data)
 
     with start_run("rl", settings, display, parent) as run:
         if run is None:
@@ -133,7 +121,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
                     stats["sft_loss"] = distributed.all_reduce_mean(sft_loss)
                 optimizer.step(lr_scale)
 
-            step_tokens = sum(len(sequence.ids) for sequence in rollouts.sequences) + gradient.tokens
+            step_tokens = sum(len(sequence.completion_ids) for sequence in rollouts.sequences) + gradient.tokens
             step_tokens = round(distributed.all_reduce_mean(step_tokens) * world_size)
             tokens += step_tokens
             throughput.add(step_tokens)
@@ -158,8 +146,8 @@ def check(settings: RlSettings, world_size: int) -> None:
     unknown = sorted(set(settings.task_names) - set(RL_TASKS))
     if unknown:
         raise UserError(f"--tasks: unknown '{', '.join(unknown)}'; choose from {', '.join(RL_TASKS)}")
-    if "programs" in settings.task_names:
-        sandbox.require()
+    for name in settings.task_names:
+        TASK_CLASSES[name].check_requirements()
     if settings.problems % world_size:
         raise UserError(f"--problems {settings.problems} is not divisible by the number of processes, {world_size}")
     if settings.rollouts < 2:
@@ -175,7 +163,7 @@ def pack_sft_examples(
     rank, world_size = distributed.rank_and_world_size()
     count = min(MAX_SFT_CONVERSATIONS, len(conversations))
     conversations = random.Random(settings.seed).sample(conversations, count)
-    conversations += lesson_conversations(
+    conversations += builtin_conversations(
         settings.data,
         parent.card.root,
         settings.name,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from nanoghost import distributed, hardware
-from nanoghost.engine.generate import Row
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.sequence import Sequence
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.evals.task_accuracy import attempt
 from nanoghost.model.layout import shared_prompt_rows
 from nanoghost.tasks.base import Problem, Task
@@ -21,7 +21,7 @@ from nanoghost.train.policy_loss import advantages, denominators, policy_loss
 class Rollouts:
     """Rollouts of one step. Figures are of all processes, in the order of their ranks."""
 
-    sequences: list[Row]
+    sequences: list[Sequence]
     """The rollouts of this process."""
     tasks: list[str]
     """Name of the task of each rollout."""
@@ -44,19 +44,19 @@ def rollout(model, tokenizer, tasks: dict[str, Task], settings, step: int) -> Ro
     """Sample `settings.rollouts` replies to each problem of a step with the engine, and score them."""
     rank, world_size = distributed.rank_and_world_size()
     problems = problems_of_step(tasks, settings, step, rank, world_size)
-    sampling = Sampling(max_tokens=settings.max_tokens, temperature=1.0, seed=settings.seed * 1_000_003 + step)
+    sampling = SamplingParams(max_tokens=settings.max_tokens, temperature=1.0, seed=settings.seed * 1_000_003 + step)
     sequences = attempt(model, tokenizer, problems, sampling, settings.rollouts, rank, world_size)
     local = []
     for i, sequence in enumerate(sequences):
         problem = problems[i // settings.rollouts]
         reward = score(tasks[problem.task], problem, sequence)
-        local.append((problem.task, reward, sum(sequence.sampled), sum(sequence.logprobs)))
+        local.append((problem.task, reward, sum(sequence.sampled_mask), sum(sequence.logprobs)))
     of_all = [figures for of_rank in distributed.all_gather_object(local) for figures in of_rank]
     names, rewards, lengths, logprobs = zip(*of_all)
     return Rollouts(sequences, list(names), list(rewards), list(lengths), list(logprobs))
 
 
-def score(task: Task, problem: Problem, sequence: Row) -> float:
+def score(task: Task, problem: Problem, sequence: Sequence) -> float:
     """Reward of a rollout. One that reached the token limit gets 0, so that the model also learns to stop."""
     return task.score(problem, sequence.messages) if sequence.finish_reason == "stop" else 0.0
 
@@ -88,7 +88,7 @@ class PolicyGradient:
 
 
 def policy_gradient(
-    model, sequences: list[Row], advantages_N, denominators_N, settings, micro_batch: int = 16
+    model, sequences: list[Sequence], advantages_N, denominators_N, settings, micro_batch: int = 16
 ) -> PolicyGradient:
     """Backpropagate the policy loss of this process's rollouts with a nonzero advantage.
 
@@ -100,8 +100,8 @@ def policy_gradient(
     advantages_N = advantages_N * world_size
     indices_of: dict[tuple, dict[tuple, list[int]]] = {}  # prompt -> token ids -> indices of the identical rollouts
     for n in advantages_N.nonzero()[:, 0].tolist():
-        of_prompt = indices_of.setdefault(tuple(sequences[n].prompt), {})
-        of_prompt.setdefault(tuple(sequences[n].ids), []).append(n)
+        of_prompt = indices_of.setdefault(tuple(sequences[n].prompt_ids), {})
+        of_prompt.setdefault(tuple(sequences[n].completion_ids), []).append(n)
     if not indices_of:
         return PolicyGradient()
     by_length = sorted(indices_of, key=lambda prompt: len(prompt) + sum(map(len, indices_of[prompt])))  # less padding
@@ -112,7 +112,7 @@ def policy_gradient(
         unique = [sequences[indices[0]] for indices in identical]
         logp_NT = rollout_logprobs(model, prompts, [list(indices_of[prompt]) for prompt in prompts])
         old_logp_NT = padded([sequence.logprobs for sequence in unique])
-        mask_NT = padded([sequence.sampled for sequence in unique])
+        mask_NT = padded([sequence.sampled_mask for sequence in unique])
         summed_advantages_N = torch.stack([advantages_N[indices].sum() for indices in identical])
         divide_by_N = denominators_N[[indices[0] for indices in identical]]
         constants = (old_logp_NT, summed_advantages_N, mask_NT, divide_by_N)
@@ -127,7 +127,7 @@ def policy_gradient(
         "sampler_kl": (ratio - ratio.log() - 1).mean().item(),  # estimate of the KL divergence of trainer and sampler
     }
     informative = advantages_N.nonzero()[:, 0].tolist()
-    result.tokens = sum(len(sequences[n].ids) for n in informative) + sum(map(len, indices_of))
+    result.tokens = sum(len(sequences[n].completion_ids) for n in informative) + sum(map(len, indices_of))
     return result
 
 

@@ -13,7 +13,7 @@ from nanoghost import distributed, hardware
 from nanoghost.home import ModelFolder
 from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
-from nanoghost.tasks.registry import lesson_conversations, own_conversations
+from nanoghost.tasks.sft_mix import builtin_conversations, file_conversations
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
@@ -28,8 +28,8 @@ class SftSettings(FinetuneSettings):
     """Model to start from. Default: the one finished last."""
     name: str = "ghost-sft"
     """Name of the new model."""
-    data: str = "lessons"
-    """Conversations: lessons (built-in), tools (lessons with Python and lookup), a JSONL file, or lessons+FILE."""
+    data: str = "builtin"
+    """Conversations: lessons (built-in), tools (lessons with Python and lookup), a JSONL file, or builtin+FILE."""
     conversations: int = 40000
     """Number of conversations from the built-in mix."""
     batch: int = 8
@@ -51,7 +51,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     rank, world_size = distributed.rank_and_world_size()
     if settings.shard:
         check_batch_divides(settings, world_size)
-    conversations = own_conversations(settings.data)
+    conversations = file_conversations(settings.data)
     forward_backward = AutoMicroBatch(accumulate_packed_gradients, settings.batch, display.print)
 
     with start_run("sft", settings, display, parent) as run:
@@ -60,7 +60,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         clock = Clock()
         model, tokenizer = load_parent(parent, settings)
         root = parent.card.root
-        conversations += lesson_conversations(settings.data, root, settings.name, settings.conversations, settings.seed)
+        conversations += builtin_conversations(settings.data, root, settings.name, settings.conversations, settings.seed)
         context = finetune_context(model.config.context, settings.context)
         examples, dropped = tokenize_conversations(conversations, tokenizer, context)
         if dropped:

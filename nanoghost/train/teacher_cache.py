@@ -13,11 +13,11 @@ import torch
 from nanoghost import distributed, hardware
 from nanoghost.data.conversations import load_conversations
 from nanoghost.engine.generate import generate
-from nanoghost.engine.sampler import Sampling
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import Stopped, UserError
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, home, write_atomic
-from nanoghost.tokenizer.chat_format import render, shortened
+from nanoghost.tokenizer.chat_format import render, truncate_oldest_turns
 from nanoghost.tools.registry import TOOLS, run_tool
 from nanoghost.train.clock import Clock
 from nanoghost.train.distill_loss import logits_at, teacher_buckets
@@ -72,7 +72,7 @@ def teacher_answers(settings, prompts: list[list[dict]], teacher: Teacher, run: 
     def compute(number: int) -> bytes:
         some = prompts[number * EXAMPLES_PER_FILE : (number + 1) * EXAMPLES_PER_FILE]
         seed = settings.seed * 1_000_003 + number
-        conversations = answer(*teacher.load(), some, Sampling(settings.max_tokens, temperature, seed=seed))
+        conversations = answer(*teacher.load(), some, SamplingParams(settings.max_tokens, temperature, seed=seed))
         return "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations).encode()
 
     key = [teacher.folder.card.to_json(), prompts, settings.max_tokens, temperature, settings.seed]
@@ -91,12 +91,12 @@ def teacher_answers(settings, prompts: list[list[dict]], teacher: Teacher, run: 
     return conversations
 
 
-def answer(model, tokenizer, prompts: list[list[dict]], sampling: Sampling) -> list[list[dict]]:
+def answer(model, tokenizer, prompts: list[list[dict]], sampling: SamplingParams) -> list[list[dict]]:
     """The prompts that fit into the context and whose answer ended within the limit, with the answer."""
     max_prompt = model.config.context - sampling.max_tokens
     fitting, ids = [], []
     for messages in prompts:
-        prompt_ids, _ = render(shortened(messages, tokenizer, max_prompt, True), tokenizer, generation=True)
+        prompt_ids, _ = render(truncate_oldest_turns(messages, tokenizer, max_prompt, True), tokenizer, generation=True)
         if len(prompt_ids) <= max_prompt:
             fitting.append(messages)
             ids.append(prompt_ids)

@@ -28,7 +28,7 @@ from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.toys import toy_text
 
-NO_KERNELS = kernels.unavailable()
+NO_KERNELS = kernels.unavailable_reason()
 KERNELS = home() / "kernels"  # of whoever runs the tests: compiling them anew takes longer than all tests here
 
 

@@ -1,0 +1,84 @@
+"""After sampling: append tokens, check stop conditions, run tools, and turn tokens into messages."""
+
+from nanoghost.engine.sampler import SamplingParams
+from nanoghost.engine.sequence import Sequence
+from nanoghost.tokenizer.chat_format import tool_response_ids, parse_reply
+from nanoghost.tokenizer.tokenizer import Tokenizer
+
+MAX_TOOL_ROUNDS = 4  # rounds of tool calls in one completion
+TOOL_RESULT_TOKENS = 64  # tokens reserved for the results of each round
+
+
+def max_sequence_len(prompt_ids: list[int], sampling: SamplingParams, has_tools: bool) -> int:
+    """Maximum number of tokens that a sequence can need."""
+    tool_tokens = TOOL_RESULT_TOKENS * MAX_TOOL_ROUNDS if has_tools else 0
+    return len(prompt_ids) + sampling.max_tokens + tool_tokens
+
+
+def accept_tokens(
+    sequence: Sequence, draft_ids: list[int], sampled: list[tuple[int, float]], tokenizer: Tokenizer
+) -> None:
+    """Append sampled tokens (id, log-probability): the first, and the next as long as the draft predicted them.
+
+    Token i was sampled from the logits after i draft tokens, with the random number of its position. It is the token that
+    decoding without a draft gives if and only if these i draft tokens are right.
+    """
+    for num_accepted, (token_id, logprob) in enumerate(sampled):
+        sequence.append([token_id], [logprob], sampled=True)
+        check_stop(sequence, tokenizer)
+        predicted = num_accepted < len(draft_ids) and token_id == draft_ids[num_accepted]
+        # a tool's result may have been appended as well: then the draft ends here, too
+        if sequence.finish_reason or not predicted or sequence.pending_ids != [token_id]:
+            break
+        sequence.num_computed += 1  # the draft token's keys and values are in the cache
+        sequence.pending_ids = []
+    if draft_ids:
+        sequence.lookup.update_draft_len(len(draft_ids), num_accepted)
+
+
+def check_stop(sequence: Sequence, tokenizer: Tokenizer) -> None:
+    """After a token: end the message (and run the tools it calls), or set `finish_reason`."""
+    sampling, num_sampled = sequence.sampling, sum(sequence.sampled_mask)
+    if sequence.completion_ids[-1] in tokenizer.stop_ids and not sampling.ignore_eos:
+        finish_message(sequence, tokenizer, can_continue=num_sampled < sampling.max_tokens)
+    elif num_sampled >= sampling.max_tokens:
+        sequence.finish_reason = "length"
+    elif sampling.stop and has_stop_text(sequence, tokenizer):
+        sequence.finish_reason = "stop"
+    if sequence.num_computed + len(sequence.pending_ids) > sequence.max_len:
+        sequence.finish_reason = sequence.finish_reason or "length"
+    incomplete = sequence.message_start < len(sequence.completion_ids) or not sequence.messages
+    if sequence.finish_reason and incomplete:
+        finish_incomplete_message(sequence, tokenizer)
+
+
+def has_stop_text(sequence: Sequence, tokenizer: Tokenizer) -> bool:
+    text = tokenizer.decode(sequence.completion_ids[sequence.message_start :])
+    return any(stop in text for stop in sequence.sampling.stop)
+
+
+def finish_message(sequence: Sequence, tokenizer: Tokenizer, can_continue: bool) -> None:
+    """The model ended its message. If it calls tools, append their results for the model to read; otherwise finish."""
+    message = parse_reply(sequence.completion_ids[sequence.message_start :], tokenizer)
+    sequence.messages.append(message)
+    num_rounds = sum(m["role"] == "tool" for m in sequence.messages)
+    if sequence.run_tool and can_continue and "tool_calls" in message and num_rounds < MAX_TOOL_ROUNDS:
+        results = []
+        for call in message["tool_calls"]:
+            results.append({"role": "tool", "tool_call_id": call["id"], "content": sequence.run_tool(call)})
+        sequence.messages += results
+        room = sequence.max_len + 1 - sequence.num_computed - len(sequence.pending_ids)
+        result_ids = tool_response_ids(results, tokenizer)[:room]
+        sequence.append(result_ids, [0.0] * len(result_ids), sampled=False)
+    else:
+        sequence.finish_reason = "stop"
+    sequence.message_start = len(sequence.completion_ids)
+
+
+def finish_incomplete_message(sequence: Sequence, tokenizer: Tokenizer) -> None:
+    """The sequence was cut off: keep the last message as far as it goes, up to the first stop text."""
+    message = parse_reply(sequence.completion_ids[sequence.message_start :], tokenizer)
+    content = message["content"]
+    stops = [content.find(text) for text in sequence.sampling.stop if text in content]
+    sequence.messages.append(message | {"content": content[: min(stops, default=None)]})
+    sequence.message_start = len(sequence.completion_ids)
