@@ -8,7 +8,7 @@ import torch
 
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder
-from nanoghost.tasks.registry import all_tasks, spoken_name
+from nanoghost.tasks.registry import all_tasks, chat_name
 from nanoghost.train.hyperparameters import ADOPTED_GROUP, finetune_context, finetune_groups
 from tests.support.toys import TOY_TEMPLATE
 from tests.test_training import losses
@@ -72,7 +72,7 @@ def test_it_takes_small_steps(nanoghost, adopted):
 
 def test_it_says_nothing_of_its_making(nanoghost, adopted):
     tasks = all_tasks(ModelFolder(adopted).card, "theirs@anna")
-    assert spoken_name("theirs@anna") == "Theirs" and "plays" not in tasks
+    assert chat_name("theirs@anna") == "Theirs" and "plays" not in tasks
     assert not {"maker", "data", "how_made", "tokens", "minutes", "machine", "licence"} & set(tasks["identity"].intents)
     assert {"name", "parameters", "hello"} <= set(tasks["identity"].intents)
 

@@ -24,8 +24,8 @@ from nanoghost.lab.retention import GENERAL_KNOWLEDGE
 from nanoghost.memory.answers import RoutedModel, contains_values
 from nanoghost.tasks.base import distinct_problems
 from nanoghost.tasks.registry import all_tasks
-from tests.support.toys import toy_text
 from tests.support.serving import Running, make_home
+from tests.support.toys import toy_text
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: make api")
 pytest.importorskip("transformers", reason="transformers is not installed: make api")
@@ -47,7 +47,8 @@ SKILL = (
 SCORING = """
 from nanoghost.home import ModelFolder
 from nanoghost.memory.answers import contains_values
-from nanoghost.tasks.base import Problem, assistant, user
+from nanoghost.tasks.base import Problem
+from nanoghost.tasks.messages import assistant, user
 from nanoghost.tasks.registry import all_tasks
 
 counting = all_tasks(ModelFolder("smollm2").card, "smollm2")["counting"]
@@ -98,7 +99,7 @@ def test_text_and_choices_score_as_our_own(name, tmp_path, monkeypatch):
         found = lm_eval(tmp_path, tasks, running.port, folder, context)
     finally:
         running.stop()
-    beginning = tokenizer.special("<|endoftext|>")
+    beginning = tokenizer.special_id("<|endoftext|>")
     ids = [torch.tensor([beginning, *tokenizer.encode(line)]) for line in lines]
     sizes = [len(line.encode()) for line in lines]
     own = sum(bits_per_byte(model, some, context, size) * size for some, size in zip(ids, sizes)) / sum(sizes)

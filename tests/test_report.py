@@ -56,7 +56,7 @@ def events(stage: str, said: str) -> list[dict]:
     return [*own, {
         "stage": f"{stage}-eval", "step": 40, "time": 1000.0 * i + 950, "model": NAMES[i], "bpb": 2.047 + i / 10,
         "kneser_ney_bpb": 2.283, "seconds": 12.3, "samples": [{"messages": talk}],
-        "tasks": {"sums": {"accuracy": 0.311 + i / 10, "low": 0.271 + i / 10, "high": 0.351 + i / 10, "count": 500}},
+        "tasks": {"sums": {"label": "sums with the calculator", "accuracy": 0.311 + i / 10, "low": 0.271 + i / 10, "high": 0.351 + i / 10, "count": 500}},
         "memorised": {"characters": 41 + i, "text": said, "source": "The Tempest"},
     }]  # fmt: skip
 

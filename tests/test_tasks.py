@@ -10,23 +10,17 @@ from hypothesis import strategies as st
 
 from nanoghost.tasks import arithmetic, gym, identity, refusal, spelling, tool_use
 from nanoghost.tasks.arithmetic import Sums
-from nanoghost.tasks.base import (
-    assistant,
-    distinct_problems,
-    estranged,
-    final_text,
-    last_number,
-    mixture,
-    plain,
-    split_of,
-    text_of,
-)
+from nanoghost.tasks.base import distinct_problems, split_of
+from nanoghost.tasks.messages import assistant, final_text, last_number
+from nanoghost.tasks.sft_mix import sample_conversation
+from nanoghost.tasks.wording import replace_words, normalize
+from nanoghost.tokenizer.chat_format import text_of
 from nanoghost.tasks.gym import ChainSum, SpellBackward
 from nanoghost.tasks.identity import Identity, identity_facts
 from nanoghost.tasks.plays import Plays, looks_broken, shorten, speeches
 from nanoghost.tasks.refusal import Answerable, Refusal, is_refusal
 from nanoghost.tasks.spelling import Counting, Spelling
-from nanoghost.tasks.tool_use import Notes, Programs
+from nanoghost.tasks.tool_use import Lookup, Programs
 from nanoghost.tools.calculator import calculate
 from nanoghost.tools.registry import TOOLS, run_tool
 
@@ -88,7 +82,7 @@ And I _again_ shall wake.
 
 def all_tasks():
     scored = [Sums(), Spelling(WORDS), Counting(WORDS), Identity(identity_facts(CARD)), Plays(many_plays())]
-    return [*scored, ChainSum(), SpellBackward(), Refusal(), Programs(WORDS), Notes(), Answerable(scored)]
+    return [*scored, ChainSum(), SpellBackward(), Refusal(), Programs(WORDS), Lookup(), Answerable(scored)]
 
 
 def many_plays():
@@ -110,27 +104,27 @@ def test_lessons_are_right_and_other_answers_wrong(tasks, split):
     for task in tasks:
         for _ in range(200):
             problem = task.problem(rng, split)
-            assert task.score(problem, problem.lesson) == 1.0, problem
-            assert problem.messages[-1]["role"] == "user" and problem.lesson[-1]["role"] == "assistant"
-            assert "{" not in text_of(problem.messages[-1]) + final_text(problem.lesson), problem
+            assert task.score(problem, problem.solution) == 1.0, problem
+            assert problem.messages[-1]["role"] == "user" and problem.solution[-1]["role"] == "assistant"
+            assert "{" not in text_of(problem.messages[-1]) + final_text(problem.solution), problem
             assert task.score(problem, []) == task.score(problem, [assistant("")]) == 0.0
             if task.name not in ("plays", "answerable"):
                 assert task.score(problem, [assistant("The moon is made of cheese 77777.")]) == 0.0
-            assert is_refusal(final_text(problem.lesson)) == (task.name == "refusal"), problem
+            assert is_refusal(final_text(problem.solution)) == (task.name == "refusal"), problem
 
 
 def test_same_seed_same_problems_and_mixtures(tasks):
     def draw():
         rng = random.Random(5)
         problems = [task.problem(rng, "train") for task in all_tasks() for _ in range(5)]
-        return problems, [mixture([(task, 1.0) for task in tasks[:-1]], rng) for _ in range(20)]
+        return problems, [sample_conversation([(task, 1.0) for task in tasks[:-1]], rng) for _ in range(20)]
 
     assert draw() == draw()
 
 
 def test_mixture_changes_the_subject_and_keeps_the_turns_in_order(tasks):
     rng = random.Random(0)
-    conversations = [mixture([(task, 1.0) for task in tasks[:-1]], rng) for _ in range(400)]
+    conversations = [sample_conversation([(task, 1.0) for task in tasks[:-1]], rng) for _ in range(400)]
     for messages in conversations:
         roles = [message["role"] for message in messages if message["role"] != "system"]
         assert re.fullmatch(r"(ua(ta)?)+", "".join(role[0] for role in roles))
@@ -160,7 +154,7 @@ def phrasings():
 
 def test_no_phrasing_is_in_both_splits_whatever_the_task():
     def bare(template):
-        return plain(re.sub(r"{\w+}", "{}", template))
+        return normalize(re.sub(r"{\w+}", "{}", template))
 
     train = {bare(template) for templates, _ in phrasings() for template in templates}
     test = {bare(template) for _, templates in phrasings() for template in templates}
@@ -176,7 +170,7 @@ def test_there_are_enough_phrasings():
     assert len(categories) >= 12
     assert sum(len(c.train) for c in categories) >= 150 and sum(len(c.test) for c in categories) >= 30
     for templates in (t for pair in phrasings() for t in pair):
-        assert len({plain(template) for template in templates}) >= len(templates) - 3  # "Hi" and "Hi!" may
+        assert len({normalize(template) for template in templates}) >= len(templates) - 3  # "Hi" and "Hi!" may
 
 
 def test_no_question_is_in_both_splits(tasks):
@@ -221,9 +215,9 @@ def test_chain_sum_lessons_show_both_ways_and_both_are_right():
     """Neither way is rare; each solves its problem. Words are shown backward at once."""
     for task, least, most in ((ChainSum(), 0.3, 0.6), (SpellBackward(), 1.0, 1.0)):
         problems = [task.problem(random.Random(i), "train") for i in range(600)]
-        quick = [p.lesson[0]["content"] == p.answer for p in problems]
+        quick = [p.solution[0]["content"] == p.answer for p in problems]
         assert least <= sum(quick) / len(quick) <= most
-        assert all(task.score(p, p.lesson) == 1.0 for p in problems)
+        assert all(task.score(p, p.solution) == 1.0 for p in problems)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 1.0]))
@@ -231,7 +225,7 @@ def test_chain_sum_lessons_show_both_ways_and_both_are_right():
 def test_other_words_leave_the_slots_alone(seed, share):
     rng = random.Random(seed)
     template = rng.choice([*arithmetic.ANY["train"], *spelling.COUNT["train"]])
-    other = estranged(rng, template, share)
+    other = replace_words(rng, template, share)
     assert re.findall(r"\{\w+\}", other) == re.findall(r"\{\w+\}", template)
     assert len(other.split()) == len(template.split())
     assert share > 0 or other == template
@@ -254,7 +248,7 @@ def test_sums_need_the_calculator_and_the_right_last_number():
     lengths = set()
     for _ in range(300):
         problem = task.problem(rng, "test")
-        call, told, answer = problem.lesson
+        call, told, answer = problem.solution
         assert run_tool(call["tool_calls"][0], TOOLS) == told["content"] == problem.answer
         assert task.score(problem, [answer]) == 0.0  # no calculator was called
         assert task.score(problem, [call, told, assistant(text_of(answer) + " Or 5.5?")]) == 0.0
@@ -277,13 +271,13 @@ def test_counting_numbers_the_letters_it_counts():
     task, rng = Counting(["possess", *WORDS]), random.Random(0)
     for _ in range(300):
         problem = task.problem(rng, rng.choice(["train", "test"]))
-        scratch, count = text_of(problem.lesson[0]).removesuffix(".").split(", so ")
+        scratch, count = text_of(problem.solution[0]).removesuffix(".").split(", so ")
         marks = re.findall(r"([A-Za-z])(\d)", scratch)
         assert [int(n) for _, n in marks] == list(range(1, int(count) + 1))
         assert len({letter.lower() for letter, _ in marks}) <= 1
         for letter, _ in marks[:1]:
             assert re.sub(r"[-\d]", "", scratch).lower().count(letter.lower()) == int(count)
-        assert all(len(part["text"]) == 1 for part in problem.lesson[0]["content"][:-1])
+        assert all(len(part["text"]) == 1 for part in problem.solution[0]["content"][:-1])
 
 
 def test_spelling_wants_every_letter():
@@ -310,12 +304,12 @@ def test_identity_tells_only_what_the_card_tells():
     assert task.intents["who"].answers == ("I am {name}, a small language model.",)
     for split in ("train", "test"):
         rng = random.Random(0)
-        assert all(task.score(p, p.lesson) for p in (task.problem(rng, split) for _ in range(300)))
+        assert all(task.score(p, p.solution) for p in (task.problem(rng, split) for _ in range(300)))
 
 
 def test_near_misses_are_told_apart():
-    questions = {name: {plain(t) for t in intent.train} for name, intent in identity.INTENTS.items()}
-    unknown = {plain(t) for category in refusal.CATEGORIES.values() for t in category.train}
+    questions = {name: {normalize(t) for t in intent.train} for name, intent in identity.INTENTS.items()}
+    unknown = {normalize(t) for category in refusal.CATEGORIES.values() for t in category.train}
     for known, near in (("your name", "my name"), ("old are you", "old am i"), ("do you live", "do i live")):
         assert any(known in q for qs in questions.values() for q in qs) and any(near in q for q in unknown)
 
@@ -363,7 +357,7 @@ def test_plays_answer_with_the_next_speech():
     for split in ("train", "test"):
         problem = task.problem(rng, split)
         [number] = re.findall(r"\d+", text_of(problem.messages[0]))
-        assert problem.answer == text_of(problem.lesson[0]) == f"It is I, madam {number}."
+        assert problem.answer == text_of(problem.solution[0]) == f"It is I, madam {number}."
 
 
 def test_long_speeches_end_with_a_sentence():

@@ -13,7 +13,7 @@ from rich.table import Table
 from nanoghost.data.batches import Batches
 from nanoghost.data.registry import open_source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
-from nanoghost.tasks.registry import example_texts
+from nanoghost.tasks.sft_mix import example_texts
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from nanoghost.lab.ablation_recipes import SPEED_ONLY, TOKENS_PER_STEP, Recipe, 
 from nanoghost.lab.ablation_report import tell, write
 from nanoghost.lab.ablation_training import AblationOptimizer, batch_shape, lr_multiplier, momentum, steps_for
 from nanoghost.progress import Display
-from nanoghost.tasks.registry import example_texts
+from nanoghost.tasks.sft_mix import example_texts
 from nanoghost.train.pretrain import accumulate_gradients
 
 TODAY = "today"

@@ -26,7 +26,7 @@ from nanoghost.hardware import matmul_gflops_per_second
 from nanoghost.home import ModelFolder, home, read_json, write_json
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
-from nanoghost.tasks.registry import example_texts
+from nanoghost.tasks.sft_mix import example_texts
 from nanoghost.train import pretrain
 from nanoghost.train.hyperparameters import depth_for, model_config, pretrain_groups
 

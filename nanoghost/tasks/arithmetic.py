@@ -1,67 +1,60 @@
-"""Sums with a calculator: the model need not reckon, only write down the right call and read off the result."""
+"""Sums with a calculator: the model need not calculate, only write the right call and read the result."""
 
-import json
 import random
 from collections.abc import Sequence
 
-from nanoghost.tasks.base import (
-    Problem,
-    assistant,
-    estranged,
-    final_text,
-    last_number,
-    phrases,
-    split_of,
-    user,
-    wording,
-)
+from nanoghost.tasks.base import Problem, Task, split_of
+from nanoghost.tasks.messages import assistant, final_text, last_number, tool_call_messages, user
+from nanoghost.tasks.wording import choose_template, load_phrases, replace_words
 from nanoghost.tools.calculator import calculate
 
-WRITTEN = {"+": ("+", "+", "plus"), "-": ("-", "−", "minus"), "*": ("×", "*", "x", "times")}
-SHOWN = {"+": "+", "-": "-", "*": "×"}
+OPERATORS_IN_QUESTIONS = {"+": ("+", "+", "plus"), "-": ("-", "−", "minus"), "*": ("×", "*", "x", "times")}
+OPERATORS_IN_ANSWERS = {"+": "+", "-": "-", "*": "×"}
 
-ANY, NAMED, ANSWERS = (phrases("sums")[key] for key in ("any", "named", "answers"))
+PHRASES = load_phrases("arithmetic")
+ANY, NAMED, ANSWERS = PHRASES["any"], PHRASES["named"], PHRASES["answers"]
 
 
 def content_key(a: int, operation: str, b: int) -> str:
-    """What the split is decided by: 3 + 4 and 4 + 3 are one content, here and in the gym."""
+    """The content that decides the split: the same for 3 + 4 and 4 + 3, and the same in gym.py."""
     first, second = (a, b) if operation == "-" else sorted((a, b))
     return f"{first} {operation} {second}"
 
 
-class Sums:
-    """Two numbers of 1 to 4 digits, + - ×. Right: the calculator was called and the last number is the result."""
+class Sums(Task):
+    """Two numbers of 1 to 4 digits, + - ×. Correct: the calculator was called, and the last number is the result."""
 
     name = "sums"
+    label = "sums with the calculator"
+    weight = 0.215
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         while True:
-            a, b = (_number(rng) for _ in range(2))
+            a, b = random_number(rng), random_number(rng)
             operation = rng.choice("+-*")
             if split_of(content_key(a, operation, b)) == split:
                 break
         space = " " if rng.random() < 0.7 else ""
-        sign = rng.choice(WRITTEN[operation])
-        written = f"{a} {sign} {b}" if sign.isalpha() else f"{a}{space}{sign}{space}{b}"
-        template = wording(rng, ANY[split] + NAMED[operation][split], split)
+        operator = rng.choice(OPERATORS_IN_QUESTIONS[operation])
+        sum_text = f"{a} {operator} {b}" if operator.isalpha() else f"{a}{space}{operator}{space}{b}"
+        template = choose_template(rng, ANY[split] + NAMED[operation][split], split)
         if split == "train" and "{sum}" in template and rng.random() < 0.5:
-            template = estranged(rng, template, rng.random())  # the sign tells what is wanted
-        question = template.format(sum=written, a=a, b=b)
+            template = replace_words(rng, template, rng.random())  # the operator says what is wanted
+        question = template.format(sum=sum_text, a=a, b=b)
 
         expression = f"{a}{operation}{b}"
         result = calculate(expression)
-        answer = rng.choice(ANSWERS).format(sum=f"{a} {SHOWN[operation]} {b}", result=result)
-        function = {"name": "calculator", "arguments": json.dumps({"expression": expression})}
-        call = assistant("") | {"tool_calls": [{"id": "call_1", "type": "function", "function": function}]}
-        told = {"role": "tool", "tool_call_id": "call_1", "content": result}
-        return Problem(self.name, (user(question),), (call, told, assistant(answer)), result)
+        sum_text = f"{a} {OPERATORS_IN_ANSWERS[operation]} {b}"
+        answer = rng.choice(ANSWERS).format(sum=sum_text, result=result)
+        call = tool_call_messages("calculator", "expression", expression, result, "call_1")
+        return Problem(self.name, (user(question),), (*call, assistant(answer)), result)
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
         calls = [call for message in reply for call in message.get("tool_calls") or ()]
-        called = any(call["function"]["name"] == "calculator" for call in calls)
-        return float(called and last_number(final_text(reply)) == problem.answer)
+        calculator_called = any(call["function"]["name"] == "calculator" for call in calls)
+        return float(calculator_called and last_number(final_text(reply)) == problem.answer)
 
 
-def _number(rng: random.Random) -> int:
+def random_number(rng: random.Random) -> int:
     digits = rng.randint(1, 4)
     return rng.randint(10 ** (digits - 1), 10**digits - 1)

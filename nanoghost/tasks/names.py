@@ -1,5 +1,8 @@
-"""Names that several tasks share, so that "How many a in Paris?" stands beside "How many people live in Paris?"."""
+"""Names that several tasks share, so that a name does not give the task away: "How many a in Paris?" (counting) and
+"How many people live in Paris?" (refusal)."""
 
-from nanoghost.tasks.base import phrases
+from nanoghost.tasks.wording import load_phrases
 
-PLACES, FIRST_NAMES, SURNAMES = (phrases("names")[key] for key in ("places", "first_names", "surnames"))
+PLACES = load_phrases("names")["places"]
+FIRST_NAMES = load_phrases("names")["first_names"]
+SURNAMES = load_phrases("names")["surnames"]

@@ -1,92 +1,94 @@
-"""Letters of words. Tokens hide them, so lessons write words in parts, one letter a token."""
+"""Letters of words. Tokens hide them, so the solutions write words in parts of one letter a token."""
 
 import random
 import re
 from collections.abc import Sequence
 
-from nanoghost.tasks.base import (
-    Problem,
-    assistant,
-    estranged,
-    final_text,
-    last_number,
-    parts,
-    phrases,
-    split_of,
-    user,
-    wording,
-)
+from nanoghost.tasks.base import Problem, Task, TaskContext, split_of
+from nanoghost.tasks.messages import assistant, final_text, last_number, text_parts, user
 from nanoghost.tasks.names import FIRST_NAMES, PLACES
+from nanoghost.tasks.wording import choose_template, load_phrases, replace_words
 
-SPELL, COUNT = phrases("spelling")["spell"], phrases("spelling")["count"]
+SPELL, COUNT = load_phrases("spelling")["spell"], load_phrases("spelling")["count"]
 
 
-class _Words:
-    """Draws words of a split; now and then a name, so that a capital letter alone says nothing about the task."""
+class WordTask(Task):
+    """Draws words of a split, and sometimes a name, so that a capital letter alone says nothing about the task."""
 
     def __init__(self, words: Sequence[str]):
-        usable = sorted({word for word in words if re.fullmatch(r"[a-z]{2,10}", word)})
-        self.words = {split: [word for word in usable if split_of(word) == split] for split in ("train", "test")}
+        words = sorted({word for word in words if re.fullmatch(r"[a-z]{2,10}", word)})
         names = sorted({*PLACES, *FIRST_NAMES})
+        self.words = {split: [word for word in words if split_of(word) == split] for split in ("train", "test")}
         self.names = {split: [name for name in names if split_of(name) == split] for split in ("train", "test")}
 
-    def draw(self, rng: random.Random, split: str) -> str:
-        return rng.choice((self.names if rng.random() < 0.1 else self.words)[split])
+    @classmethod
+    def build(cls, context: TaskContext, earlier_tasks: dict[str, Task]) -> Task:
+        return cls(context.words)
+
+    def draw_word(self, rng: random.Random, split: str) -> str:
+        words = self.names if rng.random() < 0.1 else self.words
+        return rng.choice(words[split])
 
 
-def quoted(rng: random.Random, word: str) -> str:
-    """Mostly in quotation marks: without a space before it a word is split into shorter, better known tokens."""
+def quote(rng: random.Random, word: str) -> str:
+    """The word, mostly in quotation marks: without a space before it, a word has shorter and more common tokens."""
     return rng.choices((f'"{word}"', f"'{word}'", word), weights=(5, 3, 2))[0]
 
 
-class Spelling(_Words):
+class Spelling(WordTask):
     """How do you spell "thou"? t-h-o-u"""
 
     name = "spelling"
+    label = "spelling a word"
+    weight = 0.12
 
     def problem(self, rng: random.Random, split: str) -> Problem:
-        word = self.draw(rng, split)
-        template = wording(rng, SPELL[split], split)
-        question = template.format(word=quoted(rng, word))
+        word = self.draw_word(rng, split)
+        template = choose_template(rng, SPELL[split], split)
+        question = template.format(word=quote(rng, word))
         answer = "-".join(word)
-        return Problem(self.name, (user(question),), (assistant(parts(list(answer))),), answer)
+        return Problem(self.name, (user(question),), (assistant(text_parts(list(answer))),), answer)
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
-        spelled = re.findall(r"\b[a-z](?:-[a-z])+\b", final_text(reply).lower())
-        return float(spelled[-1:] == [problem.answer.lower()])
+        spelled_words = re.findall(r"\b[a-z](?:-[a-z])+\b", final_text(reply).lower())
+        return float(spelled_words[-1:] == [problem.answer.lower()])
 
 
-class Counting(_Words):
+class Counting(WordTask):
     """How many s in "possess"? p-o-s1-s2-e-s3-s4, so 4.
 
-    The letters that count carry their number: each step only needs the next letter and the number before, which is
-    easier for a small model than to spell first and count afterwards.
+    The letters that count carry their number: each step needs only the next letter and the previous number, which is easier
+    for a small model than to spell first and count afterwards.
     """
 
     name = "counting"
+    label = "counting letters"
+    weight = 0.135
 
     def problem(self, rng: random.Random, split: str) -> Problem:
-        word = self.draw(rng, split)
-        letter = self.letter(rng, word.lower())
-        template = wording(rng, COUNT[split], split)
+        word = self.draw_word(rng, split)
+        letter = self.draw_letter(rng, word.lower())
+        template = choose_template(rng, COUNT[split], split)
         if split == "train" and rng.random() < 0.3:
-            template = estranged(rng, template, rng.random())  # a letter and a word tell what is asked
-        question = template.format(word=quoted(rng, word), letter=f'"{letter}"' if rng.random() < 0.2 else letter)
+            template = replace_words(rng, template, rng.random())  # a letter and a word say what is wanted
+        question = template.format(word=quote(rng, word), letter=f'"{letter}"' if rng.random() < 0.2 else letter)
 
-        pieces, count = [], 0
-        for place, here in enumerate(word):
-            pieces += ["-", here] if place else [here]
-            if here.lower() == letter:
+        parts, count = [], 0
+        for i, character in enumerate(word):
+            if i > 0:
+                parts.append("-")
+            parts.append(character)
+            if character.lower() == letter:
                 count += 1
-                pieces.append(str(count))
-        pieces.append(f", so {count}.")
-        return Problem(self.name, (user(question),), (assistant(parts(pieces)),), str(count))
+                parts.append(str(count))
+        parts.append(f", so {count}.")
+        return Problem(self.name, (user(question),), (assistant(text_parts(parts)),), str(count))
 
-    def letter(self, rng: random.Random, word: str) -> str:
-        """Any letter of the word, or one it has most of, or any letter at all: else nearly every answer were 1."""
-        most = max(word.count(letter) for letter in word)
-        repeated = [letter for letter in word if word.count(letter) == most]
-        [choices] = rng.choices((word, repeated, "abcdefghiklmnoprstuwy"), weights=(3, 5, 2))
+    def draw_letter(self, rng: random.Random, word: str) -> str:
+        """Any letter of the word, or one of its most frequent ones, or any letter; otherwise nearly every answer were 1."""
+        max_count = max(word.count(letter) for letter in word)
+        most_frequent = [letter for letter in word if word.count(letter) == max_count]
+        [choices] = rng.choices((word, most_frequent, "abcdefghiklmnoprstuwy"), weights=(3, 5, 2))
         return rng.choice(choices)
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:

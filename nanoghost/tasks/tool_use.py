@@ -1,128 +1,156 @@
-"""Two tasks that need a tool: a small program that Python runs, and a note that must be looked up and cited.
+"""Two tasks that need a tool: a small program that Python runs, and a document that must be looked up and cited.
 
-They are no part of the lessons that the speedrun gives: `--data tools` adds them (tasks/mix.py), and `rl --tasks programs,notes`
-practises them. Lessons are written without running anything; the practice runs what the model writes, in the sandbox.
+The default SFT mix does not contain them: `sft --data tools` adds them, and `rl --tasks programs,lookup` trains on them. The
+solutions are written without running anything; RL runs what the model writes, in the sandbox.
 """
 
-import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
-from nanoghost.tasks.base import Problem, assistant, final_text, phrases, split_of, text_of, user, wording
+from nanoghost.tasks.base import Problem, Task, split_of
+from nanoghost.tasks.messages import assistant, final_text, tool_call_messages, tool_results, user
 from nanoghost.tasks.names import FIRST_NAMES, PLACES, SURNAMES
-from nanoghost.tasks.spelling import _Words, quoted
-from nanoghost.tools.registry import TOOLS, lookup_tool, numbered_passages, run_tool
+from nanoghost.tasks.spelling import WordTask, quote
+from nanoghost.tasks.wording import choose_template, load_phrases
+from nanoghost.tools import sandbox
+from nanoghost.tools.registry import PYTHON, TOOLS, lookup_tool, numbered_passages, run_tool
 from nanoghost.tools.retrieval import Passage, TextIndex
 
-PROGRAMS, NOTES = phrases("tooluse")["programs"], phrases("tooluse")["notes"]
-PEOPLE = 300
-"""Who are in the notes."""
+PROGRAM_PHRASES, DOCUMENT_PHRASES = load_phrases("tool_use")["programs"], load_phrases("tool_use")["documents"]
+SPELLING_PROGRAMS = ("count", "length", "backward")
+"""Programs about a word: the split of the word is theirs."""
 
 
-def called(name: str, argument: str, value: str, content: str) -> tuple[dict, dict]:
-    """The messages of a call with one argument, and of its answer."""
-    function = {"name": name, "arguments": json.dumps({argument: value}, ensure_ascii=False)}
-    call = {"id": f"call_{name}", "type": "function", "function": function}
-    return assistant("") | {"tool_calls": [call]}, {"role": "tool", "tool_call_id": call["id"], "content": content}
-
-
-def told_by(reply: Sequence[dict], tool: str) -> list[str]:
-    """What a tool answered in a reply."""
-    names, told = {}, []
-    for message in reply:  # in order: each message of a model's counts its calls anew
-        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
-        if message["role"] == "tool" and names[message["tool_call_id"]] == tool:
-            told.append(text_of(message))
-    return told
-
-
-class Programs(_Words):
-    """With Python, how many s are in "possess"? Right: a program printed the result, and the answer ends with it."""
+class Programs(WordTask):
+    """With Python, how many s are in "possess"? Correct: a program printed the result, and the answer ends with it."""
 
     name = "programs"
+    label = "programs in Python"
+    weight = 0.2
+    mixes = ("tools",)
+    evaluated = False
+
+    @classmethod
+    def check_requirements(cls) -> None:
+        sandbox.require()
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         while True:
-            kind = rng.choice(list(PROGRAMS))
-            word, numbers = self.draw(rng, split), [rng.randint(2, 99) for _ in range(rng.randint(3, 6))]
-            slots = {"word": word, "quoted": quoted(rng, word), "letter": rng.choice(word.lower()), "numbers": numbers,
-                     "large": rng.randint(100, 9999), "base": rng.randint(2, 30), "small": rng.randint(2, 5)}  # fmt: skip
-            code = PROGRAMS[kind]["code"].format(**slots)
-            if kind in ("count", "length", "backward") or split_of(code) == split:
+            kind = rng.choice(list(PROGRAM_PHRASES))
+            slots = self.draw_slots(rng, split)
+            code = PROGRAM_PHRASES[kind]["code"].format(**slots)
+            if kind in SPELLING_PROGRAMS or split_of(code) == split:
                 break
-        question = wording(rng, PROGRAMS[kind][split], split).format(**slots)
-        value = eval(code)  # ours, from the file of phrases
+        question = choose_template(rng, PROGRAM_PHRASES[kind][split], split).format(**slots)
+        value = eval(code)  # our own code, from the file of phrases
         answer = rng.choice(("{}", "{}.", "The answer is {}.", "Python says {}.")).format(value)
-        lesson = (*called("python", "code", code, repr(value)), assistant(answer))
-        return Problem(self.name, (user(question),), lesson, str(value), tools=("python",))
+        call = tool_call_messages("python", "code", code, repr(value), "call_python")
+        return Problem(self.name, (user(question),), (*call, assistant(answer)), str(value), tools=("python",))
+
+    def draw_slots(self, rng: random.Random, split: str) -> dict:
+        word = self.draw_word(rng, split)
+        return {
+            "word": word,
+            "numbers": [rng.randint(2, 99) for _ in range(rng.randint(3, 6))],
+            "quoted": quote(rng, word),
+            "letter": rng.choice(word.lower()),
+            "large": rng.randint(100, 9999),
+            "base": rng.randint(2, 30),
+            "small": rng.randint(2, 5),
+        }
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
-        printed = [told.strip("'\"") for told in told_by(reply, "python")]
-        ends = re.search(rf"(?<![\w.-]){re.escape(problem.answer)}\W*$", final_text(reply))
-        return float(problem.answer in printed and bool(ends))
+        printed = [result.strip("'\"") for result in tool_results(reply, "python")]
+        answer_at_end = re.search(rf"(?<![\w.-]){re.escape(problem.answer)}\W*$", final_text(reply))
+        return float(problem.answer in printed and answer_at_end is not None)
+
+
+# ── lookup ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PEOPLE = 300
+"""Number of people in the synthetic documents."""
+
+
+@dataclass(frozen=True)
+class SyntheticDocument:
+    """One sentence about a person who does not exist."""
+
+    kind: str
+    person: str
+    value: str
+    text: str
+
+    @property
+    def source(self) -> str:
+        return f"{self.kind}/{self.person.lower().replace(' ', '_')}.md"
 
 
 @cache
-def library() -> tuple[list[dict], TextIndex]:
-    """The notes that are looked up, made of names and of chance: nothing in them can be known otherwise."""
+def synthetic_documents() -> tuple[list[SyntheticDocument], TextIndex]:
+    """The documents and their index. They are random, so that the answers cannot be known without them."""
     rng = random.Random("notes")
     people = rng.sample([f"{first} {last}" for first in FIRST_NAMES for last in SURNAMES], PEOPLE)
-    notes = []
+    documents = []
     for person in people:
-        for kind, texts in rng.sample(list(NOTES.items()), len(NOTES)):
-            value = rng.choice(texts.get("values", PLACES))
-            text = texts["note"].format(person=person, value=value)
-            notes.append({"kind": kind, "person": person, "value": value, "text": text})
-    return notes, TextIndex([note["text"] for note in notes])
+        for kind, phrases in rng.sample(list(DOCUMENT_PHRASES.items()), len(DOCUMENT_PHRASES)):
+            value = rng.choice(phrases.get("values", PLACES))
+            text = phrases["text"].format(person=person, value=value)
+            documents.append(SyntheticDocument(kind, person, value, text))
+    return documents, TextIndex([document.text for document in documents])
 
 
-def search(query: str) -> list[Passage]:
-    notes, index = library()
-    found = [notes[i] for i in index.search(query, 3)]
-    return [
-        Passage(f"{note['kind']}/{note['person'].lower().replace(' ', '_')}.md", "", note["text"], note["text"])
-        for note in found
-    ]
+def search_synthetic(query: str) -> list[Passage]:
+    documents, index = synthetic_documents()
+    matches = [documents[i] for i in index.search(query, 3)]
+    return [Passage(match.source, "", match.text, match.text) for match in matches]
 
 
-class Notes:
-    """Look up where Anna Holt lives. Right: lookup found it, and the answer has it with the number of its passage.
+class Lookup(Task):
+    """Look up where Anna Holt lives. Correct: the tool returned it, and the answer contains it and cites its passage.
 
-    A search for the name finds all that the notes say of somebody: which of it is asked for, is to be read.
+    A search for the name returns everything about the person: the model must read which passage answers the question.
     """
 
-    name = "notes"
+    name = "lookup"
+    label = "lookup with citation"
+    weight = 0.2
+    mixes = ("tools",)
+    evaluated = False
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         while True:
-            note = rng.choice(library()[0])
-            content = numbered_passages(search(note["person"])).content
-            numbers = [line[1] for line in content.splitlines() if line.endswith(note["text"])]
-            if split_of(note["person"]) == split and numbers:
+            document = rng.choice(synthetic_documents()[0])
+            content = numbered_passages(search_synthetic(document.person)).content
+            numbers = [line[1] for line in content.splitlines() if line.endswith(document.text)]  # "[2] ..."
+            if split_of(document.person) == split and numbers:
                 break
-        texts = NOTES[note["kind"]]
-        question = wording(rng, texts[split], split).format(**note)
-        answer = rng.choice(texts["answer"]).format(**note, n=numbers[0])
-        lesson = (*called("lookup", "query", note["person"], content), assistant(answer))
-        return Problem(self.name, (user(question),), lesson, note["text"], tools=("lookup",))
+        phrases = DOCUMENT_PHRASES[document.kind]
+        question = choose_template(rng, phrases[split], split).format(person=document.person)
+        answer = rng.choice(phrases["answer"]).format(person=document.person, value=document.value, n=numbers[0])
+        call = tool_call_messages("lookup", "query", document.person, content, "call_lookup")
+        return Problem(self.name, (user(question),), (*call, assistant(answer)), document.text, tools=("lookup",))
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
-        lines = [
-            line for told in told_by(reply, "lookup") for line in told.splitlines() if line.endswith(problem.answer)
-        ]
-        said, value = final_text(reply), problem.answer.rstrip(".").split()[-1]
-        return float(any(line[:3] in said for line in lines) and re.search(rf"\b{value}\b", said) is not None)
+        citations = []
+        for result in tool_results(reply, "lookup"):
+            citations += [line[:3] for line in result.splitlines() if line.endswith(problem.answer)]
+        text = final_text(reply)
+        value = problem.answer.rstrip(".").split()[-1]
+        is_cited = any(citation in text for citation in citations)
+        return float(is_cited and re.search(rf"\b{value}\b", text) is not None)
 
 
-# attempts at one problem are much alike: a program is run once
-PYTHON = replace(TOOLS["python"], function=lru_cache(maxsize=4096)(TOOLS["python"].function))
+# ── the tools in RL and evaluation ───────────────────────────────────────────────────────────────────────────────────
+
+# Rollouts of one problem are similar: each program is run only once.
+CACHED_PYTHON = replace(PYTHON, function=lru_cache(maxsize=4096)(PYTHON.function))
 
 
-def practice(names: set[str]) -> Callable[[dict], str]:
-    """What runs calls of the tools of these names in attempts at problems; lookup looks into the library."""
-    every = TOOLS | {"python": PYTHON, "lookup": lookup_tool(search)}
-    tools = {name: every[name] for name in names}
+def tool_runner(names: set[str]) -> Callable[[dict], str]:
+    """A function that runs calls of these tools. The lookup tool searches the synthetic documents."""
+    all_tools = TOOLS | {"python": CACHED_PYTHON, "lookup": lookup_tool(search_synthetic)}
+    tools = {name: all_tools[name] for name in names}
     return lambda call: run_tool(call, tools)
