@@ -1,4 +1,4 @@
-"""Lessons, scores and splits of the tasks."""
+"""Problems, solutions, scores and splits of the tasks, and their registry."""
 
 import json
 import random
@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 from nanoghost.tasks import arithmetic, gym, identity, refusal, spelling, tool_use
 from nanoghost.tasks.arithmetic import Sums
-from nanoghost.tasks.base import distinct_problems, split_of
-from nanoghost.tasks.messages import assistant, final_text, last_number
-from nanoghost.tasks.sft_mix import sample_conversation
-from nanoghost.tasks.wording import replace_words, normalize
-from nanoghost.tokenizer.chat_format import text_of
+from nanoghost.tasks.base import TaskContext, distinct_problems, split_of
 from nanoghost.tasks.gym import ChainSum, SpellBackward
 from nanoghost.tasks.identity import Identity, identity_facts
+from nanoghost.tasks.messages import assistant, final_text, last_number
 from nanoghost.tasks.plays import Plays, looks_broken, shorten, speeches
-from nanoghost.tasks.refusal import Answerable, Refusal, is_refusal
+from nanoghost.tasks.refusal import Answerable, is_refusal
+from nanoghost.tasks.registry import DEFAULT_RL_TASKS, RL_TASKS, TASKS, build_tasks
+from nanoghost.tasks.sft_mix import MIXES, sample_conversation, tasks_of_mix
 from nanoghost.tasks.spelling import Counting, Spelling
-from nanoghost.tasks.tool_use import Lookup, Programs
+from nanoghost.tasks.wording import normalize, replace_words
+from nanoghost.tokenizer.chat_format import text_of
 from nanoghost.tools.calculator import calculate
 from nanoghost.tools.registry import TOOLS, run_tool
 
@@ -80,79 +80,158 @@ And I _again_ shall wake.
 """
 
 
-def all_tasks():
-    scored = [Sums(), Spelling(WORDS), Counting(WORDS), Identity(identity_facts(CARD)), Plays(many_plays())]
-    return [*scored, ChainSum(), SpellBackward(), Refusal(), Programs(WORDS), Lookup(), Answerable(scored)]
-
-
-def many_plays():
+def play_scenes():
     scene = "SCENE {n}.\n\nOWL.\nWho rings bell number {n}?\n\nBELL.\nIt is I, madam {n}.\n\n"
     return [("owls", "".join(scene.format(n=n) for n in range(40)))]
 
 
+def new_tasks():
+    return list(build_tasks(TaskContext(identity_facts(CARD), WORDS, play_scenes())).values())
+
+
 @pytest.fixture(scope="module")
 def tasks():
-    return all_tasks()
+    return new_tasks()
 
 
-# ── every task ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── the registry ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_task_has_a_name_and_a_label_of_its_own():
+    assert len({task.name for task in TASKS}) == len({task.label for task in TASKS}) == len(TASKS)
+
+
+def test_all_tasks_can_be_built(tasks):
+    assert [task.name for task in tasks] == [task.name for task in TASKS]
+
+
+def test_the_plays_need_a_model_that_was_pretrained_on_them():
+    tasks = build_tasks(TaskContext({}, WORDS))
+    assert "plays" not in tasks
+    assert [task.name for task in tasks["answerable"].tasks] == ["identity", "sums", "spelling", "counting"]
+
+
+def test_rl_trains_on_every_task_with_a_correct_answer():
+    assert DEFAULT_RL_TASKS == ["chain_sum", "spell_backward"]
+    assert set(RL_TASKS) == {task.name for task in TASKS} - {"plays"}
+
+
+def test_evaluated_tasks():
+    """The tasks of the report; the tool tasks are measured by RL only."""
+    names = {task.name for task in TASKS if task.evaluated}
+    assert names == {
+        "sums", "spelling", "counting", "identity", "refusal", "answerable", "chain_sum", "spell_backward",
+    }  # fmt: skip
+
+
+def test_weights_of_the_builtin_mix(tasks):
+    """The order counts, too: it decides which problems are drawn."""
+    weights = [(task.name, task.weight) for task in tasks_of_mix("builtin", {task.name: task for task in tasks})]
+    assert weights == [
+        ("plays", 0.05),
+        ("identity", 0.135),
+        ("sums", 0.215),
+        ("spelling", 0.12),
+        ("counting", 0.135),
+        ("refusal", 0.13),
+        ("chain_sum", 0.205),
+        ("spell_backward", 0.01),
+    ]
+
+
+def test_mixes_that_tasks_name_exist():
+    assert {mix for task in TASKS for mix in task.mixes} == set(MIXES)
+
+
+# ── every task ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_lessons_are_right_and_other_answers_wrong(tasks, split):
+def test_solutions_score_1_and_other_answers_0(tasks, split):
     rng = random.Random(0)
     for task in tasks:
         for _ in range(200):
             problem = task.problem(rng, split)
             assert task.score(problem, problem.solution) == 1.0, problem
-            assert problem.messages[-1]["role"] == "user" and problem.solution[-1]["role"] == "assistant"
-            assert "{" not in text_of(problem.messages[-1]) + final_text(problem.solution), problem
-            assert task.score(problem, []) == task.score(problem, [assistant("")]) == 0.0
+            assert task.score(problem, []) == 0.0, problem
+            assert task.score(problem, [assistant("")]) == 0.0, problem
             if task.name not in ("plays", "answerable"):
                 assert task.score(problem, [assistant("The moon is made of cheese 77777.")]) == 0.0
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_problems_end_with_a_question_and_solutions_with_an_answer(tasks, split):
+    rng = random.Random(0)
+    for task in tasks:
+        for _ in range(200):
+            problem = task.problem(rng, split)
+            assert problem.messages[-1]["role"] == "user"
+            assert problem.solution[-1]["role"] == "assistant"
+            text = text_of(problem.messages[-1]) + final_text(problem.solution)
+            assert "{" not in text, "all slots are filled"
             assert is_refusal(final_text(problem.solution)) == (task.name == "refusal"), problem
 
 
-def test_same_seed_same_problems_and_mixtures(tasks):
+def test_problems_and_conversations_depend_on_the_seed_alone():
     def draw():
         rng = random.Random(5)
-        problems = [task.problem(rng, "train") for task in all_tasks() for _ in range(5)]
-        return problems, [sample_conversation([(task, 1.0) for task in tasks[:-1]], rng) for _ in range(20)]
+        tasks = new_tasks()
+        problems = [task.problem(rng, "train") for task in tasks for _ in range(5)]
+        return problems, [sample_conversation(with_weight(tasks), rng) for _ in range(20)]
 
     assert draw() == draw()
 
 
-def test_mixture_changes_the_subject_and_keeps_the_turns_in_order(tasks):
+def with_weight(tasks):
+    return [task for task in tasks if task.weight]
+
+
+@pytest.fixture(scope="module")
+def conversations(tasks):
     rng = random.Random(0)
-    conversations = [sample_conversation([(task, 1.0) for task in tasks[:-1]], rng) for _ in range(400)]
+    return [sample_conversation(with_weight(tasks), rng) for _ in range(400)]
+
+
+def test_turns_of_a_conversation_are_in_order(conversations):
     for messages in conversations:
         roles = [message["role"] for message in messages if message["role"] != "system"]
         assert re.fullmatch(r"(ua(ta)?)+", "".join(role[0] for role in roles))
+
+
+def test_only_the_first_message_can_be_a_system_prompt(conversations):
+    for messages in conversations:
         assert [m["role"] for m in messages].count("system") == (messages[0]["role"] == "system")
+    fraction = sum(messages[0]["role"] == "system" for messages in conversations) / 400
+    assert 0.12 < fraction < 0.28
+
+
+def test_problems_of_a_conversation_come_from_different_tasks(conversations):
+    for messages in conversations:
         calls = [call["id"] for message in messages for call in message.get("tool_calls", ())]
         assert len(calls) == len(set(calls))
-    share = sum(messages[0]["role"] == "system" for messages in conversations) / 400
-    assert 0.12 < share < 0.28
-    assert len({json.dumps(messages) for messages in conversations}) > 350  # of a toy's few words and lines
+    assert len({json.dumps(messages) for messages in conversations}) > 350  # of few words and lines
 
 
-# ── train and test never meet ───────────────────────────────────────────────────────────────────────────────
+# ── train and test are disjoint ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def phrasings():
     """(train, test) templates of all tasks."""
-    kinds = (arithmetic.ANY, *arithmetic.NAMED.values())
-    yield tuple(sum((kind[split] for kind in kinds), ()) for split in ("train", "test"))
+    of_sums = (arithmetic.ANY, *arithmetic.NAMED.values())
+    yield (
+        tuple(template for kind in of_sums for template in kind["train"]),
+        tuple(template for kind in of_sums for template in kind["test"]),
+    )
     for kind in (spelling.SPELL, spelling.COUNT):
         yield kind["train"], kind["test"]
-    for kind in (*tool_use.PROGRAMS.values(), *tool_use.NOTES.values()):
+    for kind in (*tool_use.PROGRAM_PHRASES.values(), *tool_use.DOCUMENT_PHRASES.values()):
         yield kind["train"], kind["test"]
     for table in (identity.INTENTS, refusal.CATEGORIES):
         for entry in table.values():
             yield entry.train, entry.test
 
 
-def test_no_phrasing_is_in_both_splits_whatever_the_task():
+def test_no_phrasing_is_in_both_splits_of_any_task():
     def bare(template):
         return normalize(re.sub(r"{\w+}", "{}", template))
 
@@ -183,7 +262,7 @@ def test_no_question_is_in_both_splits(tasks):
         assert not train & test, task.name
 
 
-def test_contents_are_dealt_once_for_all_tasks():
+def test_a_content_has_the_same_split_in_all_tasks():
     assert split_of("Thou") == split_of("thou") == split_of("thou")
     assert arithmetic.content_key(3, "+", 40) == arithmetic.content_key(40, "+", 3)
     assert arithmetic.content_key(3, "-", 40) != arithmetic.content_key(40, "-", 3)
@@ -191,38 +270,54 @@ def test_contents_are_dealt_once_for_all_tasks():
     assert 0.10 < dealt.count("test") / len(dealt) < 0.15
 
 
-def test_gym_problems_are_its_own_and_train_never_shows_a_test_word():
+@pytest.mark.parametrize("task", [ChainSum(), SpellBackward()], ids=lambda task: task.name)
+def test_gym_evaluation_problems_are_fixed_and_never_drawn_for_training(task):
+    problems = distinct_problems(task, 150)
+    assert problems == distinct_problems(task, 150)
+    questions = {text_of(problem.messages[0]) for problem in problems}
+    assert len(questions) == 150
     rng = random.Random(0)
-    chain, backward = ChainSum(), SpellBackward()
-    for task in (chain, backward):
-        examination = distinct_problems(task, 150)
-        assert examination == distinct_problems(task, 150)
-        asked = {text_of(problem.messages[0]) for problem in examination}
-        assert len(asked) == 150
-        assert not asked & {text_of(task.problem(rng, "train").messages[0]) for _ in range(3000)}
+    assert not questions & {text_of(task.problem(rng, "train").messages[0]) for _ in range(3000)}
+
+
+def test_spell_backward_answers_are_the_reversed_words():
+    task, rng = SpellBackward(), random.Random(0)
     for _ in range(100):
-        question = text_of((problem := backward.problem(rng, "train")).messages[0])
-        assert question.startswith("Spell this word backward") and question.split()[-1][::-1] == problem.answer
-        question = text_of((problem := chain.problem(rng, "train")).messages[0])
-        assert calculate(question.split(":")[1].strip(" =")) == problem.answer
-    assert chain.score(problem, [assistant(f" {problem.answer}\n")]) == 1.0
-    assert chain.score(problem, [assistant(f"1+1=2, so {problem.answer}")]) == 1.0
-    assert chain.score(problem, [assistant(f"so {problem.answer}, so 1000")]) == 0.0
-    assert chain.score(problem, [assistant(f"It is {problem.answer}")]) == 0.0
+        problem = task.problem(rng, "train")
+        question = text_of(problem.messages[0])
+        assert question.startswith("Spell this word backward")
+        assert question.split()[-1][::-1] == problem.answer
 
 
-def test_chain_sum_lessons_show_both_ways_and_both_are_right():
-    """Neither way is rare; each solves its problem. Words are shown backward at once."""
-    for task, least, most in ((ChainSum(), 0.3, 0.6), (SpellBackward(), 1.0, 1.0)):
-        problems = [task.problem(random.Random(i), "train") for i in range(600)]
-        quick = [p.solution[0]["content"] == p.answer for p in problems]
-        assert least <= sum(quick) / len(quick) <= most
-        assert all(task.score(p, p.solution) == 1.0 for p in problems)
+def test_chain_sum_answers_are_the_results():
+    task, rng = ChainSum(), random.Random(0)
+    for _ in range(100):
+        problem = task.problem(rng, "train")
+        expression = text_of(problem.messages[0]).split(":")[1].strip(" =")
+        assert calculate(expression) == problem.answer
+
+
+def test_chain_sum_scores_the_text_after_so():
+    task = ChainSum()
+    problem = task.problem(random.Random(0), "train")
+    assert task.score(problem, [assistant(f" {problem.answer}\n")]) == 1.0
+    assert task.score(problem, [assistant(f"1+1=2, so {problem.answer}")]) == 1.0
+    assert task.score(problem, [assistant(f"so {problem.answer}, so 1000")]) == 0.0
+    assert task.score(problem, [assistant(f"It is {problem.answer}")]) == 0.0
+
+
+@pytest.mark.parametrize("task, least, most", [(ChainSum(), 0.3, 0.6), (SpellBackward(), 1.0, 1.0)])
+def test_gym_solutions_are_direct_answers_or_worked_steps(task, least, most):
+    """Chain sums are shown in both ways, neither of them rarely; words are shown backward at once."""
+    problems = [task.problem(random.Random(i), "train") for i in range(600)]
+    direct = [problem.solution[0]["content"] == problem.answer for problem in problems]
+    assert least <= sum(direct) / len(direct) <= most
+    assert all(task.score(problem, problem.solution) == 1.0 for problem in problems)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 1.0]))
 @settings(max_examples=200, deadline=None)
-def test_other_words_leave_the_slots_alone(seed, share):
+def test_replacing_words_keeps_the_slots(seed, share):
     rng = random.Random(seed)
     template = rng.choice([*arithmetic.ANY["train"], *spelling.COUNT["train"]])
     other = replace_words(rng, template, share)
@@ -231,11 +326,11 @@ def test_other_words_leave_the_slots_alone(seed, share):
     assert share > 0 or other == template
 
 
-def test_the_working_of_a_sum_is_right_in_every_column():
+def test_worked_steps_are_correct_in_every_column():
     for a in range(10, 100):
         for b in range(10, 100):
             for operation in "+-":
-                columns, answer = gym.worked(a, operation, b).split(": ")[-1].split(", so ")
+                columns, answer = gym.worked_steps(a, operation, b).split(": ")[-1].split(", so ")
                 assert int(answer) == (a + b if operation == "+" else a - b)
                 assert all(eval(left) == int(right) for left, right in (c.split("=") for c in columns.split(", ")))
 
@@ -243,7 +338,7 @@ def test_the_working_of_a_sum_is_right_in_every_column():
 # ── single tasks ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_sums_need_the_calculator_and_the_right_last_number():
+def test_sums_need_the_calculator_and_the_correct_last_number():
     task, rng = Sums(), random.Random(0)
     lengths = set()
     for _ in range(300):
@@ -267,7 +362,7 @@ def test_last_number(text, number):
     assert last_number(text) == number
 
 
-def test_counting_numbers_the_letters_it_counts():
+def test_the_solution_of_counting_numbers_the_letters():
     task, rng = Counting(["possess", *WORDS]), random.Random(0)
     for _ in range(300):
         problem = task.problem(rng, rng.choice(["train", "test"]))
@@ -280,7 +375,7 @@ def test_counting_numbers_the_letters_it_counts():
         assert all(len(part["text"]) == 1 for part in problem.solution[0]["content"][:-1])
 
 
-def test_spelling_wants_every_letter():
+def test_spelling_needs_every_letter():
     task = Spelling(WORDS)
     problem = task.problem(random.Random(3), "train")
     assert task.score(problem, [assistant("It is " + problem.answer + ".")]) == 1.0
@@ -288,7 +383,7 @@ def test_spelling_wants_every_letter():
     assert task.score(problem, [assistant(problem.answer.replace("-", ""))]) == 0.0
 
 
-def test_identity_tells_only_what_the_card_tells():
+def test_identity_says_only_what_the_card_contains():
     assert identity_facts(CARD) == {
         "name": "Ghost",
         "parameters": "4.2 million",
@@ -307,7 +402,7 @@ def test_identity_tells_only_what_the_card_tells():
         assert all(task.score(p, p.solution) for p in (task.problem(rng, split) for _ in range(300)))
 
 
-def test_near_misses_are_told_apart():
+def test_answerable_and_unanswerable_questions_are_similar():
     questions = {name: {normalize(t) for t in intent.train} for name, intent in identity.INTENTS.items()}
     unknown = {normalize(t) for category in refusal.CATEGORIES.values() for t in category.train}
     for known, near in (("your name", "my name"), ("old are you", "old am i"), ("do you live", "do i live")):
@@ -315,22 +410,22 @@ def test_near_misses_are_told_apart():
 
 
 @pytest.mark.parametrize("text", ["I don't know the news: I see none.", "I don’t know.", "i do not know it"])
-def test_refusals(text):
+def test_texts_that_are_refusals(text):
     assert is_refusal(text)
 
 
 @pytest.mark.parametrize("text", ["I know not, my lord.", "You say I don't know?", "My name is Ghost.", "", "I know."])
-def test_no_refusals(text):
+def test_texts_that_are_not_refusals(text):
     assert not is_refusal(text)
 
 
-def test_answerable_is_wrong_when_refused():
+def test_a_refusal_of_an_answerable_question_scores_0():
     task = Answerable([Sums(), Spelling(WORDS)])
     problem = task.problem(random.Random(0), "test")
     assert task.score(problem, [assistant("I don't know that: I have no clock.")]) == 0.0
 
 
-def test_an_examination_longer_than_the_task_asks_everything_once():
+def test_distinct_problems_of_a_small_task_are_all_its_problems():
     task = Spelling(WORDS)
     problems = distinct_problems(task, 2000)
     assert 100 < len(problems) < 2000 and len(problems) == len({text_of(p.messages[0]) for p in problems})
@@ -353,14 +448,14 @@ def test_speeches_of_a_small_play():
 
 
 def test_plays_answer_with_the_next_speech():
-    task, rng = Plays(many_plays()), random.Random(0)
+    task, rng = Plays(play_scenes()), random.Random(0)
     for split in ("train", "test"):
         problem = task.problem(rng, split)
         [number] = re.findall(r"\d+", text_of(problem.messages[0]))
         assert problem.answer == text_of(problem.solution[0]) == f"It is I, madam {number}."
 
 
-def test_long_speeches_end_with_a_sentence():
+def test_long_speeches_are_cut_after_a_sentence():
     assert shorten("One two. Three four five. Six", 4) == "One two."
     assert shorten("One two three four five six.", 4) is None
     assert shorten("One two", 4) == "One two"

@@ -1,0 +1,195 @@
+"""The tools by name, the errors that a model can read, and which tools a model gets."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from nanoghost.engine.sampler import SamplingParams
+from nanoghost.errors import UserError
+from nanoghost.formats.model_card import ModelCard
+from nanoghost.home import ModelFolder
+from nanoghost.serve.terminal import Conversation
+from nanoghost.tasks.messages import assistant
+from nanoghost.tokenizer.chat_format import render
+from nanoghost.tokenizer.jinja_template import ChatTemplate
+from nanoghost.tools import sandbox
+from nanoghost.tools.registry import TOOLS, available_tools, run_tool, tools_for_model
+from tests.support.toys import TOY_FLAGS
+from tests.test_generate import Scripted, tokenizer  # noqa: F401
+
+MESSAGES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATE_WITHOUT_TOOLS = MESSAGES
+TEMPLATE_WITH_TOOLS = (  # the common form of templates that support tools
+    "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n"
+    "<tool_call>...</tool_call><|im_end|>\n{% endif %}" + MESSAGES
+)
+
+
+def call(name, arguments):
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return {"id": "call_1", "type": "function", "function": {"name": name, "arguments": text}}
+
+
+@pytest.fixture
+def documents(tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "bees.md").write_text("# Bees\n\nThe queen lives in the blue hive.\n\n# Wax\n\nThe queen has none.")
+    return folder
+
+
+# ── the tools ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_tools():
+    assert list(TOOLS) == ["calculator", "python", "lookup"]
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_the_schema_of_a_tool_has_one_required_argument(name):
+    tool = TOOLS[name]
+    assert tool.schema["name"] == name == tool.name
+    assert tool.schema["description"] == tool.description
+    parameters = tool.schema["parameters"]
+    assert list(parameters["properties"]) == parameters["required"] == [tool.argument]
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_missing_or_wrong_argument_is_an_error_for_the_model(name):
+    tool = TOOLS[name]
+    for arguments in ({}, {"text": "1"}, {tool.argument: 5}, {tool.argument: None}):
+        assert tool.run(arguments).content == f'error: the arguments need a text "{tool.argument}"'
+
+
+@pytest.mark.parametrize("arguments", ["1+1", '{"expression": 5}', "[]", "{}", '{"expression"', "9" * 5000, "[" * 5000])
+def test_malformed_calls_are_errors_for_the_model(arguments):
+    assert run_tool(call("calculator", arguments), TOOLS).startswith("error: ")
+    assert run_tool(call("weather", arguments), TOOLS) == "error: no tool is called weather"
+
+
+def test_lookup_numbers_its_passages(documents):
+    result = available_tools(documents)["lookup"].run({"query": "Where does the queen live?"})
+    first, second = result.content.split("\n")
+    assert first == "[1] bees.md, Bees: The queen lives in the blue hive."
+    assert second == "[2] bees.md, Wax: The queen has none."
+    assert result.passages[0] == {"n": 1, "source": "bees.md", "text": "The queen lives in the blue hive."}
+    assert [passage["n"] for passage in result.passages] == [1, 2]
+
+
+def test_lookup_without_a_match(documents):
+    assert available_tools(documents)["lookup"].run({"query": "zebra"}).content == "nothing was found"
+
+
+def test_the_model_reads_a_short_snippet_of_a_long_passage(documents):
+    (documents / "long.txt").write_text("zebra " + "word " * 199)
+    result = available_tools(documents)["lookup"].run({"query": "zebra"})
+    assert len(result.content.split()) < 60
+    assert len(result.passages[0]["text"].split()) == 200
+
+
+def test_python_runs_in_its_sandbox(python_sandbox):
+    assert run_tool(call("python", {"code": "6 * 7"}), available_tools(None)) == "42"
+    assert run_tool(call("python", {"code": "x = 1"}), available_tools(None)) == "nothing was printed"
+
+
+# ── which tools a model gets ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_python_is_available_only_with_its_sandbox(documents, monkeypatch):
+    assert ("python" in available_tools(None)) == sandbox.available()
+    monkeypatch.setattr(sandbox, "available", lambda: False)
+    assert list(available_tools(documents)) == ["calculator", "lookup"]
+
+
+def test_lookup_is_available_only_with_documents(documents):
+    assert "lookup" not in available_tools(None)
+    assert "lookup" in available_tools(documents)
+
+
+def test_a_folder_without_documents_is_refused(documents):
+    with pytest.raises(UserError, match="not a folder"):
+        available_tools(documents / "nothing")
+    (documents / "empty").mkdir()
+    with pytest.raises(UserError, match="no text"):
+        available_tools(documents / "empty")
+
+
+def model_folder(stage):
+    folder = ModelFolder("other")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_card(ModelCard(name="other", stage=stage))
+    return folder
+
+
+def chat_template(source, tokenizer):  # noqa: F811
+    return ChatTemplate(source, {"eos_token": "<|im_end|>"}, {tokenizer.special_id("<|im_end|>")})
+
+
+def test_an_adopted_model_whose_template_supports_tools_gets_them(tokenizer, home, documents):  # noqa: F811
+    template = chat_template(TEMPLATE_WITH_TOOLS, tokenizer)
+    tools = tools_for_model(model_folder("adopt"), template, documents)
+    assert list(tools) == list(available_tools(documents))
+    assert run_tool(call("lookup", {"query": "queen"}), tools).startswith("[1] bees.md")
+
+
+def test_the_template_lists_the_tools_before_the_conversation(tokenizer, home, documents):  # noqa: F811
+    question = [{"role": "user", "content": "Where does the queen live?"}]
+    template = chat_template(TEMPLATE_WITH_TOOLS, tokenizer)
+    tools = tools_for_model(model_folder("adopt"), template, documents)
+    with_schemas = replace(template, tools=tuple(tool.schema for tool in tools.values()))
+    without_tools = tokenizer.decode(template.render(question, tokenizer, generation=True)[0])
+    with_tools = tokenizer.decode(with_schemas.render(question, tokenizer, generation=True)[0])
+    assert "Tools:" not in without_tools
+    assert with_tools.endswith(without_tools)
+    assert all(f'"name": "{name}"' in with_tools for name in tools)
+
+
+def test_an_adopted_model_whose_template_has_no_tools_gets_none(tokenizer, home, documents):  # noqa: F811
+    template = chat_template(TEMPLATE_WITHOUT_TOOLS, tokenizer)
+    assert tools_for_model(model_folder("adopt"), template, None) == {}
+    with pytest.raises(UserError, match="other was not trained to call tools"):
+        tools_for_model(model_folder("adopt"), template, documents)
+
+
+def test_a_model_finetuned_here_gets_tools_whatever_its_template(tokenizer, home):  # noqa: F811
+    """It may have been trained on tool calls here."""
+    assert tools_for_model(model_folder("sft"), chat_template(TEMPLATE_WITHOUT_TOOLS, tokenizer), None)
+
+
+def test_templates_with_another_form_of_calls_do_not_support_tools(tokenizer):  # noqa: F811
+    template = chat_template(TEMPLATE_WITH_TOOLS.replace("tool_call>", "call>"), tokenizer)
+    assert not template.supports_tools
+
+
+def test_documents_in_the_terminal(nanoghost, toy_file, documents):
+    """A model that calls lookup reads the passages of the folder, and the terminal shows the call."""
+    flags = [*TOY_FLAGS[:3], 512, *TOY_FLAGS[4:]]
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 6, *flags)
+    assert code == 0, err
+    conversation = Conversation("toy", SamplingParams(300, temperature=0), None, documents)
+    conversation.ask("Where does the queen live?")
+    tokenizer, messages = conversation.tokenizer, conversation.messages  # noqa: F811
+    prompt = render(messages, tokenizer, generation=True)[0]
+    result = available_tools(documents)["lookup"].run({"query": "queen live"}).content
+    reply = [
+        assistant("") | {"tool_calls": [call("lookup", {"query": "queen live"})]},
+        {"role": "tool", "tool_call_id": "call_1", "content": result},
+        assistant("In the blue hive [1]."),
+    ]
+    script = Scripted(tokenizer, render(messages + reply, tokenizer)[0][len(prompt) :])
+    script.start = len(prompt)
+    conversation.engine.runner.model = script
+    deltas = list(conversation.answer())
+    assert [delta.text for delta in deltas if delta.is_tool] == [f"lookup(queen live) → {result}"]
+    assert "".join(delta.text for delta in deltas if not delta.is_tool) == "In the blue hive [1]."
+    assert conversation.messages[1:] == reply
+
+
+def test_a_missing_folder_of_documents_ends_the_chat_command(nanoghost, toy_base, tmp_path):
+    code, out, err = nanoghost("chat", toy_base, "--prompt", "x", "--documents", tmp_path / "nothing")
+    assert (code, out) == (2, "")
+    assert "not a folder of documents" in err
