@@ -111,14 +111,14 @@ GROUPS = {
             ),
         ),
         "eval": Command(
-            "evals.evaluate",
+            "commands.evaluate",
             "EvalSettings",
             "command",
             "evaluate a model: bits per byte, and accuracy on held-out problems",
             ("nanoghost eval ghost", "nanoghost eval ghost --problems 500 --json"),
         ),
         "report": Command(
-            "evals.report",
+            "commands.report",
             "ReportSettings",
             "command",
             "write a report: how a model was trained and how it scores",

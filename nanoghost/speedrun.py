@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nanoghost import distributed, hardware
 from nanoghost.evals.evaluate import evaluate
-from nanoghost.evals.report import terminal_report, write_report
+from nanoghost.evals.report import print_report, write_report
 from nanoghost.home import ModelFolder
 from nanoghost.progress import Display
 from nanoghost.train import pretrain, rl, sft
@@ -59,7 +59,7 @@ def main(settings: SpeedrunSettings) -> dict:
     # 5. Report: report.html and report.md in the model folder, and a short form here (evals/report.py).
     if distributed.rank_and_world_size()[0] == 0:
         page = write_report(ModelFolder(FINAL))
-        terminal_report(ModelFolder(FINAL))
+        print_report(ModelFolder(FINAL))
         minutes = (time.perf_counter() - start) / 60
         display.print(f"\nreport: {page}\nchat with the model: nanoghost chat\n({minutes:.1f} minutes)")
     return {name: ModelFolder(name).card.figures for name in (BASE, SFT, FINAL)}

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from nanoghost.evals.charts import chart, smooth, ticks
+from nanoghost.evals.svg import line_chart, running_median, ticks
 from nanoghost.evals.report import write_report
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder
@@ -57,7 +57,7 @@ def events(stage: str, said: str) -> list[dict]:
         "stage": f"{stage}-eval", "step": 40, "time": 1000.0 * i + 950, "model": NAMES[i], "bpb": 2.047 + i / 10,
         "kneser_ney_bpb": 2.283, "seconds": 12.3, "samples": [{"messages": talk}],
         "tasks": {"sums": {"label": "sums with the calculator", "accuracy": 0.311 + i / 10, "low": 0.271 + i / 10, "high": 0.351 + i / 10, "count": 500}},
-        "memorised": {"characters": 41 + i, "text": said, "source": "The Tempest"},
+        "memorized": {"characters": 41 + i, "text": said, "source": "The Tempest"},
     }]  # fmt: skip
 
 
@@ -101,10 +101,10 @@ def test_curves_are_drawn_through_their_points():
     html, _ = written(folder_of())
     assert html.count("<svg viewBox") == 7  # the ghost, loss, validation, loss, success, entropy, length
     assert html.count('class="level"') == 1
-    (points,) = re.findall(r'points="(.*?)"', chart("t", {"a": [(0, 0.0), (10, 1.0)]}, "step"))
+    (points,) = re.findall(r'points="(.*?)"', line_chart("t", {"a": [(0, 0.0), (10, 1.0)]}, "step"))
     (x0, y0), (x1, y1) = (map(float, p.split(",")) for p in points.split())
     assert x0 < x1 and y0 > y1  # larger is higher up
-    assert smooth([(i, 1.0 if i != 5 else 99.0) for i in range(10)]) == [(i, 1.0) for i in range(10)]
+    assert running_median([(i, 1.0 if i != 5 else 99.0) for i in range(10)]) == [(i, 1.0) for i in range(10)]
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (3.4, 5.6), (0, 360), (2.0596, 2.4513), (1e-9, 3e-9), (-5, 12345)])
@@ -147,6 +147,6 @@ def test_rebuilding_changes_nothing_and_nothing_is_fetched():
 
 def test_missing_stages_and_evaluations_are_left_out(nanoghost):
     html, markdown = written(folder_of("pretrain", evaluated=False))
-    assert "What it can do" not in html + markdown and "What it says" not in html + markdown
+    assert "Evaluation" not in html + markdown and "Samples" not in html + markdown
     code, out, _ = nanoghost("report", "ghost-base", "--json")
     assert code == 0 and json.loads(out)["name"] == "ghost-base"

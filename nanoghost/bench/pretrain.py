@@ -15,7 +15,7 @@ from nanoghost.data.batches import Batches
 from nanoghost.data.registry import open_source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.errors import UserError
-from nanoghost.evals.pictures import curves
+from nanoghost.evals.svg import log_x_line_chart
 from nanoghost.home import write_atomic
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
@@ -79,7 +79,7 @@ def command(settings: PretrainBenchSettings) -> None:
             f"{n} rows": [(millions[f["work"]], 100 * f["share"]) for f in figures if f["streams"] == n] for n in rows
         }
         title = f"Percent of the peak in {measured['dtype']}, by parameters in products"
-        write_atomic(settings.out, curves(title, lines, "M"))
+        write_atomic(settings.out, log_x_line_chart(title, lines, "M"))
 
 
 def step_of(model, optimizer: Optimizer, batches: Batches, steps: int):

@@ -1,4 +1,4 @@
-"""Bits per byte: how well a model predicts text, whatever its tokenizer."""
+"""Bits per byte: how well a model predicts text, comparable between tokenizers."""
 
 import math
 
@@ -11,16 +11,16 @@ from nanoghost.optim.fsdp import is_sharded
 
 @torch.no_grad()
 def bits_per_byte(model, tokens, context: int, text_bytes: float) -> float:
-    """Each token of the stream after the first is scored once, in non-overlapping windows of `context` tokens; processes
-    share the work.
+    """Score each token but the first once, in non-overlapping windows of `context` tokens. Processes share the windows.
 
     `text_bytes`: length in bytes of the text that the tokens encode.
     """
-    nats, (rank, world) = 0.0, distributed.rank_and_world_size()
-    if is_sharded(model):  # its weights come together for each window, so all look at each
-        rank, world = 0, 1
-    for i, (inputs, targets) in enumerate(windows(tokens, context)):
-        if i % world == rank:
-            device = hardware.device()
-            nats -= model.logprobs(inputs.to(device), targets.to(device)).double().sum().item()
-    return distributed.all_reduce_mean(nats) * world / math.log(2) / text_bytes
+    rank, world_size = distributed.rank_and_world_size()
+    if is_sharded(model):  # a forward pass gathers the weights from all processes, so each computes every window
+        rank, world_size = 0, 1
+    device = hardware.device()
+    nats = 0.0
+    for i, (inputs_BT, targets_BT) in enumerate(windows(tokens, context)):
+        if i % world_size == rank:
+            nats -= model.logprobs(inputs_BT.to(device), targets_BT.to(device)).double().sum().item()
+    return distributed.all_reduce_mean(nats) * world_size / math.log(2) / text_bytes

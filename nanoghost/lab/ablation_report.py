@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost.evals.pictures import GAP, LEFT, ROW, WIDE, bars, standalone
+from nanoghost.evals.svg import bar_charts
 from nanoghost.home import write_atomic
 
 COUNTING = "counting bytes (Kneser-Ney of order 6)"
@@ -138,10 +138,4 @@ def picture(figures: dict) -> str:
             charts.append((title, times, 0.8, "{:.2f}"))
     if again := figures["again"]:
         charts.append(("Bits per byte", {name: r["bpb"] for name, r in again.items()}, math.inf, "{:.4f}"))
-    parts, top, wide = [], 0, LEFT + WIDE + GAP
-    for pair in (charts[i : i + 2] for i in range(0, len(charts), 2)):
-        parts += [
-            f'<g transform="translate({i * wide} {top})">{bars(LEFT, *chart)}</g>' for i, chart in enumerate(pair)
-        ]
-        top += 60 + ROW * max(len(values) for _, values, *_ in pair)
-    return standalone(min(2, len(charts)) * wide, top, parts)
+    return bar_charts(charts, columns=2)

@@ -33,7 +33,7 @@ from nanoghost.commands.arguments import parse_numbers
 from nanoghost.data.registry import open_source
 from nanoghost.data.sources import Source
 from nanoghost.errors import UserError
-from nanoghost.evals.pictures import curves
+from nanoghost.evals.svg import log_x_line_chart
 from nanoghost.home import ModelFolder, home, read_json, write_atomic, write_json
 from nanoghost.progress import Display
 from nanoghost.train import pretrain
@@ -112,7 +112,7 @@ def command(settings: BaselinesSettings) -> None:
         points.setdefault(name, []).append((found["seconds"], found["bpb"]))
         display.print(f"{name}: {found['bpb']:.3f} bits per byte after {found['seconds']:.0f} s")
     if settings.out:
-        write_atomic(settings.out, curves("Bits per byte of held-out text, by seconds of training", points, "s"))
+        write_atomic(settings.out, log_x_line_chart("Bits per byte of held-out text, by seconds of training", points, "s"))
     table = Table("", "seconds", "bits per byte")
     for name, found in points.items():
         for seconds, bpb in found:

@@ -33,7 +33,7 @@ from rich.table import Table
 from nanoghost import hardware
 from nanoghost.commands.arguments import select_names
 from nanoghost.errors import UserError
-from nanoghost.evals.pictures import GAP, LEFT, ROW, WIDE, bars, standalone
+from nanoghost.evals.svg import bar_charts
 from nanoghost.home import home, read_json, write_atomic, write_json
 from nanoghost.progress import Display
 
@@ -387,9 +387,5 @@ def write(path: Path, results: dict, digits: str, seeds: int) -> None:
     wrong_of_1000 = {
         name: {"mean": 1000 * r["error"], "spread": r["spread"] and 1000 * r["spread"]} for name, r in results.items()
     }
-    picture = standalone(
-        LEFT + WIDE + GAP,
-        60 + ROW * len(results),
-        [bars(LEFT, "Wrong of 1,000 held-out digits", wrong_of_1000, 5.0, "{:.1f}")],
-    )
+    picture = bar_charts([("Errors on 1,000 held-out digits", wrong_of_1000, 5.0, "{:.1f}")])
     write_atomic(path.with_suffix(".svg"), picture)

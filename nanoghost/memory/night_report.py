@@ -4,7 +4,7 @@ import time
 from html import escape
 from pathlib import Path
 
-from nanoghost.evals.report import STYLE
+from nanoghost.evals.report_html import STYLE
 from nanoghost.home import write_atomic
 from nanoghost.memory.night_record import NightRecord
 

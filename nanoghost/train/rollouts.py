@@ -11,7 +11,7 @@ import torch
 from nanoghost import distributed, hardware
 from nanoghost.engine.sequence import Sequence
 from nanoghost.engine.sampler import SamplingParams
-from nanoghost.evals.task_accuracy import attempt
+from nanoghost.evals.task_accuracy import generate_replies
 from nanoghost.model.layout import shared_prompt_rows
 from nanoghost.tasks.base import Problem, Task
 from nanoghost.train.policy_loss import advantages, denominators, policy_loss
@@ -45,7 +45,7 @@ def rollout(model, tokenizer, tasks: dict[str, Task], settings, step: int) -> Ro
     rank, world_size = distributed.rank_and_world_size()
     problems = problems_of_step(tasks, settings, step, rank, world_size)
     sampling = SamplingParams(max_tokens=settings.max_tokens, temperature=1.0, seed=settings.seed * 1_000_003 + step)
-    sequences = attempt(model, tokenizer, problems, sampling, settings.rollouts, rank, world_size)
+    sequences = generate_replies(model, tokenizer, problems, sampling, settings.rollouts, rank, world_size)
     local = []
     for i, sequence in enumerate(sequences):
         problem = problems[i // settings.rollouts]
