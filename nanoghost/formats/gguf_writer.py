@@ -13,7 +13,7 @@ from nanoghost.formats.gguf_tokenizer import to_gguf_tokenizer
 from nanoghost.model.llama import Llama
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.model.names import gguf_name
-from nanoghost.model.rope import frequencies, kind_of
+from nanoghost.model.rope import rope_frequencies, rope_scaling_type
 from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
@@ -87,10 +87,10 @@ def _add_config(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
 def _add_rope_scaling(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
     """Fields of the header, or for Llama 3 a tensor with one divisor for each frequency."""
     scaling = config.rope_scaling
-    rope_type = kind_of(scaling)
+    rope_type = rope_scaling_type(scaling)
     if rope_type == "llama3":
-        unscaled, _ = frequencies(config.head_width, config.rope_base, None)
-        scaled, _ = frequencies(config.head_width, config.rope_base, scaling)
+        unscaled, _ = rope_frequencies(config.head_width, config.rope_base, None)
+        scaled, _ = rope_frequencies(config.head_width, config.rope_base, scaling)
         writer.add_tensor(ROPE_DIVISORS, (unscaled / scaled).float().numpy())
         return
     inexpressible = scaling.keys() - {"rope_type", "type", "factor", "original_max_position_embeddings"}

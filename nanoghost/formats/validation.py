@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanoghost.errors import UserError
-from nanoghost.model.rope import kind_of
+from nanoghost.model.rope import rope_scaling_type
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def check_llama_config(config: Mapping, source) -> None:
     for key in ("rope_scaling", "rope_parameters"):
         scaling = config.get(key) or {}
         check_fields(scaling, ROPE_CHECKS, f"{source}: {key}")
-        check_fields(scaling, ROPE_SCALING_CHECKS.get(kind_of(scaling), {}), f"{source}: {key}")
+        check_fields(scaling, ROPE_SCALING_CHECKS.get(rope_scaling_type(scaling), {}), f"{source}: {key}")
     contradiction = next(_contradictions(config), None)
     if contradiction:
         raise UserError(f"{source}: {contradiction}")
@@ -141,7 +141,7 @@ def _contradictions(config: Mapping) -> Iterator[str]:
     if (config.get("head_dim") or width // heads) % 2:
         yield "the width of a head is odd, and rotary embeddings need pairs of channels"
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if kind_of(scaling) == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+    if rope_scaling_type(scaling) == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         yield "low_freq_factor is not smaller than high_freq_factor"
     for key in ("layer_types", "no_rope_layers"):
         if config.get(key) and len(config[key]) != depth:

@@ -138,7 +138,7 @@ class AblationModel(Ghost):
         self.compute_dtype = torch.float32
 
     def replace_blocks(self) -> None:
-        """Blocks with switches. New weights are drawn even if the ghost's are used, so that later draws are the same."""
+        """Blocks with switches. They draw weights even if the ghost's are used, so that later draws are the same."""
         ghost_weights = self.blocks.state_dict()
         has_value_embedding = [
             self.recipe.value_embeddings and block.attention.value_mix is not None for block in self.blocks
@@ -201,7 +201,7 @@ class AblationModel(Ghost):
         return norm(x_BTD) if self.recipe.rms_norm else x_BTD
 
     def logprobs(self, tokens_BT, targets_BT):
-        """log P(target | tokens so far) in fp32, (B, T); in training, plus the weighted objective of the second head."""
+        """log P(target | tokens so far) in fp32, (B, T); in training plus the weighted objective of the second head."""
         layout = causal_layout(tokens_BT, self.dtype)
         h_BTD, char_tokens_BTP = self.hidden_and_characters(tokens_BT, layout)
         targets_N = targets_BT.flatten()

@@ -29,10 +29,11 @@ class Recipe:
     relu_squared: bool = True
     """Squared ReLU; False: GELU."""
     zero_init: bool = True
-    """Matrices that write into the residual stream start at 0, the others uniform with 1 / width; False: normal with a standard
-    deviation of 0.02, or less where they write into the residual stream."""
+    """Matrices that write into the residual stream start at 0, the others uniform with 1 / width; False: normal with a
+    standard deviation of 0.02, or less where they write into the residual stream."""
     learning_rate_by_group: bool = True
-    """A learning rate for each of head, embeddings, bigram embedding and scalars, and short moments in AdamW; False: one rate."""
+    """A learning rate for each of head, embeddings, bigram embedding and scalars, and short moments in AdamW; False:
+    one rate."""
     muon: bool = True
     """Muon for matrices; False: AdamW, at the one learning rate."""
     normuon: bool = True

@@ -1,9 +1,9 @@
 """Character features: which characters the word around each token has, as far as it was read.
 
-BPE hides spelling from the model: a token is one number whatever its characters are, and a word is often several tokens. Here a word
-is a run of letters or of digits, whatever tokens it consists of. For each token, features say which characters its word has at
-each of P positions: 8 counted from the front and 8 from the back, and where the word ends. A hyphen joins: "t-h-o-u" is one word.
-The tokenizer determines all of this; nothing is learned.
+BPE hides spelling from the model: a token is one number whatever its characters are, and a word is often several
+tokens. Here a word is a run of letters or of digits, whatever tokens it consists of. For each token, features say which
+characters its word has at each of P positions: 8 counted from the front and 8 from the back, and where the word ends. A
+hyphen joins: "t-h-o-u" is one word. The tokenizer determines all of this; nothing is learned.
 
 B batch, T new tokens, S tokens read so far, V vocabulary, P positions, L characters of a token.
 """
@@ -32,10 +32,10 @@ def byte_class(byte: int) -> int:
 
 
 def character_table(tokenizer) -> torch.Tensor:
-    """(V, 3 + L): for each token the number of its characters, the classes of its first and of its last byte, and its bytes.
+    """(V, 3 + L): for each token its number of characters, the classes of its first and last byte, and its bytes.
 
-    A leading space is not a character of the token, so " day" has the characters of "day", but it begins a new word. A hyphen
-    has no characters and the class of a letter on both sides, so it joins what is around it.
+    A leading space is not a character of the token, so " day" has the characters of "day", but it begins a new word. A
+    hyphen has no characters and the class of a letter on both sides, so it joins what is around it.
     """
     table = torch.zeros(tokenizer.vocab_size, 3 + MAX_TOKEN_BYTES, dtype=torch.int32)
     for token in range(tokenizer.vocab_size):

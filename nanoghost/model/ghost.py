@@ -1,16 +1,19 @@
 """ghost: a small language model for 0.3M to 30M parameters that learns fast on a CPU.
 
-A pre-norm decoder-only transformer (docs/model.md has it in equations, docs/results/ledger.md what each part is worth). What
-differs from a Llama does almost no arithmetic, which a CPU is short of:
-  - The embedding is the sum of a token embedding, character features of the word (character_features.py), and a hashed bigram
-    embedding of the token and its predecessor.
-  - The embedding is mixed back into the residual stream before each layer (embedding shortcut). Every second layer adds a
-    token-specific vector to the values of attention (value embeddings, Zhou et al. 2024).
-  - Two copy heads point at tokens of the context and at characters of its words (copy_heads.py).
-  - RMSNorm without parameters, also on queries and keys (QK-norm, Henry et al. 2020); squared ReLU (So et al. 2021). Matrices
-    that write into the residual stream start at 0, so that at first a block is the identity.
+A pre-norm decoder-only transformer, in equations in docs/model.md. What differs from a Llama does almost no arithmetic,
+which a CPU is short of. The factors say how much longer training takes without a part, in runs of half a minute on two
+cores (docs/results/ledger.md):
+  - The embedding is the sum of a token embedding, character features of the word (character_features.py, 1.28) and a
+    hashed bigram embedding of the token and its predecessor (1.18).
+  - The embedding is mixed back into the residual stream before each layer (embedding shortcut). Every second layer adds
+    a token-specific vector to the values of attention (value embeddings, Zhou et al. 2024). Both pay off in runs
+    of minutes (docs/log.md).
+  - Two copy heads point at tokens of the context and at characters of its words (copy_heads.py, 1.57).
+  - RMSNorm without parameters, also on queries and keys (QK-norm, Henry et al. 2020); squared ReLU (So et al. 2021).
+    Matrices that write into the residual stream start at 0, so that at first a block is the identity.
 
-B batch, T new tokens, S tokens read so far, D width, H heads, K head width, V vocabulary, P character positions, N rows of a table.
+B batch, T new tokens, S tokens read so far, D width, H heads, K head width, V vocabulary, P character positions,
+N rows of an embedding table.
 """
 
 from collections.abc import Iterator
@@ -183,10 +186,10 @@ class Ghost(nn.Module):
         self.character_tokens.copy_(character_features.single_character_tokens(self.character_table))
 
     def set_embedding_row_dropout(self, epochs: float, seed: int) -> None:
-        """Keep each row of the bigram and value embeddings with probability 1 / epochs, scaled by epochs, while gradients are on.
+        """In training, keep each row of the bigram and value embeddings with probability 1 / epochs, scaled by epochs.
 
-        These tables memorize a text that is read several times; with dropout each row learns from a line about once. It lasts
-        until the next call; 1 epoch turns it off. All value embeddings drop the same tokens.
+        These tables memorize a text that is read several times; with dropout each row learns from a line about once. It
+        lasts until the next call; 1 epoch turns it off. All value embeddings drop the same tokens.
         """
         generator = torch.Generator().manual_seed(seed)
         self.dropout_scales = {}
@@ -203,7 +206,7 @@ class Ghost(nn.Module):
         return x_BTD
 
     def cast(self, dtype: torch.dtype) -> "Ghost":
-        """Cast the weights of matmuls to the compute dtype. Embeddings stay in fp32, because rare rows collect tiny updates."""
+        """Cast the weights of matmuls. Embeddings stay in fp32, because rare rows collect tiny updates."""
         for p in [*self.matrices(), self.head.weight]:
             p.data = p.data.to(dtype)
         return self
@@ -228,7 +231,7 @@ class Ghost(nn.Module):
         return norm(x_BTD.to(self.dtype))
 
     def hidden_and_characters(self, tokens_BT, layout: Layout, cache: GhostCache | None = None):
-        """(last hidden states (B, T, D), tokens of the characters of each token's word so far (B, T, P), -1 for none)."""
+        """(last hidden states (B, T, D), tokens of the characters of each new token's word (B, T, P), -1 for none)."""
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
         tokens_BS = tokens_BT if cache is None else cache.tokens_BS
         features_BTP = character_features.word_features(
@@ -245,7 +248,7 @@ class Ghost(nn.Module):
         return norm(x_BTD), self.character_tokens[character_features.characters(features_BTP)]
 
     def forward(self, tokens_BT, cache: GhostCache | None = None, segments_BT=None, last_B=None):
-        """Log-probabilities of the next token, (B, T, V) in fp32. Arguments as in LanguageModel.forward."""
+        """Log-probabilities of the next token, (B, T, V) in fp32. Arguments as in LanguageModel.__call__."""
         if cache is None:
             layout, tokens_BS = causal_layout(tokens_BT, self.dtype, segments_BT), tokens_BT
         else:
@@ -302,7 +305,7 @@ class Ghost(nn.Module):
         return {name: sum(p.numel() for p in parameters) for name, parameters in self.parameter_groups().items()}
 
     def flops_per_token(self, context: int | None = None) -> int:
-        """6 for each weight in a matmul; causal attention (half of T x T, two matmuls); two pointers. Lookups cost nothing."""
+        """6 for each weight in a matmul, plus causal attention (half of T x T) and copy heads. Lookups cost none."""
         c, counts = self.config, self.parameter_counts()
         matmul_weights = counts["matrices"] + counts["head"] + self.copy_heads.gates.weight.numel()
         per_context_token = 6 * c.depth * c.width + 6 * POINTER_WIDTH + 2 * character_features.POSITIONS

@@ -42,10 +42,9 @@ class LanguageModel(Protocol):
     ) -> torch.Tensor:
         """Scores (B, T, V) in fp32 whose softmax is P(next token): logits of a Llama, log-probabilities of a ghost.
 
-        `cache` holds what the rows have read before, and reads `tokens_BT`.
-        `segments_BT`: for rows that hold several conversations, the number of the conversation of each token; nothing passes from
-        one to another. Without a cache only.
-        `last_B`: only the scores after this token of each row, (B, 1, V).
+        `cache` holds what the rows have read before; `tokens_BT` are added to it. `segments_BT` (without a cache): if
+        rows hold several conversations, the number of each token's conversation; nothing passes from one to another.
+        `last_B`: return only the scores after this token of each row, (B, 1, V).
         """
 
     def logprobs(
@@ -58,8 +57,8 @@ class LanguageModel(Protocol):
     ) -> torch.Tensor:
         """log P(target | tokens so far) in fp32, in the shape of `targets`: (B, T), or (N,) with `logit_positions`.
 
-        `logit_positions`: (row, position) indices, (N,) each, that predict the targets. `layout` replaces `segments_BT` if rows
-        are not simply texts from left to right.
+        `logit_positions`: (row, position) indices, (N,) each, that predict the targets. `layout` replaces `segments_BT`
+        if rows are not simply texts from left to right.
         """
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
@@ -78,8 +77,8 @@ class LanguageModel(Protocol):
         """The parameters to train, by the name of the optimizer settings that they share (train/hyperparameters.py)."""
 
     def stacked_matrices(self) -> dict[nn.Parameter, int]:
-        """Parameters that hold several matrices of one shape, stacked along dimension 0, and their number. Muon updates each
-        of them as a matrix of its own."""
+        """Parameters that hold several matrices of one shape, stacked along dimension 0, and their number. Muon updates
+        each of them as a matrix of its own."""
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of weights of each parameter group, without LoRA adapters."""

@@ -11,9 +11,9 @@ from nanoghost.model.layout import Layout, additive_mask
 class KVCache:
     """Keys and values (layers, rows, H, capacity, K) and the tokens that they belong to; token n of a row is in slot n.
 
-    `select` chooses the rows of the next forward pass and where each continues; without it all rows go on. If a row has fewer
-    new tokens than T, the padding on its right fills slots that the row has not reached. They are masked, and overwritten later.
-    One slot more than the capacity takes padding beyond the end.
+    `select` chooses the rows of the next forward pass and where each continues; without it all rows go on. If a row has
+    fewer new tokens than T, the padding on its right fills slots that the row has not reached. They are masked, and
+    overwritten later. One slot more than the capacity takes padding beyond the end.
     """
 
     rows: slice | torch.Tensor
@@ -57,7 +57,7 @@ class KVCache:
 
     @property
     def tokens_BS(self) -> torch.Tensor:
-        """All tokens of the rows of the current forward pass; behind the newest token of a row the content is undefined."""
+        """All tokens of the rows of the current forward pass; undefined behind the newest token of a row."""
         return self.tokens[self.rows, : self.num_slots]
 
     def append(self, layer: int, k_BTHK, v_BTHK):

@@ -1,10 +1,10 @@
-"""The layers and operations that both model families are made of, written so that eager PyTorch on a CPU runs them fast.
+"""The layers and operations of both model families, written so that eager PyTorch on a CPU runs them fast.
 
-On two cores an eager step at width 256 spends as long in elementwise operations as in matmuls, because each of them is a pass
-over memory. Therefore normalization, rotary embedding and squared ReLU have hand-written backward passes that touch memory less
-often than autograd's. Tests compare them with finite differences.
+On two cores an eager step at width 256 spends as long in elementwise operations as in matmuls, because each of them is
+a pass over memory. Therefore normalization, rotary embedding and squared ReLU have hand-written backward passes that
+touch memory less often than autograd's. Tests compare them with finite differences.
 
-B batch, T time, S tokens read so far, D width, H heads, G key-value heads, K head width, V vocabulary, N = B * T positions.
+B batch, T time, S tokens read so far, D width, H heads, G key-value heads, K head width, V vocabulary, N positions.
 """
 
 import torch
@@ -17,8 +17,9 @@ CHUNK = 1024  # positions whose logits exist at the same time: 1024 x 4096 in bf
 class Linear(nn.Linear):
     """nn.Linear for mixed precision and reproducible initial weights.
 
-    The bias may stay in fp32 while the weight is in the compute dtype. The constructor draws no random numbers: `init_weights`
-    of the model draws all weights, in a fixed order, so that a seed gives the same model whatever modules it is made of.
+    The bias may stay in fp32 while the weight is in the compute dtype. The constructor draws no random numbers:
+    `init_weights` of the model draws all weights, in a fixed order, so that a seed gives the same model whatever
+    modules it is made of.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
@@ -128,8 +129,8 @@ def rotate(x_BTHK, cos_TK, sin_TK):
 def attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, scale: float):
     """Softmax attention with an additive mask. Returns (B, T, H * K).
 
-    Grouped queries: each of G key-value heads serves H / G query heads, whose queries are stacked into one matmul.
-    On a CPU these are plain batched matmuls. At T = 256 they run twice as fast, forward and backward, as PyTorch's fused CPU
+    Grouped queries: each of G key-value heads serves H / G query heads, whose queries are stacked into one matmul. On a
+    CPU these are plain batched matmuls. At T = 256 they run twice as fast, forward and backward, as PyTorch's fused CPU
     kernel, which wins only when T x T scores no longer fit in the cache (docs/log.md). A GPU uses the fused kernel.
     """
     (B, T, H, K), G = q_BTHK.shape, k_BSGK.size(2)
@@ -170,8 +171,8 @@ class _TokenLogProbs(torch.autograd.Function):
 def token_logprobs(hidden_ND, head_VD, targets_N):
     """log P(target) at each position, (N,) fp32, without allocating the fp32 logits of the whole batch.
 
-    In training, the probabilities are saved for the backward pass in the compute dtype (bf16: an unbiased relative error of
-    2^-9). Without gradients the softmax is in fp32.
+    In training, the probabilities are saved for the backward pass in the compute dtype (bf16: an unbiased relative
+    error of 2^-9). Without gradients the softmax is in fp32.
     """
     if torch.is_grad_enabled():
         return _TokenLogProbs.apply(hidden_ND, head_VD, targets_N)

@@ -55,9 +55,9 @@ PADDING, PROMPT = -1, 0  # segment numbers in shared_prompt_rows; continuations 
 def shared_prompt_rows(prompts: list[list[int]], continuations: list[list[list[int]]], dtype, device):
     """Rows that hold a prompt once and all its continuations behind it, none of which sees another.
 
-    Returns (tokens_BT, Layout, logit_positions). The last token of a continuation is predicted, but not part of the row.
-    `logit_positions` is a pair of (N,) indices: for every token of every continuation, in order, the row and the position that
-    predict it.
+    Returns (tokens_BT, Layout, logit_positions). The last token of a continuation is predicted, but not part of the
+    row. `logit_positions` is a pair of (N,) indices: for every token of every continuation, in order, the row and the
+    position that predict it.
     """
     lengths = [len(p) + sum(len(c) - 1 for c in group) for p, group in zip(prompts, continuations)]
     B, T = len(prompts), max(lengths)

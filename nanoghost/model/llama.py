@@ -1,10 +1,12 @@
 """llama: Llama and its relatives SmolLM, Mistral, Qwen2 and Qwen3, which the inference engines of others run.
 
-It learns more slowly than ghost.py at our scale, but models of others run here, and models trained here run everywhere. A pre-norm
-transformer with learned RMSNorm, rotary embeddings, grouped-query attention and SwiGLU. The relatives differ in biases, QK-norm,
-sliding windows and RoPE scaling (llama_config.py). Exported tensors have the names and shapes of Hugging Face transformers.
+It learns more slowly than ghost.py at our scale, but models of others run here, and models trained here run everywhere.
+A pre-norm transformer with learned RMSNorm, rotary embeddings, grouped-query attention and SwiGLU. The relatives differ
+in biases, QK-norm, sliding windows and RoPE scaling (llama_config.py). Exported tensors have the names and shapes of
+Hugging Face transformers.
 
-B batch, T new tokens, S tokens read so far, D width, H heads, G key-value heads, K head width, F width of the MLP, V vocabulary.
+B batch, T new tokens, S tokens read so far, D width, H heads, G key-value heads, K head width, F width of the MLP,
+V vocabulary.
 """
 
 import torch
@@ -81,7 +83,7 @@ class Block(nn.Module):
         return [self.matrix(name) for name in MATRIX_MODULES]
 
     def init_weights(self) -> None:
-        """Uniform, as ghost's. What writes into the residual stream starts at 0, after its random numbers were drawn."""
+        """Uniform, as in ghost.py. What writes into the residual stream starts at 0, after a draw of its own."""
         for name in ("q", "k", "v", "gate", "up", "out", "down"):
             weight = self.matrix(name).data
             init_uniform(weight, 1 / weight.size(1))
@@ -156,7 +158,7 @@ class Llama(nn.Module):
         return self.final_norm(x_BTD)
 
     def forward(self, tokens_BT, cache: KVCache | None = None, segments_BT=None, last_B=None, adapters_B=None):
-        """Logits (B, T, V) in fp32. Arguments as in LanguageModel.forward; `adapters_B`: the index of each row's adapter."""
+        """Logits (B, T, V) in fp32. Arguments as in LanguageModel.__call__, and `adapters_B` as in rows_by_adapter."""
         if cache is None:
             layout = causal_layout(tokens_BT, self.dtype, segments_BT)
         else:
@@ -203,7 +205,7 @@ class Llama(nn.Module):
         return {name: sum(p.numel() for p in parameters) for name, parameters in self.base_parameter_groups().items()}
 
     def flops_per_token(self, context: int | None = None) -> int:
-        """6 for each weight in a matmul, 4 if it is frozen (no gradient of the weight), and causal attention (half of T x T)."""
+        """6 for each weight in a matmul (4 if it is frozen), plus causal attention (half of T x T)."""
         c, counts = self.config, self.parameter_counts()
         matmul_weights = counts["matrices"] + counts["head"]
         lora_weights = sum(t.numel() for adapter in self.adapters for t in adapter.tensors())

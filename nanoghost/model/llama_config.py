@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nanoghost.errors import UserError
-from nanoghost.model.rope import KINDS, kind_of
+from nanoghost.model.rope import ROPE_TYPES, rope_scaling_type
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LlamaConfig:
     qk_norm: bool = False
     """RMSNorm on each query and key (Qwen3)."""
     sliding_windows: tuple[int, ...] = ()
-    """For each layer the number of tokens that a token sees, itself included; 0: all. Empty: all layers see all tokens."""
+    """Number of tokens that a token sees in each layer, itself included; 0: all. Empty: all in all layers."""
     no_rope_layers: tuple[int, ...] = ()
     """Layers without rotary embedding (SmolLM3)."""
     rope_scaling: dict | None = None
@@ -61,7 +61,7 @@ class LlamaConfig:
         model_type, depth, heads = values["model_type"], values["num_hidden_layers"], values["num_attention_heads"]
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        _refuse_unsupported(values, kind_of(scaling))
+        _refuse_unsupported(values, rope_scaling_type(scaling))
         has_rope = values.get("no_rope_layers") or ()  # for each layer 1 or 0; 0: without
         return cls(
             vocab_size=values["vocab_size"],
@@ -81,7 +81,7 @@ class LlamaConfig:
             qk_norm=model_type == "qwen3",
             sliding_windows=_sliding_windows(values, depth),
             no_rope_layers=tuple(layer for layer, rope_flag in enumerate(has_rope) if not rope_flag),
-            rope_scaling=scaling if kind_of(scaling) != "default" else None,
+            rope_scaling=scaling if rope_scaling_type(scaling) != "default" else None,
         )
 
     def to_json(self) -> dict:
@@ -121,7 +121,7 @@ def _refuse_unsupported(values: dict, rope_type: str) -> None:
     unsupported = {
         f"the activation {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
         "biases in the MLP": values.get("mlp_bias"),
-        f"RoPE scaling of type '{rope_type}'": rope_type not in KINDS,
+        f"RoPE scaling of type '{rope_type}'": rope_type not in ROPE_TYPES,
         "rotary embeddings on a part of each head": (values.get("partial_rotary_factor") or 1.0) != 1.0,
         "quantized weights": values.get("quantization_config"),
     }
@@ -133,7 +133,7 @@ def _refuse_unsupported(values: dict, rope_type: str) -> None:
 
 
 def _sliding_windows(values: dict, depth: int) -> tuple[int, ...]:
-    """Mistral has sliding windows in all layers, Qwen in the layers from max_window_layers on, and only if asked for."""
+    """Mistral has sliding windows in all layers, Qwen from layer max_window_layers on and only if asked for."""
     window, model_type = values.get("sliding_window"), values["model_type"]
     if not window or model_type == "llama":
         return ()

@@ -2,8 +2,8 @@
 
     y = x W^T + scale (x A^T) B^T        A is random at the start and B is zero, so the model starts as its base
 
-An adapter takes a few megabytes. Several adapters share one base, and each row of a batch uses the adapter that it names. On disk
-an adapter is a folder in PEFT's form (formats/peft.py).
+An adapter takes a few megabytes. Several adapters share one base, and each row of a batch uses the adapter that it
+names. On disk an adapter is a folder in PEFT's form (formats/peft.py).
 
 B batch, T time, M and N width of a matrix's input and output, R rank, X = B * T.
 """

@@ -1,4 +1,4 @@
-"""The architectures by the `model_type` of config.json: their classes here, and their names in Hugging Face transformers."""
+"""The architectures by the `model_type` of config.json: their classes here and in Hugging Face transformers."""
 
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
-"""Rotary position embedding: which angle each pair of a head's channels turns by at each position.
+"""Rotary position embedding (RoPE, Su et al. 2021): the angle of each pair of channels of a head at each position.
 
-Su et al. 2021; stretched to longer contexts than were trained by position interpolation (Chen et al. 2023), by Llama 3's
-blend of wavelengths, or by YaRN (Peng et al. 2023).
+RoPE scaling extends the context beyond the trained one: position interpolation (Chen et al. 2023), Llama 3's blend of
+wavelengths, or YaRN (Peng et al. 2023).
 """
 
 import math
@@ -11,63 +11,76 @@ import torch
 
 def rope_table(length: int, head_width: int, base: float, scaling: dict | None = None):
     """cos and sin of every position and frequency: two (length, K/2) tensors."""
-    frequency, size = frequencies(head_width, base, scaling)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
-    return (angle.cos() * size).float(), (angle.sin() * size).float()
+    frequencies, magnitude = rope_frequencies(head_width, base, scaling)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    return (angles.cos() * magnitude).float(), (angles.sin() * magnitude).float()
 
 
-def frequencies(head_width: int, base: float, scaling: dict | None):
-    """(radians per token of each pair, (K/2,) fp64; what cos and sin are multiplied by).
+def rope_frequencies(head_width: int, base: float, scaling: dict | None):
+    """(radians per token of each pair of channels, (K/2,) fp64; factor on cos and sin).
 
-    `scaling` is Hugging Face's `rope_scaling`, of the kinds that `KINDS` names.
+    `scaling`: `rope_scaling` of a Hugging Face config, of one of the ROPE_TYPES.
     """
-    plain = base ** -(torch.arange(0, head_width // 2, dtype=torch.float64) / (head_width // 2))
-    return KINDS[kind_of(scaling)](plain, base, scaling) if scaling else (plain, 1.0)
+    half = head_width // 2
+    frequencies = base ** -(torch.arange(half, dtype=torch.float64) / half)
+    if not scaling:
+        return frequencies, 1.0
+    return ROPE_TYPES[rope_scaling_type(scaling)](frequencies, base, scaling)
 
 
-def kind_of(scaling: dict) -> str:
+def rope_scaling_type(scaling: dict) -> str:
     return scaling.get("rope_type") or scaling.get("type") or "default"
 
 
-def _default(frequency, base, s):
-    return frequency, 1.0
+def _default(frequencies, base, scaling):
+    return frequencies, 1.0
 
 
-def _linear(frequency, base, s):
-    """Positions are divided by a factor."""
-    return frequency / s["factor"], 1.0
+def _linear(frequencies, base, scaling):
+    """Position interpolation: positions are divided by a factor."""
+    return frequencies / scaling["factor"], 1.0
 
 
-def _llama3(frequency, base, s):
-    """Long waves are stretched, short ones are not, those between are blended."""
-    turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # of each wave, over the trained context
-    low, high = s["low_freq_factor"], s["high_freq_factor"]
+def _llama3(frequencies, base, scaling):
+    """Long wavelengths are interpolated, short ones are kept, those between are blended."""
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the trained context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * keep + frequency / s["factor"] * (1 - keep), 1.0
+    return frequencies * keep + frequencies / scaling["factor"] * (1 - keep), 1.0
 
 
-def _yarn(frequency, base, s):
-    """As Llama 3's, with a ramp over channels; queries and keys grow a little, which sharpens attention."""
-    factor, half, trained = s["factor"], len(frequency), s["original_max_position_embeddings"]
+def _yarn(frequencies, base, scaling):
+    """As in Llama 3, but blended over channels; queries and keys grow a little, which makes attention sharper."""
+    factor, half = scaling["factor"], len(frequencies)
+    trained_context = scaling["original_max_position_embeddings"]
 
-    def channel(turns: float) -> float:
-        """Where the wave makes so many turns over the trained context."""
-        return half * math.log(trained / (turns * 2 * math.pi)) / math.log(base)
+    def channel_of(turns: float) -> float:
+        """The channel whose wave turns this many times over the trained context."""
+        return half * math.log(trained_context / (turns * 2 * math.pi)) / math.log(base)
 
-    low, high = channel(s.get("beta_fast") or 32.0), channel(s.get("beta_slow") or 1.0)
-    if s.get("truncate", True):
+    low = channel_of(scaling.get("beta_fast") or 32.0)
+    high = channel_of(scaling.get("beta_slow") or 1.0)
+    if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
-    stretch = ((torch.arange(half, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
-
-    def sharper(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    size = s.get("attention_factor")
-    if size is None:
-        m, every = s.get("mscale"), s.get("mscale_all_dim")
-        size = sharper(m) / sharper(every) if m and every else sharper(1.0)
-    return frequency / factor * stretch + frequency * (1 - stretch), size
+    channels = torch.arange(half, dtype=torch.float64)
+    interpolate = ((channels - low) / max(high - low, 0.001)).clamp(0, 1)
+    blended = frequencies / factor * interpolate + frequencies * (1 - interpolate)
+    return blended, _yarn_magnitude(scaling)
 
 
-KINDS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _yarn_magnitude(scaling: dict) -> float:
+    """Factor on cos and sin (YaRN, section 3.4); mscale and mscale_all_dim are DeepSeek's."""
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+
+    mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale and mscale_all_dim:
+        return magnitude(mscale) / magnitude(mscale_all_dim)
+    return magnitude(1.0)
+
+
+ROPE_TYPES = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

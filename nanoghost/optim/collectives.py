@@ -1,8 +1,9 @@
-"""The collective operations of the optimizer's step: they run in the background, and use SUM, never AVG (gloo's AVG sums).
+"""Collective operations of the optimizer's step. They run in the background. They use SUM, because gloo's AVG sums.
 
-nccl has reduce-scatter and all-gather. gloo implements its reduce-scatter as one all-reduce per rank, and its all-gather copies
-everything twice. Built from simpler operations they are several times faster: an all-to-all followed by a local sum (in fp32 and in
-the order of the ranks, whatever dtype was sent), and one broadcast per rank into the place of its shard.
+nccl has reduce-scatter and all-gather. gloo implements its reduce-scatter as one all-reduce per rank, and its
+all-gather copies everything twice. Built from simpler operations they are several times faster: an all-to-all followed
+by a local sum (in fp32 and in the order of the ranks, whatever dtype was sent), and one broadcast per rank into the
+place of its shard.
 """
 
 from collections.abc import Callable, Iterable
@@ -61,9 +62,10 @@ def start_all_gather(full: torch.Tensor, shard: torch.Tensor, rank: int, world_s
 
 
 def communication_bytes(buckets: Iterable, world_size: int) -> dict[str, int]:
-    """Bytes that one rank sends (and receives) in a step: of each bucket all but its own shard, as gradients and as weights.
+    """Bytes that one rank sends, and receives, in a step: all of each bucket but its own shard, twice.
 
-    gloo sends gradients in the dtype of the weights, because they are summed in fp32 afterwards; nccl sends them in fp32.
+    gloo sends gradients in the dtype of the weights, because they are summed in fp32 afterwards; nccl sends them in
+    fp32.
     """
     weights = gradients_fp32 = 0
     for bucket in buckets:

@@ -1,12 +1,13 @@
-"""`--shard model`: for models too large for one device, which then holds only a shard of the weights and of the gradients.
+"""`--shard model`: models too large for one device. Each device holds a shard of the weights and gradients.
 
-FSDP2 (`fully_shard`) wraps the model from outside: it all-gathers the weights of a layer before they are used, frees them
-afterwards, and leaves each rank the mean gradient of its shard. Weights are kept in fp32 and gathered in the compute dtype. The
-optimizer is the same, only its shards come from FSDP. Muon needs whole matrices, of which each rank has a slice of the columns: an
-all-to-all exchanges slices of all matrices for some whole matrices, and a second one goes back. Collectives use SUM and a division,
-because gloo's AVG sums.
+FSDP2 (`fully_shard`) wraps the model from outside: it all-gathers the weights of a layer before they are used, frees
+them afterwards, and leaves each rank the mean gradient of its shard. Weights are kept in fp32 and gathered in the
+compute dtype. The optimizer is the same, only its shards come from FSDP. Muon needs whole matrices, of which each rank
+has a slice of the columns: an all-to-all exchanges slices of all matrices for some whole matrices, and a second one
+goes back. Collectives use SUM and a division, because gloo's AVG sums.
 
-N matrices of all ranks (padded), n matrices of this rank (padded), W ranks; R rows and C columns of a matrix, c columns of a slice.
+W ranks, N matrices of all ranks, n = N / W of one rank (both padded), R rows and C columns of a matrix,
+c = C / W columns of a slice.
 """
 
 import math

@@ -1,13 +1,14 @@
 """Muon for matrices, AdamW for all other parameters, and the gradient synchronization between processes, in one step().
 
-There is no DistributedDataParallel wrapper. Parameters of one group and shape form a bucket: one flat tensor that the parameters
-are views of. A step of a bucket reduce-scatters the gradients, updates this rank's shard of the fp32 master weights, and all-gathers
-the new weights in the compute dtype. The gradients of all buckets are under way at the same time, and the weights of a bucket while
-the next one is updated (collectives.py). A single process runs the same code without the communication. Optimizer state exists for
-the own shard only (ZeRO stage 1, Rajbhandari et al. 2020).
+There is no DistributedDataParallel wrapper. Parameters of one group and shape form a bucket: one flat tensor that the
+parameters are views of. A step of a bucket reduce-scatters the gradients, updates this rank's shard of the fp32 master
+weights, and all-gathers the new weights in the compute dtype. The gradients of all buckets are under way at the same
+time, and the weights of a bucket while the next one is updated (collectives.py). A single process runs the same code
+without the communication. Optimizer state exists for the own shard only (ZeRO stage 1, Rajbhandari et al. 2020).
 
-Muon (Jordan et al. 2024) with the Polar Express iteration (Amsel et al. 2025) and NorMuon's row scaling (Li et al. 2025); AdamW
-(Loshchilov and Hutter 2019). Weight decay acts only where its sign agrees with the update ("cautious", Chen et al. 2025).
+Muon (Jordan et al. 2024) with the Polar Express iteration (Amsel et al. 2025) and NorMuon's row scaling (Li et al.
+2025); AdamW (Loshchilov and Hutter 2019). Weight decay acts only where its sign agrees with the update ("cautious",
+Chen et al. 2025).
 
 N matrices or, for AdamW, elements; R rows and C columns of a matrix.
 """
@@ -48,7 +49,7 @@ class UpdateRule:
 
 
 def orthogonalize(g_NRC, iterations: int = len(POLAR_EXPRESS)):
-    """Bring each matrix U S V^T close to U V^T: its singular values go to about 1. Computes in the dtype of the input."""
+    """Bring each matrix U S V^T close to U V^T, with singular values of about 1. Computes in the dtype of the input."""
     is_tall = g_NRC.size(-2) > g_NRC.size(-1)
     x = g_NRC.mT if is_tall else g_NRC
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
@@ -61,7 +62,8 @@ def orthogonalize(g_NRC, iterations: int = len(POLAR_EXPRESS)):
 class Bucket:
     """Parameters of one group and shape as one flat tensor, updated together and sharded over the ranks.
 
-    Muon needs whole matrices, so a row of the flat tensor is a matrix (R, C). AdamW is elementwise, so a row is an element.
+    Muon needs whole matrices, so a row of the flat tensor is a matrix (R, C). AdamW is elementwise, so a row is an
+    element.
     """
 
     iterations = len(POLAR_EXPRESS)
@@ -183,7 +185,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr_multiplier: float = 1.0) -> None:
-        """Update all parameters from their .grad and clear it. `lr_multiplier` (of the schedule) scales all learning rates."""
+        """Update all parameters from their .grad and clear it. The schedule's `lr_multiplier` scales learning rates."""
         self.steps += 1
         for bucket in self.buckets.values():
             bucket.start_reduce_scatter()
