@@ -30,12 +30,12 @@ def import_gguf(path: Path, target: Path) -> dict:
         raise UserError(
             f"{path} has no chat template or no end-of-sequence token: adopt the model's Hugging Face folder instead"
         )
-    special_tokens = {"eos_token": tokens[eos]}
+    special_tokens_map = {"eos_token": tokens[eos]}
     if bos is not None:
-        special_tokens["bos_token"] = tokens[bos]
+        special_tokens_map["bos_token"] = tokens[bos]
     stop_ids = {eos, field("tokenizer.ggml.eot_token_id", eos)}
 
-    write_config_files(target, config, special_tokens, chat_template, sorted(stop_ids))
+    write_config_files(target, config, special_tokens_map, chat_template, sorted(stop_ids))
     Tokenizer(tokenizer).save(target)
     weights = {}
     for name, values in read_weights(gguf, config):

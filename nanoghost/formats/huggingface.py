@@ -53,12 +53,12 @@ def import_folder(source: Path, target: Path) -> dict:
     tokenizer_config = read_json_object(source / "tokenizer_config.json")
     check_fields(tokenizer_config, TOKENIZER_CONFIG_CHECKS, source / "tokenizer_config.json")
     chat_template = read_chat_template(source, tokenizer_config)
-    special_tokens = read_special_tokens(tokenizer_config)
+    special_tokens_map = read_special_tokens_map(tokenizer_config)
     tokenizer = Tokenizer.load(source)
-    stop_ids = read_stop_ids(source, config, tokenizer.special_tokens.get(special_tokens.get("eos_token")))
+    stop_ids = read_stop_ids(source, config, tokenizer.special_tokens.get(special_tokens_map.get("eos_token")))
     tensors = read_weights(source, config)
 
-    write_config_files(target, config, special_tokens, chat_template, stop_ids)
+    write_config_files(target, config, special_tokens_map, chat_template, stop_ids)
     tokenizer.save(target)
     safetensors.torch.save_file(tensors, target / "model.safetensors", {"format": "pt"})
     copy_license_files(source, target)
@@ -104,7 +104,7 @@ def read_chat_template(source: Path, tokenizer_config: dict) -> str:
     return template
 
 
-def read_special_tokens(tokenizer_config: dict) -> dict[str, str]:
+def read_special_tokens_map(tokenizer_config: dict) -> dict[str, str]:
     """Text of bos_token and eos_token, as far as they are given."""
     tokens = {}
     for key in ("bos_token", "eos_token"):
@@ -207,7 +207,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def write_config_files(
-    target: Path, config: dict, special_tokens: dict[str, str], chat_template: str, stop_ids: list[int]
+    target: Path, config: dict, special_tokens_map: dict[str, str], chat_template: str, stop_ids: list[int]
 ) -> None:
     """Write config.json, generation_config.json and tokenizer_config.json."""
     huggingface_class = architecture(config["model_type"]).huggingface_class
@@ -217,7 +217,7 @@ def write_config_files(
         target / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **special_tokens,
+            **special_tokens_map,
             "chat_template": chat_template,
             "model_max_length": config["max_position_embeddings"],
         },

@@ -24,8 +24,7 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
     if model.adapters:
         save_adapter(folder, model.adapters[0])
         return
-    template = tokenizer.chat_template
-    special_tokens_map = tokenizer.special_tokens_map
+    template, special_tokens_map = tokenizer.chat_template, tokenizer.special_tokens_map
     token_ids = {
         "eos_token_id": sorted(template.stop_ids) if template else tokenizer.special_id(special_tokens_map["eos_token"])
     }
