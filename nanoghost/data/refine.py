@@ -1,4 +1,4 @@
-"""`nanoghost data refine`: remove exact and near duplicates, text that is not prose, and text that models are evaluated on.
+"""`nanoghost data refine`: remove duplicates, near duplicates, text that is not prose, and evaluation text.
 
     $NANOGHOST_HOME/data/NAME/
         00000.jsonl ...     the output, one {"name", "text"} a line; "cluster" if near duplicates were removed
@@ -39,11 +39,11 @@ class RefineSettings:
     name: str
     """Name of the output, for --data NAME."""
     similarity: float = 0.5
-    """Jaccard similarity of the sets of three-word sequences from which two documents are near duplicates (spelling ignored)."""
+    """Jaccard similarity (three-word sequences, spelling ignored) from which two documents are near duplicates."""
     quality: str = "gopher"
     """gopher: drop what the rules of Gopher (Rae and others 2021) do not accept as prose; none: no quality filter."""
     decontaminate: str = "plays,tasks"
-    """Evaluation text to remove, comma-separated: plays (the held-out ones), tasks (their held-out problems), files; or none."""
+    """Evaluation text to remove, comma-separated: plays (held-out ones), tasks (held-out problems), files; or none."""
     workers: int = os.cpu_count() or 1
     """Number of processes. The output does not depend on it."""
     json: bool = False

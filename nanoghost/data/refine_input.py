@@ -10,8 +10,8 @@ from nanoghost.data.sources import Source
 from nanoghost.home import read_json, write_json
 
 TASK_BYTES = 2**22
-"""Text per task: what is repeated after a kill, and the unit of work that is distributed. A stage opens one file for each
-task, so the size grows by this much every TASKS_PER_SIZE tasks: 1,000 tasks hold 35 GB."""
+"""Text per task: the unit of work, which is repeated after a kill. A stage opens one file for each task, so the size
+grows by this much every TASKS_PER_SIZE tasks: 1,000 tasks hold 35 GB."""
 TASKS_PER_SIZE = 64
 
 
@@ -47,7 +47,7 @@ def write_input(source: Source, folder: Path) -> int:
 
 
 def whole_documents(source: Source, skip: int) -> Iterator[tuple[str, str, int]]:
-    """Yield (name, text, number of parts). Documents that were cut into splits are joined: the output is split again."""
+    """Yield (name, text, number of parts). The splits of cut documents are joined: the output is split again."""
     for name, documents in groupby(source.documents(skip), key=lambda document: document.name):
         parts = [document.text for document in documents]
         yield name, "".join(parts), len(parts)

@@ -116,8 +116,8 @@ def gopher_filters(quality_writer, repetition_writer) -> list:
 def minhash_bands(similarity: float) -> tuple[int, int]:
     """(bands, rows) with which two documents of that Jaccard similarity are found about two times in three.
 
-    A band of r rows agrees with probability s^r; with b = s^-r bands, none agrees with probability 1/e (Leskovec, Rajaraman
-    and Ullman, Mining of Massive Datasets, 3.4). More rows give a steeper curve; MAX_HASHES limits them.
+    A band of r rows agrees with probability s^r; with b = s^-r bands, none agrees with probability 1/e (Leskovec,
+    Rajaraman and Ullman, Mining of Massive Datasets, 3.4). More rows give a steeper curve; MAX_HASHES limits them.
     """
     possible = [1]
     for rows in range(2, MAX_HASHES):
@@ -138,8 +138,8 @@ def normalized_words(document) -> str:
 class TaskReader(PipelineStep):
     """Task number `rank` reads file number `rank`.
 
-    Datatrove's reader distributes the files that exist, so a task without documents would shift the numbers of the others,
-    and it skips damaged lines.
+    Datatrove's reader distributes the files that exist, so a task without documents would shift the numbers of the
+    others, and it skips damaged lines.
     """
 
     name, type = "task reader", "reader"
@@ -289,7 +289,7 @@ def exit_with_parent(parent: int):
 
 
 def run_stages(stages: list[Stage], done: Path, executor=LocalExecutor, log=None, **options) -> None:
-    """Run all stages. Completed tasks are recorded in `done`. `executor` is a class of datatrove, `options` are its options."""
+    """Run all stages with an executor class of datatrove and its options. `done` records the completed tasks."""
     previous = None
     for stage in stages:
         if log:

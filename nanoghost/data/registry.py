@@ -20,8 +20,8 @@ from nanoghost.data.sources import Source
 from nanoghost.errors import UserError
 
 ACCEPTED = (
-    "'plays', a .txt, .md, .jsonl or .parquet file, a folder of them, hub:OWNER/NAME[:CONFIG], a URL (s3://...), the name of "
-    "refined data, or a mixture (plays=0.7,notes/=0.3)"
+    "'plays', a .txt, .md, .jsonl or .parquet file, a folder of them, hub:OWNER/NAME[:CONFIG], a URL (s3://...),"
+    " the name of refined data, or a mixture (plays=0.7,notes/=0.3)"
 )
 
 

@@ -1,7 +1,7 @@
 """Text by URL: s3://bucket/folder, gs://..., https://..., file://..., everything that fsspec opens.
 
-Whole files are downloaded into a cache (download_cache.py) and read from there like local files. The number of documents
-is stored for each file that was read to its end, so reading can resume at any document without the files before it.
+Whole files are downloaded into a cache (download_cache.py) and read from there like local files. The number of
+documents in each complete file is stored, so reading can resume at any document without the files before it.
 """
 
 from collections.abc import Iterator

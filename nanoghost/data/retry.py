@@ -33,7 +33,7 @@ def request_errors() -> tuple[type[Exception], ...]:
 
 
 def retry(request: Callable, description: str):
-    """The result of `request()`, repeated up to ATTEMPTS times. Raises UserError if all fail, or if the file is missing."""
+    """The result of `request()`, tried up to ATTEMPTS times. Raises UserError if all fail or if the file is missing."""
     for attempt in range(ATTEMPTS):
         try:
             return request()

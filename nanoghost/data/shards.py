@@ -37,7 +37,7 @@ class Shards:
         return np.memmap(self.folder / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
 
     def check(self, split: str) -> Callable[[np.ndarray, int], None] | None:
-        """A function (positions, count) that verifies the file before the `count` tokens from each position on are used.
+        """A function (positions, count) that verifies the `count` tokens from each position on, before they are used.
 
         None if `open_shards` has verified the whole file.
         """

@@ -1,4 +1,4 @@
-"""What a data source is: named documents with a split, a license and a fingerprint. `open_source` (registry.py) opens one."""
+"""A data source: named documents with a split, a license and a fingerprint. `open_source` (registry.py) opens one."""
 
 import hashlib
 import re
@@ -26,7 +26,7 @@ class Source:
     fingerprint: str
     """SHA-256 (hex) over names and contents. It does not depend on the machine or on the place of the files."""
     documents: Callable[..., Iterator[Document]]
-    """Streams the documents from the start at each call: a source may be larger than memory. `skip` omits the first ones."""
+    """Streams the documents at each call, without the first `skip`: a source may be larger than memory."""
     parts: tuple[tuple["Source", float], ...] = ()
     """The sources of a mixture with their weights; empty for other sources."""
 

@@ -1,6 +1,6 @@
 """Train, validation and test splits of documents that come without one.
 
-The split of a document depends on its text alone, so copies never straddle two splits and more data never moves a document.
+The split of a document depends on its text alone: copies are always in one split, and more data never moves a document.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ HELD_OUT = 0.05
 """Fraction of the text for validation, and again for test."""
 
 MIN_DOCUMENTS = 20
-"""With fewer documents than this, each document is cut into the three splits; with more, whole documents are held out."""
+"""With fewer documents, each one is cut into the three splits; otherwise whole documents are held out."""
 
 
 def split_texts(texts: Iterable[tuple[str, str]], error_if_empty: str) -> Iterator[Document]:
@@ -70,7 +70,7 @@ def cut_document(name: str, text: str) -> Iterator[Document]:
 
 
 def cut_position(text: str, fraction: float) -> int:
-    """The last end of a paragraph, line or word shortly before `fraction` of the text; exactly there if there is none."""
+    """The last end of a paragraph, line or word shortly before `fraction` of the text, or else exactly there."""
     end = int(len(text) * fraction)
     begin = end - int(len(text) * HELD_OUT / 2)
     for separator in ("\n\n", "\n", " "):

@@ -24,7 +24,7 @@ from nanoghost.errors import UserError
 from nanoghost.home import exclusive_lock, home, read_json, write_json
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
-# Files of at least this size are verified block by block during training: verifying all at once would delay every start.
+# Larger files are verified block by block during training: verifying everything at once would delay every start.
 BLOCK_CHECKSUM_MIN_BYTES = 64 * 2**20
 CHUNK_CHARACTERS = 2**17  # text that the tokenizer gets at once
 SAVE_CHARACTERS = 2**24  # text between two saves of the position: the work that a kill costs
@@ -71,7 +71,7 @@ def tokenize_source(source: Source, tokenizer) -> Shards:
         tokenizer.fingerprint,
     ):
         raise UserError(
-            f"{folder} was made from other text or another tokenizer: remove it, and the next run tokenizes the text again"
+            f"{folder} was made from other text or another tokenizer: remove it, and the next run makes it again"
         )
     return shards
 
@@ -153,8 +153,8 @@ class Chunk(NamedTuple):
 def document_chunks(source: Source, skip: int = 0, start: int = 0) -> Iterator[Chunk]:
     """The documents, long ones in chunks of about CHUNK_CHARACTERS characters.
 
-    A whole book at once would occupy only one core and gigabytes of the tokenizer's memory. Omits the first `skip` documents
-    and the first `start` characters of the next one.
+    A whole book at once would occupy only one core and gigabytes of the tokenizer's memory. Omits the first `skip`
+    documents and the first `start` characters of the next one.
     """
     for document in source.documents(skip):
         while start < len(document.text):

@@ -1,11 +1,11 @@
 """What a task is: it draws problems at random, shows a good answer to each (SFT trains on it), and scores any answer.
 
-To add a task, write one file with a subclass of `Task`, and add the class to TASKS in registry.py. Everything else asks the
-registry: the SFT mixes, RL, evaluation and the report.
+To add a task, write one file with a subclass of `Task`, and add the class to TASKS in registry.py. Everything else
+asks the registry: the SFT mixes, RL, evaluation and the report.
 
-Train and test problems are disjoint. Each phrasing is in the train or in the test list of phrases/*.toml, and contents (the
-numbers, the word) are split by a hash that is the same for all tasks: a word that is tested backwards is never spelled in
-an SFT example.
+Train and test problems are disjoint. Each phrasing is in the train or in the test list of phrases/*.toml, and contents
+(the numbers, the word) are split by a hash that is the same for all tasks: a word that is tested backwards is never
+spelled in an SFT example.
 """
 
 import random
@@ -61,7 +61,7 @@ class Task(ABC):
 
     @classmethod
     def build(cls, context: TaskContext, earlier_tasks: dict[str, "Task"]) -> "Task | None":
-        """The task for a model, or None if it does not suit the model. `earlier_tasks` come before it in the registry."""
+        """The task for a model, None if it does not suit the model. `earlier_tasks` precede it in the registry."""
         return cls()
 
     @classmethod
@@ -83,7 +83,7 @@ def split_of(content: str) -> str:
 
 
 def distinct_problems(task: Task, count: int, seed: int = 0, split: str = "test") -> list[Problem]:
-    """The first `count` problems of a seed with different questions: a fixed evaluation set. Fewer if there are no more."""
+    """The first `count` problems of a seed with different questions (fewer if there are no more): an evaluation set."""
     rng = random.Random(seed)
     problems: dict[str, Problem] = {}
     for _ in range(100 * count + 1000):

@@ -1,7 +1,8 @@
 """Two tasks of reasoning-gym with its questions. No tools, no partial credit: an answer is exactly right or wrong.
 
-The solutions do not show the best way to answer. Sums are shown both as a direct answer and as worked steps, and nothing tells
-the model which is better; words are shown backward at once, in few long tokens. RL discovers better ways (train/rl.py).
+The solutions do not show the best way to answer. Sums are shown both as a direct answer and as worked steps, and
+nothing tells the model which is better; words are shown backward at once, in few long tokens. RL discovers better ways
+(train/rl.py).
 
 Source: https://github.com/open-thought/reasoning-gym (Apache-2.0).
 """
@@ -84,7 +85,7 @@ def worked_steps(a: int, operation: str, b: int) -> str:
 class SpellBackward(ReasoningGymTask):
     """Spell this word backward (example: sun -> nus): ghost
 
-    The solutions show the whole answer in the longest tokens there are. RL discovers that one letter at a time is easier.
+    The solutions show the whole answer in long tokens. RL discovers that one letter at a time is easier.
     """
 
     name = "spell_backward"

@@ -25,9 +25,9 @@ MAX_SPEECHES = 6
 def speeches(text: str) -> list[list[tuple[str, str]]]:
     """Split a play into scenes, each a list of (speaker, speech) in order.
 
-    A speech is a line with the speaker's name ("HAMLET.", "Ham.", "First Witch." or, without the stop, "PUCK"), the lines
-    below it and an empty line. Stage directions in [brackets] and everything before the first scene are removed. Verse keeps
-    its line ends, prose is joined.
+    A speech is a line with the speaker's name ("HAMLET.", "Ham.", "First Witch." or, without the stop, "PUCK"), the
+    lines below it and an empty line. Stage directions in [brackets] and everything before the first scene are removed.
+    Verse keeps its line ends, prose is joined.
     """
     text = text.replace("\r\n", "\n").replace("_", "")
     text = re.sub(r"[\[{][^\[\]{}]{0,400}[\]}]", "", text)
@@ -100,8 +100,8 @@ def usable_runs(scene: Sequence[tuple[str, str]], max_words: int) -> list[list[s
 class Plays(Task):
     """Exchanges of the given works: each speech is answered by the next one. 1 scene in 8 is held out.
 
-    `texts` are the (name, text) of the training works; held-out works must not be among them. There is no correct answer:
-    every reply that is not broken scores 1.0.
+    `texts` are the (name, text) of the training works; held-out works must not be among them. There is no correct
+    answer: every reply that is not broken scores 1.0.
     """
 
     name = "plays"

@@ -1,9 +1,10 @@
 """Say "I don't know" to questions that the model cannot answer, and only to these.
 
-A model that has read nothing but plays cannot know the weather, the news or where your keys are. It learns to say so from
-many kinds of questions, each with its reason. Many are close to questions that it can answer: "What is my name?" and "What
-is your name?", "How many people live in Paris?" and "How many letters a in Paris?". Two measures belong together: the correct
-refusals (`Refusal`), and the answers to what it can answer (`Answerable`), which are 1 - false refusals.
+A model that has read nothing but plays cannot know the weather, the news or where your keys are. It learns to say so
+from many kinds of questions, each with its reason. Many are close to questions that it can answer: "What is my name?"
+and "What is your name?", "How many people live in Paris?" and "How many letters a in Paris?". Two measures belong
+together: the correct refusals (`Refusal`), and the answers to what it can answer (`Answerable`), which are 1 - false
+refusals.
 """
 
 import random

@@ -36,7 +36,7 @@ def tasks_of_mix(mix: str, tasks: dict[str, Task], exclude: Sequence[str] = ()) 
 def sample_conversation(
     tasks: Sequence[Task], rng: random.Random, split: str = "train", name: str = "Ghost"
 ) -> list[dict]:
-    """One conversation: sometimes a system prompt, then mostly one problem, sometimes two or three with their solutions.
+    """One conversation: sometimes a system prompt, then one problem (sometimes two or three) with its solution.
 
     The problems of one conversation come from different tasks, so that the model learns to change the subject.
     """
@@ -55,9 +55,9 @@ def sample_conversation(
 def builtin_conversations(
     data: str, base_card: ModelCard, name: str, count: int, seed: int, exclude: Sequence[str] = ()
 ) -> list[list[dict]]:
-    """`count` conversations of the mix that `data` names, [] if it names none. Conversation i depends on (seed, i) alone.
+    """`count` conversations of the mix that `data` names; [] if it names none. `exclude` are names of tasks.
 
-    `exclude` are names of tasks.
+    Conversation i depends on (seed, i) alone.
     """
     mix, _ = split_data(data)
     if not mix:
@@ -79,8 +79,10 @@ def split_data(data: str) -> tuple[str, str]:
 
 
 def example_texts(count: int = 1000) -> list[str]:
-    """Texts of the default mix to train the tokenizer on: calls and questions in few tokens give a fifth more SFT examples a
-    minute."""
+    """Texts of the default mix for the training of the tokenizer.
+
+    With calls and questions in few tokens, SFT sees a fifth more examples a minute.
+    """
     context = TaskContext(identity_facts({"maker": "nanoghost"}), word_list())
     tasks = tasks_of_mix("builtin", build_tasks(context))
     texts = []

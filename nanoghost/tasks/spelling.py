@@ -57,8 +57,8 @@ class Spelling(WordTask):
 class Counting(WordTask):
     """How many s in "possess"? p-o-s1-s2-e-s3-s4, so 4.
 
-    The letters that count carry their number: each step needs only the next letter and the previous number, which is easier
-    for a small model than to spell first and count afterwards.
+    The letters that count carry their number: each step needs only the next letter and the previous number, which is
+    easier for a small model than to spell first and count afterwards.
     """
 
     name = "counting"
@@ -85,7 +85,7 @@ class Counting(WordTask):
         return Problem(self.name, (user(question),), (assistant(text_parts(parts)),), str(count))
 
     def draw_letter(self, rng: random.Random, word: str) -> str:
-        """Any letter of the word, or one of its most frequent ones, or any letter; otherwise nearly every answer were 1."""
+        """A letter of the word, one of its most frequent ones, or any letter: otherwise most answers would be 1."""
         max_count = max(word.count(letter) for letter in word)
         most_frequent = [letter for letter in word if word.count(letter) == max_count]
         [choices] = rng.choices((word, most_frequent, "abcdefghiklmnoprstuwy"), weights=(3, 5, 2))

@@ -1,7 +1,7 @@
 """Two tasks that need a tool: a small program that Python runs, and a document that must be looked up and cited.
 
-The default SFT mix does not contain them: `sft --data tools` adds them, and `rl --tasks programs,lookup` trains on them. The
-solutions are written without running anything; RL runs what the model writes, in the sandbox.
+The default SFT mix does not contain them: `sft --data tools` adds them, and `rl --tasks programs,lookup` trains on
+them. The solutions are written without running anything; RL runs what the model writes, in the sandbox.
 """
 
 import random

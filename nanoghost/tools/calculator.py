@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 
 MAX_LENGTH = 100
-"""Maximum number of characters. Without powers, results cannot have more digits than this, so the work stays bounded."""
+"""Maximum number of characters. There are no powers, so results have no more digits than this: the work is bounded."""
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}

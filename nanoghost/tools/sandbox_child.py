@@ -3,8 +3,8 @@
     python -I -S sandbox_child.py FOLDER compile PYTHON.wasm COMPILED     compile the module to machine code
     python -I -S sandbox_child.py FOLDER run COMPILED SECONDS             run the program on standard input
 
-FOLDER is where wasmtime is installed. Output and errors of the program go to standard output. This file imports nothing of
-nanoghost.
+FOLDER is where wasmtime is installed. Output and errors of the program go to standard output. This file imports
+nothing of nanoghost.
 """
 
 import ctypes
@@ -18,8 +18,8 @@ MEMORY = 256 * 2**20
 CANNOT_LOAD = 3
 """Exit code: the compiled module is damaged, or was compiled for another processor."""
 
-# Runs inside the sandbox, like a notebook cell: the value of a last expression is printed. sys.argv[1] is the program, as a
-# literal. _ast is the C part of `ast`; importing all of `ast` would take longer than most programs.
+# Runs inside the sandbox, like a notebook cell: the value of a last expression is printed. sys.argv[1] is the program,
+# as a literal. _ast is the C part of `ast`; importing all of `ast` would take longer than most programs.
 NOTEBOOK = """
 import _ast, sys
 sys.stdout.reconfigure(errors="replace")
@@ -44,8 +44,9 @@ except BaseException as error:
 def drop_rights(seconds: float) -> None:
     """Set kernel limits that hold even if a program breaks out of WebAssembly.
 
-    The number of processes is not limited: that limit counts the threads of all processes of the user, and wasmtime starts
-    two. The address space is not limited either: wasmtime reserves gigabytes of it to avoid checks, and uses little.
+    The number of processes is not limited: that limit counts the threads of all processes of the user, and wasmtime
+    starts two. The address space is not limited either: wasmtime reserves gigabytes of it to avoid checks, and uses
+    little.
     """
     limits = {
         resource.RLIMIT_CPU: int(seconds) + 1,
