@@ -58,15 +58,13 @@ class Task(ABC):
     """Whether RL can train on the task."""
     rl_default: ClassVar[bool] = False
     """Whether RL trains on the task by default."""
+    needs_sandbox: ClassVar[bool] = False
+    """Whether answers call Python, which must be installed with its sandbox."""
 
     @classmethod
     def build(cls, context: TaskContext, earlier_tasks: dict[str, "Task"]) -> "Task | None":
         """The task for a model, None if it does not suit the model. `earlier_tasks` precede it in the registry."""
         return cls()
-
-    @classmethod
-    def check_requirements(cls) -> None:
-        """Raises UserError if something is missing that answers to the problems need (RL calls it before it starts)."""
 
     @abstractmethod
     def problem(self, rng: random.Random, split: str) -> Problem:

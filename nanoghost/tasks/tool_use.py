@@ -15,7 +15,6 @@ from nanoghost.tasks.messages import assistant, final_text, tool_call_messages, 
 from nanoghost.tasks.names import FIRST_NAMES, PLACES, SURNAMES
 from nanoghost.tasks.spelling import WordTask, quote
 from nanoghost.tasks.wording import choose_template, load_phrases
-from nanoghost.tools import sandbox
 from nanoghost.tools.registry import PYTHON, TOOLS, lookup_tool, numbered_passages, run_tool
 from nanoghost.tools.retrieval import Passage, TextIndex
 
@@ -32,10 +31,7 @@ class Programs(WordTask):
     weight = 0.2
     mixes = ("tools",)
     evaluated = False
-
-    @classmethod
-    def check_requirements(cls) -> None:
-        sandbox.require()
+    needs_sandbox = True
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         while True:

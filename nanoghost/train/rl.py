@@ -23,6 +23,7 @@ from nanoghost.progress import Display
 from nanoghost.tasks.base import Task, distinct_problems
 from nanoghost.tasks.registry import DEFAULT_RL_TASKS, RL_TASKS, TASK_CLASSES, all_tasks
 from nanoghost.tasks.sft_mix import builtin_conversations, file_conversations
+from nanoghost.tools import sandbox
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
@@ -146,8 +147,8 @@ def check(settings: RlSettings, world_size: int) -> None:
     unknown = sorted(set(settings.task_names) - set(RL_TASKS))
     if unknown:
         raise UserError(f"--tasks: unknown '{', '.join(unknown)}'; choose from {', '.join(RL_TASKS)}")
-    for name in settings.task_names:
-        TASK_CLASSES[name].check_requirements()
+    if any(TASK_CLASSES[name].needs_sandbox for name in settings.task_names):
+        sandbox.require()
     if settings.problems % world_size:
         raise UserError(f"--problems {settings.problems} is not divisible by the number of processes, {world_size}")
     if settings.rollouts < 2:
