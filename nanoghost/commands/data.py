@@ -1,4 +1,4 @@
-"""`nanoghost data`: fetch, check and tokenize text, and say what is there."""
+"""`nanoghost data`: fetch, check and tokenize text, and print figures about it."""
 
 import json
 import time
@@ -12,6 +12,8 @@ from rich.table import Table
 
 from nanoghost.data.batches import Batches
 from nanoghost.data.registry import open_source
+from nanoghost.data.shards import Shards
+from nanoghost.data.sources import Source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.tasks.sft_mix import example_texts
 
@@ -21,9 +23,9 @@ class DataSettings:
     data: Annotated[str, tyro.conf.Positional] = "plays"
     """plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, refined data, or NAME=0.7,NAME=0.3."""
     vocab_size: int = 4096
-    """Tokens of the tokenizer."""
+    """Size of the tokenizer's vocabulary."""
     context: int = 256
-    """Tokens in a row, to measure the loader."""
+    """Tokens in a row, for the measurement of the loader."""
     json: bool = False
     """Print the figures as JSON on standard output."""
 
@@ -33,28 +35,40 @@ def command(settings: DataSettings) -> None:
     source = open_source(settings.data)
     tokenizer = load_or_train_tokenizer(source, settings.vocab_size, console.print, example_texts())
     shards = tokenize_source(source, tokenizer)
-    train = shards.tokens("train")
-    milliseconds = batch_milliseconds(train, settings.context) if len(train) > settings.context else None
-    splits = shards.manifest["splits"]
+    train_tokens = shards.tokens("train")
+    milliseconds = None
+    if len(train_tokens) > settings.context:
+        milliseconds = batch_milliseconds(train_tokens, settings.context)
     if settings.json:
-        figures = {"name": source.name, "license": source.license, "attribution": source.attribution, "splits": splits,
-                   "batch_milliseconds": milliseconds}  # fmt: skip
-        print(json.dumps(figures | {"vocab_size": tokenizer.vocab_size}))
+        figures = {
+            "name": source.name,
+            "license": source.license,
+            "attribution": source.attribution,
+            "splits": shards.manifest["splits"],
+            "batch_milliseconds": milliseconds,
+            "vocab_size": tokenizer.vocab_size,
+        }
+        print(json.dumps(figures))
         return
-    table = Table("split", "documents", "bytes", "tokens", "bytes per token", title=f"{source.name} ({source.license})")
-    for name, s in splits.items():
-        ratio = f"{s['bytes'] / s['tokens']:.2f}" if s["tokens"] else ""
-        table.add_row(name, f"{s['documents']:,}", f"{s['bytes']:,}", f"{s['tokens']:,}", ratio)
-    console.print(table)
+    console.print(splits_table(source, shards))
     console.print(f"{source.attribution}\nin {shards.folder}", soft_wrap=True)
     if milliseconds is None:
-        console.print(f"too short for a training row of {settings.context} + 1 tokens: give it more text")
+        console.print(f"the text is too short for a training row of {settings.context} + 1 tokens")
     else:
         console.print(f"a batch of 16 x {settings.context} tokens takes {milliseconds:.2f} ms")
 
 
+def splits_table(source: Source, shards: Shards) -> Table:
+    table = Table("split", "documents", "bytes", "tokens", "bytes per token", title=f"{source.name} ({source.license})")
+    for name, split in shards.manifest["splits"].items():
+        bytes_per_token = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else ""
+        counts = (f"{split[key]:,}" for key in ("documents", "bytes", "tokens"))
+        table.add_row(name, *counts, bytes_per_token)
+    return table
+
+
 def batch_milliseconds(tokens: np.ndarray, context: int, batches: int = 50) -> float:
-    """How long the loader takes for a batch of 16 rows."""
+    """Time of the loader for a batch of 16 rows."""
     loader = Batches(tokens, context, 16, seed=0)
     start = time.perf_counter()
     for step in range(batches):

@@ -254,7 +254,7 @@ class SimilarDocumentFilter(MinhashDedupFilter):
 class LocalExecutor(LocalPipelineExecutor):
     """Runs tasks in processes of this machine that end together with this process.
 
-    The workers of datatrove's own executor survive when it is killed, and keep writing while the next run resumes.
+    The workers of datatrove's local executor survive when it is killed, and keep writing while the next run resumes.
     """
 
     def run(self):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from nanoghost.errors import UserError
 
-ATTEMPTS = 6
+MAX_REQUESTS = 6
 FIRST_PAUSE = 1.0
-"""Seconds before the second attempt; the pause doubles each time: 1, 2, 4, 8 and 16 seconds."""
+"""Seconds before the second request; the pause doubles each time: 1, 2, 4, 8 and 16 seconds."""
 
 CLIENT_ERRORS = (
     ("aiohttp", "ClientError"),
@@ -33,14 +33,14 @@ def request_errors() -> tuple[type[Exception], ...]:
 
 
 def retry(request: Callable, description: str):
-    """The result of `request()`, tried up to ATTEMPTS times. Raises UserError if all fail or if the file is missing."""
-    for attempt in range(ATTEMPTS):
+    """The result of `request()`, sent up to MAX_REQUESTS times. UserError if all fail or the file is missing."""
+    for number in range(MAX_REQUESTS):
         try:
             return request()
         except (FileNotFoundError, PermissionError) as error:
             raise UserError(f"cannot read {description}: {error}") from None
         except request_errors() as error:
-            if attempt == ATTEMPTS - 1:
+            if number == MAX_REQUESTS - 1:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                raise UserError(f"cannot read {description}, tried {ATTEMPTS} times: {reason}") from error
-            time.sleep(FIRST_PAUSE * 2**attempt)
+                raise UserError(f"cannot read {description}, tried {MAX_REQUESTS} times: {reason}") from error
+            time.sleep(FIRST_PAUSE * 2**number)
