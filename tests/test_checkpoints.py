@@ -18,7 +18,7 @@ from nanoghost.data.batches import Batches
 from nanoghost.errors import UserError
 from nanoghost.train.checkpoints import Checkpoints
 from tests.support.ranks import codes_of, fork_ranks
-from tests.test_optimizer import everything, recipe, toy_ghost, toy_tokens, train
+from tests.support.toy_training import flat_parameters, toy_ghost, toy_optimizer, toy_tokens, train_steps
 
 
 class FakeOptimizer:
@@ -291,14 +291,14 @@ def train_up_to(folder: str, goal: int) -> None:
     distributed.init_distributed()
     rank, world_size = distributed.rank_and_world_size()
     model = toy_ghost(1)
-    optimizer = recipe(model, rank=rank, world=world_size)
+    optimizer = toy_optimizer(model, rank=rank, world_size=world_size)
     checkpoints = Checkpoints(Path(folder) / f"state-{AT}")
     start, _ = checkpoints.load(optimizer)
-    losses = train(model, optimizer, Batches(toy_tokens(), 16, 12, 0, rank, world_size), range(start, goal))
+    losses = train_steps(model, optimizer, Batches(toy_tokens(), 16, 12, 0, rank, world_size), range(start, goal))
     if goal == AT:
         checkpoints.start_save(goal, optimizer.state(), {})
         checkpoints.finish_save()
-    torch.save((losses, everything(model)), f"{folder}/{goal}-{world_size}-{rank}.pt")
+    torch.save((losses, flat_parameters(model)), f"{folder}/{goal}-{world_size}-{rank}.pt")
 
 
 def save_with_four_ranks_and_resume_with_two(folder: str) -> None:
