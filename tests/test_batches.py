@@ -1,4 +1,4 @@
-"""Batches and windows: order is a pure function, and every token is met."""
+"""Batches and windows: their order is a pure function, and every token is used."""
 
 import time
 
@@ -15,7 +15,8 @@ TOKENS = np.arange(1003, dtype=np.uint16)
 
 def test_targets_are_one_ahead():
     inputs, targets = Batches(TOKENS, context=16, rows=4, seed=0).at(0)
-    assert inputs.shape == targets.shape == (4, 16) and inputs.dtype == targets.dtype == torch.int64
+    assert inputs.shape == targets.shape == (4, 16)
+    assert inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(inputs + 1, targets)
     assert torch.equal(inputs[:, 0], torch.from_numpy(Batches(TOKENS, 16, 4, 0).positions(0)))
 
@@ -39,7 +40,7 @@ def test_the_number_of_ranks_does_not_change_the_batch(world):
         assert torch.equal(parts, whole.at(step)[0])
 
 
-def test_a_run_knows_how_often_it_reads_its_text():
+def test_epochs_in_a_number_of_steps():
     batches = Batches(TOKENS, context=16, rows=4, seed=0)
     for epoch in (1, 2, 5):
         steps = round(epoch * batches.rows_per_epoch / 4)
@@ -65,14 +66,14 @@ def test_an_epoch_visits_each_window_once():
 
 @pytest.mark.parametrize("length", range(17, 70))
 def test_every_token_can_be_reached(length):
-    """No corpus is too short for a batch, and neither its first token nor its last is left out for good."""
+    """Also the first and the last token of a very short text are used."""
     batches = Batches(TOKENS[:length], context=16, rows=64, seed=0)
     inputs, targets = (torch.cat(x) for x in zip(*(batches.at(step) for step in range(12))))
     assert set(inputs.unique().tolist()) == set(range(length - 1))
     assert set(targets.unique().tolist()) == set(range(1, length))
 
 
-def test_too_short_a_text_says_what_to_do():
+def test_a_text_that_is_too_short_is_reported():
     with pytest.raises(UserError, match="has 16 tokens, too few for one row of 16 .* smaller --context"):
         Batches(TOKENS[:16], context=16, rows=1, seed=0)
 
@@ -85,7 +86,7 @@ def test_a_batch_takes_less_than_a_millisecond():
         begin = time.perf_counter()
         batches.at(step)
         seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 1e-3  # the least of many: others may be using the machine
+    assert min(seconds) < 1e-3  # the minimum: the machine may be busy
 
 
 @pytest.mark.parametrize("length", [2, 16, 17, 18, 33, 500, 1003])
@@ -93,7 +94,9 @@ def test_windows_predict_each_token_once(length):
     batches = list(windows(TOKENS[:length], context=16, rows=4))
     assert torch.equal(torch.cat([targets.flatten() for _, targets in batches]), torch.arange(1, length))
     for inputs, targets in batches:
-        assert inputs.shape == targets.shape and inputs.shape[0] <= 4 and inputs.shape[1] <= 16
+        assert inputs.shape == targets.shape
+        assert inputs.shape[0] <= 4
+        assert inputs.shape[1] <= 16
         assert torch.equal(inputs + 1, targets)
 
 

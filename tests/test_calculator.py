@@ -14,7 +14,7 @@ NUMBERS = st.integers(0, 9999)
 
 @given(NUMBERS, NUMBERS, NUMBERS, st.sampled_from("+-*"), st.sampled_from("+-*"))
 @settings(max_examples=100, deadline=None)
-def test_whole_numbers_as_in_python(a, b, c, first, second):
+def test_whole_numbers_are_the_same_as_in_python(a, b, c, first, second):
     for expression in (f"{a}{first}{b}{second}{c}", f"({a} {first} {b}) {second} -{c}"):
         assert calculate(expression) == str(eval(expression))
     assert calculate(f"{a} × {b} − {c}") == str(a * b - c)
@@ -22,7 +22,7 @@ def test_whole_numbers_as_in_python(a, b, c, first, second):
 
 @given(NUMBERS, st.integers(1, 9999))
 @settings(max_examples=100, deadline=None)
-def test_fractions_to_ten_digits(a, b):
+def test_fractions_have_ten_digits(a, b):
     quotient = Fraction(a, b)
     assert abs(Fraction(calculate(f"{a}/{b}")) - quotient) <= quotient / 10**9
     assert calculate(f"{a}/{b}*{b}") == str(a)  # exact inside
@@ -33,7 +33,7 @@ def test_fractions_to_ten_digits(a, b):
     [("0.1+0.2", "0.3"), ("007+1", "8"), ("1,000+2", "1002"), ("10÷4", "2.5"), ("--2", "2"), (" 2 * (3 + 4) ", "14"),
      ("100.05+0.05", "100.1")],
 )  # fmt: skip
-def test_ways_to_write_numbers(expression, value):
+def test_forms_of_numbers(expression, value):
     assert calculate(expression) == value
 
 
@@ -42,7 +42,7 @@ def test_ways_to_write_numbers(expression, value):
     ["9**9**9", "9" * 200, "(" * 99, "-" * 99 + "1", "__import__('os')", "1/0", "", "1+", "7//2", "1e999", "()", "1 2",
      "2(3)", "a+1", "[1]*9", "٣+1", "\n", "1.2.3", "(" * 49 + "1" + ")" * 49 + "!"],
 )  # fmt: skip
-def test_hostile_expressions_come_back_at_once(expression):
+def test_hostile_expressions_are_fast_errors(expression):
     begun = time.perf_counter()
     answer = calculate(expression)
     assert time.perf_counter() - begun < 0.1
@@ -51,5 +51,5 @@ def test_hostile_expressions_come_back_at_once(expression):
 
 @given(st.text(max_size=40) | st.text("0123456789+-*/(). ", max_size=120))
 @settings(max_examples=200, deadline=None)
-def test_any_text_gets_an_answer(text):
+def test_any_text_has_a_result(text):
     assert isinstance(calculate(text), str)

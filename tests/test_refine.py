@@ -1,4 +1,4 @@
-"""The refinery: what is there twice goes, whatever its spelling; nothing else does; a kill changes nothing."""
+"""Refining: duplicates are dropped, whatever their spelling, and nothing else; a kill changes nothing."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from nanoghost.tasks.gym import word_list
 
 pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'nanoghost[refine]'")
 
-from nanoghost.data import refine as refinery  # noqa: E402
+from nanoghost.data import refine as refine_module  # noqa: E402
 from nanoghost.data import refine_pipeline as pipeline  # noqa: E402
 from nanoghost.data.refine import RefineSettings  # noqa: E402
 
@@ -44,14 +44,14 @@ def rare_words() -> list[str]:
 
 
 def prose(rng: random.Random, words: int = 400) -> str:
-    """Nobody's sentences: dictionary words between common ones."""
+    """Meaningless sentences: dictionary words between common ones."""
     rare = rare_words()
     common = "the be to of and that have with upon love iustice over".split()
     line = [rng.choice(rare if rng.random() < 0.5 else common) for _ in range(words)]
     return "".join(w + (".\n" if i % 12 == 11 else " ") for i, w in enumerate(line))
 
 
-def old(text: str) -> str:
+def old_spelling(text: str) -> str:
     """Spelled as in 1623: haue, vpon, iustice, and an e at the end of many a word."""
     words = text.replace("v", "u").replace("j", "i").split(" ")
     return " ".join(w + "e" if w and w[-1] in "dkmnrt" else w for w in words)
@@ -59,20 +59,20 @@ def old(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def crawl(tmp_path_factory):
-    """Forty texts, and beside them: 6 exact copies, 6 in old spelling, 3 that are no prose, 2 that quote what is held out."""
+    """Forty texts, 6 exact copies, 6 in old spelling, 3 that are not prose, 2 that quote the held-out text."""
     rng = random.Random(0)
     folder = tmp_path_factory.mktemp("text")
     texts = {f"a{i:02}": prose(rng) for i in range(40)}
     secret = prose(rng)
     (folder / "held_out.txt").write_text(secret)
     texts |= {f"copy{i}": texts[f"a{i:02}"].replace("\n", "  ") for i in range(6)}
-    texts |= {f"old{i}": old(texts[f"a{i:02}"]) for i in range(10, 16)}
+    texts |= {f"old{i}": old_spelling(texts[f"a{i:02}"]) for i in range(10, 16)}
     texts |= {"short": "too short", "signs": "#### " * 300, "again": "the same of that line again and\n" * 80}
     texts |= {
         "quote": prose(rng) + " ".join(secret.split()[50:70]),
-        "oldquote": old(prose(rng) + " ".join(secret.split()[9:40])),
+        "oldquote": old_spelling(prose(rng) + " ".join(secret.split()[9:40])),
     }
-    texts |= {"innocent": prose(rng) + " ".join(secret.split()[50:60])}  # ten words are no quotation
+    texts |= {"innocent": prose(rng) + " ".join(secret.split()[50:60])}  # ten words are not a quotation
     (folder / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()))
     return folder, list(texts)
 
@@ -87,7 +87,7 @@ def refined(refine_pipeline, settings, tmp_path_factory):
     """The home in which it was done undisturbed, and the manifest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOGHOST_HOME", str(tmp_path_factory.mktemp("home")))
-        manifest = refinery.refine(settings, Quiet())
+        manifest = refine_module.refine(settings, Quiet())
         return Path(os.environ["NANOGHOST_HOME"]), manifest
 
 
@@ -103,7 +103,7 @@ def contents(home: Path) -> dict:
 # ── what goes, and why ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_each_goes_for_its_reason_and_nothing_else_does(refined, crawl):
+def test_documents_are_dropped_for_their_reasons_and_no_others(refined, crawl):
     (home, manifest), names = refined, crawl[1]
 
     def called(file):
@@ -120,26 +120,30 @@ def test_each_goes_for_its_reason_and_nothing_else_does(refined, crawl):
         *names[:40],
         "innocent",
     ]
-    assert manifest["output"]["documents"] == 41 and manifest["input"]["documents"] == len(names)
+    assert manifest["output"]["documents"] == 41
+    assert manifest["input"]["documents"] == len(names)
     assert (
-        manifest["output"]["bytes"] + sum(d["bytes"] for d in manifest["dropped"].values()) == manifest["input"]["bytes"]
+        manifest["output"]["bytes"] + sum(d["bytes"] for d in manifest["dropped"].values())
+        == manifest["input"]["bytes"]
     )
-    kept = [row for file in manifest["files"] for row in rows(home / "data/clean" / file)]
-    clusters = [row["cluster"] for row in kept if "cluster" in row]
+    output_rows = [row for file in manifest["files"] for row in rows(home / "data/clean" / file)]
+    clusters = [row["cluster"] for row in output_rows if "cluster" in row]
     assert len(clusters) == len(set(clusters)) == 6  # one of each pair
 
 
-def test_refined_text_is_a_source_like_any_other(refined, settings, nanoghost, monkeypatch):
+def test_refined_text_is_a_source(refined, settings, nanoghost, monkeypatch):
     home, manifest = refined
     monkeypatch.setenv("NANOGHOST_HOME", str(home))
     source = open_source("clean")
-    kept = [row["text"] for file in manifest["files"] for row in rows(home / "data/clean" / file)]
-    assert [d.text for d in source.documents()] == kept
-    assert source.license == "unknown (local files)" and "refined: 41 of 58 documents" in source.attribution
+    output_rows = [row["text"] for file in manifest["files"] for row in rows(home / "data/clean" / file)]
+    assert [d.text for d in source.documents()] == output_rows
+    assert source.license == "unknown (local files)"
+    assert "refined: 41 of 58 documents" in source.attribution
     assert not (home / "data" / ".refine-clean").exists()
-    assert refinery.refine(settings, Quiet()) == manifest  # it is there already
+    assert refine_module.refine(settings, Quiet()) == manifest  # it is there already
     code, _, err = nanoghost("data", "refine", settings.data, "--name", "clean", "--decontaminate", "none")
-    assert code == 2 and "made with other settings or of other text" in err
+    assert code == 2
+    assert "made with other settings or of other text" in err
     file = home / "data" / "clean" / "00000.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
@@ -148,22 +152,22 @@ def test_refined_text_is_a_source_like_any_other(refined, settings, nanoghost, m
     file.write_bytes(whole)
 
 
-def test_the_result_does_not_depend_on_the_number_of_processes(refine_pipeline, refined, settings, home):
-    refinery.refine(replace(settings, workers=1), Quiet())
+def test_the_output_does_not_depend_on_the_number_of_processes(refine_pipeline, refined, settings, home):
+    refine_module.refine(replace(settings, workers=1), Quiet())
     assert contents(home) == contents(refined[0])
 
 
-def test_executors_of_datatrove_run_the_same_stages(refine_pipeline, refined, settings, home):
+def test_other_executors_of_datatrove_give_the_same_output(refine_pipeline, refined, settings, home):
     """The local one is tried here; Slurm's and Ray's are given the same stages."""
     from datatrove.executor import LocalPipelineExecutor
 
-    work, stages = refinery.prepare(settings)
+    work, stages = refine_module.prepare(settings)
     refine_pipeline.run_stages(stages, work / "done", LocalPipelineExecutor, workers=1)
-    refinery.refine(settings, Quiet())
+    refine_module.refine(settings, Quiet())
     assert contents(home) == contents(refined[0])
 
 
-def test_killed_again_and_again_it_goes_on_and_ends_the_same(refine_pipeline, refined, settings, home):
+def test_a_run_that_is_killed_in_every_stage_gives_the_same_output(refine_pipeline, refined, settings, home):
     work, finished = home / "data" / ".refine-clean", {}
     for mark in (
         "input/00001.jsonl",
@@ -175,7 +179,7 @@ def test_killed_again_and_again_it_goes_on_and_ends_the_same(refine_pipeline, re
         if not (child := os.fork()):
             try:
                 os.setsid()
-                refinery.refine(settings, Quiet())
+                refine_module.refine(settings, Quiet())
             finally:
                 os._exit(0)
         while not (there := list(work.glob(mark))) and not os.waitid(
@@ -187,14 +191,14 @@ def test_killed_again_and_again_it_goes_on_and_ends_the_same(refine_pipeline, re
         if not there:
             break  # it was through sooner than we looked
         deadline = time.time() + 10
-        while alive(child):  # its workers end by themselves
+        while alive(child):  # the workers end by themselves
             assert time.time() < deadline
             time.sleep(0.02)
         now = {p: p.stat().st_mtime_ns for p in work.glob("done/*/completions/*")}
-        assert finished.items() <= now.items()  # nothing that was finished was done again
+        assert finished.items() <= now.items()  # no finished task was repeated
         finished = now
     assert finished
-    refinery.refine(settings, Quiet())
+    refine_module.refine(settings, Quiet())
     assert contents(home) == contents(refined[0])
 
 
@@ -206,29 +210,34 @@ def alive(group: int) -> bool:
     return True
 
 
-def test_problems_of_the_examination_are_held_out(refine_pipeline, tmp_path, monkeypatch):
+def test_held_out_problems_are_removed(refine_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(decontamination, "PROBLEMS", 30)
     decontamination.build_index("tasks", tmp_path / "index.npz")
-    rng, judge = random.Random(1), refine_pipeline.HeldOutFilter(tmp_path / "index.npz")
+    rng, held_out_filter = random.Random(1), refine_pipeline.HeldOutFilter(tmp_path / "index.npz")
     problem = "State the final answer to the following arithmetic problem: 17 + 38 ="
     assert problem in decontamination.held_out_texts("tasks")
-    assert judge.filter(refine_pipeline.Document(prose(rng) + problem + prose(rng), "")) == (False, "tasks")
-    assert judge.filter(refine_pipeline.Document(prose(rng) + problem.replace("17", "1234") + prose(rng), "")) is True
+    assert held_out_filter.filter(refine_pipeline.Document(prose(rng) + problem + prose(rng), "")) == (False, "tasks")
+    assert (
+        held_out_filter.filter(refine_pipeline.Document(prose(rng) + problem.replace("17", "1234") + prose(rng), ""))
+        is True
+    )
 
 
 # ── MinHash ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_bands_find_from_the_similarity_on(refine_pipeline, monkeypatch):
+def test_minhash_bands_find_similar_pairs(refine_pipeline, monkeypatch):
     monkeypatch.setattr(refine_pipeline, "MAX_HASHES", 256)
     for similarity in (0.2, 0.3, 0.5, 0.7, 0.9, 0.95):
         bands, rows = refine_pipeline.minhash_bands(similarity)
         assert bands * rows <= refine_pipeline.MAX_HASHES
 
-        def found(s, b=bands, r=rows):
+        def detection_probability(s, b=bands, r=rows):
             return 1 - (1 - s**r) ** b
 
-        assert 0.55 < found(similarity) < 0.75 and found(similarity / 3) < 0.15 and found(similarity**0.3) > 0.9
+        assert 0.55 < detection_probability(similarity) < 0.75
+        assert detection_probability(similarity / 3) < 0.15
+        assert detection_probability(similarity**0.3) > 0.9
 
 
 def test_signatures_estimate_the_jaccard_similarity(refine_pipeline):
@@ -259,22 +268,25 @@ def test_signatures_estimate_the_jaccard_similarity(refine_pipeline):
         (["--decontaminate", "nowhere"], "no data called 'nowhere'"),
     ],
 )
-def test_mistakes_are_named(refine_pipeline, nanoghost, toy_file, words, message):
+def test_errors_of_settings(refine_pipeline, nanoghost, toy_file, words, message):
     code, _, err = nanoghost("data", "refine", toy_file, *([] if "--name" in words else ["--name", "x"]), *words)
-    assert code == 2 and message in err
+    assert code == 2
+    assert message in err
 
 
-def test_without_datatrove_the_extra_is_named(nanoghost, toy_file, monkeypatch):
+def test_without_datatrove_the_error_names_the_extra(nanoghost, toy_file, monkeypatch):
     for name in ("refine", "refine_pipeline"):
         monkeypatch.delitem(sys.modules, f"nanoghost.data.{name}")
         monkeypatch.delattr(f"nanoghost.data.{name}")
     monkeypatch.setitem(sys.modules, "datatrove", None)
     monkeypatch.setitem(sys.modules, "datatrove.data", None)
     code, _, err = nanoghost("data", "refine", toy_file, "--name", "x")
-    assert code == 2 and "pip install 'nanoghost[refine]'" in err
+    assert code == 2
+    assert "pip install 'nanoghost[refine]'" in err
 
 
-def test_nothing_left_is_said(refine_pipeline, nanoghost, tmp_path):
+def test_empty_output_is_an_error(refine_pipeline, nanoghost, tmp_path):
     (tmp_path / "d.txt").write_text("short")
     code, _, err = nanoghost("data", "refine", tmp_path / "d.txt", "--name", "x", "--decontaminate", "none")
-    assert code == 2 and "nothing is left" in err
+    assert code == 2
+    assert "nothing is left" in err

@@ -1,4 +1,4 @@
-"""Lookup in a folder of documents: what is found, what stays out, and an index that follows the folder."""
+"""Search in a folder of documents: results, ignored files, and an index that follows the folder."""
 
 import os
 import re
@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoghost.errors import UserError
-from nanoghost.tools.retrieval import STOP_WORDS, MIN_PASSAGE_WORDS, MAX_FILE_BYTES, MAX_PASSAGE_WORDS, MAX_SNIPPET_CHARACTERS, DocumentFolder, TextIndex, passages_of
+from nanoghost.tools.retrieval import (
+    MAX_FILE_BYTES,
+    MAX_PASSAGE_WORDS,
+    MAX_SNIPPET_CHARACTERS,
+    MIN_PASSAGE_WORDS,
+    STOP_WORDS,
+    DocumentFolder,
+    TextIndex,
+    passages_of,
+)
 
 WORD = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=8)
 LINE = st.one_of(
@@ -41,10 +50,14 @@ def sources(documents: DocumentFolder, question: str) -> list[str]:
     return [passage.source for passage in documents.search(question, 10)]
 
 
-def test_passages_are_found_by_what_they_say_and_where_they_stand(notes):
+def test_passages_are_found_by_text_heading_and_path(notes):
     documents = DocumentFolder(notes)
-    [found] = documents.search("Where does the QUEEN live?")
-    assert (found.source, found.heading, found.text) == ("garden/bees.md", "Bees", "The queen lives in the blue hive.")
+    [passage] = documents.search("Where does the QUEEN live?")
+    assert (passage.source, passage.heading, passage.text) == (
+        "garden/bees.md",
+        "Bees",
+        "The queen lives in the blue hive.",
+    )
     assert documents.search("harvests")[0].heading == "Honey", "words are compared by their stems"
     assert sources(documents, "garden") == ["garden/bees.md"] * 2, "folders' and files' names count"
     assert documents.search("what is it?") == documents.search("") == documents.search("zebra") == []
@@ -52,22 +65,26 @@ def test_passages_are_found_by_what_they_say_and_where_they_stand(notes):
 
 @given(TEXT, st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_passages_hold_every_word_once_and_are_short(text, has_headings):
-    found = list(passages_of(text, has_headings))
+def test_passages_contain_every_word_once_and_are_short(text, has_headings):
+    results = list(passages_of(text, has_headings))
     if not has_headings:
-        assert " ".join(passage for _, passage in found).split() == text.split()
+        assert " ".join(passage for _, passage in results).split() == text.split()
     words = re.findall(r"\w+", text)
-    assert not set(words) - set(re.findall(r"\w+", " ".join(h + " " + p for h, p in found)))
-    assert all(len(passage.split()) <= MAX_PASSAGE_WORDS for _, passage in found)
-    for (heading, passage), (next_heading, following) in zip(found, found[1:]):
+    assert not set(words) - set(re.findall(r"\w+", " ".join(h + " " + p for h, p in results)))
+    assert all(len(passage.split()) <= MAX_PASSAGE_WORDS for _, passage in results)
+    for (heading, passage), (next_heading, following) in zip(results, results[1:]):
         if heading == next_heading == "":
-            assert len(passage.split()) >= MIN_PASSAGE_WORDS or len(passage.split() + following.split()) > MAX_PASSAGE_WORDS
+            assert (
+                len(passage.split()) >= MIN_PASSAGE_WORDS
+                or len(passage.split() + following.split()) > MAX_PASSAGE_WORDS
+            )
 
 
 def test_long_paragraphs_end_with_a_sentence():
     text = " ".join(f"This is the sentence number {i} of them all." for i in range(100))
     pieces = [passage for _, passage in passages_of(text, False)]
-    assert len(pieces) > 3 and all(piece.endswith("all.") for piece in pieces)
+    assert len(pieces) > 3
+    assert all(piece.endswith("all.") for piece in pieces)
 
 
 @given(st.lists(st.lists(WORD, min_size=1, max_size=100).map(" ".join), min_size=1, max_size=5))
@@ -88,15 +105,17 @@ def test_the_index_follows_the_folder(notes):
     (notes / "new.txt").write_text("A zebra.")
     assert sources(documents, "zebra") == ["new.txt"]
     (notes / "new.txt").write_text("A giraffe instead.")
-    assert sources(documents, "zebra") == [] and sources(documents, "giraffe") == ["new.txt"]
+    assert sources(documents, "zebra") == []
+    assert sources(documents, "giraffe") == ["new.txt"]
     (notes / "new.txt").rename(notes / "garden" / "old.md")
     assert sources(documents, "giraffe") == ["garden/old.md"]
     (notes / "garden" / "old.md").unlink()
-    assert sources(documents, "giraffe") == [] and sources(documents, "queen") == ["garden/bees.md"]
+    assert sources(documents, "giraffe") == []
+    assert sources(documents, "queen") == ["garden/bees.md"]
     assert sources(DocumentFolder(notes), "queen") == ["garden/bees.md"]
 
 
-def test_only_what_changed_is_read_again(notes, monkeypatch):
+def test_only_changed_files_are_read_again(notes, monkeypatch):
     from nanoghost.tools import retrieval
 
     documents, read, read_document = DocumentFolder(notes), [], retrieval.read_document
@@ -108,7 +127,7 @@ def test_only_what_changed_is_read_again(notes, monkeypatch):
     assert read == ["tea.txt"]
 
 
-def test_what_stays_out(notes, tmp_path, home):
+def test_hidden_linked_binary_and_large_files_are_ignored(notes, tmp_path, home):
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret.txt").write_text("The secret xylophone.")
     (notes / "link.txt").symlink_to(tmp_path / "outside" / "secret.txt")
@@ -126,63 +145,100 @@ def test_what_stays_out(notes, tmp_path, home):
     os.makedirs(os.fsencode(notes) + b"/\xff")
     Path(os.fsdecode(os.fsencode(notes) + b"/\xff/name.txt")).write_text("xylophone")
     documents = DocumentFolder(notes)
-    assert documents.search("xylophone") == [] and sources(documents, "queen") == ["garden/bees.md"]
-    assert stat.S_IMODE(documents.path.parent.stat().st_mode) == 0o700 and home in documents.path.parents
+    assert documents.search("xylophone") == []
+    assert sources(documents, "queen") == ["garden/bees.md"]
+    assert stat.S_IMODE(documents.path.parent.stat().st_mode) == 0o700
+    assert home in documents.path.parents
     (notes / "tea.txt").unlink()
     (notes / "tea.txt").symlink_to(tmp_path / "outside" / "secret.txt")
-    assert documents.search("xylophone") == [] and documents.search("tea") == []
+    assert documents.search("xylophone") == []
+    assert documents.search("tea") == []
 
 
-def test_odd_files_are_read_as_far_as_they_are_text(tmp_path):
+def test_unusual_files_are_read_as_far_as_possible(tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\xe9 noir".encode("latin-1"))
     (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbfbeginning")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "Title.MD").write_text("# Only a heading\n")
     documents = DocumentFolder(tmp_path)
-    assert sources(documents, "noir") == ["latin.txt"] and sources(documents, "beginning") == ["mark.txt"]
+    assert sources(documents, "noir") == ["latin.txt"]
+    assert sources(documents, "beginning") == ["mark.txt"]
     assert documents.search("beginning")[0].text == "beginning"
     assert documents.search("heading")[0].heading == "Only a heading"
 
 
-HOSTILE = ['"', '""', "' or 1=1 --", '"; drop table passages --', "text:queen", "queen*", "queen NEAR hive", "NOT queen", "(queen",
-           "AND", "OR OR", "queen AND", "^queen", "{a b}: queen", "-queen", "\0queen", "queen\0\0", "\ud800 queen", "\x1b[2J",
-           "a" * 10**5, "queen " * 10**4, "?", "%s", "𝔮𝔲𝔢𝔢𝔫"]  # fmt: skip
+HOSTILE = [
+    '"',
+    '""',
+    "' or 1=1 --",
+    '"; drop table passages --',
+    "text:queen",
+    "queen*",
+    "queen NEAR hive",
+    "NOT queen",
+    "(queen",
+    "AND",
+    "OR OR",
+    "queen AND",
+    "^queen",
+    "{a b}: queen",
+    "-queen",
+    "\0queen",
+    "queen\0\0",
+    "\ud800 queen",
+    "\x1b[2J",
+    "a" * 10**5,
+    "queen " * 10**4,
+    "?",
+    "%s",
+    "𝔮𝔲𝔢𝔢𝔫",
+]
 
 
 @pytest.mark.parametrize("question", HOSTILE, ids=range(len(HOSTILE)))
-def test_nothing_in_a_question_is_syntax(notes, question):
+def test_questions_are_never_fts5_syntax(notes, question):
     documents = DocumentFolder(notes)
-    found = documents.search(question)
-    assert ("queen" not in question) or found[0].source == "garden/bees.md"
+    results = documents.search(question)
+    assert ("queen" not in question) or results[0].source == "garden/bees.md"
     assert sources(documents, "queen") == ["garden/bees.md"]
 
 
 @given(st.text(st.sampled_from(string.punctuation + " \0queenOR"), max_size=40))
 @settings(max_examples=100, deadline=None)
-def test_any_text_is_a_question(question):
+def test_any_text_can_be_searched(question):
     assert TextIndex(["the queen", "OR"]).search(question, 2) in ([], [0], [1], [0, 1], [1, 0])
 
 
-def test_searches_from_many_threads(notes):
-    documents, found = DocumentFolder(notes), []
+def test_threads_can_search_at_once(notes):
+    documents, results = DocumentFolder(notes), []
     (notes / "late.txt").write_text("A late zebra.")
-    threads = [threading.Thread(target=lambda: found.append(sources(documents, "zebra"))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: results.append(sources(documents, "zebra"))) for _ in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert found == [["late.txt"]] * 4
+    assert results == [["late.txt"]] * 4
 
 
-@pytest.mark.parametrize("text", ["word " * (MAX_FILE_BYTES // 5), "a" * MAX_FILE_BYTES, "#" + " " * (MAX_FILE_BYTES - 1), "# " + "b" * (MAX_FILE_BYTES - 2),
-                                  "\n" * MAX_FILE_BYTES, "\n" + " " * (MAX_FILE_BYTES - 1)], ids=range(6))  # fmt: skip
-def test_large_files_of_an_odd_form_are_read_in_a_moment(tmp_path, text):
+LARGE_TEXTS = [
+    "word " * (MAX_FILE_BYTES // 5),
+    "a" * MAX_FILE_BYTES,
+    "#" + " " * (MAX_FILE_BYTES - 1),
+    "# " + "b" * (MAX_FILE_BYTES - 2),
+    "\n" * MAX_FILE_BYTES,
+    "\n" + " " * (MAX_FILE_BYTES - 1),
+]
+
+
+@pytest.mark.parametrize("text", LARGE_TEXTS, ids=range(6))
+def test_large_files_of_unusual_form_are_fast(tmp_path, text):
     (tmp_path / "odd.md").write_text(text)
     (tmp_path / "other.md").write_text("queen")
     start = time.monotonic()
     documents = DocumentFolder(tmp_path)
-    found = [*documents.search("word"), *documents.search(text[-40:])]
-    assert time.monotonic() - start < 10 and all(len(passage.snippet) <= MAX_SNIPPET_CHARACTERS for passage in found)
+    results = [*documents.search("word"), *documents.search(text[-40:])]
+    assert time.monotonic() - start < 10
+    assert all(len(passage.snippet) <= MAX_SNIPPET_CHARACTERS for passage in results)
 
 
-def test_no_folder(tmp_path):
+def test_a_missing_folder_is_reported(tmp_path):
     with pytest.raises(UserError, match="not a folder"):
         DocumentFolder(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""The sandbox: what a program may do there, and that what it may not do fails without harm to anybody."""
+"""The sandbox: what programs can do there, and that everything else fails without harm."""
 
 import os
 import resource
@@ -26,11 +26,11 @@ def run(code: str, seconds: float = 5.0) -> str:
     return run_python(code, seconds)
 
 
-# ── what it is for ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what programs can do ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    "code, said",
+    "code, output",
     [
         ("1 + 2", "3"),
         ("print(1)\n'two'", "1\n'two'"),
@@ -53,8 +53,8 @@ def run(code: str, seconds: float = 5.0) -> str:
         ("input()", "error: EOFError: EOF when reading a line (line 1)"),
     ],
 )
-def test_a_program_answers_as_a_cell_of_a_notebook(code, said):
-    assert run(code) == said
+def test_output_of_programs(code, output):
+    assert run(code) == output
 
 
 SUM = st.tuples(st.integers(-(10**9), 10**9), st.sampled_from("+-*"), st.integers(-(10**9), 10**9))
@@ -62,48 +62,48 @@ SUM = st.tuples(st.integers(-(10**9), 10**9), st.sampled_from("+-*"), st.integer
 
 @settings(max_examples=3, deadline=None)
 @given(st.lists(SUM, min_size=1, max_size=50), st.lists(st.text(max_size=30), max_size=30))
-def test_sums_are_pythons_own_and_any_text_goes_in_and_out(sums, texts):
+def test_results_and_texts_are_the_same_as_in_python(sums, texts):
     sums = ", ".join(f"({a}) {operation} ({b})" for a, operation, b in sums)
-    said = run(f"print([{sums}])\nprint(ascii({texts!r}))")
-    assert said == f"{eval(f'[{sums}]')}\n{ascii(texts)}"
+    output = run(f"print([{sums}])\nprint(ascii({texts!r}))")
+    assert output == f"{eval(f'[{sums}]')}\n{ascii(texts)}"
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=300))
-def test_what_is_shown_has_no_control_characters(said):
-    shown = printable(said)
+def test_output_has_no_control_characters(output):
+    shown = printable(output)
     assert all(c.isprintable() or c in "\t\n" or not c.isascii() for c in shown)
     assert shown.isascii() or "\x9b" not in shown
 
 
-def test_a_program_always_prints_the_same():
+def test_output_is_deterministic():
     program = "print({'a', 'b', 'c', 'd'}, hash('x'))"
     assert run(program) == run(program)
 
 
-def test_two_at_once_know_nothing_of_each_other():
+def test_programs_that_run_at_once_are_isolated():
     programs = [f"import time\nx = {i}\ntime.sleep(0.3)\nx" for i in range(2)]
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(run, programs)) == ["0", "1"]
 
 
-def test_too_long_a_program_is_not_started():
+def test_a_program_that_is_too_long_is_not_started():
     assert run("#" * (MAX_CODE_CHARACTERS + 1)) == f"error: a program of more than {MAX_CODE_CHARACTERS} characters"
     assert run("'é€👻'" + "#" * (MAX_CODE_CHARACTERS - 5)) == "'é€👻'"
 
 
-# ── what it must hold ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── what programs cannot do ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
 def every_character():
-    """Hypothesis makes its table of all characters in 200 MB of this process, once: before memory is looked at."""
+    """Hypothesis builds its table of all characters in 200 MB of memory, once; do it before memory is measured."""
     settings(max_examples=1, database=None)(given(st.text())(lambda text: None))()
 
 
 @pytest.fixture(autouse=True)
 def unharmed(every_character, python_sandbox, home, tmp_path, monkeypatch):
-    """Plants secrets, and looks afterwards whether this process is as it was."""
+    """Plant secrets, and check afterwards that this process has not changed."""
     monkeypatch.setenv("NANOGHOST_SECRET", SECRET)
     (tmp_path / "secret.txt").write_text(SECRET)
 
@@ -111,16 +111,18 @@ def unharmed(every_character, python_sandbox, home, tmp_path, monkeypatch):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
         return os.getcwd(), environment, open_files(), sorted(os.listdir(tmp_path)), sorted(os.listdir("."))
 
-    with open(tmp_path / "secret.txt") as kept:
-        before, memory = state(), most_memory()
+    with open(tmp_path / "secret.txt") as secret_file:
+        before, memory = state(), peak_memory()
         yield
-        assert state() == before and most_memory() - memory < 64 * 2**20
-        assert kept.read() == SECRET and (tmp_path / "secret.txt").read_text() == SECRET
+        assert state() == before
+        assert peak_memory() - memory < 64 * 2**20
+        assert secret_file.read() == SECRET
+        assert (tmp_path / "secret.txt").read_text() == SECRET
     assert not still_running(str(home))
 
 
-def most_memory() -> int:
-    """Bytes that this process held at its largest."""
+def peak_memory() -> int:
+    """Peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if LINUX else 1)
 
 
@@ -141,7 +143,7 @@ def still_running(word: str) -> list[str]:
 
 
 ESCAPES = {
-    # program -> how its answer begins, or any of several beginnings
+    # name: (program, start of its output, or several possible starts)
     "read a file": ("open('/etc/passwd').read()", "error: FileNotFoundError"),
     "read the home": ("import os\nos.listdir(os.path.expanduser('~'))", "error: "),
     "list the root": ("import os\nos.listdir('/')", "error: FileNotFoundError"),
@@ -155,7 +157,8 @@ ESCAPES = {
     "link in the library": ("import os\nos.symlink('/etc', '/usr/local/lib/python3.12/etc')", "error: "),
     "mount": ("import os\nos.chroot('/')", "error: AttributeError"),
     "open files of others": (
-        "import os\nfor fd in range(3, 200):\n    try:\n        print(fd, os.read(fd, 100))\n    except OSError:\n        pass\n'none'",
+        "import os\nfor fd in range(3, 200):\n    try:\n        print(fd, os.read(fd, 100))\n"
+        "    except OSError:\n        pass\n'none'",
         "'none'",
     ),
     "connect": ("import socket\nsocket.create_connection(('127.0.0.1', {port}))", "error: "),
@@ -204,8 +207,8 @@ ESCAPES = {
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_no_way_out(name, tmp_path):
-    program, begins = ESCAPES[name]
+def test_the_sandbox_cannot_be_escaped(name, tmp_path):
+    program, expected = ESCAPES[name]
     with socket.create_server(("127.0.0.1", 0)) as server:
         names = {
             "secret": str(tmp_path / "secret.txt"),
@@ -216,14 +219,15 @@ def test_no_way_out(name, tmp_path):
         for key, value in names.items():
             program = program.replace("{" + key + "!r}", repr(value)).replace("{" + key + "}", str(value))
         start = time.monotonic()
-        said = run(program, 1.0 if "stopped" in str(begins) else 5.0)
+        output = run(program, 1.0 if "stopped" in str(expected) else 5.0)
         seconds = time.monotonic() - start
         server.settimeout(0.01)
         with pytest.raises(TimeoutError):
             server.accept()
-    assert said.startswith(begins), said
-    assert SECRET not in said and "root:" not in said
-    assert seconds < (2.0 if "stopped" in said else 6.0), "the time limit holds within a second"
+    assert output.startswith(expected), output
+    assert SECRET not in output
+    assert "root:" not in output
+    assert seconds < (2.0 if "stopped" in output else 6.0), "the time limit holds within a second"
 
 
 @pytest.mark.parametrize(
@@ -231,43 +235,49 @@ def test_no_way_out(name, tmp_path):
     ["while True: print('y' * 1000)", "import sys\nsys.stderr.write('y' * 10**8)", "raise ValueError('y' * 10**7)",
      "'y' * 10**7", "import os\nwhile True: os.write(2, b'y' * 10**6)"],
 )  # fmt: skip
-def test_a_flood_is_stopped(program):
+def test_too_much_output_stops_the_program(program):
     start = time.monotonic()
-    said = run(program)
-    assert said.endswith(f"(stopped after {MAX_OUTPUT_BYTES} bytes of output)") and len(said) < MAX_OUTPUT_BYTES + 60
+    output = run(program)
+    assert output.endswith(f"(stopped after {MAX_OUTPUT_BYTES} bytes of output)")
+    assert len(output) < MAX_OUTPUT_BYTES + 60
     assert time.monotonic() - start < 4
 
 
-def test_what_was_printed_before_the_end_is_told():
+def test_output_before_the_timeout_is_returned():
     assert run("print('so far')\nwhile True: pass", 1.0) == "so far\n(stopped after 1 s)"
 
 
-def test_what_one_program_changes_no_other_sees():
-    """The library is a part of the program's own memory, which is gone with it."""
+def test_a_program_cannot_change_the_library_for_others():
+    """The library is in the memory of the program, which is gone with it."""
     library = "/usr/local/lib/python3.12/new.py"
     run(f"with open({library!r}, 'w') as f:\n    f.write({SECRET!r})")
     assert run(f"open({library!r}).read()").startswith("error: FileNotFoundError")
 
 
-def test_odd_bytes_do_no_harm():
-    said = run(r"import os" "\n" r"os.write(1, b'a\x00b\x1b[2Jc\xff\xfe\r\nd\x9b')" "\n" r"print('\ud800\x07')")
-    assert said.startswith("ab[2Jc��\nd�") and said.isprintable() is False and "\x1b" not in said and "\0" not in said
+def test_invalid_bytes_in_the_output():
+    output = run(r"import os" "\n" r"os.write(1, b'a\x00b\x1b[2Jc\xff\xfe\r\nd\x9b')" "\n" r"print('\ud800\x07')")
+    assert output.startswith("ab[2Jc��\nd�")
+    assert output.isprintable() is False
+    assert "\x1b" not in output
+    assert "\0" not in output
 
 
-def test_the_kernel_ends_a_program_whose_parent_is_gone():
-    """The alarm of the child alone: nobody kills it here."""
+def test_the_kernel_kills_a_program_whose_parent_is_gone():
+    """Only the alarm of the child ends it: here no parent does."""
     command = sandbox._command("run", sandbox.compiled_module(), 0.2)
     start = time.monotonic()
     done = subprocess.run(command, input=b"import time\ntime.sleep(100)", capture_output=True, env={}, check=False)
-    assert done.returncode == -14 and time.monotonic() - start < 3  # SIGALRM
+    assert done.returncode == -14
+    assert time.monotonic() - start < 3  # SIGALRM
 
 
-# ── the compiled interpreter ────────────────────────────────────────────────────────────────────────────────────────
+# ── the compiled interpreter ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_machine_code_is_run_only_if_nobody_else_could_write_it(home, monkeypatch):
+def test_machine_code_is_only_run_if_no_other_user_could_write_it(home, monkeypatch):
     path = sandbox.compiled_module()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     compiled = []
 
     def remember(command, **options):
@@ -276,12 +286,17 @@ def test_machine_code_is_run_only_if_nobody_else_could_write_it(home, monkeypatc
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", remember)
-    assert sandbox.compiled_module() == path and not compiled
-    kept = path.rename(path.with_name("kept"))
-    path.symlink_to(kept)
-    assert sandbox.compiled_module().read_bytes() == b"new" and len(compiled) == 1 and not path.is_symlink()
+    assert sandbox.compiled_module() == path
+    assert not compiled
+    moved = path.rename(path.with_name("moved"))
+    path.symlink_to(moved)
+    assert sandbox.compiled_module().read_bytes() == b"new"
+    assert len(compiled) == 1
+    assert not path.is_symlink()
     path.chmod(0o622)
-    assert sandbox.compiled_module() == path and len(compiled) == 2 and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sandbox.compiled_module() == path
+    assert len(compiled) == 2
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.parent.chmod(0o777)
     with pytest.raises(UserError, match="chmod 700"):
         sandbox.compiled_module()
@@ -290,7 +305,7 @@ def test_machine_code_is_run_only_if_nobody_else_could_write_it(home, monkeypatc
 
 def test_a_damaged_module_is_compiled_again(home, monkeypatch):
     path = sandbox.compiled_module()
-    whole = path.rename(path.with_name("kept"))
+    whole = path.rename(path.with_name("whole"))
     path.write_bytes(b"\x7fELF" + b"\0" * 1000)
     path.chmod(0o600)
     compiled = []
@@ -301,31 +316,33 @@ def test_a_damaged_module_is_compiled_again(home, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", again)
-    assert run("6 * 7") == "42" and len(compiled) == 1
+    assert run("6 * 7") == "42"
+    assert len(compiled) == 1
 
 
-def test_the_home_may_be_named_from_here(home, monkeypatch):
+def test_the_home_can_be_a_relative_path(home, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("NANOGHOST_HOME", os.path.relpath(home))
         assert run("6 * 7") == "42"
 
 
-def test_a_failed_compilation_leaves_nothing(home, monkeypatch, capfd):
+def test_a_failed_compilation_leaves_no_files(home, monkeypatch, capfd):
     path = sandbox.compiled_module()
     path.unlink()
     monkeypatch.setattr(sandbox, "_wasm_file", lambda: home / "nothing.wasm")
     with pytest.raises(UserError, match="see the messages above"):
         run("1")
-    assert not list(path.parent.iterdir()) and "nothing.wasm" in capfd.readouterr().err
+    assert not list(path.parent.iterdir())
+    assert "nothing.wasm" in capfd.readouterr().err
 
 
-def test_only_the_interpreter_we_know_is_compiled(monkeypatch):
+def test_only_the_expected_interpreter_is_compiled(monkeypatch):
     monkeypatch.setattr(sandbox, "WASM_SHA256", "0" * 64)
     with pytest.raises(UserError, match=r"nanoghost\[sandbox\]"):
         run("1")
 
 
-def test_without_the_sandbox_nothing_runs(monkeypatch):
+def test_without_the_sandbox_no_program_runs(monkeypatch):
     monkeypatch.setattr(sandbox, "find_spec", lambda name: None)
     monkeypatch.setattr(subprocess, "Popen", None)
     assert not sandbox.available()

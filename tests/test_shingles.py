@@ -1,4 +1,4 @@
-"""Shingles that do not depend on spelling: the same for First Folio and modern spelling, different for different words."""
+"""Shingles: the same for First Folio and modern spelling, different for different words."""
 
 import random
 
@@ -7,7 +7,7 @@ import numpy as np
 from nanoghost.data.shingles import contains_any, shingles, skeleton, word_hashes
 
 
-def test_spellings_of_a_word_are_one_and_words_are_not():
+def test_spellings_of_a_word_have_the_same_hash():
     for pair in (
         "have haue",
         "upon vpon",
@@ -22,16 +22,18 @@ def test_spellings_of_a_word_are_one_and_words_are_not():
         assert (modern == folio).all(), pair
     assert len({skeleton(w) for w in "king queen sword ghost 1623 1632 22 2".split()}) == 8
     assert len(word_hashes("It's one's, well-known: 漢字!")) == 6
-    assert len(word_hashes("")) == 0 and len(shingles(word_hashes("one two"), 3)) == 0
+    assert len(word_hashes("")) == 0
+    assert len(shingles(word_hashes("one two"), 3)) == 0
 
 
-def test_shingles_are_the_sets_of_word_sequences():
+def test_shingles_are_equal_exactly_if_the_words_are():
     rng = random.Random(0)
     words = [rng.choice("ab cd ef gh 1 2".split()) for _ in range(300)]
     for n in (1, 2, 3, 5):
-        found = shingles(word_hashes(" ".join(words)), n)
+        hashes = shingles(word_hashes(" ".join(words)), n)
         sequences = [tuple(words[i : i + n]) for i in range(300 - n + 1)]
-        assert len(found) == len(sequences) and len(set(found.tolist())) == len(set(sequences))
-        known = np.unique(found[:50])
-        for i in range(len(found)):
-            assert contains_any(found[i : i + 1], known) == (sequences[i] in sequences[:50])
+        assert len(hashes) == len(sequences)
+        assert len(set(hashes.tolist())) == len(set(sequences))
+        index = np.unique(hashes[:50])
+        for i in range(len(hashes)):
+            assert contains_any(hashes[i : i + 1], index) == (sequences[i] in sequences[:50])

@@ -242,12 +242,15 @@ def test_no_phrasing_is_in_both_splits_of_any_task():
 
 def test_there_are_enough_phrasings():
     train, _ = next(phrasings())  # of sums
-    assert len(train) >= 40 and len(arithmetic.ANY["test"]) >= 5
+    assert len(train) >= 40
+    assert len(arithmetic.ANY["test"]) >= 5
     for intent in identity.INTENTS.values():
-        assert len(intent.train) >= 12 and len(intent.test) >= 3
+        assert len(intent.train) >= 12
+        assert len(intent.test) >= 3
     categories = refusal.CATEGORIES.values()
     assert len(categories) >= 12
-    assert sum(len(c.train) for c in categories) >= 150 and sum(len(c.test) for c in categories) >= 30
+    assert sum(len(c.train) for c in categories) >= 150
+    assert sum(len(c.test) for c in categories) >= 30
     for templates in (t for pair in phrasings() for t in pair):
         assert len({normalize(template) for template in templates}) >= len(templates) - 3  # "Hi" and "Hi!" may
 
@@ -266,8 +269,8 @@ def test_a_content_has_the_same_split_in_all_tasks():
     assert split_of("Thou") == split_of("thou") == split_of("thou")
     assert arithmetic.content_key(3, "+", 40) == arithmetic.content_key(40, "+", 3)
     assert arithmetic.content_key(3, "-", 40) != arithmetic.content_key(40, "-", 3)
-    dealt = [split_of(f"{a} + {b}") for a in range(60) for b in range(60)]
-    assert 0.10 < dealt.count("test") / len(dealt) < 0.15
+    splits = [split_of(f"{a} + {b}") for a in range(60) for b in range(60)]
+    assert 0.10 < splits.count("test") / len(splits) < 0.15
 
 
 @pytest.mark.parametrize("task", [ChainSum(), SpellBackward()], ids=lambda task: task.name)
@@ -317,13 +320,13 @@ def test_gym_solutions_are_direct_answers_or_worked_steps(task, least, most):
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 1.0]))
 @settings(max_examples=200, deadline=None)
-def test_replacing_words_keeps_the_slots(seed, share):
+def test_replacing_words_keeps_the_slots(seed, fraction):
     rng = random.Random(seed)
     template = rng.choice([*arithmetic.ANY["train"], *spelling.COUNT["train"]])
-    other = replace_words(rng, template, share)
+    other = replace_words(rng, template, fraction)
     assert re.findall(r"\{\w+\}", other) == re.findall(r"\{\w+\}", template)
     assert len(other.split()) == len(template.split())
-    assert share > 0 or other == template
+    assert fraction > 0 or other == template
 
 
 def test_worked_steps_are_correct_in_every_column():
@@ -343,11 +346,11 @@ def test_sums_need_the_calculator_and_the_correct_last_number():
     lengths = set()
     for _ in range(300):
         problem = task.problem(rng, "test")
-        call, told, answer = problem.solution
-        assert run_tool(call["tool_calls"][0], TOOLS) == told["content"] == problem.answer
+        call, result, answer = problem.solution
+        assert run_tool(call["tool_calls"][0], TOOLS) == result["content"] == problem.answer
         assert task.score(problem, [answer]) == 0.0  # no calculator was called
-        assert task.score(problem, [call, told, assistant(text_of(answer) + " Or 5.5?")]) == 0.0
-        assert task.score(problem, [call, told]) == 0.0
+        assert task.score(problem, [call, result, assistant(text_of(answer) + " Or 5.5?")]) == 0.0
+        assert task.score(problem, [call, result]) == 0.0
         expression = json.loads(call["tool_calls"][0]["function"]["arguments"])["expression"]
         lengths |= {len(number) for number in re.findall(r"\d+", expression)}
     assert lengths == {1, 2, 3, 4}
@@ -366,12 +369,12 @@ def test_the_solution_of_counting_numbers_the_letters():
     task, rng = Counting(["possess", *WORDS]), random.Random(0)
     for _ in range(300):
         problem = task.problem(rng, rng.choice(["train", "test"]))
-        scratch, count = text_of(problem.solution[0]).removesuffix(".").split(", so ")
-        marks = re.findall(r"([A-Za-z])(\d)", scratch)
-        assert [int(n) for _, n in marks] == list(range(1, int(count) + 1))
-        assert len({letter.lower() for letter, _ in marks}) <= 1
-        for letter, _ in marks[:1]:
-            assert re.sub(r"[-\d]", "", scratch).lower().count(letter.lower()) == int(count)
+        spelled, count = text_of(problem.solution[0]).removesuffix(".").split(", so ")
+        numbered_letters = re.findall(r"([A-Za-z])(\d)", spelled)
+        assert [int(n) for _, n in numbered_letters] == list(range(1, int(count) + 1))
+        assert len({letter.lower() for letter, _ in numbered_letters}) <= 1
+        for letter, _ in numbered_letters[:1]:
+            assert re.sub(r"[-\d]", "", spelled).lower().count(letter.lower()) == int(count)
         assert all(len(part["text"]) == 1 for part in problem.solution[0]["content"][:-1])
 
 
@@ -395,7 +398,8 @@ def test_identity_says_only_what_the_card_contains():
     }
     assert identity_facts({}) == {}
     task = Identity({})
-    assert not {"parameters", "data", "minutes", "machine", "author"} & set(task.intents) and "who" in task.intents
+    assert not {"parameters", "data", "minutes", "machine", "author"} & set(task.intents)
+    assert "who" in task.intents
     assert task.intents["who"].answers == ("I am {name}, a small language model.",)
     for split in ("train", "test"):
         rng = random.Random(0)
@@ -404,9 +408,14 @@ def test_identity_says_only_what_the_card_contains():
 
 def test_answerable_and_unanswerable_questions_are_similar():
     questions = {name: {normalize(t) for t in intent.train} for name, intent in identity.INTENTS.items()}
-    unknown = {normalize(t) for category in refusal.CATEGORIES.values() for t in category.train}
-    for known, near in (("your name", "my name"), ("old are you", "old am i"), ("do you live", "do i live")):
-        assert any(known in q for qs in questions.values() for q in qs) and any(near in q for q in unknown)
+    unanswerable_questions = {normalize(t) for category in refusal.CATEGORIES.values() for t in category.train}
+    for answerable, unanswerable in (
+        ("your name", "my name"),
+        ("old are you", "old am i"),
+        ("do you live", "do i live"),
+    ):
+        assert any(answerable in q for qs in questions.values() for q in qs)
+        assert any(unanswerable in q for q in unanswerable_questions)
 
 
 @pytest.mark.parametrize("text", ["I don't know the news: I see none.", "I don’t know.", "i do not know it"])
@@ -428,7 +437,8 @@ def test_a_refusal_of_an_answerable_question_scores_0():
 def test_distinct_problems_of_a_small_task_are_all_its_problems():
     task = Spelling(WORDS)
     problems = distinct_problems(task, 2000)
-    assert 100 < len(problems) < 2000 and len(problems) == len({text_of(p.messages[0]) for p in problems})
+    assert 100 < len(problems) < 2000
+    assert len(problems) == len({text_of(p.messages[0]) for p in problems})
 
 
 # ── plays ───────────────────────────────────────────────────────────────────────────────────────────────────
