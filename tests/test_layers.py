@@ -1,6 +1,6 @@
-"""The fast operations against slow ones: hand-written backward passes, attention by a loop, whole log-softmaxes.
+"""The fast operations against slow ones: autograd and finite differences, attention by loops, a full log-softmax.
 
-B batch, T time, S time in the cache plus T, D width, H heads, K head width, V vocabulary, N positions.
+B batch, T time, S tokens read so far, D width, H heads, K head width, V vocabulary, N positions.
 """
 
 import pytest
@@ -29,8 +29,9 @@ def value_and_gradients(function, *inputs):
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
-def test_norm_is_the_formula_of_the_paper_and_so_is_its_gradient(size):
-    """Its sizes are fp32 by design, so the oracle is plain autograd in fp64 and not a finite difference."""
+def test_norm_and_its_gradient_equal_the_formula_of_rmsnorm(size):
+    """The oracle is autograd in fp64. Finite differences cannot be used, because the norm is computed in fp32 by
+    design."""
     x_BTD = torch.randn(2, 3, 16) * size
     y, (gradient,) = value_and_gradients(norm, x_BTD)
     expected = value_and_gradients(lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt(), x_BTD.double())
@@ -38,27 +39,29 @@ def test_norm_is_the_formula_of_the_paper_and_so_is_its_gradient(size):
     assert_close(gradient.double(), expected[1][0], rtol=1e-4, atol=1e-5 / size)
 
 
-def test_relu_squared_follows_finite_differences():
+def test_relu_squared_has_the_gradient_of_finite_differences():
     assert gradcheck(relu_squared, torch.randn(4, 7, dtype=torch.float64, requires_grad=True))
     assert_close(relu_squared(torch.tensor([-2.0, 0.0, 3.0])), torch.tensor([0.0, 0.0, 9.0]))
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 5, 2, 3, 4)])  # queries alone, and with keys beside them
-def test_rotate_follows_finite_differences(shape):
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 5, 2, 3, 4)])  # queries alone; queries and keys together
+def test_rotate_has_the_gradient_of_finite_differences(shape):
     cos, sin = rope_table(5, 4, 100.0)
     assert gradcheck(lambda x: rotate(x, cos, sin), torch.randn(shape, dtype=torch.float64, requires_grad=True))
 
 
-def test_rotate_turns_pairs_of_halves_in_the_complex_plane():
+def test_rotate_multiplies_pairs_of_channels_by_complex_phases():
     T, K, base = 6, 8, 100.0
     x_BTHK = torch.randn(2, T, 3, K, dtype=torch.float64)
     complex_x = torch.complex(x_BTHK[..., : K // 2], x_BTHK[..., K // 2 :])
     frequencies = torch.tensor([base ** (-2 * i / K) for i in range(K // 2)], dtype=torch.float64)
-    turned = complex_x * torch.exp(1j * torch.arange(T)[:, None] * frequencies)[:, None]
-    assert_close(rotate(x_BTHK, *rope_table(T, K, base)), torch.cat([turned.real, turned.imag], -1), atol=1e-6, rtol=0)
+    rotated = complex_x * torch.exp(1j * torch.arange(T)[:, None] * frequencies)[:, None]
+    assert_close(
+        rotate(x_BTHK, *rope_table(T, K, base)), torch.cat([rotated.real, rotated.imag], -1), atol=1e-6, rtol=0
+    )
 
 
-def test_rotated_products_depend_only_on_the_distance():
+def test_scores_of_rotated_queries_and_keys_depend_on_the_distance_only():
     cos, sin = rope_table(40, 8, 100.0)
     q_BTHK, k_BTHK = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8)
 
@@ -82,20 +85,20 @@ def slow_attend(q_BTHK, k_BSHK, v_BSHK, mask_BTS, scale):
 
 
 @pytest.mark.parametrize("mask_rows", [1, 2])
-@pytest.mark.parametrize("past", [0, 3])  # columns in the cache
-def test_attend_is_a_loop_over_heads_and_torchs_own_attention(mask_rows, past):
+@pytest.mark.parametrize("past", [0, 3])  # tokens in the cache
+def test_attend_equals_a_loop_over_heads_and_the_attention_of_pytorch(mask_rows, past):
     B, T, H, K = 2, 4, 3, 8
     S = past + T
     q, k, v = torch.randn(B, T, H, K), torch.randn(B, S, H, K), torch.randn(B, S, H, K)
     mask = causal_mask(S, torch.float32, "cpu")[:, past:].repeat(mask_rows, 1, 1)
-    mask[-1, :, 0] = -1.0  # masks are added, and may differ between rows
+    mask[-1, :, 0] = -1.0  # the mask is added to the scores, and may differ between rows
     y = attend(q, k, v, mask, scale=0.3)
     assert_close(y, slow_attend(q, k, v, mask, 0.3))
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     assert_close(y, F.scaled_dot_product_attention(*heads_first, mask[:, None], scale=0.3).transpose(1, 2).flatten(2))
 
 
-def test_causal_mask_hides_the_future_and_other_conversations():
+def test_causal_mask_hides_later_tokens_and_other_conversations():
     segments_BT = torch.tensor([[0, 0, 1, 1, 1, 2], [4, 4, 4, 4, 4, 4]])
     mask_BTS = causal_mask(6, torch.float32, "cpu", segments_BT)
     for b, row in enumerate(segments_BT.tolist()):
@@ -105,11 +108,11 @@ def test_causal_mask_hides_the_future_and_other_conversations():
     assert_close(causal_mask(6, torch.float32, "cpu"), mask_BTS[1:])
 
 
-@pytest.mark.parametrize("chunk", [4, 5, 1024])  # 10 positions: with a rest, in equal parts, in one part
-def test_token_logprobs_are_a_log_softmax_and_a_gather(monkeypatch, chunk):
+@pytest.mark.parametrize("chunk", [4, 5, 1024])  # of 10 positions: with a remainder, in equal parts, in one part
+def test_token_logprobs_equal_a_gathered_log_softmax(monkeypatch, chunk):
     monkeypatch.setattr(layers, "CHUNK", chunk)
     hidden_ND, head_VD, targets_N = torch.randn(10, 6), torch.randn(13, 6), torch.randint(13, (10,))
-    targets_N[:3] = 7  # one target several times
+    targets_N[:3] = 7  # a target that occurs several times
 
     def slow(hidden_ND, head_VD):
         return torch.log_softmax(hidden_ND @ head_VD.T, 1).gather(1, targets_N[:, None])[:, 0]
@@ -120,7 +123,7 @@ def test_token_logprobs_are_a_log_softmax_and_a_gather(monkeypatch, chunk):
         assert_close(token_logprobs(hidden_ND, head_VD, targets_N), fast[0], rtol=1e-5, atol=1e-5)
 
 
-def test_token_logprobs_in_bf16_stay_near_fp32():
+def test_token_logprobs_in_bf16_are_close_to_those_in_fp32():
     hidden_ND, head_VD, targets_N = torch.randn(50, 32), torch.randn(40, 32) / 4, torch.randint(40, (50,))
 
     def result(dtype):
@@ -129,5 +132,5 @@ def test_token_logprobs_in_bf16_stay_near_fp32():
         )
         return [y, *(g.float() for g in gradients)]
 
-    for rough, exact in zip(result(torch.bfloat16), result(torch.float32)):
-        assert (rough - exact).norm() < 0.02 * exact.norm()
+    for approximate, exact in zip(result(torch.bfloat16), result(torch.float32)):
+        assert (approximate - exact).norm() < 0.02 * exact.norm()

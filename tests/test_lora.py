@@ -1,4 +1,4 @@
-"""LoRA: the base stays as it is, merging equals applying, each row has its own adapter, and PEFT reads the folder."""
+"""LoRA: updates and their gradients, adapters of single rows, merging, adapters as models on the command line, PEFT."""
 
 import json
 
@@ -24,7 +24,8 @@ CONFIG = LlamaConfig(97, 32, 3, 32, 4, 2, 48, qkv_bias=True)
 IDS = torch.randint(97, (4, 11), generator=torch.Generator().manual_seed(0))
 
 
-def noisy(adapter, seed=0):
+def randomized(adapter, seed=0):
+    """The adapter with random weights, since a new one changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     for t in adapter.tensors():
         t.data = torch.randn(t.shape, generator=generator).to(t) * 0.2
@@ -45,100 +46,137 @@ def logits(model, **more):
     return model(IDS, **more)
 
 
-def test_a_new_adapter_changes_nothing_and_dropping_one_gives_the_base_back(model):
+def test_a_new_adapter_does_not_change_the_logits(model):
     before = logits(model)
     attach_adapters(model, [new_adapter(model, 4, None, None, 0)])
     assert torch.equal(logits(model), before)
-    noisy(model.adapters[0])
+
+
+def test_detaching_an_adapter_restores_the_base(model):
+    before = logits(model)
+    attach_adapters(model, [randomized(new_adapter(model, 4, None, None, 0))])
     assert (logits(model) - before).abs().max() > 0.1
     model.adapters = []
     assert torch.equal(logits(model), before)
 
 
-def test_an_adapter_is_what_the_formula_says(model):
-    attach_adapters(model, [noisy(new_adapter(model, 4, 8.0, "q,down", 0))])
-    after = logits(model)
-    assert set(model.adapters[0].updates) == {(layer, name) for layer in range(3) for name in ("q", "down")}
-    for (layer, name), (a, b, scale) in model.adapters[0].updates.items():
-        assert scale == 2.0
+def test_an_adapter_adds_scaled_low_rank_products_to_the_target_matrices(model):
+    adapter = randomized(new_adapter(model, 4, 8.0, "q,down", 0))
+    attach_adapters(model, [adapter])
+    with_adapter = logits(model)
+    assert set(adapter.updates) == {(layer, name) for layer in range(3) for name in ("q", "down")}
+    for (layer, name), (a, b, scale) in adapter.updates.items():
+        assert scale == 8.0 / 4
         model.blocks[layer].matrix(name).data += 2.0 * torch.einsum("nr,rm->nm", b.data, a.data)
     model.adapters = []
-    assert torch.allclose(logits(model), after, atol=1e-4)
+    assert torch.allclose(logits(model), with_adapter, atol=1e-4)
 
 
-def test_merging_equals_applying(model):
-    attach_adapters(model, [noisy(new_adapter(model, 4, None, None, 0))])
+def test_merging_an_adapter_equals_applying_it(model):
+    attach_adapters(model, [randomized(new_adapter(model, 4, None, None, 0))])
     applied = logits(model)
     assert merge_adapter(model).adapters == []
     assert torch.allclose(logits(model), applied, atol=1e-4 * applied.abs().max())
-    once = logits(model)
-    assert torch.equal(logits(merge_adapter(model)), once), "without an adapter there is nothing to merge"
 
 
-def test_every_row_uses_the_adapter_it_asks_for(model):
-    adapters = [noisy(new_adapter(model, rank, None, targets, 0), rank) for rank, targets in ((2, None), (4, "v,gate"))]
+def test_merging_without_an_adapter_changes_nothing(model):
+    before = logits(model)
+    assert torch.equal(logits(merge_adapter(model)), before)
+
+
+ROWS = torch.tensor([1, -1, 0, 1])  # index of the adapter of each row of IDS; -1: none
+
+
+@pytest.fixture
+def two_adapters(model):
+    adapters = [
+        randomized(new_adapter(model, 2, None, None, 0), seed=2),
+        randomized(new_adapter(model, 4, None, "v,gate", 0), seed=4),
+    ]
     attach_adapters(model, adapters)
-    mixed = logits(model, adapters_B=torch.tensor([1, -1, 0, 1]))
-    for row, of_row in enumerate(([adapters[1]], [], [adapters[0]], [adapters[1]])):
-        model.adapters = of_row
-        assert torch.allclose(mixed[row], logits(model)[row], atol=1e-5), row
-    model.adapters = adapters
+    return adapters
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_each_row_of_a_batch_uses_its_own_adapter(model, two_adapters, row):
+    mixed = logits(model, adapters_B=ROWS)
+    model.adapters = [] if ROWS[row] < 0 else [two_adapters[ROWS[row]]]
+    assert torch.allclose(mixed[row], logits(model)[row], atol=1e-5)
+
+
+def test_a_batch_must_say_which_of_several_adapters_a_row_uses(model, two_adapters):
     with pytest.raises(AssertionError, match="which row"):
         logits(model)
-    cache = model.new_cache(4, 11)  # token by token with a cache: the same
-    steps = [logits_of(model, cache, t, torch.tensor([1, -1, 0, 1])) for t in range(11)]
-    assert torch.allclose(torch.cat(steps, 1), mixed, atol=1e-4)
 
 
 @torch.no_grad()
-def logits_of(model, cache, t, adapters_B):
-    return model(IDS[:, t : t + 1], cache, adapters_B=adapters_B)
+def test_adapters_of_rows_work_with_a_cache(model, two_adapters):
+    cache = model.new_cache(4, 11)
+    steps = [model(IDS[:, t : t + 1], cache, adapters_B=ROWS) for t in range(11)]
+    assert torch.allclose(torch.cat(steps, 1), logits(model, adapters_B=ROWS), atol=1e-4)
 
 
-def test_gradients_are_those_of_the_slow_way_and_the_base_gets_none(model):
+def test_gradients_of_an_adapter_are_those_of_an_explicit_sum_of_matrices(model):
     """Against the same model with W + scale B A as its weights, differentiated by autograd in fp64."""
     model.double()
-    attach_adapters(model, [noisy(new_adapter(model, 3, None, None, 0))])
+    adapter = randomized(new_adapter(model, 3, None, None, 0))
+    attach_adapters(model, [adapter])
     targets = IDS.roll(-1, 1)
     model.logprobs(IDS, targets).sum().backward()
-    assert all(p.grad is None for p in model.parameters())
-    got = {key: (a.grad, b.grad) for key, (a, b, _) in model.adapters[0].updates.items()}
-    [adapter], model.adapters = model.adapters, []
+    gradients = {key: (a.grad, b.grad) for key, (a, b, _) in adapter.updates.items()}
+    model.adapters = []
     weights = {}
     for (layer, name), (a, b, scale) in adapter.updates.items():
         a.grad = b.grad = None
         matrix = model.blocks[layer].matrix(name)
         weights[f"blocks.{layer}.{MATRIX_MODULES[name]}.weight"] = matrix.detach() + scale * (b @ a)
-    out = torch.func.functional_call(model, weights, (IDS,)).double()  # forward's logits are fp32
-    torch.log_softmax(out, -1).gather(-1, targets[..., None]).sum().backward()
+    scores = torch.func.functional_call(model, weights, (IDS,)).double()  # the logits of forward are in fp32
+    torch.log_softmax(scores, -1).gather(-1, targets[..., None]).sum().backward()
     for key, (a, b, _) in adapter.updates.items():
-        for mine, slow in zip(got[key], (a.grad, b.grad)):
-            assert torch.allclose(mine, slow, atol=1e-4 * slow.abs().max()), key
+        for gradient, expected in zip(gradients[key], (a.grad, b.grad)):
+            assert torch.allclose(gradient, expected, atol=1e-4 * expected.abs().max()), key
 
 
-def test_training_moves_the_adapter_and_not_a_bit_of_the_base(model):
+def test_the_base_gets_no_gradients(model):
+    attach_adapters(model, [randomized(new_adapter(model, 3, None, None, 0))])
+    model.logprobs(IDS, IDS.roll(-1, 1)).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def train_adapter(model) -> tuple[list[float], Optimizer]:
+    """(losses of 30 steps, the optimizer)."""
     attach_adapters(model, [new_adapter(model, 4, None, None, 0)])
-    before = {name: t.clone() for name, t in model.state_dict().items()}
     optimizer = Optimizer(model, {"lora": LORA_GROUP}, torch.float32)
-    seen = []
+    losses = []
     for _ in range(30):
         loss = -model.logprobs(IDS, IDS.roll(-1, 1)).mean()
         loss.backward()
         optimizer.step(4.0)
-        seen.append(loss.item())
-    assert seen[-1] < seen[0] - 0.5
+        losses.append(loss.item())
+    return losses, optimizer
+
+
+def test_training_lowers_the_loss_and_does_not_change_a_bit_of_the_base(model):
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    losses, _ = train_adapter(model)
+    assert losses[-1] < losses[0] - 0.5
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    state = optimizer.state()
-    assert sum(t.numel() for t in state.values()) == 3 * sum(t.numel() for t in model.adapters[0].tensors()) + 1
 
 
-# ── as a user runs it ───────────────────────────────────────────────────────────────────────────────────────────────
+def test_optimizer_state_is_that_of_the_adapter_alone(model):
+    _, optimizer = train_adapter(model)
+    parameters = sum(t.numel() for t in model.adapters[0].tensors())
+    assert sum(t.numel() for t in optimizer.state().values()) == 3 * parameters + 1  # masters, two moments; steps
+
+
+# ── on the command line ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def toy(nanoghost, toy_file):
-    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--arch", "llama", "--steps", 2, "--depth", 2,
-                             "--context", 160, "--batch", 2, "--vocab-size", 320)  # fmt: skip
+    """Name of a toy Llama."""
+    options = ("--arch", "llama", "--steps", 2, "--depth", 2, "--context", 160, "--batch", 2, "--vocab-size", 320)
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", *options)
     assert code == 0, err
     return "toy"
 
@@ -146,38 +184,59 @@ def toy(nanoghost, toy_file):
 SHORT = ("--steps", 4, "--conversations", 60, "--batch", 2)
 
 
-def test_an_adapter_is_a_model_named_base_at_name(nanoghost, toy, tmp_path):
+@pytest.fixture
+def toy_with_adapter(nanoghost, toy):
+    code, _, err = nanoghost("sft", toy, "--lora", 2, "--name", "me", *SHORT)
+    assert code == 0, err
+    return toy
+
+
+def test_sft_with_lora_writes_an_adapter_named_base_at_name(nanoghost, toy):
     weights = (ModelFolder(toy).path / "model.safetensors").read_bytes()
     code, out, err = nanoghost("sft", toy, "--lora", 2, "--name", "me", *SHORT, "--json")
     assert code == 0, err
     assert json.loads(out)["name"] == "toy@me"
-    code, _, err = nanoghost("sft", "toy@me", "--name", "more", *SHORT)  # goes on with it
-    assert code == 0, err
-    code, _, err = nanoghost("rl", "toy@me", "--name", "toy@rl", "--steps", 1, "--problems", 2, "--rollouts", 2,
-                             "--max-tokens", 4, "--eval-problems", 2)  # fmt: skip
-    assert code == 0, err
-    assert sorted(adapters_of(toy)) == ["toy@me", "toy@more", "toy@rl"]
-    assert (ModelFolder(toy).path / "model.safetensors").read_bytes() == weights
     files = {p.name for p in ModelFolder("toy@me").path.iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "card.json", "events.jsonl", ".lock"}
+    assert (ModelFolder(toy).path / "model.safetensors").read_bytes() == weights
+
+
+def test_an_adapter_can_be_trained_further_by_sft_and_rl(nanoghost, toy_with_adapter):
+    code, _, err = nanoghost("sft", "toy@me", "--name", "more", *SHORT)
+    assert code == 0, err
+    tiny = ("--steps", 1, "--problems", 2, "--rollouts", 2, "--max-tokens", 4, "--eval-problems", 2)
+    code, _, err = nanoghost("rl", "toy@me", "--name", "toy@rl", *tiny)
+    assert code == 0, err
+    assert sorted(adapters_of("toy")) == ["toy@me", "toy@more", "toy@rl"]
     model, _ = load_model(ModelFolder("toy@more").path, torch.float32)
-    first = next(iter(model.adapters[0].updates.values()))
-    assert first[1].abs().max() > 0 and model.adapters[0].targets == list(MATRIX_MODULES)
-    for words in (("eval", "toy@more", "--problems", 2), ("report", "toy@more"), ("show", "toy@more"), ("list",),
-                  ("chat", "toy@me", "--prompt", "Hello", "--max-tokens", 4)):  # fmt: skip
+    [adapter] = model.adapters
+    _, b_NR, _ = next(iter(adapter.updates.values()))
+    assert b_NR.abs().max() > 0
+    assert adapter.targets == list(MATRIX_MODULES)
+
+
+def test_commands_take_an_adapter_like_any_model(nanoghost, toy_with_adapter):
+    commands = (
+        ("eval", "toy@me", "--problems", 2),
+        ("report", "toy@me"),
+        ("show", "toy@me"),
+        ("list",),
+        ("chat", "toy@me", "--prompt", "Hello", "--max-tokens", 4),
+    )
+    for words in commands:
         code, _, err = nanoghost(*words)
         assert code == 0, (words, err)
-    assert "rank 2" in (ModelFolder("toy@more").path / "report.md").read_text()
+    assert "rank 2" in (ModelFolder("toy@me").path / "report.md").read_text()
 
 
-def test_mistakes_with_adapters_end_in_one_line(nanoghost, toy, toy_file):
-    assert nanoghost("sft", toy, "--lora", 2, "--name", "me", *SHORT)[0] == 0
-    before = sorted(p.name for p in ModelFolder(toy).path.parent.iterdir())
+def test_mistakes_with_adapters_end_in_one_line_and_change_nothing(nanoghost, toy_with_adapter, toy_file):
+    models = ModelFolder(toy_with_adapter).path.parent
+    before = sorted(p.name for p in models.iterdir())
     for words, hint in (
-        (("sft", toy, "--lora", 0), "at least 1"),
-        (("sft", toy, "--lora", 2, "--lora-targets", "q,x"), "unknown 'x'"),
-        (("sft", toy, "--lora", 2, "--name", "other@x"), "toy@other@x"),
-        (("sft", toy, "--name", "toy@x"), "--lora"),
+        (("sft", "toy", "--lora", 0), "at least 1"),
+        (("sft", "toy", "--lora", 2, "--lora-targets", "q,x"), "unknown 'x'"),
+        (("sft", "toy", "--lora", 2, "--name", "other@x"), "toy@other@x"),
+        (("sft", "toy", "--name", "toy@x"), "--lora"),
         (("sft", "toy@me", "--lora", 2, "--name", "x"), "already"),
         (("sft", "toy@me", "--name", "me"), "differ"),
         (("pretrain", "--name", "toy@x", "--data", toy_file), "only adapters"),
@@ -188,24 +247,31 @@ def test_mistakes_with_adapters_end_in_one_line(nanoghost, toy, toy_file):
         (("chat", "toy@you", "--prompt", "hello"), "toy@you"),
     ):
         code, _, err = nanoghost(*words)
-        assert code == 2 and hint in err.strip().splitlines()[-1] and "Traceback" not in err, (words, err)
-    assert sorted(p.name for p in ModelFolder(toy).path.parent.iterdir()) == before
+        assert code == 2, (words, err)
+        assert hint in err.strip().splitlines()[-1], (words, err)
+        assert "Traceback" not in err, (words, err)
+    assert sorted(p.name for p in models.iterdir()) == before
 
 
-def test_a_base_takes_its_adapters_along_and_another_base_does_not_fit(nanoghost, toy, toy_file):
-    assert nanoghost("sft", toy, "--lora", 2, "--name", "me", *SHORT)[0] == 0
+def test_renaming_a_base_renames_its_adapters(nanoghost, toy_with_adapter):
     assert nanoghost("rename", "toy@me", "toy@you")[0] == 0
     assert nanoghost("rename", "toy", "big")[0] == 0
-    assert adapters_of("big") == ["big@you"] and not adapters_of("toy")
+    assert adapters_of("big") == ["big@you"]
+    assert adapters_of("toy") == []
     assert nanoghost("chat", "big@you", "--prompt", "Hello", "--max-tokens", 2)[0] == 0
-    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "big", "--steps", 1, "--depth", 2, "--force")
+    assert nanoghost("rm", "big@you", "--yes")[0] == 0
+    assert nanoghost("rm", "big", "--yes")[0] == 0
+
+
+def test_an_adapter_of_a_replaced_base_is_refused(nanoghost, toy_with_adapter, toy_file):
+    code, _, err = nanoghost("pretrain", "--data", toy_file, "--name", "toy", "--steps", 1, "--depth", 2, "--force")
     assert code == 0, err
-    code, _, err = nanoghost("chat", "big@you", "--prompt", "Hello")
-    assert code == 2 and "another model" in err
-    assert nanoghost("rm", "big@you", "--yes")[0] == nanoghost("rm", "big", "--yes")[0] == 0
+    code, _, err = nanoghost("chat", "toy@me", "--prompt", "Hello")
+    assert code == 2
+    assert "another model" in err
 
 
-def test_several_adapters_share_one_base(nanoghost, toy):
+def test_rows_with_several_loaded_adapters_equal_each_adapter_alone(nanoghost, toy):
     for name, seed in (("a", 0), ("b", 1)):
         assert nanoghost("sft", toy, "--lora", 2, "--name", name, "--seed", seed, *SHORT)[0] == 0
     folders = [ModelFolder(f"toy@{name}").path for name in "ab"]
@@ -219,7 +285,7 @@ def test_several_adapters_share_one_base(nanoghost, toy):
     assert not torch.equal(both[0], both[1])
 
 
-def test_an_adapter_survives_kill_9_bit_for_bit(nanoghost, toy):
+def test_adapter_training_resumes_bit_for_bit_after_kill_9(nanoghost, toy):
     common = (toy, "--lora", 4, "--steps", 40, "--conversations", 200, "--batch", 2)
     assert nanoghost("sft", *common, "--name", "whole")[0] == 0
     folder = ModelFolder("toy@killed")
@@ -234,7 +300,7 @@ def test_an_adapter_survives_kill_9_bit_for_bit(nanoghost, toy):
 def adapter_folder(model, tmp_path):
     """An adapter of rank 2 on the queries of `model`."""
     folder = tmp_path / "toy@me"
-    peft.save_adapter(folder, noisy(new_adapter(model, 2, 8.0, "q", 0)))
+    peft.save_adapter(folder, randomized(new_adapter(model, 2, 8.0, "q", 0)))
     return folder
 
 
@@ -284,7 +350,7 @@ def test_an_adapter_with_a_tensor_for_another_module_is_refused(model, adapter_f
         peft.read_adapter(adapter_folder, model.config, torch.float32)
 
 
-# ── against PEFT itself ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── against PEFT ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_logits_with_an_adapter_equal_those_of_peft(nanoghost, toy):
