@@ -17,10 +17,11 @@ from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_sou
 from nanoghost.errors import UserError
 from nanoghost.evals.svg import log_x_line_chart
 from nanoghost.home import write_atomic
+from nanoghost.model.registry import check_arch, config_for_depth
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
 from nanoghost.tasks.sft_mix import example_texts
-from nanoghost.train.hyperparameters import model_config, pretrain_groups
+from nanoghost.train.hyperparameters import pretrain_groups
 from nanoghost.train.pretrain import accumulate_gradients, make_model
 
 
@@ -50,8 +51,7 @@ class PretrainBenchSettings:
 
 def command(settings: PretrainBenchSettings) -> None:
     hardware.prepare()
-    if settings.arch not in ("ghost", "llama"):
-        raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
+    check_arch(settings.arch)
     depths, rows = parse_numbers("--depths", settings.depths), parse_numbers("--batches", settings.batches)
     if min(settings.steps, settings.rounds) < 1:
         raise UserError("--steps and --rounds are at least 1")
@@ -60,7 +60,7 @@ def command(settings: PretrainBenchSettings) -> None:
     text = tokenize_source(source, tokenizer).tokens("train")
     works, operations, millions = [], {}, {}
     for depth in depths:
-        model = make_model(model_config(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
+        model = make_model(config_for_depth(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
         optimizer = Optimizer(model, pretrain_groups(model.config.width), hardware.compute_dtype())
         counts = model.parameter_counts()
         in_products = (counts["matrices"] + counts["head"]) / 1e6

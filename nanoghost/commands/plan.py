@@ -16,10 +16,10 @@ from rich.table import Table
 
 from nanoghost import hardware
 from nanoghost.errors import UserError
-from nanoghost.model.registry import new_model
+from nanoghost.model.registry import check_arch, config_for_depth, new_model
 from nanoghost.optim.collectives import communication_bytes
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.train.hyperparameters import depth_for, model_config, pretrain_groups
+from nanoghost.train.hyperparameters import depth_for, pretrain_groups
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def command(settings: PlanSettings) -> None:
 
 def plan(settings: PlanSettings) -> dict:
     """The plan, in the units that its keys carry."""
-    if settings.arch not in ("ghost", "llama"):
-        raise UserError(f"--arch is ghost or llama, not '{settings.arch}'")
+    check_arch(settings.arch)
     for name in (
         "depth",
         "minutes",
@@ -114,7 +113,7 @@ def plan(settings: PlanSettings) -> dict:
     rate = devices * hardware.tflops * 1e12 * share  # useful operations a second
 
     def made(depth: int):
-        config = model_config(settings.arch, depth, vocab_size, context)
+        config = config_for_depth(settings.arch, depth, vocab_size, context)
         with torch.device("meta"):
             model = new_model(config)
         counts, flops = model.parameter_counts(), model.flops_per_token(context)
@@ -237,7 +236,7 @@ def activation_bytes(arch: str, config, dtype: torch.dtype) -> float:
     def sizes(c):
         return [c.depth * c.width, c.width, c.context, c.vocab_size, 1.0]
 
-    toys = [model_config(arch, depth, vocab_size, context) for depth, context, vocab_size in TOYS]
+    toys = [config_for_depth(arch, depth, vocab_size, context) for depth, context, vocab_size in TOYS]
     found = torch.tensor([[kept(toy, dtype) / toy.context] for toy in toys], dtype=torch.float64)
     shares = torch.linalg.lstsq(torch.tensor([sizes(toy) for toy in toys], dtype=torch.float64), found).solution[:, 0]
     return (torch.tensor(sizes(config), dtype=torch.float64) @ shares).item() * config.context

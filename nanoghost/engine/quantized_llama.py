@@ -48,7 +48,7 @@ AdapterSlices = list[tuple[slice, Adapter]]
 
 def supports_quantization(config) -> bool:
     """Whether the kernels can run a model of this configuration on this machine."""
-    if config.model_type == "nanoghost" or config.head_width not in (64, 128):
+    if not isinstance(config, LlamaConfig) or config.head_width not in (64, 128):
         return False
     if config.width % GROUP or config.mlp_width % GROUP:
         return False

@@ -24,11 +24,12 @@ from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_sou
 from nanoghost.errors import UserError
 from nanoghost.hardware import matmul_gflops_per_second
 from nanoghost.home import ModelFolder, home, read_json, write_json
+from nanoghost.model.registry import config_for_depth
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display
 from nanoghost.tasks.sft_mix import example_texts
 from nanoghost.train import pretrain
-from nanoghost.train.hyperparameters import depth_for, model_config, pretrain_groups
+from nanoghost.train.hyperparameters import depth_for, pretrain_groups
 
 CONTEXT, BATCH = pretrain.PretrainSettings.context, pretrain.PretrainSettings.batch
 TOKENS = CONTEXT * BATCH  # of a step
@@ -117,7 +118,7 @@ def tokens_per_second(source, choices: list[tuple[int, int]], folder, display) -
         if f"{depth}x{vocabulary}" not in known:
             tokenizer = load_or_train_tokenizer(source, vocabulary, display.print, example_texts())
             text = tokenize_source(source, tokenizer).tokens("train")
-            model = pretrain.make_model(model_config("ghost", depth, tokenizer.vocab_size, CONTEXT), tokenizer)
+            model = pretrain.make_model(config_for_depth("ghost", depth, tokenizer.vocab_size, CONTEXT), tokenizer)
             optimizer = Optimizer(model, pretrain_groups(model.config.width), hardware.compute_dtype())
             works[f"{depth}x{vocabulary}"] = step_of(model, optimizer, Batches(text, CONTEXT, BATCH, 0), steps=4)
     display.print("how fast are they? ..." if works else "how fast they are is known")

@@ -54,6 +54,11 @@ class GhostConfig:
         return self.width // self.head_width
 
     @classmethod
+    def for_depth(cls, depth: int, vocab_size: int, context: int) -> "GhostConfig":
+        """Width is 64 x depth, in heads of 64."""
+        return cls(vocab_size=vocab_size, context=context, depth=depth, width=64 * depth)
+
+    @classmethod
     def from_json(cls, values: dict) -> "GhostConfig":
         """From the content of config.json, which holds more than the architecture."""
         return cls(**{field.name: values[field.name] for field in fields(cls)})

@@ -14,9 +14,33 @@ from nanoghost.model.layout import Layout
 from nanoghost.model.lora import Adapter
 
 
+class ModelConfig(Protocol):
+    """Configuration of a model: a frozen dataclass such as GhostConfig or LlamaConfig."""
+
+    vocab_size: int
+    context: int
+    """Length of the longest sequence, in tokens."""
+    depth: int
+    """Number of layers."""
+    width: int
+    """D: width of the residual stream."""
+    model_type: str
+    """Architecture, as in config.json."""
+
+    @classmethod
+    def for_depth(cls, depth: int, vocab_size: int, context: int) -> "ModelConfig":
+        """The configuration that the dial chooses (`nanoghost pretrain --depth`)."""
+
+    @classmethod
+    def from_json(cls, values: dict) -> "ModelConfig":
+        """From the content of config.json, which holds more than the architecture."""
+
+    def to_json(self) -> dict:
+        """The content of config.json, except for `architectures`."""
+
+
 class LanguageModel(Protocol):
-    config: object
-    """GhostConfig or LlamaConfig; both have vocab_size, context, depth, width and model_type."""
+    config: ModelConfig
     blocks: nn.ModuleList
     """The layers."""
     adapters: Sequence[Adapter]

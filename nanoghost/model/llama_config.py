@@ -1,5 +1,6 @@
 """Configuration of the Llama family, to and from Hugging Face's config.json."""
 
+import math
 from dataclasses import dataclass
 
 from nanoghost.errors import UserError
@@ -54,6 +55,20 @@ class LlamaConfig:
         D, F = self.width, self.mlp_width
         Q, KV = self.heads * self.head_width, self.key_value_heads * self.head_width
         return {"q": (Q, D), "k": (KV, D), "v": (KV, D), "out": (D, Q), "gate": (F, D), "up": (F, D), "down": (D, F)}
+
+    @classmethod
+    def for_depth(cls, depth: int, vocab_size: int, context: int) -> "LlamaConfig":
+        """Width is 64 x depth, in heads of 64. The MLP has 8/3 of the width, as in Llama, in multiples of 64."""
+        width = 64 * depth
+        return cls(
+            vocab_size=vocab_size,
+            context=context,
+            depth=depth,
+            width=width,
+            heads=depth,
+            key_value_heads=depth,
+            mlp_width=64 * math.ceil(8 * width / (3 * 64)),
+        )
 
     @classmethod
     def from_json(cls, values: dict) -> "LlamaConfig":

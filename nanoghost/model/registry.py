@@ -1,31 +1,37 @@
-"""The architectures by the `model_type` of config.json: their classes here and in Hugging Face transformers."""
+"""The architectures by the `model_type` of config.json: their classes here and in Hugging Face transformers.
+
+To add one, write a model that satisfies `LanguageModel` (interface.py) and add it to ARCHITECTURES.
+"""
 
 from typing import NamedTuple
 
+from torch import nn
+
 from nanoghost.errors import UserError
 from nanoghost.model.ghost import Ghost, GhostConfig
-from nanoghost.model.interface import LanguageModel
+from nanoghost.model.interface import LanguageModel, ModelConfig
 from nanoghost.model.llama import Llama
 from nanoghost.model.llama_config import LlamaConfig
-
-ModelConfig = GhostConfig | LlamaConfig
 
 
 class Architecture(NamedTuple):
     huggingface_class: str
     """Entry of `architectures` in config.json."""
     config_class: type[ModelConfig]
-    model_class: type[Ghost] | type[Llama]
+    model_class: type[nn.Module]
+    arch: str | None = None
+    """Its name for `pretrain --arch`; None: models of this type are only imported."""
 
 
 ARCHITECTURES = {
-    "nanoghost": Architecture("NanoghostForCausalLM", GhostConfig, Ghost),
-    "llama": Architecture("LlamaForCausalLM", LlamaConfig, Llama),
+    "nanoghost": Architecture("NanoghostForCausalLM", GhostConfig, Ghost, arch="ghost"),
+    "llama": Architecture("LlamaForCausalLM", LlamaConfig, Llama, arch="llama"),
     "mistral": Architecture("MistralForCausalLM", LlamaConfig, Llama),
     "qwen2": Architecture("Qwen2ForCausalLM", LlamaConfig, Llama),
     "qwen3": Architecture("Qwen3ForCausalLM", LlamaConfig, Llama),
     "smollm3": Architecture("SmolLM3ForCausalLM", LlamaConfig, Llama),
 }
+CONFIG_CLASSES = {entry.arch: entry.config_class for entry in ARCHITECTURES.values() if entry.arch}
 LLAMA_FAMILY = tuple(model_type for model_type, entry in ARCHITECTURES.items() if entry.model_class is Llama)
 
 
@@ -34,6 +40,17 @@ def architecture(model_type: str) -> Architecture:
         supported = ", ".join(ARCHITECTURES)
         raise UserError(f"models of type '{model_type}' are not supported; nanoghost supports {supported}")
     return ARCHITECTURES[model_type]
+
+
+def config_for_depth(arch: str, depth: int, vocab_size: int, context: int) -> ModelConfig:
+    """The configuration of a model to pretrain, which the dial determines."""
+    check_arch(arch)
+    return CONFIG_CLASSES[arch].for_depth(depth, vocab_size, context)
+
+
+def check_arch(arch: str) -> None:
+    if arch not in CONFIG_CLASSES:
+        raise UserError(f"--arch: unknown '{arch}'; choose from {', '.join(CONFIG_CLASSES)}")
 
 
 def config_from_json(values: dict) -> ModelConfig:

@@ -1,7 +1,7 @@
 """The tools that a model may call, by name.
 
-A tool takes one text and returns one. A mistake of the model (no such tool, arguments that are not JSON) is returned
-as a text that begins with "error: ", for the model to read.
+To add a tool, write a `Tool` and add it to TOOLS. A tool takes one text and returns one. A mistake of the model (no
+such tool, arguments that are not JSON) is returned as a text that begins with "error: ", for the model to read.
 """
 
 import json
@@ -24,6 +24,10 @@ class ToolResult:
     """Passages that were retrieved, for display: "n" (the number to cite), "source" and "text"."""
 
 
+def always() -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Tool:
     name: str
@@ -32,6 +36,8 @@ class Tool:
     """Name of the argument, a text."""
     argument_description: str
     function: Callable[[str], ToolResult]
+    is_available: Callable[[], bool] = always
+    """Whether the tool can run on this machine."""
 
     @property
     def schema(self) -> dict:
@@ -59,8 +65,17 @@ def run_python(code: str) -> ToolResult:
     return ToolResult(sandbox.run_python(code) or "nothing was printed")
 
 
+def python_is_available() -> bool:
+    return sandbox.available()
+
+
 def search_nothing(query: str) -> ToolResult:
     return ToolResult("error: there are no documents here")
+
+
+def no_documents() -> bool:
+    """LOOKUP itself is never available, only what `lookup_tool` makes of it."""
+    return False
 
 
 CALCULATOR = Tool(
@@ -76,6 +91,7 @@ PYTHON = Tool(
     argument="code",
     argument_description="for example 'strawberry'.count('r')",
     function=run_python,
+    is_available=python_is_available,
 )
 LOOKUP = Tool(
     name="lookup",
@@ -83,6 +99,7 @@ LOOKUP = Tool(
     argument="query",
     argument_description="a few words that it should have in it",
     function=search_nothing,  # `lookup_tool` sets the documents
+    is_available=no_documents,
 )
 TOOLS = {tool.name: tool for tool in (CALCULATOR, PYTHON, LOOKUP)}
 
@@ -112,9 +129,7 @@ def available_tools(documents: Path | None) -> dict[str, Tool]:
 
     Raises UserError if the folder does not exist.
     """
-    tools = {"calculator": CALCULATOR}
-    if sandbox.available():
-        tools["python"] = PYTHON
+    tools = {name: tool for name, tool in TOOLS.items() if tool.is_available()}
     if documents:
         tools["lookup"] = lookup_tool(DocumentFolder(documents).search)
     return tools

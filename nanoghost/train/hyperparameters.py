@@ -1,13 +1,10 @@
 """The dial: `--depth`, or `--minutes` on this machine, determines all other hyperparameters."""
 
-import math
 from dataclasses import replace
 
 from nanoghost import hardware
 from nanoghost.errors import UserError
 from nanoghost.formats.model_card import ModelCard
-from nanoghost.model.ghost import GhostConfig
-from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.optim.optimizer import UpdateRule
 
 # The shortest run in which a depth reaches a lower loss than the next smaller one: depth -> minutes on a machine with
@@ -24,25 +21,6 @@ def depth_for(minutes: float | None, gflops_per_second: float = REFERENCE_GFLOPS
     reference_minutes = minutes * gflops_per_second / REFERENCE_GFLOPS
     depth = max(d for d, min_minutes in MIN_MINUTES_FOR_DEPTH.items() if min_minutes <= reference_minutes)
     return depth, f"depth {depth} learns most in {minutes:g} minutes at {gflops_per_second:.0f} GFLOP/s"
-
-
-def model_config(arch: str, depth: int, vocab_size: int, context: int):
-    """Width is 64 x depth, in heads of 64."""
-    width = 64 * depth
-    if arch == "llama":
-        mlp_width = 64 * math.ceil(
-            8 * width / (3 * 64)
-        )  # 8/3 of the width, as in Llama, rounded up to a multiple of 64
-        return LlamaConfig(
-            vocab_size=vocab_size,
-            context=context,
-            depth=depth,
-            width=width,
-            heads=depth,
-            key_value_heads=depth,
-            mlp_width=mlp_width,
-        )
-    return GhostConfig(vocab_size=vocab_size, context=context, depth=depth, width=width)
 
 
 # -- optimizer settings of each parameter group -----------------------------------------------------------------------

@@ -19,13 +19,13 @@ from nanoghost.evals.kneser_ney import kneser_ney_bpb
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_tokenizer
 from nanoghost.home import open_model
-from nanoghost.model.registry import config_to_json, new_model
+from nanoghost.model.registry import check_arch, config_for_depth, config_to_json, new_model
 from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
 from nanoghost.tasks.sft_mix import example_texts
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
-from nanoghost.train.hyperparameters import compile_decision, depth_for, model_config, pretrain_groups
+from nanoghost.train.hyperparameters import compile_decision, depth_for, pretrain_groups
 from nanoghost.train.run import Run, build_optimizer, print_figures, start_run
 from nanoghost.train.settings import StageSettings, check_batch_divides, check_settings
 
@@ -44,8 +44,8 @@ class PretrainSettings(StageSettings):
     """The dial: number of layers; sets width, heads and learning rates. Default: the best for the given minutes."""
     dial_minutes: float | None = None
     """Choose the depth for this training time instead, because other stages will train the model further."""
-    arch: Literal["ghost", "llama"] = "ghost"
-    """Architecture: a ghost learns fastest, a llama also runs in other engines."""
+    arch: str = "ghost"
+    """Architecture, ghost or llama: a ghost learns fastest, a llama also runs in other engines."""
     vocab_size: int = 4096
     """Number of tokens of a new tokenizer."""
     tokenizer: str | None = None
@@ -73,6 +73,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     rank, world_size = distributed.rank_and_world_size()
     display = display or Display()
     check_settings(settings)
+    check_arch(settings.arch)
     check_batch_divides(settings, world_size)
     source = open_source(settings.data)
     tokenizer = choose_tokenizer(settings, source, display)
@@ -201,7 +202,7 @@ def calibrated_steps(seconds: float, model, optimizer, batches, forward_backward
 def build_model(depth: int, settings: PretrainSettings, tokenizer, epochs: float = 1.0):
     """(model, optimizer) with random weights. AdamW's learning rates are divided by the number of epochs."""
     torch.manual_seed(settings.seed)
-    model = make_model(model_config(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
+    model = make_model(config_for_depth(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
     groups = pretrain_groups(model.config.width, settings.learning_rate, adamw_scale=1 / epochs)
     return build_optimizer(model, groups, settings)
 

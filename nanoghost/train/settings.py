@@ -6,6 +6,7 @@ from typing import Literal
 from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder
 from nanoghost.model.names import MATRIX_MODULES
+from nanoghost.model.registry import LLAMA_FAMILY
 
 DEFAULT_FINETUNE_MINUTES = 2.5
 
@@ -98,8 +99,8 @@ def with_adapter_name(settings, parent: ModelFolder):
 
 def check_lora(settings, parent: ModelFolder) -> None:
     """Raise UserError if the parent cannot get the adapter that the settings describe."""
-    if parent.card.arch == "ghost":
-        raise UserError(f"--lora supports models of the Llama family, and '{parent.name}' is a ghost")
+    if parent.card.arch not in LLAMA_FAMILY:
+        raise UserError(f"--lora supports models of the Llama family, and '{parent.name}' is a {parent.card.arch}")
     if "@" in parent.name:
         raise UserError(f"'{parent.name}' already is an adapter, which is trained further: leave out --lora")
     if settings.lora < 1:

@@ -19,10 +19,11 @@ import torch.distributed as dist
 from nanoghost import distributed, hardware
 from nanoghost.data.batches import Batches
 from nanoghost.model.llama import Llama
+from nanoghost.model.registry import config_for_depth
 from nanoghost.optim.collectives import start_all_gather, start_reduce_scatter
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.train.checkpoints import Checkpoints
-from nanoghost.train.hyperparameters import model_config, pretrain_groups
+from nanoghost.train.hyperparameters import pretrain_groups
 from nanoghost.train.pretrain import accumulate_gradients
 from tests.support.ranks import codes_of, fork_ranks
 
@@ -83,7 +84,7 @@ def checkpoints(seconds: float = 30.0, pairs: int = 4) -> None:
     """Cost of checkpoints: training for half a minute with a checkpoint and half a minute without, in turn."""
     hardware.prepare()
     torch.manual_seed(0)
-    config = model_config("llama", 5, 5632, 256)
+    config = config_for_depth("llama", 5, 5632, 256)
     model = Llama(config).cast(hardware.compute_dtype())
     optimizer = Optimizer(model, pretrain_groups(config.width), hardware.compute_dtype())
     batches = Batches(np.random.default_rng(0).integers(5632, size=400_000).astype("u2"), 256, 16, 0)
