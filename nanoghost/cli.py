@@ -1,6 +1,6 @@
 """The command line: one table of commands, and a parser that makes a settings dataclass from the arguments.
 
-A command's module is imported only when the command runs, so that `nanoghost --help` answers at once (no torch, no tyro).
+A command's module is imported only when the command runs: `nanoghost --help` needs neither torch nor tyro.
 """
 
 import contextlib
@@ -32,23 +32,17 @@ class Command:
 GROUPS = {
     "Pipeline": {
         "speedrun": Command(
-            "speedrun",
-            "SpeedrunSettings",
-            "command",
+            "speedrun", "SpeedrunSettings", "command",
             "run the whole pipeline: tokenizer, pretraining, SFT, RL, evaluation, report",
             ("nanoghost speedrun", "nanoghost speedrun --minutes 2"),
         ),
         "data": Command(
-            "commands.data",
-            "DataSettings",
-            "command",
+            "commands.data", "DataSettings", "command",
             "download, check and tokenize training text",
             ("nanoghost data plays", "nanoghost data ./my_notes"),
         ),
         "data refine": Command(
-            "data.refine",
-            "RefineSettings",
-            "command",
+            "data.refine", "RefineSettings", "command",
             "deduplicate, filter and decontaminate training text",
             (
                 "nanoghost data refine ./crawl --name clean",
@@ -56,23 +50,17 @@ GROUPS = {
             ),
         ),
         "tokenizer train": Command(
-            "commands.tokenizer",
-            "TrainSettings",
-            "train_command",
+            "commands.tokenizer", "TokenizerTrainSettings", "train_command",
             "train a byte-level BPE tokenizer",
             ("nanoghost tokenizer train --data plays --vocab-size 4096",),
         ),
         "tokenizer eval": Command(
-            "commands.tokenizer",
-            "EvalSettings",
-            "eval_command",
+            "commands.tokenizer", "TokenizerEvalSettings", "eval_command",
             "measure a tokenizer's bytes per token on several kinds of text",
             ("nanoghost tokenizer eval",),
         ),
         "pretrain": Command(
-            "train.pretrain",
-            "PretrainSettings",
-            "command",
+            "train.pretrain", "PretrainSettings", "command",
             "pretrain a base model on text",
             (
                 "nanoghost pretrain --data ./my_notes --name mine --minutes 5",
@@ -80,9 +68,7 @@ GROUPS = {
             ),
         ),
         "sft": Command(
-            "train.sft",
-            "SftSettings",
-            "command",
+            "train.sft", "SftSettings", "command",
             "supervised fine-tuning (SFT) on conversations",
             (
                 "nanoghost sft mine --name mine-sft",
@@ -91,9 +77,7 @@ GROUPS = {
             ),
         ),
         "rl": Command(
-            "train.rl",
-            "RlSettings",
-            "command",
+            "train.rl", "RlSettings", "command",
             "reinforcement learning (RL) with verifiable rewards",
             (
                 "nanoghost rl ghost-sft --name ghost",
@@ -101,9 +85,7 @@ GROUPS = {
             ),
         ),
         "distill": Command(
-            "train.distill",
-            "DistillSettings",
-            "command",
+            "train.distill", "DistillSettings", "command",
             "knowledge distillation from a teacher model (answers, tokens or on-policy)",
             (
                 "nanoghost distill ghost-base --teacher ghost --name student",
@@ -111,25 +93,19 @@ GROUPS = {
             ),
         ),
         "eval": Command(
-            "commands.evaluate",
-            "EvalSettings",
-            "command",
+            "commands.evaluate", "EvalSettings", "command",
             "evaluate a model: bits per byte, and accuracy on held-out problems",
             ("nanoghost eval ghost", "nanoghost eval ghost --problems 500 --json"),
         ),
         "report": Command(
-            "commands.report",
-            "ReportSettings",
-            "command",
+            "commands.report", "ReportSettings", "command",
             "write a report: how a model was trained and how it scores",
             ("nanoghost report", "nanoghost report ghost-base --json"),
         ),
     },
     "Chat": {
         "chat": Command(
-            "serve.terminal",
-            "ChatSettings",
-            "command",
+            "serve.terminal", "ChatSettings", "command",
             "chat with a model in the terminal",
             (
                 "nanoghost chat",
@@ -138,9 +114,7 @@ GROUPS = {
             ),
         ),
         "serve": Command(
-            "serve.server",
-            "ServeSettings",
-            "command",
+            "serve.server", "ServeSettings", "command",
             "serve a chat page and an OpenAI-compatible API",
             (
                 "nanoghost serve",
@@ -151,9 +125,7 @@ GROUPS = {
     },
     "Models": {
         "adopt": Command(
-            "commands.adopt",
-            "AdoptSettings",
-            "command",
+            "commands.adopt", "AdoptSettings", "command",
             "import a model (Hugging Face folder or name, GGUF file)",
             (
                 "nanoghost adopt smollm2",
@@ -162,49 +134,53 @@ GROUPS = {
             ),
         ),
         "export": Command(
-            "commands.export",
-            "ExportSettings",
-            "command",
+            "commands.export", "ExportSettings", "command",
             "export a model as a GGUF file",
             ("nanoghost export smollm2", "nanoghost export smollm2 --quant q8_0 --out smollm2.gguf"),
         ),
         "list": Command(
-            "commands.models", "ListSettings", "list_command", "list the models of the home folder", ("nanoghost list",)
+            "commands.models", "ListSettings", "list_command",
+            "list the models of the home folder",
+            ("nanoghost list",),
         ),
         "show": Command(
-            "commands.models", "ShowSettings", "show_command", "show a model's card", ("nanoghost show ghost",)
+            "commands.models", "ShowSettings", "show_command",
+            "show a model's card",
+            ("nanoghost show ghost",),
         ),
         "rename": Command(
-            "commands.models", "RenameSettings", "rename_command", "rename a model", ("nanoghost rename ghost old-ghost",)
+            "commands.models", "RenameSettings", "rename_command",
+            "rename a model",
+            ("nanoghost rename ghost old-ghost",),
         ),
-        "rm": Command("commands.models", "RemoveSettings", "remove_command", "delete a model", ("nanoghost rm old-ghost",)),
+        "rm": Command(
+            "commands.models", "RemoveSettings", "remove_command",
+            "delete a model",
+            ("nanoghost rm old-ghost",),
+        ),
         "plan": Command(
-            "commands.plan",
-            "PlanSettings",
-            "command",
+            "commands.plan", "PlanSettings", "command",
             "estimate time, memory and cost of a pretraining run",
             ("nanoghost plan --depth 24 --hardware 8xH100", "nanoghost plan --minutes 10 --json"),
         ),
         "doctor": Command(
-            "commands.doctor",
-            "DoctorSettings",
-            "command",
+            "commands.doctor", "DoctorSettings", "command",
             "check this computer: CPU, memory, compiler, matmul speed",
             ("nanoghost doctor", "nanoghost doctor --json"),
         ),
     },
     "Memory": {
         "sleep": Command(
-            "memory.sleep_command",
-            "SleepSettings",
-            "command",
+            "memory.sleep_command", "SleepSettings", "command",
             "train a LoRA adapter on what a user has told the model",
-            ("nanoghost sleep --person me", "nanoghost sleep --person me --dry-run", "nanoghost sleep --person me --log"),
+            (
+                "nanoghost sleep --person me",
+                "nanoghost sleep --person me --dry-run",
+                "nanoghost sleep --person me --log",
+            ),
         ),
         "memory": Command(
-            "memory.memory_command",
-            "MemorySettings",
-            "command",
+            "memory.memory_command", "MemorySettings", "command",
             "show, correct and delete the facts stored about a user",
             (
                 "nanoghost memory --person me --search sister",
@@ -215,53 +191,39 @@ GROUPS = {
     },
     "Lab (experiments)": {
         "lab ledger": Command(
-            "lab.ablations",
-            "LedgerSettings",
-            "command",
+            "lab.ablations", "LedgerSettings", "command",
             "ablations of the pretraining recipe, in seconds of training",
             ("nanoghost lab ledger", "nanoghost lab ledger --rungs muon,bigram --seeds 1"),
         ),
         "lab dial": Command(
-            "lab.depth_sweep",
-            "DialSettings",
-            "command",
+            "lab.depth_sweep", "DialSettings", "command",
             "check the dial: which depth is best for which training time",
             ("nanoghost lab dial --minutes 1,4", "nanoghost lab dial --minutes 10 --choices 4x4096,6x4096"),
         ),
         "lab baselines": Command(
-            "lab.baselines",
-            "BaselinesSettings",
-            "command",
+            "lab.baselines", "BaselinesSettings", "command",
             "compare pretraining with nanochat and nanoGPT",
             ("nanoghost lab baselines --nanochat ../nanochat --nanogpt ../nanoGPT --out baselines.svg",),
         ),
         "lab lecun1989": Command(
-            "lab.lecun1989",
-            "Lecun1989Settings",
-            "command",
+            "lab.lecun1989", "Lecun1989Settings", "command",
             "the digit network of LeCun et al. (1989), modernized step by step",
             ("nanoghost lab lecun1989", "nanoghost lab lecun1989 --rungs 1989,dropout --seeds 1"),
         ),
         "lab sleep": Command(
-            "lab.sleep",
-            "LabSleepSettings",
-            "command",
+            "lab.sleep", "LabSleepSettings", "command",
             "what a model remembers after sleep, compared with baselines",
             ("nanoghost lab sleep", "nanoghost lab sleep --split test --arms base,sleep --json"),
         ),
         "lab extraction": Command(
-            "lab.fact_extraction",
-            "LabExtractionSettings",
-            "command",
+            "lab.fact_extraction", "LabExtractionSettings", "command",
             "precision and recall of fact extraction",
             ("nanoghost lab extraction",),
         ),
     },
     "Benchmarks": {
         "bench decode": Command(
-            "bench.decode",
-            "DecodeSettings",
-            "decode",
+            "bench.decode", "DecodeSettings", "decode",
             "decoding speed, compared with the memory bandwidth limit",
             (
                 "nanoghost bench decode smollm2",
@@ -269,58 +231,42 @@ GROUPS = {
             ),
         ),
         "bench prefill": Command(
-            "bench.decode",
-            "PrefillSettings",
-            "prefill",
+            "bench.decode", "PrefillSettings", "prefill",
             "prefill speed",
             ("nanoghost bench prefill smollm2 --tokens 512",),
         ),
         "bench quantization": Command(
-            "bench.decode",
-            "PackingSettings",
-            "packing",
+            "bench.decode", "PackingSettings", "packing",
             "speed and quality at 4, 8 and 16 bits",
             ("nanoghost bench quantization smollm2",),
         ),
         "bench pretrain": Command(
-            "bench.pretrain",
-            "PretrainBenchSettings",
-            "command",
+            "bench.pretrain", "PretrainBenchSettings", "command",
             "pretraining speed by depth and batch size",
             ("nanoghost bench pretrain", "nanoghost bench pretrain --depths 4 --batches 8,16,32 --json"),
         ),
         "bench train": Command(
-            "bench.train",
-            "TrainSettings",
-            "train",
+            "bench.train", "TrainSettings", "train",
             "fine-tuning speed",
             ("nanoghost bench train smollm2 --lora 8", "nanoghost bench train smollm2 --against transformers --json"),
         ),
         "bench rl": Command(
-            "bench.rl",
-            "RlBenchSettings",
-            "command",
+            "bench.rl", "RlBenchSettings", "command",
             "speed of RL rollouts and training",
             ("nanoghost bench rl smollm2", "nanoghost bench rl smollm2 --against trl --json"),
         ),
         "bench serve": Command(
-            "bench.serve",
-            "ServeBenchSettings",
-            "command",
+            "bench.serve", "ServeBenchSettings", "command",
             "overhead of the HTTP server compared with the engine alone",
             ("nanoghost bench serve smollm2 --streams 1,16",),
         ),
         "bench load": Command(
-            "bench.load",
-            "LoadSettings",
-            "command",
+            "bench.load", "LoadSettings", "command",
             "load test with many clients, some of them misbehaving",
             ("nanoghost bench load smollm2 --clients 32 --minutes 5",),
         ),
         "bench refine": Command(
-            "bench.refine",
-            "RefineBenchSettings",
-            "command",
+            "bench.refine", "RefineBenchSettings", "command",
             "speed, memory and recall of `data refine`",
             ("nanoghost bench refine --megabytes 10,100 --kills 3",),
         ),
@@ -401,7 +347,7 @@ def run(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command. Errors of the user are one line on standard error and exit code 2; NANOGHOST_DEBUG=1 shows tracebacks."""
+    """Run a command. A UserError is one line on standard error and exit code 2; NANOGHOST_DEBUG=1 shows tracebacks."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

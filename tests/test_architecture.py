@@ -1,5 +1,6 @@
-"""The house: who may import whom, how much there is to read, and a door that opens at once."""
+"""The architecture: import directions, sizes of files and functions, and a command line that starts fast."""
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -7,64 +8,159 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 
 import pytest
 
 from nanoghost import cli
-from tests.support.count_lines import ROOT, code_lines, imports_of, table
+from tests.support.count_lines import code_lines, counts, loaded_files, package_files
+from tests.support.source_tree import ROOT, cycles, reachable, source_tree
 
-# From the ground up; a file imports from its own row and the rows below it. A folder stands for all in it.
-ROWS = (
-    ("foundations", "errors lists runs people licenses machine tokenizer bpe chat template progress model"),
-    ("machinery", "optim data tasks tools engine"),
-    ("stages", "train evals models doctor plan adopt export bench"),
-    ("rooms", "serve sleep"),
-    ("experiments", "lab"),
-    ("speedrun", "speedrun"),
-    ("commands", "cli __main__"),
+# From the top down. A package or root module imports from its own layer and from the layers below it.
+LAYERS = {
+    "entry points": "cli __main__ speedrun api",
+    "rooms": "serve memory lab bench commands",
+    "stages": "train evals",
+    "machinery": "engine tasks tools data optim",
+    "foundations": "formats tokenizer home model distributed hardware progress errors __init__",
+}
+HEIGHT = {name: -i for i, names in enumerate(LAYERS.values()) for name in names.split()}
+
+# The foundations have an order, too. `home` reads model cards, so formats.model_card stands below the rest of formats.
+FOUNDATIONS = (
+    "errors progress __init__",
+    "hardware distributed model",
+    "formats.model_card",
+    "home",
+    "tokenizer",
+    "formats",
 )
-ROW = {name: number for number, (_, names) in enumerate(ROWS) for name in names.split()}
-FILES = sorted((ROOT / "nanoghost").rglob("*.py"))
+
+MODULES = source_tree()
+GRAPH = {name: module.imports for name, module in MODULES.items()}
+LONG_FUNCTIONS = {"nanoghost/serve/openai_routes.py"}  # FastAPI routes are closures of one function
 
 
-def house_name(module: str) -> str:
-    """nanoghost.train.rl -> train; the package itself, which holds the version, has no name."""
-    return (module.split(".") + [""])[1]
+def relative(module: str) -> str:
+    return str(MODULES[module].path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "nanoghost")))
-def test_nothing_imports_from_above(path):
-    own = path.relative_to(ROOT).with_suffix("").parts[1]
-    if own == "__init__":
-        assert not imports_of(path)
-        return
-    assert own in ROW, f"{own} has no row in the table above: where does it stand?"
-    above = {module for module in imports_of(path) if ROW[house_name(module) or "errors"] > ROW[own]}
-    assert not above, f"{own} stands in row '{ROWS[ROW[own]][0]}'"
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name):
+    package = MODULES[name].package
+    assert package in HEIGHT, f"LAYERS has no layer for {package}"
+    above = {other for other in GRAPH[name] if HEIGHT[MODULES[other].package] > HEIGHT[package]}
+    assert not above
 
 
-def test_foundations_are_not_a_heap():
-    """Inside the lowest row the order is: errors; runs, machine, tokenizer; chat; model."""
-    order = ["errors", "lists progress machine runs people", "tokenizer", "chat template", "model"]
-    level = {name: number for number, names in enumerate(order) for name in names.split()}
-    for path in FILES:
-        own = path.relative_to(ROOT).with_suffix("").parts[1]
-        if own in level:
-            assert all(level[house_name(m) or "errors"] <= level[own] for m in imports_of(path)), path
+def foundation_level(name: str) -> int:
+    inner = name.removeprefix("nanoghost.")
+    for level, names in enumerate(FOUNDATIONS):
+        if inner in names.split():
+            return level
+    package = MODULES[name].package
+    return next(level for level, names in enumerate(FOUNDATIONS) if package in names.split())
 
 
-# ── how much there is to read ───────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("name", [name for name in MODULES if MODULES[name].package in LAYERS["foundations"].split()])
+def test_foundations_import_in_their_own_order(name):
+    above = {other for other in GRAPH[name] if foundation_level(other) > foundation_level(name)}
+    assert not above
+
+
+def test_there_is_no_import_cycle():
+    assert cycles(GRAPH) == []
+
+
+def test_cycles_are_found():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "nanoghost.cli"])
+def test_own_modules_are_imported_at_the_top_of_the_file(name):
+    """cli.py imports a command when it runs, so that --help is fast. Nothing else has a reason to hide an import."""
+    assert MODULES[name].inner_imports == {}
+    assert not re.search(r"import_module\(f?.nanoghost", MODULES[name].path.read_text())
+
+
+def test_every_module_is_used():
+    """By a command, by speedrun.py, or as a program of its own whose name stands in another module as a string."""
+    graph = defaultdict(set)
+    for name, module in MODULES.items():
+        graph[name] |= GRAPH[name] | {name.rpartition(".")[0] or "nanoghost"}
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Constant) and node.value in MODULES:
+                graph[name].add(node.value)
+    starts = ["nanoghost.__main__", "nanoghost.speedrun", "nanoghost.api"]
+    starts += [f"nanoghost.{command.module}" for command in cli.COMMANDS.values()]
+    assert set(MODULES) - reachable(graph, starts) == set()
+
+
+def test_the_root_of_the_package_is_small():
+    modules = [path.stem for path in (ROOT / "nanoghost").glob("*.py") if path.stem != "__init__"]
+    assert len(modules) <= 9
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_file_is_long(name):
+    assert MODULES[name].lines <= 400
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if relative(name) not in LONG_FUNCTIONS])
+def test_no_function_is_long(name):
+    assert [function for function in MODULES[name].functions() if function[1] > 70] == []
+
+
+def test_one_file_at_most_has_long_functions():
+    assert len(LONG_FUNCTIONS) <= 1
+
+
+def test_public_class_names_are_unique():
+    """But for the parts of a transformer: ghost.py and llama.py both have an Attention, an MLP and a Block."""
+    places = defaultdict(list)
+    for name, module in MODULES.items():
+        for node in module.tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(name)
+    transformer_files = ["nanoghost.model.ghost", "nanoghost.model.llama"]
+    duplicates = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert {name: modules for name, modules in duplicates.items() if modules != transformer_files} == {}
+
+
+@pytest.mark.parametrize("arguments", [("check", "--extend-select", "E501"), ("format", "--check")], ids=" ".join)
+def test_ruff_is_satisfied(arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *arguments, "--quiet", "nanoghost", "tests"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+# -- how much there is to read -----------------------------------------------------------------------------------------
 
 
 def test_code_lines_counts_code():
-    source = '"""Title."""\n\nimport x  # why\n# note\n\n\ndef f(a):\n    """Does\n    f."""\n    return g(\n        "text",\n    )\n'
+    function = 'def f(a):\n    """Does\n    f."""\n    return g(\n        "text",\n    )\n'
+    source = f'"""Title."""\n\nimport x  # why\n# note\n\n\n{function}'
     assert code_lines(source) == 5
 
 
-def test_from_an_empty_folder_to_a_chat_in_4000_lines():
-    counts = table()
-    assert "nanoghost/model/ghost.py" in counts and "nanoghost/tokenizer/chat_format.py" in counts
-    assert sum(counts.values()) <= 4000, counts
+@pytest.fixture(scope="module")
+def loaded():
+    return counts(loaded_files())
+
+
+def test_a_speedrun_and_a_chat_load_no_more_than_they_use(loaded):
+    assert "nanoghost/model/ghost.py" in loaded and "nanoghost/tokenizer/chat_format.py" in loaded
+    for folder in ("memory", "lab", "bench"):
+        assert not any(file.startswith(f"nanoghost/{folder}/") for file in loaded), folder
+
+
+def test_the_readme_states_the_lines_of_code(loaded):
+    """ "about 5,200 lines" for a default run, "about 14,000 lines" for the whole package, in this order."""
+    stated = [int(n.replace(",", "")) for n in re.findall(r"about ([\d,]+) lines", (ROOT / "README.md").read_text())]
+    measured = [sum(loaded.values()), sum(counts(package_files()).values())]
+    assert stated == [pytest.approx(lines, rel=0.02) for lines in measured]
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
@@ -98,9 +194,13 @@ def test_examples_of_a_command_parse(name):
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_setting_of_a_command_has_help(name):
     settings, _ = cli.load(name)
-    source = "\n".join(inspect.getsource(part) for part in settings.__mro__[:-1])
-    for field in dataclasses.fields(settings):
-        assert re.search(rf'^    {field.name}: (.|\n    [ )])*\n    """', source, re.M), f"{field.name} has no docstring"
+    explained = set()
+    for part in settings.__mro__[:-1]:
+        body = ast.parse(inspect.getsource(part)).body[0].body
+        for statement, following in zip(body, body[1:]):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                explained.add(statement.target.id)
+    assert {field.name for field in dataclasses.fields(settings)} == explained
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.sh")), ids=lambda path: path.name)

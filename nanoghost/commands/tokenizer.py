@@ -70,7 +70,7 @@ def shortest_path(graph, start, goal):
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TokenizerTrainSettings:
     """Learn a vocabulary from the training part of a text.
 
     nanoghost tokenizer train --data notes/ --vocab-size 2048 --name notes-2048
@@ -85,7 +85,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
-class EvalSettings:
+class TokenizerEvalSettings:
     """Bytes per token of a vocabulary on several kinds of text.
 
     nanoghost tokenizer eval --name plays-4096
@@ -104,7 +104,7 @@ def tokenizer_folder(name: str) -> Path:
     return home() / "data" / "tokenizers" / name
 
 
-def train_command(settings: TrainSettings) -> None:
+def train_command(settings: TokenizerTrainSettings) -> None:
     folder = tokenizer_folder(settings.name)
     documents = open_source(settings.data).documents()
     tokenizer = Tokenizer.train((d.text for d in documents if d.split == "train"), settings.vocab_size)
@@ -112,7 +112,7 @@ def train_command(settings: TrainSettings) -> None:
     Console(stderr=True).print(f"tokenizer {settings.name}: {tokenizer.vocab_size} tokens, in {folder}", soft_wrap=True)
 
 
-def eval_command(settings: EvalSettings) -> None:
+def eval_command(settings: TokenizerEvalSettings) -> None:
     screen = Console(stderr=True)
     tokenizer = Tokenizer.load(tokenizer_folder(settings.name))
     ours = {kind: bytes_per_token(tokenizer.encode, text) for kind, text in SAMPLES.items()}

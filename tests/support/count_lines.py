@@ -1,73 +1,88 @@
-"""How much there is to read from `speedrun.py` to the chat: python -m tests.support.count_lines
+"""How much code there is: python -m tests.support.count_lines
 
-Counts lines of code, without blank lines, comments and docstrings, of every file that `nanoghost/speedrun.py` and
-`nanoghost/serve/terminal.py` import, directly or through others. What only some runs need (your own files, the Hub, models
-that others trained) is imported inside the functions that need it, and does not count.
+Counts lines of code, without blank lines, comments and docstrings, of the modules that a default speedrun and a chat
+load, and of the whole package. Which modules are loaded is measured: a fresh process runs a speedrun with toy sizes,
+answers one prompt, and lists `sys.modules`.
 """
 
 import ast
 import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import tokenize
-from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-STARTS = ("nanoghost.speedrun", "nanoghost.serve.terminal")
+from tests.support.source_tree import ROOT
+from tests.support.toys import toy_text
+
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
+# Only the sizes are replaced; the modules are those of a speedrun with default settings. argv: the text file.
+TOY_RUN = """
+import json, sys
+from dataclasses import replace
+from nanoghost import cli, speedrun
 
-def path_of(module: str) -> Path | None:
-    """The file of a module or package of ours, None if there is none."""
-    base = ROOT.joinpath(*module.split("."))
-    return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
+default_settings = speedrun.stage_settings
 
+def toy_settings(settings):
+    pretrain, sft, rl = default_settings(settings)
+    toy = dict(minutes=None, steps=2)
+    return (
+        replace(pretrain, **toy, dial_minutes=None, depth=1, context=64, batch=2, vocab_size=320),
+        replace(sft, **toy, conversations=50, batch=2),
+        replace(rl, **toy, problems=2, rollouts=2, max_tokens=4, sft_rows=2, eval_problems=1),
+    )
 
-@cache
-def imports_of(path: Path, inside: bool = True) -> set[str]:
-    """The modules of ours that a file imports; with `inside`, also what is imported inside functions."""
-    found = set()
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree) if inside else tree.body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: relative imports hide where a file stands"
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            modules = {name for name in names if path_of(name)}  # the others are names in a module
-            found |= modules | ({node.module} if modules != names else set())
-    return {name for name in found if name.partition(".")[0] == "nanoghost"}
-
-
-def reachable(starts=STARTS) -> set[str]:
-    """Modules that are imported from the starts, and these themselves."""
-    found, waiting = set(), list(starts)
-    while waiting:
-        module = waiting.pop()
-        if module not in found:
-            found.add(module)
-            path = path_of(module)
-            assert path, f"there is no module {module}"
-            waiting += imports_of(path, inside=False)
-    return found
+speedrun.stage_settings = toy_settings
+cli.main(["speedrun", "--data", sys.argv[1], "--problems", "1"])
+cli.main(["chat", "--prompt", "Hello", "--max-tokens", "4"])
+files = [module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "nanoghost"]
+print(json.dumps(sorted(files)))
+"""
 
 
 def code_lines(source: str) -> int:
-    """Lines that hold code: a string that stands alone is a docstring, wherever it stands."""
+    """Number of lines that hold code. A string that is a statement of its own is a docstring, wherever it stands."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    lines = {n for t in tokens if t.type not in LAYOUT for n in range(t.start[0], t.end[0] + 1)}
+    lines = {line for t in tokens if t.type not in LAYOUT for line in range(t.start[0], t.end[0] + 1)}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             lines -= set(range(node.lineno, node.end_lineno + 1))
     return len(lines)
 
 
-def table() -> dict[str, int]:
+def counts(paths: list[Path]) -> dict[str, int]:
     """Lines of code by file."""
-    paths = sorted(path_of(module) for module in reachable())
     return {str(path.relative_to(ROOT)): code_lines(path.read_text()) for path in paths}
 
 
+def loaded_files() -> list[Path]:
+    """The files of nanoghost that a speedrun and a chat load."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text.txt")
+        text.write_text(toy_text())
+        process = subprocess.run(
+            [sys.executable, "-c", TOY_RUN, text],
+            cwd=ROOT,
+            env=os.environ | {"NANOGHOST_HOME": str(Path(folder, "home"))},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        return [Path(file) for file in json.loads(process.stdout.splitlines()[-1])]
+
+
+def package_files() -> list[Path]:
+    return sorted((ROOT / "nanoghost").rglob("*.py"))
+
+
 if __name__ == "__main__":
-    counts = table()
-    for file, count in [*counts.items(), ("in all", sum(counts.values()))]:
-        print(f"{count:6,}  {file}")
+    loaded = counts(loaded_files())
+    for file, lines in loaded.items():
+        print(f"{lines:6,}  {file}")
+    print(f"{sum(loaded.values()):6,}  loaded by a default speedrun and chat")
+    print(f"{sum(counts(package_files()).values()):6,}  the whole package")
