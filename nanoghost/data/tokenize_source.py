@@ -66,10 +66,9 @@ def tokenize_source(source: Source, tokenizer) -> Shards:
             finally:
                 remove_unusable_partials(folder.parent)
     shards = open_shards(folder)
-    if (shards.manifest["source"]["fingerprint"], shards.manifest["tokenizer"]) != (
-        source.fingerprint,
-        tokenizer.fingerprint,
-    ):
+    same_source = shards.manifest["source"]["fingerprint"] == source.fingerprint
+    same_tokenizer = shards.manifest["tokenizer"] == tokenizer.fingerprint
+    if not (same_source and same_tokenizer):
         raise UserError(
             f"{folder} was made from other text or another tokenizer: remove it, and the next run makes it again"
         )
