@@ -29,7 +29,7 @@ class SftSettings(FinetuneSettings):
     name: str = "ghost-sft"
     """Name of the new model."""
     data: str = "builtin"
-    """Conversations: lessons (built-in), tools (lessons with Python and lookup), a JSONL file, or builtin+FILE."""
+    """Conversations: builtin, tools (builtin with Python and lookup), a JSONL file, or builtin+FILE."""
     conversations: int = 40000
     """Number of conversations from the built-in mix."""
     batch: int = 8
