@@ -1,4 +1,4 @@
-# `make` lists the targets. Every target sets up what it needs: a virtual environment in .venv with the package in it.
+# `make` lists the targets. Each target installs what it needs into the virtual environment .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,39 +12,40 @@ help:  ## list the targets
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@
 
-setup: .venv/installed  ## install the package and what it needs into .venv
+setup: .venv/installed  ## install the package and its dependencies into .venv
 
-speedrun: .venv/installed  ## the whole pipeline: from an empty folder to a chat
+speedrun: .venv/installed  ## run the whole pipeline: from an empty folder to a chat model
 	$(BIN)/nanoghost speedrun
 
-chat: .venv/installed  ## talk to the model finished last
+chat: .venv/installed  ## chat with the model that was finished last
 	$(BIN)/nanoghost chat
 
 test: .venv/installed  ## run the tests
 	$(BIN)/ruff check --quiet nanoghost tests
+	$(BIN)/ruff format --quiet --check nanoghost tests
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
-parity: .venv/installed  ## compare models with transformers, peft and llama.cpp (installs them, builds one: minutes)
+parity: .venv/installed  ## compare with transformers, peft and llama.cpp (installs them; compiles llama.cpp: minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
 	$(BIN)/python -m pytest -q -rs tests/test_parity.py tests/test_llama_cpp.py tests/test_model.py tests/test_lora.py
 
-soak: .venv/installed  ## kill a toy run 200 times: nothing may be lost (minutes)
+soak: .venv/installed  ## kill a toy run 200 times and check that nothing is lost (minutes)
 	$(BIN)/python -m tests.support.soak 200
 
-page: .venv/installed  ## try the chat page in a real browser, and take pictures of all its states (skipped where chromium and its driver are not installed)
+page: .venv/installed  ## test the chat page in Chromium and take screenshots (skipped if Chromium or its driver is missing)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[page]'
 	$(BIN)/python -m pytest -q -rs tests/test_page.py
 	$(BIN)/python -m tests.support.page_screenshots pictures
 
-api: .venv/installed  ## let lm-eval and schemathesis try the API (installs them; minutes)
+api: .venv/installed  ## test the API with lm-eval and schemathesis (installs them; minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[api]'
 	$(BIN)/python -m pytest -q -rs tests/test_lm_eval.py tests/test_schemathesis.py
 
-load: .venv/installed  ## many clients at once, some of them bad, and the engine killed under them (adopts SmolLM2; eight minutes)
+load: .venv/installed  ## load test: many clients, some misbehaving, engine killed (imports SmolLM2; eight minutes)
 	$(BIN)/nanoghost show smollm2 > /dev/null 2>&1 || $(BIN)/nanoghost adopt smollm2
 	$(BIN)/nanoghost bench load smollm2
 
-lines: .venv/installed  ## count what one reads from speedrun.py to the chat
+lines: .venv/installed  ## count the lines of code that a default run loads, and all of them
 	@$(BIN)/python -m tests.support.count_lines
 
 clean:  ## remove the virtual environment and caches (models stay in the home folder)
