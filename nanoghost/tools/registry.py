@@ -1,58 +1,19 @@
-"""The tools that a model may call, by name.
+"""The tools that a model may call, by name; which of them a model gets; and calls of them.
 
-To add a tool, write a `Tool` and add it to TOOLS. A tool takes one text and returns one. A mistake of the model (no
-such tool, arguments that are not JSON) is returned as a text that begins with "error: ", for the model to read.
+A call of an unknown tool, or with arguments that are not JSON, returns a text that begins with "error: ".
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder
 from nanoghost.tools import sandbox
+from nanoghost.tools.base import Tool, ToolResult
 from nanoghost.tools.calculator import calculate
 from nanoghost.tools.retrieval import DocumentFolder, Passage
-
-
-@dataclass(frozen=True)
-class ToolResult:
-    content: str
-    """What the model reads."""
-    passages: list[dict] = field(default_factory=list)
-    """Passages that were retrieved, for display: "n" (the number to cite), "source" and "text"."""
-
-
-def always() -> bool:
-    return True
-
-
-@dataclass(frozen=True)
-class Tool:
-    name: str
-    description: str
-    argument: str
-    """Name of the argument, a text."""
-    argument_description: str
-    function: Callable[[str], ToolResult]
-    is_available: Callable[[], bool] = always
-    """Whether the tool can run on this machine."""
-
-    @property
-    def schema(self) -> dict:
-        """OpenAI's function object."""
-        properties = {self.argument: {"type": "string", "description": self.argument_description}}
-        parameters = {"type": "object", "properties": properties, "required": [self.argument]}
-        return {"name": self.name, "description": self.description, "parameters": parameters}
-
-    def run(self, arguments: dict) -> ToolResult:
-        """Call the tool with the arguments that a model wrote."""
-        text = arguments.get(self.argument)
-        if not isinstance(text, str):
-            return ToolResult(f'error: the arguments need a text "{self.argument}"')
-        return self.function(text)
-
 
 # ── the tools ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
