@@ -12,7 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 import nanoghost.tokenizer.chat_format
 from nanoghost.data.conversations import load_conversations
 from nanoghost.errors import UserError
-from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE, parse_reply, render, render_text, truncate_oldest_turns, text_of
+from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE, render, render_text, text_of, truncate_oldest_turns
+from nanoghost.tokenizer.reply_parser import parse_reply
 from nanoghost.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.support.toys import toy_text
 
@@ -32,7 +33,21 @@ def template():
     return environment.from_string(CHAT_TEMPLATE)
 
 
-AWKWARD = [*SPECIAL_TOKENS, "\n", "\r\n", " ", "user", "{{ 1 }}", "{% if %}", "{# #}", "<b>&'\"", "東", "é", "👩‍👩‍👧", "king"]
+AWKWARD = [
+    *SPECIAL_TOKENS,
+    "\n",
+    "\r\n",
+    " ",
+    "user",
+    "{{ 1 }}",
+    "{% if %}",
+    "{# #}",
+    "<b>&'\"",
+    "東",
+    "é",
+    "👩‍👩‍👧",
+    "king",
+]
 TEXTS = st.text(max_size=12) | st.lists(st.sampled_from(AWKWARD), max_size=5).map("".join)
 CONTENTS = TEXTS | st.none() | st.lists(TEXTS.map(lambda text: {"type": "text", "text": text}), max_size=3)
 JSON = st.recursive(

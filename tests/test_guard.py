@@ -12,25 +12,28 @@ import time
 import httpx
 import pytest
 
-from nanoghost.serve.app import PAGE_POLICY, Service, make_app
+from nanoghost.serve.app import make_app
 from nanoghost.serve.client import EngineClient
-from nanoghost.serve.guard import hostname, open_to_all
-from nanoghost.serve.model_registry import Registry
-from nanoghost.serve.worker import Capacity
+from nanoghost.serve.engine_messages import Capacity, EngineRequest, ModelRef
+from nanoghost.serve.guard import hostname, is_public
+from nanoghost.serve.model_registry import ModelRegistry
+from nanoghost.serve.service import Service
+from nanoghost.serve.status_routes import PAGE_POLICY
+from nanoghost.serve.worker import Worker
 from nanoghost.tools.registry import available_tools
 from tests.support.serving import NO_KERNELS, Running, crowded, make_home
 
 KEY = "0123456789abcdef0123"
 IMPATIENT = """
 from pathlib import Path
-from nanoghost.serve import app, client, connection, guard, server
-client.SILENCE = 4.0
-app.PAGE = Path({page!r})
-connection.PatientProtocol.header_seconds = 0.6
-connection.PatientProtocol.stall_seconds = 0.6
-connection.PatientProtocol.most = 16
+from nanoghost.serve import client, connection, guard, server, service
+client.SILENCE_TIMEOUT = 4.0
+service.PAGE = Path({page!r})
+connection.TimeoutProtocol.header_timeout = 0.6
+connection.TimeoutProtocol.stall_timeout = 0.6
+connection.TimeoutProtocol.max_connections = 16
 connection.SEND_BUFFER = 4096
-guard.Guard.body_seconds = 0.6
+guard.Guard.body_timeout = 0.6
 server.KEEP_ALIVE = 2
 """
 LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 900}}}
@@ -129,8 +132,8 @@ def test_names_of_hosts():
 def test_every_route_wants_the_key(server, home, monkeypatch):
     """All routes there are, by any method, and paths that are none."""
     capacity = Capacity()
-    registry = Registry(None, capacity)
-    app = make_app(Service(EngineClient(capacity, registry.ready_voice, 1), registry, available_tools(None)))
+    registry = ModelRegistry(None, capacity)
+    app = make_app(Service(EngineClient(capacity, registry.default_ref, 1), registry, available_tools(None)))
     paths = {route.path.replace("{name}", "toy").replace("{path:path}", "x") for route in app.routes}
     assert {
         "/v1/chat/completions",
@@ -148,10 +151,10 @@ def test_every_route_wants_the_key(server, home, monkeypatch):
     for path in [*paths, "/nothing", "/v1", "/health/", "/healthx", "/v1/models/"]:
         for method in ("GET", "POST", "DELETE"):
             status = stranger.request(method, path, json=ask()).status_code
-            assert (status == 401) != open_to_all(path), (method, path, status)
+            assert (status == 401) != is_public(path), (method, path, status)
     for headers in wrong:
         assert stranger.get("/v1/models", headers=headers).status_code == 401
-    assert {path for path in paths if open_to_all(path)} <= {"/", "/health", "/static", "/static/x"}
+    assert {path for path in paths if is_public(path)} <= {"/", "/health", "/static", "/static/x"}
 
 
 def test_the_page_and_what_it_may_do(server):
@@ -370,7 +373,7 @@ def test_who_never_reads_is_cancelled(server, tokens):
     cancelled = server.figure("nanoghost_cancelled_total")
     connection.sendall((HEAD + f"Content-Length: {len(body)}\r\n\r\n{body}").encode())
     server.wait(lambda: server.figure("nanoghost_cancelled_total") == cancelled + 1, 20)
-    server.wait(lambda: server.figure("nanoghost_rows") == 0, 5)
+    server.wait(lambda: server.figure("nanoghost_sequences") == 0, 5)
     connection.close()
 
 
@@ -409,7 +412,7 @@ def test_honest_answers_beside_malformed_and_hasty_ones(server):
         for thread in threads:
             thread.join()
     assert got == [want] * 12
-    server.wait(lambda: server.figure("nanoghost_rows") == 0, 3)
+    server.wait(lambda: server.figure("nanoghost_sequences") == 0, 3)
 
 
 # ── what one reader's pages tell another ──────────────────────────────────────────────────────────────────────────────
@@ -419,7 +422,6 @@ def test_honest_answers_beside_malformed_and_hasty_ones(server):
 def test_pages_are_shared_by_nobody_else(tmp_path, monkeypatch):
     """Not between people, not between a person and others, not between adapters; between equal beginnings of one owner, yes."""
     from nanoghost.engine.sampler import SamplingParams
-    from nanoghost.serve.worker import Job, Voice, Worker
 
     monkeypatch.setenv("NANOGHOST_HOME", str(make_home(tmp_path / "home")))
 
@@ -427,17 +429,17 @@ def test_pages_are_shared_by_nobody_else(tmp_path, monkeypatch):
         def send(self, said):
             pass
 
-    worker = Worker(Pipe(), Capacity(seats=8))
+    worker = Worker(Pipe(), Capacity(slots=8))
     path = str(tmp_path / "home" / "people" / "maya" / "adapter")
     ids = tuple(range(50, 150))
     found = {}
     cases = [("maya", ""), ("carl", ""), ("", ""), ("maya", path), ("carl", path), ("", path)]
     for turn in range(2):
         for owner, adapter in cases:
-            job = Job(len(found) + 1, Voice("toy", 2.0, adapter), ids, SamplingParams(max_tokens=1), owner=owner)
-            worker.begin(job)
-            [row] = worker.open[job.number].rows
-            engine = worker.open[job.number].engine
+            job = EngineRequest(len(found) + 1, ModelRef("toy", 2.0, adapter), ids, SamplingParams(max_tokens=1), owner=owner)
+            worker.start(job)
+            [row] = worker.active[job.request_id].sequences
+            engine = worker.active[job.request_id].engine
             engine.runner.admit(row)
             found[turn, owner, adapter] = row.num_computed
             engine.scheduler.waiting.clear()

@@ -6,7 +6,8 @@ import pytest
 
 from nanoghost.errors import UserError
 from nanoghost.tokenizer import jinja_template
-from nanoghost.tokenizer.chat_format import tool_response_ids, parse_reply, render
+from nanoghost.tokenizer.chat_format import render, tool_response_ids
+from nanoghost.tokenizer.reply_parser import parse_reply
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.toys import CONVERSATION, TOY_TEMPLATE, toy_text
 

@@ -16,8 +16,9 @@ from nanoghost.memory.router import Router, train_router, training_messages, wor
 from nanoghost.memory.store import AdapterInputs
 from nanoghost.memory.synthesize import arithmetic_prompt
 from nanoghost.model.lora import new_adapter
-from nanoghost.serve import personal_chat
-from nanoghost.serve.terminal import Conversation
+from nanoghost.serve import personal_routing
+from nanoghost.serve.conversation import Conversation
+from nanoghost.serve.personal_chat import PersonalConversation
 
 # Every message with the word "my" is personal.
 SIMPLE_ROUTER = Router({"my": 9.0}, -5.0)
@@ -121,7 +122,7 @@ def test_general_questions_get_the_base_models_answer_and_see_no_facts(person_wi
 
 
 def test_a_chat_is_routed_turn_by_turn(person_with_adapter, monkeypatch):
-    monkeypatch.setattr(personal_chat, "load_router", lambda: SIMPLE_ROUTER)
+    monkeypatch.setattr(personal_routing, "load_router", lambda: SIMPLE_ROUTER)
     greedy = SamplingParams(max_tokens=8, temperature=0.0)
 
     def answers(conversation, *questions):
@@ -131,7 +132,7 @@ def test_a_chat_is_routed_turn_by_turn(person_with_adapter, monkeypatch):
         return [m["content"] for m in conversation.messages if m["role"] == "assistant"]
 
     questions = ("Who is king?", "What is my name?")
-    personal = answers(personal_chat.PersonalConversation("me", False, "toy", greedy, None), *questions)
+    personal = answers(PersonalConversation("me", False, "toy", greedy, None), *questions)
     plain = answers(Conversation("toy", greedy, None), *questions)
     assert personal[0] == plain[0]
     assert personal[1] != plain[1]

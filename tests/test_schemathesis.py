@@ -20,7 +20,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 def test_no_answer_is_undocumented(tmp_path):
     (tmp_path / "notes.md").write_text(NOTE)
-    server = Running(make_home(tmp_path / "home"), "toy", "--seats", 24, "--documents", tmp_path)
+    server = Running(make_home(tmp_path / "home"), "toy", "--slots", 24, "--documents", tmp_path)
     report = tmp_path / "report.json"
     command = [
         Path(sys.executable).with_name("st"), "run", f"{server.url}/openapi.json", "--seed", "0", "--max-examples", "300", "--request-timeout", "120",

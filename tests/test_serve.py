@@ -40,7 +40,7 @@ def server(tmp_path_factory):
     documents = tmp_path_factory.mktemp("documents")
     (documents / "notes.md").write_text(NOTE)
     running = Running(
-        make_home(tmp_path_factory.mktemp("served")), "toy", "--seats", 24, "--queue", 8, "--documents", documents
+        make_home(tmp_path_factory.mktemp("served")), "toy", "--slots", 24, "--queue", 8, "--documents", documents
     )
     yield running
     running.stop()
@@ -208,9 +208,9 @@ def test_cancel_frees_the_engine_at_once(server, client):
     before = server.figure("nanoghost_cancelled_total")
     said = client.chat.completions.create(model="toy", stream=True, **FOREVER | {"max_tokens": 480})
     next(iter(said))
-    assert server.figure("nanoghost_rows") > 0
+    assert server.figure("nanoghost_sequences") > 0
     said.close()
-    server.wait(lambda: server.figure("nanoghost_rows") == 0, 2)
+    server.wait(lambda: server.figure("nanoghost_sequences") == 0, 2)
 
     async def leave():
         async with httpx.AsyncClient(base_url=server.url, trust_env=False) as http:
@@ -220,7 +220,7 @@ def test_cancel_frees_the_engine_at_once(server, client):
                 )
 
     asyncio.run(leave())
-    server.wait(lambda: server.figure("nanoghost_rows") == 0, 2)
+    server.wait(lambda: server.figure("nanoghost_sequences") == 0, 2)
     assert server.figure("nanoghost_cancelled_total") >= before + 1
 
 
@@ -307,7 +307,7 @@ def test_when_all_places_are_taken_one_is_told_to_come_back(server):
     hold = [threading.Thread(target=lambda: statuses.append(server.chat(**FOREVER).status_code)) for _ in range(4)]
     for thread in hold:
         thread.start()
-    server.wait(lambda: server.figure("nanoghost_rows") == 32)
+    server.wait(lambda: server.figure("nanoghost_sequences") == 32)
     refused = server.chat()
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
     assert refused.json()["error"]["type"] == "rate_limit_error"
@@ -403,7 +403,7 @@ def test_side_routes(server):
     report = http.get("/runs/toy/report")
     assert "report" in report.text and "sandbox" in report.headers["content-security-policy"]
     assert http.get("/runs/plain/report").status_code == 404 and http.get("/runs/x/events").status_code == 404
-    assert "nanoghost_rows 0.0" in http.get("/metrics").text
+    assert "nanoghost_sequences 0.0" in http.get("/metrics").text
     described = http.get("/openapi.json").json()
     assert "/v1/chat/completions" in described["paths"] and "422" not in json.dumps(described["paths"])
 
@@ -449,7 +449,7 @@ def test_what_is_wrong_at_the_start_is_one_line(nanoghost, tmp_path, monkeypatch
         code, _, err = nanoghost("serve", "--host", host)
         assert code == 2 and "--api-key-file" in err and err.count("\n") == 1
     (tmp_path / "key").write_text("short\n")
-    for words in (("--api-key-file", tmp_path / "key"), ("--api-key-file", tmp_path / "none"), ("--port", 99999), ("--seats", 0),
+    for words in (("--api-key-file", tmp_path / "key"), ("--api-key-file", tmp_path / "none"), ("--port", 99999), ("--slots", 0),
                   ("--documents", tmp_path / "no"), ("nobody", "--port", 0)):  # fmt: skip
         code, _, err = nanoghost("serve", *words)
         assert code == 2 and err.startswith("nanoghost: ") and err.count("\n") == 1, err

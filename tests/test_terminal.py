@@ -1,4 +1,4 @@
-"""Chat: what is shown, what is kept, slash commands; and the verbs that look after data."""
+"""Chat in the terminal: what is shown, what is kept in the conversation, slash commands, --prompt."""
 
 import io
 import json
@@ -8,36 +8,89 @@ import torch
 
 from nanoghost import cli
 from nanoghost.data.conversations import load_conversations
+from nanoghost.engine.engine import Engine
 from nanoghost.engine.sampler import SamplingParams
-from nanoghost.serve.terminal import Conversation, fragments, slash
+from nanoghost.engine.torch_runner import TorchRunner
+from nanoghost.errors import UserError
+from nanoghost.serve.conversation import Conversation, stream_fragments
+from nanoghost.serve.terminal import run_slash_command
+from nanoghost.tokenizer.chat_format import render
 from tests.test_generate import Scripted, run_tool, tokenizer  # noqa: F401
 
+QUESTION = {"role": "user", "content": "?"}
+CALL = '\n{"name": "calculator", "arguments": {"expression": "1+1"}}\n'
+TOOL_RESULT = "(tool result)"  # the engine inserts the result here, whatever the script says
 
-def test_text_streams_whole_characters_and_calls_become_a_line(tokenizer):  # noqa: F811
-    from nanoghost.engine.engine import Engine
-    from nanoghost.engine.torch_runner import TorchRunner
-    from nanoghost.tokenizer.chat_format import render
 
-    call = {
-        "id": "call_1",
-        "type": "function",
-        "function": {"name": "calculator", "arguments": '{"expression": "1+1"}'},
-    }
+def shown(tokenizer, *script):  # noqa: F811
+    """(fragments, messages) of a reply that consists of these texts; names of special tokens stand for the tokens."""
+    ids = []
+    for text in script:
+        if text == TOOL_RESULT:
+            result = [{"role": "tool", "content": "2"}]
+            ids += tokenizer.encode("\n") + render(result, tokenizer, generation=True)[0]
+        elif text.startswith("<"):
+            ids.append(tokenizer.special_id(text))
+        else:
+            ids += tokenizer.encode(text)
+    return fragments_of_script(tokenizer, ids)
+
+
+def fragments_of_script(tokenizer, ids):  # noqa: F811
+    prompt, _ = render([QUESTION], tokenizer, generation=True)
+    model = Scripted(tokenizer, ids)
+    model.start = len(prompt)
+    engine = Engine(TorchRunner(model, 1, 512), tokenizer)
+    [sequence] = engine.add(prompt, SamplingParams(max_tokens=300, temperature=0), run_tool=run_tool)
+    fragments = [fragment for fragment in stream_fragments(engine, sequence) if fragment.text]
+    return fragments, sequence.messages
+
+
+def text_of_fragments(fragments):
+    return "".join(fragment.text for fragment in fragments if not fragment.is_tool_call)
+
+
+# ── what is shown ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_text_streams_whole_characters_and_a_tool_call_becomes_a_line(tokenizer):  # noqa: F811
+    function = {"name": "calculator", "arguments": '{"expression": "1+1"}'}
     messages = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        QUESTION,
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+        },
         {"role": "tool", "tool_call_id": "call_1", "content": "2"},
         {"role": "assistant", "content": "Voilà: 2 € 👻"},
     ]
-    prompt, _ = render(messages[:1], tokenizer, generation=True)
-    model = Scripted(tokenizer, render(messages, tokenizer)[0][len(prompt) :])
-    model.start = len(prompt)
-    engine = Engine(TorchRunner(model, 1, 512), tokenizer)
-    [row] = engine.add(prompt, SamplingParams(max_tokens=300, temperature=0), run_tool=run_tool)
-    said = [s for s in fragments(engine, row) if s.text]
-    assert [s.text for s in said if s.is_tool] == ["calculator(1+1) → 2"]
-    assert "".join(s.text for s in said if not s.is_tool) == "Voilà: 2 € 👻"
-    assert not any("\ufffd" in s.text for s in said)
+    prompt, _ = render([QUESTION], tokenizer, generation=True)
+    fragments, _ = fragments_of_script(tokenizer, render(messages, tokenizer)[0][len(prompt) :])
+    assert [fragment.text for fragment in fragments if fragment.is_tool_call] == ["calculator(1+1) → 2"]
+    assert text_of_fragments(fragments) == "Voilà: 2 € 👻"
+    assert not any("\ufffd" in fragment.text for fragment in fragments)
+
+
+def test_a_call_that_is_not_valid_is_shown(tokenizer):  # noqa: F811
+    fragments, messages = shown(tokenizer, "<tool_call>", "\n{oops\n", "</tool_call>", "<|im_end|>")
+    assert text_of_fragments(fragments) == messages[-1]["content"] == "\n{oops\n"
+
+
+def test_a_call_without_end_tag_does_not_hide_the_answer(tokenizer):  # noqa: F811
+    fragments, _ = shown(tokenizer, "<tool_call>", CALL, "<|im_end|>", TOOL_RESULT, "It is 2.", "<|im_end|>")
+    assert fragments[0].is_tool_call
+    assert text_of_fragments(fragments[1:]) == "It is 2."
+
+
+def test_a_tool_call_gets_a_line_of_its_own(tokenizer):  # noqa: F811
+    script = ["Let me see.", "<tool_call>", CALL, "</tool_call>", "<|im_end|>", TOOL_RESULT, "2.", "<|im_end|>"]
+    fragments, _ = shown(tokenizer, *script)
+    texts = [f"[{fragment.text}]" if fragment.is_tool_call else fragment.text for fragment in fragments]
+    assert "".join(texts) == "Let me see.\n[calculator(1+1) → 2]2."
+
+
+# ── what is kept ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -45,88 +98,38 @@ def conversation(toy_base):
     return Conversation(toy_base, SamplingParams(max_tokens=8, temperature=1.0), system="Be brief.")
 
 
-def test_conversation_keeps_drops_and_stops(conversation):
+def test_the_oldest_turns_are_dropped_and_the_system_message_stays(conversation):
     for _ in range(8):
-        dropped = conversation.ask("The king sees the queen.")
+        num_dropped = conversation.ask("The king sees the queen.")
         list(conversation.answer())
-    assert dropped > 0 and conversation.messages[0]["role"] == "system", "old turns go, the system message stays"
+    assert num_dropped > 0
+    assert conversation.messages[0]["role"] == "system"
+
+
+def test_a_stopped_reply_keeps_the_text_that_was_shown(conversation):
     conversation.ask("Stop here.")
-    answer = conversation.answer()
-    shown = next(answer).text
-    answer.close()
+    reply = conversation.answer()
+    first_text = next(reply).text
+    reply.close()
     assert conversation.messages[-2]["content"] == "Stop here."
-    assert conversation.messages[-1]["role"] == "assistant" and conversation.messages[-1]["content"].startswith(shown)
-    with pytest.raises(Exception, match="context"):
+    assert conversation.messages[-1]["role"] == "assistant"
+    assert conversation.messages[-1]["content"].startswith(first_text)
+
+
+def test_a_message_longer_than_the_context_is_refused(conversation):
+    with pytest.raises(UserError, match="context"):
         conversation.ask("word " * 200)
 
 
-def test_slash_commands(conversation, tmp_path):
-    conversation.ask("The king.")
-    path = tmp_path / "kept.jsonl"
-    slash(conversation, f"/save {path}")
-    slash(conversation, f"/save {path}")
-    saved = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(saved) == 2 and saved[0]["messages"] == conversation.messages
-    assert "/reset" in slash(conversation, "/help")
-    slash(conversation, "/reset")
-    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
-    slash(conversation, "/system Speak.")
-    assert conversation.messages == [{"role": "system", "content": "Speak."}]
-    slash(conversation, "/system")
-    assert conversation.messages == []
-    assert "/dance" in slash(conversation, "/dance")
-
-
-def shown(tokenizer, *script):  # noqa: F811
-    """What is shown of an answer of these texts; names of marks stand for the marks. (fragments, messages)"""
-    from nanoghost.engine.engine import Engine
-    from nanoghost.engine.torch_runner import TorchRunner
-    from nanoghost.tokenizer.chat_format import render
-
-    prompt, _ = render([{"role": "user", "content": "?"}], tokenizer, generation=True)
-    ids = []
-    for text in script:
-        if text == "(fed)":  # the engine puts the tool's answer here, whatever the script says
-            told = [{"role": "tool", "content": "2"}]
-            ids += tokenizer.encode("\n") + render(told, tokenizer, generation=True)[0]
-        else:
-            ids += [tokenizer.special_id(text)] if text.startswith("<") else tokenizer.encode(text)
-    model = Scripted(tokenizer, ids)
-    model.start = len(prompt)
-    engine = Engine(TorchRunner(model, 1, 512), tokenizer)
-    [row] = engine.add(prompt, SamplingParams(max_tokens=300, temperature=0), run_tool=run_tool)
-    return [s for s in fragments(engine, row) if s.text], row.messages
-
-
-CALL = '\n{"name": "calculator", "arguments": {"expression": "1+1"}}\n'
-
-
-def test_a_call_that_does_not_parse_is_shown(tokenizer):  # noqa: F811
-    said, messages = shown(tokenizer, "<tool_call>", "\n{oops\n", "</tool_call>", "<|im_end|>")
-    assert "".join(s.text for s in said) == messages[-1]["content"] == "\n{oops\n"
-
-
-def test_an_unclosed_call_does_not_hide_the_answer(tokenizer):  # noqa: F811
-    said, _ = shown(tokenizer, "<tool_call>", CALL, "<|im_end|>", "(fed)", "It is 2.", "<|im_end|>")
-    assert said[0].is_tool and "".join(s.text for s in said[1:]) == "It is 2."
-
-
-def test_a_tool_line_stands_alone(tokenizer):  # noqa: F811
-    said, _ = shown(
-        tokenizer, "Let me see.", "<tool_call>", CALL, "</tool_call>", "<|im_end|>", "(fed)", "2.", "<|im_end|>"
-    )
-    assert "".join(f"[{s.text}]" if s.is_tool else s.text for s in said) == "Let me see.\n[calculator(1+1) → 2]2."
-
-
-def test_stopping_inside_a_call_keeps_only_what_was_said(conversation):
-    special, encode = conversation.tokenizer.special_id, conversation.tokenizer.encode
-    script = [*encode("Well."), special("<tool_call>"), *encode('{"name')]
+def test_stopping_inside_a_tool_call_keeps_only_the_text_before_it(conversation):
+    special_id, encode = conversation.tokenizer.special_id, conversation.tokenizer.encode
+    script = [*encode("Well."), special_id("<tool_call>"), *encode('{"name')]
     conversation.set_system(None)
     conversation.ask("?")
     conversation.sampling = SamplingParams(max_tokens=len(script) + 50, temperature=0)
-    weights = conversation.engine.runner.model
+    model = conversation.engine.runner.model
 
-    class Scribe(type(weights)):
+    class ScriptThenInterrupt(type(model)):
         def forward(self, tokens, cache=None, **options):
             if not script:
                 raise KeyboardInterrupt
@@ -134,67 +137,111 @@ def test_stopping_inside_a_call_keeps_only_what_was_said(conversation):
             logits[:, 0, script.pop(0)] = 50.0
             return logits
 
-    weights.__class__ = Scribe
+    model.__class__ = ScriptThenInterrupt
     with pytest.raises(KeyboardInterrupt):
         list(conversation.answer())
     assert conversation.messages[-1] == {"role": "assistant", "content": "Well."}
 
 
-def test_save_holds_all_that_was_said_and_a_bad_path_is_no_end(conversation, tmp_path):
-    path = tmp_path / "kept.jsonl"
-    assert "nothing" in slash(conversation, f"/save {path}") and not path.exists()
+# ── slash commands ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_help_lists_the_commands(conversation):
+    assert "/reset" in run_slash_command(conversation, "/help")
+
+
+def test_an_unknown_command_is_named(conversation):
+    assert "/dance" in run_slash_command(conversation, "/dance")
+
+
+def test_reset_keeps_only_the_system_message(conversation):
+    conversation.ask("The king.")
+    run_slash_command(conversation, "/reset")
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+    assert conversation.transcript == [{"role": "system", "content": "Be brief."}]
+
+
+def test_system_replaces_or_removes_the_system_message(conversation):
+    run_slash_command(conversation, "/system Speak.")
+    assert conversation.messages == [{"role": "system", "content": "Speak."}]
+    run_slash_command(conversation, "/system")
+    assert conversation.messages == []
+
+
+def test_save_appends_a_conversation_each_time(conversation, tmp_path):
+    conversation.ask("The king.")
+    path = tmp_path / "saved.jsonl"
+    run_slash_command(conversation, f"/save {path}")
+    run_slash_command(conversation, f"/save {path}")
+    saved = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(saved) == 2
+    assert saved[0]["messages"] == conversation.messages
+
+
+def test_save_without_messages_writes_no_file(conversation, tmp_path):
+    path = tmp_path / "saved.jsonl"
+    assert "nothing" in run_slash_command(conversation, f"/save {path}")
+    assert not path.exists()
+
+
+def test_save_includes_dropped_turns_and_completes_an_unfinished_last_line(conversation, tmp_path):
+    path = tmp_path / "saved.jsonl"
     for turn in range(8):
         conversation.ask(f"The king sees the queen, {turn}.")
         list(conversation.answer())
     path.write_text('{"messages": [{"role": "user", "content": "no line end"}]}')
-    slash(conversation, f"/save {path}")
+    run_slash_command(conversation, f"/save {path}")
     _, messages = load_conversations(path)
     assert [m["content"][-2] for m in messages if m["role"] == "user"] == list("01234567")
-    assert messages[0] == {"role": "system", "content": "Be brief."} and len(messages) > len(conversation.messages)
-    assert "not a file" in slash(conversation, f"/save {tmp_path}")
-    assert "cannot save" in slash(conversation, f"/save {path}/below/x.jsonl")
-    slash(conversation, "/reset")
-    assert conversation.transcript == [{"role": "system", "content": "Be brief."}]
+    assert messages[0] == {"role": "system", "content": "Be brief."}
+    assert len(messages) > len(conversation.messages)
 
 
-def test_piped_chat_and_prompt(nanoghost, toy_base, monkeypatch, capsys):
+def test_saving_to_a_bad_path_does_not_end_the_conversation(conversation, tmp_path):
+    conversation.ask("The king.")
+    path = tmp_path / "saved.jsonl"
+    run_slash_command(conversation, f"/save {path}")
+    assert "not a file" in run_slash_command(conversation, f"/save {tmp_path}")
+    assert "cannot save" in run_slash_command(conversation, f"/save {path}/below/x.jsonl")
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_piped_input_gives_plain_output_and_continues_after_errors(nanoghost, toy_base, monkeypatch, capsys):
     lines = "Hello\n/dance\n" + "word " * 300 + "\n" + "The king sees the queen.\n" * 8
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     cli.main(["chat", toy_base, "--max-tokens", "4"])
     out = capsys.readouterr().out
-    assert "\x1b" not in out and "\x01" not in out and out.startswith("toy, ")
-    assert "/dance is not a command" in out and out.count("context holds 64") == 1
-    assert out.count("no longer sees") == 1, "that old turns go is said once"
-    answers = []
-    for words in (("--prompt", "king?"), ("--prompt", "-")):
+    assert "\x1b" not in out
+    assert "\x01" not in out
+    assert out.startswith("toy, ")
+    assert "/dance is not a command" in out
+    assert out.count("context holds 64") == 1
+    assert out.count("no longer sees") == 1, "dropped turns are announced once"
+
+
+def test_prompt_gives_the_same_reply_each_time_and_can_come_from_standard_input(nanoghost, toy_base, monkeypatch):
+    """The default seed with --prompt is 0."""
+    outputs = []
+    for prompt in ("king?", "-"):
         monkeypatch.setattr("sys.stdin", io.StringIO("king?\n"))
-        code, out, _ = nanoghost("chat", toy_base, *words, "--max-tokens", 6)
+        code, out, _ = nanoghost("chat", toy_base, "--prompt", prompt, "--max-tokens", 6)
         assert code == 0
-        answers.append(out)
-    assert answers[0] == answers[1], "with --prompt the seed is 0"
-    for words in (("--top-k", -1), ("--temperature", -1), ("--top-p", 0), ("--prompt", "word " * 300)):
-        code, out, err = nanoghost("chat", toy_base, "--prompt", "x", *words)
-        assert (code, out) == (2, "") and err.startswith("nanoghost: ")
+        outputs.append(out)
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--top-k", -1), ("--temperature", -1), ("--top-p", 0), ("--max-tokens", 0), ("--prompt", "word " * 300)],
+)
+def test_bad_settings_are_user_errors(nanoghost, toy_base, flags):
+    code, out, err = nanoghost("chat", toy_base, "--prompt", "x", *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("nanoghost: ")
+
+
+def test_input_that_is_not_utf8_is_a_user_error(nanoghost, toy_base, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
     assert nanoghost("chat", toy_base)[0] == 2
-
-
-def test_data_and_tokenizer_verbs(nanoghost, toy_file):
-    code, out, err = nanoghost("data", toy_file, "--vocab-size", 300, "--json")
-    assert code == 0, err
-    assert json.loads(out)["splits"]["train"]["bytes"] > 0
-    code, out, err = nanoghost("tokenizer", "train", "--data", toy_file, "--vocab-size", 300, "--name", "t")
-    assert code == 0, err
-    code, out, err = nanoghost("tokenizer", "eval", "--name", "t", "--json")
-    assert code == 0, err
-    assert json.loads(out)["vocab_size"] == 300
-
-
-def test_data_shows_what_is_too_short_to_train_on_and_any_file_name(nanoghost, tmp_path):
-    path = tmp_path / "notes[1].txt"
-    path.write_text("To be, or not to be. " * 10)
-    code, out, err = nanoghost("data", path, "--vocab-size", 280, "--json")
-    assert code == 0 and json.loads(out)["batch_milliseconds"] is None, err
-    assert "notes[1].txt" in json.loads(out)["attribution"]
-    code, _, err = nanoghost("data", path, "--vocab-size", 280)
-    assert code == 0 and "notes[1].txt" in err and "too short" in err

@@ -8,7 +8,13 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanoghost.commands.tokenizer import SAMPLES, EvalSettings, TrainSettings, eval_command, train_command
+from nanoghost.commands.tokenizer import (
+    SAMPLES,
+    TokenizerEvalSettings,
+    TokenizerTrainSettings,
+    eval_command,
+    train_command,
+)
 from nanoghost.errors import UserError
 from nanoghost.tokenizer.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 from tests.support.reference_bpe import (
@@ -159,7 +165,7 @@ def test_lone_surrogates_become_replacement_characters():
 
 
 def test_mistakes_are_explained_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="no tokenizer at .*tokenizer.json"):
+    with pytest.raises(UserError, match="tokenizer.json does not exist"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer.json is not a readable") as error:
@@ -175,10 +181,10 @@ def test_mistakes_are_explained_in_one_line(tmp_path):
 def test_the_commands_keep_a_vocabulary_and_measure_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOGHOST_HOME", str(tmp_path / "home"))
     (tmp_path / "notes.txt").write_text("\n\n".join(MIXED * 3))
-    train_command(TrainSettings(data=str(tmp_path / "notes.txt"), vocab_size=300, name="notes"))
+    train_command(TokenizerTrainSettings(data=str(tmp_path / "notes.txt"), vocab_size=300, name="notes"))
     tokenizer = Tokenizer.load(tmp_path / "home" / "data" / "tokenizers" / "notes")
 
-    eval_command(EvalSettings(name="notes", json=True))
+    eval_command(TokenizerEvalSettings(name="notes", json=True))
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["vocab_size"] == tokenizer.vocab_size == 300
     assert figures["bytes_per_token"].keys() == SAMPLES.keys()
@@ -186,6 +192,6 @@ def test_the_commands_keep_a_vocabulary_and_measure_it(tmp_path, monkeypatch, ca
         assert figures["bytes_per_token"][kind] == len(text.encode()) / len(tokenizer.encode(text)) >= 1
 
     with pytest.raises(UserError, match="no tokenizer at .*nothing"):
-        eval_command(EvalSettings(name="nothing"))
+        eval_command(TokenizerEvalSettings(name="nothing"))
     with pytest.raises(UserError, match="not a tokenizer's name"):
-        train_command(TrainSettings(name="../elsewhere"))
+        train_command(TokenizerTrainSettings(name="../elsewhere"))

@@ -1,7 +1,6 @@
 """The tools by name, the errors that a model can read, and which tools a model gets."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -9,7 +8,7 @@ from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder
-from nanoghost.serve.terminal import Conversation
+from nanoghost.serve.conversation import Conversation
 from nanoghost.tasks.messages import assistant
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.jinja_template import ChatTemplate
@@ -140,9 +139,9 @@ def test_the_template_lists_the_tools_before_the_conversation(tokenizer, home, d
     question = [{"role": "user", "content": "Where does the queen live?"}]
     template = chat_template(TEMPLATE_WITH_TOOLS, tokenizer)
     tools = tools_for_model(model_folder("adopt"), template, documents)
-    with_schemas = replace(template, tools=tuple(tool.schema for tool in tools.values()))
+    schemas = [tool.schema for tool in tools.values()]
     without_tools = tokenizer.decode(template.render(question, tokenizer, generation=True)[0])
-    with_tools = tokenizer.decode(with_schemas.render(question, tokenizer, generation=True)[0])
+    with_tools = tokenizer.decode(template.render(question, tokenizer, generation=True, tools=schemas)[0])
     assert "Tools:" not in without_tools
     assert with_tools.endswith(without_tools)
     assert all(f'"name": "{name}"' in with_tools for name in tools)
@@ -183,9 +182,9 @@ def test_documents_in_the_terminal(nanoghost, toy_file, documents):
     script = Scripted(tokenizer, render(messages + reply, tokenizer)[0][len(prompt) :])
     script.start = len(prompt)
     conversation.engine.runner.model = script
-    deltas = list(conversation.answer())
-    assert [delta.text for delta in deltas if delta.is_tool] == [f"lookup(queen live) → {result}"]
-    assert "".join(delta.text for delta in deltas if not delta.is_tool) == "In the blue hive [1]."
+    fragments = list(conversation.answer())
+    assert [fragment.text for fragment in fragments if fragment.is_tool_call] == [f"lookup(queen live) → {result}"]
+    assert "".join(fragment.text for fragment in fragments if not fragment.is_tool_call) == "In the blue hive [1]."
     assert conversation.messages[1:] == reply
 
 

@@ -95,7 +95,7 @@ async def answered(port: int, body: dict) -> tuple[str, int, float]:
 @contextlib.contextmanager
 def server(model: str, seats: int):
     """A server in a process of its own, ready to answer: (its port, its process)."""
-    words = [sys.executable, "-m", "nanoghost", "serve", model, "--port", "0", "--seats", str(seats)]
+    words = [sys.executable, "-m", "nanoghost", "serve", model, "--port", "0", "--slots", str(seats)]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     try:
         port = next(

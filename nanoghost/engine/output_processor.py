@@ -2,7 +2,8 @@
 
 from nanoghost.engine.sampler import SamplingParams
 from nanoghost.engine.sequence import Sequence
-from nanoghost.tokenizer.chat_format import tool_response_ids, parse_reply
+from nanoghost.tokenizer.chat_format import tool_response_ids
+from nanoghost.tokenizer.reply_parser import parse_reply
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
 MAX_TOOL_ROUNDS = 4  # rounds of tool calls in one completion

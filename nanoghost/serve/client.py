@@ -1,6 +1,6 @@
-"""The server's side of the engine process: start it, hand it jobs, pass on what rows write, start another when it dies.
+"""The server's side of the engine process: starts it, sends requests, distributes its tokens, restarts it when it dies.
 
-Two threads stand at the pipe, so that neither a long message nor a full pipe ever holds up the event loop.
+Two threads read and write the pipe, so that neither a long message nor a full pipe blocks the event loop.
 """
 
 import asyncio
@@ -13,193 +13,235 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from itertools import count
 
-from nanoghost.serve.worker import Capacity, Delta, Failed, Job, Loaded, Voice, run
+from nanoghost.serve.engine_messages import (
+    PROMPT_SAMPLE,
+    Cancel,
+    Capacity,
+    EngineRequest,
+    LoadModel,
+    ModelRef,
+    ModelStatus,
+    RequestFailed,
+    TokenDelta,
+)
+from nanoghost.serve.worker import run
 
-SILENCE = 60.0  # seconds without a word, while jobs are open, after which the engine process counts as stuck
-LOADING = 900.0  # the same while it loads a model
-AGAIN = 1.0  # seconds to wait before another start, if the last process did not live longer than this
+SILENCE_TIMEOUT = 60.0  # seconds without a message, while there are requests, after which the engine counts as stuck
+LOADING_TIMEOUT = 900.0  # the same while it loads a model
+MIN_LIFETIME = 1.0  # seconds; if the engine died sooner, the next start is delayed by this time
 
 
-class Full(Exception):
-    """As many rows are served and waiting as may be."""
+class QueueFull(Exception):
+    """The maximum number of sequences is running or waiting."""
 
 
-class Gone(Exception):
-    """The engine process ended with this job open, or refused it."""
-
-    def __init__(self, message: str, refused: bool = False):
-        super().__init__(message)
-        self.refused = refused
+class EngineError(Exception):
+    """The engine did not complete a request."""
 
 
-class Running:
-    """A job handed in: what each of its samples writes, as it comes."""
+class EngineStopped(EngineError):
+    """The engine process ended before the request was complete."""
 
-    def __init__(self, job: Job, close: Callable[["Running"], None]):
-        self.job, self._close = job, close
-        self.queues = {sample: asyncio.Queue() for sample in ([-1] if job.score else []) + list(range(job.rows))}
-        self.open = set(self.queues)
 
-    async def deltas(self, sample: int) -> AsyncIterator[Delta]:
-        """What one sample writes, to its end. Raises Gone. Sample -1 is the job's own ids being read."""
+class EngineRejected(EngineError):
+    """The engine cannot serve this request."""
+
+
+class RequestHandle:
+    """A submitted request: the tokens of each sample as they come, and how to cancel them."""
+
+    def __init__(self, request: EngineRequest, cancel: Callable[["RequestHandle", int | None], None]):
+        self.request = request
+        self._cancel = cancel
+        samples = list(range(request.num_sequences))
+        if request.prompt_logprobs:
+            samples.append(PROMPT_SAMPLE)
+        self.queues: dict[int, asyncio.Queue] = {sample: asyncio.Queue() for sample in samples}
+        self.open_samples = set(samples)
+        """Samples that are not finished and not cancelled."""
+
+    async def deltas(self, sample: int) -> AsyncIterator[TokenDelta]:
+        """The deltas of one sample, until it is finished. Raises EngineError."""
         while True:
-            delta = await self.queues[sample].get()
-            if isinstance(delta, Gone):
-                raise delta
-            yield delta
-            if delta.finish_reason:
+            item = await self.queues[sample].get()
+            if isinstance(item, EngineError):
+                raise item
+            yield item
+            if item.finish_reason:
                 return
 
-    def end(self, sample: int | None = None) -> None:
-        """Nobody wants more of this sample, or of any."""
-        self._close(self, sample)
+    def cancel(self, sample: int | None = None) -> None:
+        """Cancel a sample, or all of them, unless they are finished."""
+        self._cancel(self, sample)
 
-    def put(self, sample: int, delta) -> None:
-        if sample in self.open:
-            self.queues[sample].put_nowait(delta)
+    def put(self, sample: int, item: TokenDelta | EngineError) -> None:
+        if sample in self.open_samples:
+            self.queues[sample].put_nowait(item)
 
 
 class EngineClient:
-    def __init__(self, capacity: Capacity, default: Callable[[], Voice | None], most: int):
-        """`default`: the model to load at each start; `most`: rows served and waiting at once."""
-        self.capacity, self.default, self.most = capacity, default, most
-        # Not a fork of this process, whose threads may hold locks. On Linux a process that has done nothing but import the
-        # engine waits to be forked: so another engine is there in a second, where importing alone would take two or three.
+    def __init__(self, capacity: Capacity, default_model: Callable[[], ModelRef | None], max_sequences: int):
+        """`default_model`: the model to load at each start; `max_sequences`: running and waiting ones together."""
+        self.capacity = capacity
+        self.default_model = default_model
+        self.max_sequences = max_sequences
+        # The engine must not be a fork of this process, whose threads may hold locks. On Linux, a helper process is
+        # forked that has only imported the engine. So a new engine starts in a second; importing takes two or three.
         self.context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        self.context.set_forkserver_preload(
-            ["nanoghost.serve.worker", "nanoghost.engine.grammar", "nanoghost.engine.prompt_logprobs"]
-        )
-        self.jobs: dict[int, Running] = {}
-        self.numbers = count(1)
-        self.starts, self.ready, self.loading, self.stopping = 0, False, False, False
-        self.heard = time.monotonic()
+        self.context.set_forkserver_preload(["nanoghost.serve.worker"])
+        self.requests: dict[int, RequestHandle] = {}
+        self.request_ids = count(1)
+        self.num_starts = 0
+        self.ready = False
+        """The default model is loaded."""
+        self.loading = False
+        """The engine is loading a model."""
+        self.stopping = False
+        self.last_message = time.monotonic()
+        """Time of the engine's last message."""
         self.outbox: queue.SimpleQueue = queue.SimpleQueue()
 
     # ── the process ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self) -> None:
-        """Start the process, in a running event loop."""
+        """Start the process. An event loop must be running."""
         self.loop = asyncio.get_running_loop()
-        pipe, theirs = self.context.Pipe()
-        self.process = self.context.Process(target=run, args=(theirs, self.capacity), name="engine", daemon=True)
+        pipe, engine_pipe = self.context.Pipe()
+        arguments = (engine_pipe, self.capacity)
+        self.process = self.context.Process(target=run, args=arguments, name="engine", daemon=True)
         self.process.start()
-        theirs.close()
-        self.starts += 1
-        self.started = self.heard = time.monotonic()
+        engine_pipe.close()
+        self.num_starts += 1
+        self.started = self.last_message = time.monotonic()
         self.ready = self.loading = False
-        threading.Thread(target=self._listen, args=(pipe,), daemon=True).start()
-        threading.Thread(target=self._send, args=(pipe, self.outbox), daemon=True).start()
-        if voice := self.default():
+        threading.Thread(target=self._read_pipe, args=(pipe,), daemon=True).start()
+        threading.Thread(target=self._write_pipe, args=(pipe, self.outbox), daemon=True).start()
+        model = self.default_model()
+        if model:
             self.loading = True
-            self.outbox.put(voice)
+            self.outbox.put(LoadModel(model))
         else:
             self.ready = True
 
-    def _listen(self, pipe) -> None:
+    def _read_pipe(self, pipe) -> None:
         try:
             while True:
-                self._soon(self._deliver, pipe.recv())
+                self._call_in_loop(self._handle, pipe.recv())
         except (EOFError, OSError):
-            self._soon(self._died)
+            self._call_in_loop(self._on_exit)
 
-    def _soon(self, function, *arguments) -> None:
+    def _call_in_loop(self, function, *arguments) -> None:
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(function, *arguments)
 
     @staticmethod
-    def _send(pipe, outbox: queue.SimpleQueue) -> None:
+    def _write_pipe(pipe, outbox: queue.SimpleQueue) -> None:
         try:
             while (message := outbox.get()) is not None:
                 pipe.send(message)
-        except OSError:  # the process is gone: _listen has noticed
+        except OSError:  # the process is gone, which _read_pipe reports
             pass
 
-    def _died(self) -> None:
+    def _on_exit(self) -> None:
         self.outbox.put(None)
-        self.outbox = queue.SimpleQueue()  # for the next one
+        self.outbox = queue.SimpleQueue()  # for the next process
         self.ready = False
-        for running in list(self.jobs.values()):
-            self._fail(
-                running, "the engine stopped in the middle of this answer; it is being started again: please ask again"
-            )
+        for handle in list(self.requests.values()):
+            self._fail(handle, EngineStopped("the engine stopped during this request and is restarting; please retry"))
         if not self.stopping:
-            short = time.monotonic() - self.started < AGAIN
-            self.loop.call_later(AGAIN if short else 0, self._again)
+            lifetime = time.monotonic() - self.started
+            self.loop.call_later(MIN_LIFETIME if lifetime < MIN_LIFETIME else 0, self._restart)
 
-    def _again(self) -> None:
+    def _restart(self) -> None:
         if not self.stopping:
             self.start()
 
     async def watch(self) -> None:
-        """Kill the process when it hangs: a dead one is replaced."""
+        """Watchdog: kill the process when it hangs. `_on_exit` then starts another one."""
         while not self.stopping:
             await asyncio.sleep(1)
-            patience = LOADING if self.loading else SILENCE
-            if (self.jobs or self.loading) and time.monotonic() - self.heard > patience and self.process.is_alive():
-                self.heard = time.monotonic()
+            timeout = LOADING_TIMEOUT if self.loading else SILENCE_TIMEOUT
+            silent = time.monotonic() - self.last_message > timeout
+            if silent and (self.requests or self.loading) and self.process.is_alive():
+                self.last_message = time.monotonic()
                 self.process.kill()
 
     def stop(self) -> None:
         self.stopping = True
-        for running in list(self.jobs.values()):
-            self._fail(running, "the server is stopping")
+        for handle in list(self.requests.values()):
+            self._fail(handle, EngineStopped("the server is stopping"))
         self.outbox.put(None)
-        self.process.kill()  # it keeps nothing that could be lost
+        self.process.kill()  # it holds nothing that could be lost
         self.process.join()
 
     @property
     def pid(self) -> int | None:
         return self.process.pid
 
-    # ── jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── requests ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
-    def rows(self) -> int:
-        """Served and waiting."""
-        return sum(len(running.open) for running in self.jobs.values())
+    def num_sequences(self) -> int:
+        """Sequences that are running or waiting."""
+        return sum(len(handle.open_samples) for handle in self.requests.values())
 
-    def submit(self, job: Job, begun: bool = False) -> Running:
-        """Hand in a job; its number is given here. Raises Full, but not where it goes on with an answer that has begun."""
-        if not begun and self.rows + max(1, job.rows) > self.most:
-            raise Full
-        if not self.jobs:
-            self.heard = time.monotonic()
-        job = replace(job, number=next(self.numbers))
-        running = self.jobs[job.number] = Running(job, self._close)
-        self.outbox.put(job)
-        return running
+    def submit(self, request: EngineRequest, is_continuation: bool = False) -> RequestHandle:
+        """Send a request to the engine; its id is assigned here.
 
-    def _close(self, running: Running, sample: int | None) -> None:
-        wanted = running.open if sample is None else running.open & {sample}
-        if wanted and running.job.number in self.jobs:
-            self.outbox.put((running.job.number, sample))
-        running.open = running.open - wanted
-        if not running.open:
-            self.jobs.pop(running.job.number, None)
+        Raises QueueFull, but not for the continuation of a reply that the client has begun to read.
+        """
+        if not is_continuation and self.num_sequences + max(1, request.num_sequences) > self.max_sequences:
+            raise QueueFull
+        if not self.requests:
+            self.last_message = time.monotonic()  # the engine was silent for lack of work
+        request = replace(request, request_id=next(self.request_ids))
+        handle = RequestHandle(request, self._cancel)
+        self.requests[request.request_id] = handle
+        self.outbox.put(request)
+        return handle
 
-    def _fail(self, running: Running, message: str, refused: bool = False) -> None:
-        self.jobs.pop(running.job.number, None)
-        for sample in running.open:
-            running.put(sample, Gone(message, refused))
-        running.open = set()
+    def _cancel(self, handle: RequestHandle, sample: int | None) -> None:
+        cancelled = set(handle.open_samples) if sample is None else handle.open_samples & {sample}
+        if cancelled and handle.request.request_id in self.requests:
+            self.outbox.put(Cancel(handle.request.request_id, sample))
+        handle.open_samples -= cancelled
+        if not handle.open_samples:
+            self.requests.pop(handle.request.request_id, None)
 
-    def _deliver(self, said: list) -> None:
-        self.heard = time.monotonic()
-        for part in said:
-            match part:
-                case Delta():
-                    if running := self.jobs.get(part.number):
-                        running.put(part.sample, part)
-                        if part.finish_reason:
-                            running.open.discard(part.sample)
-                            if not running.open:
-                                del self.jobs[part.number]
-                case Failed():
-                    self.loading = False
-                    if not part.number:
-                        print(f"the model to be kept ready is not: {part.message}", file=sys.stderr, flush=True)
-                    elif running := self.jobs.get(part.number):
-                        self._fail(running, part.message, refused=True)
-                        self.outbox.put((part.number, None))
-                case Loaded():
-                    self.loading, self.ready = part.loading, self.ready or not part.loading
+    def _fail(self, handle: RequestHandle, error: EngineError) -> None:
+        self.requests.pop(handle.request.request_id, None)
+        for sample in handle.open_samples:
+            handle.put(sample, error)
+        handle.open_samples = set()
+
+    def _handle(self, messages: list[TokenDelta | RequestFailed | ModelStatus]) -> None:
+        self.last_message = time.monotonic()
+        for message in messages:
+            match message:
+                case TokenDelta():
+                    self._handle_delta(message)
+                case RequestFailed():
+                    self._handle_failure(message)
+                case ModelStatus():
+                    self.loading = message.loading
+                    self.ready = self.ready or not message.loading
+
+    def _handle_delta(self, delta: TokenDelta) -> None:
+        handle = self.requests.get(delta.request_id)
+        if handle is None:
+            return
+        handle.put(delta.sample, delta)
+        if delta.finish_reason:
+            handle.open_samples.discard(delta.sample)
+            if not handle.open_samples:
+                del self.requests[delta.request_id]
+
+    def _handle_failure(self, failure: RequestFailed) -> None:
+        self.loading = False
+        if not failure.request_id:
+            print(f"the default model could not be loaded: {failure.message}", file=sys.stderr, flush=True)
+            return
+        handle = self.requests.get(failure.request_id)
+        if handle:
+            self._fail(handle, EngineRejected(failure.message))
+            self.outbox.put(Cancel(failure.request_id))

@@ -1,8 +1,8 @@
-"""What stands before the routes: who may ask, from where, how much, how slowly.
+"""Checks before the routes: host, origin, API key, and the size and speed of the body.
 
-A browser on this machine runs pages of strangers, and any of them can send requests to 127.0.0.1. They are told from our own
-page by what they cannot forge: the Host they asked for (DNS rebinding brings a foreign one), the Origin they come from, and a
-content type that a page may only send across origins after asking, which is never granted here.
+A browser on this computer also runs pages of other sites, and each of them can send requests to 127.0.0.1. The guard
+tells them from our own page by what a page cannot forge: the Host header (DNS rebinding brings another one), the Origin
+header, and a content type that a page may send to another origin only after a CORS preflight, which is never granted.
 """
 
 import asyncio
@@ -11,135 +11,150 @@ import hmac
 import ipaddress
 from urllib.parse import urlsplit
 
-from nanoghost.serve.app import error
+from nanoghost.serve.http_errors import error_response
+from nanoghost.serve.metrics import Metrics
 
-MOST_BODY = 4_000_000  # bytes
-BODY_SECONDS = 15.0
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-HEADERS = [
-    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cross-origin-opener-policy", b"same-origin"), (b"x-frame-options", b"DENY"), (b"content-security-policy", b"default-src 'none'"),
-]  # fmt: skip
+MAX_BODY = 4_000_000  # bytes
+BODY_TIMEOUT = 15.0  # seconds
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"x-frame-options", b"DENY"),
+    (b"content-security-policy", b"default-src 'none'"),
+]
+CLOSE = {"connection": "close"}  # the rest of the body is not worth reading
 
 
 class Guard:
-    body_seconds = BODY_SECONDS
+    """ASGI middleware."""
 
-    def __init__(self, app, metrics, key: str | None, hosts: tuple[str, ...], numbers: bool = False):
-        """`hosts`: by which names this server may be asked, besides the loopback's; `numbers`: by any IP address, too.
+    body_timeout = BODY_TIMEOUT
 
-        (No name of a stranger's ever resolves to an address that stands in the Host itself.)
+    def __init__(
+        self, app, metrics: Metrics, key: str | None, hosts: tuple[str, ...], allow_ip_addresses: bool = False
+    ):
+        """`hosts`: names of this server besides those of the loopback.
+
+        `allow_ip_addresses` also accepts any IP address as the Host. That is safe: DNS rebinding needs a name.
         """
-        self.app, self.metrics = app, metrics
-        self.key = hashlib.sha256(key.encode()).digest() if key else None
-        self.hosts, self.numbers = {name.lower() for name in (*LOOPBACK, *hosts)}, numbers
+        self.app = app
+        self.metrics = metrics
+        self.key_hash = sha256(key) if key else None
+        self.hosts = {name.lower() for name in (*LOOPBACK_NAMES, *hosts)}
+        self.allow_ip_addresses = allow_ip_addresses
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        told = Told(send)
-        headers = {
-            name: value.decode("latin-1") for name, value in reversed(scope["headers"])
-        }  # the first of each counts
-        refusal = self.refusal(scope, headers)
-        if not refusal and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
-            refusal, receive = await self.body(headers, receive)
+        sender = HeaderSender(send)
+        headers = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name, value.decode("latin-1"))  # the first of each name counts
+        rejection = self.check(scope, headers)
+        if not rejection and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
+            rejection, receive = await self.read_body(headers, receive)
         try:
-            await (refusal or self.app)(scope, receive, told)
+            await (rejection or self.app)(scope, receive, sender)
         finally:
-            self.metrics.requests.labels(getattr(scope.get("route"), "path", "other"), told.status).inc()
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, sender.status).inc()
 
-    def refusal(self, scope, headers: dict):
-        """The answer to a request that goes no further, None for the others."""
-        hosts = [value for name, value in scope["headers"] if name == b"host"]
+    def check(self, scope, headers: dict):
+        """The error response for a request that is rejected; None for one that may pass."""
+        num_hosts = sum(name == b"host" for name, _ in scope["headers"])
         host = headers.get(b"host", "")
-        name = hostname(host)
-        if len(hosts) != 1 or not (name in self.hosts or (self.numbers and is_number(name))):
-            return error(
-                421,
-                "this server is not asked by that name: `nanoghost serve --allow-host NAME` adds one",
-                code="host_not_allowed",
-            )
+        if num_hosts != 1 or not self.is_allowed_host(hostname(host)):
+            message = "this host name is not allowed; `nanoghost serve --allow-host NAME` adds one"
+            return error_response(421, message, code="host_not_allowed")
         origin = headers.get(b"origin")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
-            return error(403, "requests from pages of other origins are not served", code="origin_not_allowed")
-        if self.key and not open_to_all(scope["path"]) and not self.has_key(headers.get(b"authorization", "")):
-            return error(
-                401,
-                "this server wants its API key: Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
+            return error_response(
+                403, "requests from pages of other origins are not allowed", code="origin_not_allowed"
             )
+        if self.key_hash and not is_public(scope["path"]) and not self.has_key(headers.get(b"authorization", "")):
+            message = "the API key is missing or wrong; send the header Authorization: Bearer KEY"
+            headers = {"www-authenticate": "Bearer"}
+            return error_response(401, message, code="invalid_api_key", headers=headers)
         return None
 
-    def has_key(self, authorization: str) -> bool:
-        scheme, _, given = authorization.partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(
-            hashlib.sha256(given.strip().encode("latin-1")).digest(), self.key
-        )
+    def is_allowed_host(self, name: str) -> bool:
+        return name in self.hosts or (self.allow_ip_addresses and is_ip_address(name))
 
-    async def body(self, headers: dict, receive):
-        """(refusal or None, what gives the whole body). It is read here, so that no route ever waits for one."""
-        kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            return error(
-                415, "the body must be JSON, and say so: Content-Type: application/json", headers=CLOSE
-            ), receive
-        length = headers.get(b"content-length", "0")
-        body, more = bytearray(), True
+    def has_key(self, authorization: str) -> bool:
+        scheme, _, key = authorization.partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(sha256(key.strip()), self.key_hash)
+
+    async def read_body(self, headers: dict, receive):
+        """(error response or None, ASGI receive function with the whole body). No route ever waits for a body."""
+        content_type = headers.get(b"content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
+            message = "the body must be JSON with the header Content-Type: application/json"
+            return error_response(415, message, headers=CLOSE), receive
+        content_length = int(headers.get(b"content-length", "0"))
+        body, complete = bytearray(), False
         try:
-            async with asyncio.timeout(self.body_seconds):
-                while more and len(body) <= MOST_BODY and int(length) <= MOST_BODY:
+            async with asyncio.timeout(self.body_timeout):
+                while not complete and len(body) <= MAX_BODY and content_length <= MAX_BODY:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return error(400, "the client left"), receive
+                        return error_response(400, "the client closed the connection"), receive
                     body += message.get("body", b"")
-                    more = message.get("more_body", False)
+                    complete = not message.get("more_body", False)
         except TimeoutError:
-            return error(408, f"the body did not come within {self.body_seconds:.0f} seconds", headers=CLOSE), receive
-        if more or len(body) > MOST_BODY:
-            return error(413, f"a body may have {MOST_BODY:,} bytes", headers=CLOSE), receive
-        whole = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            message = f"the body was not received within {self.body_timeout:.0f} seconds"
+            return error_response(408, message, headers=CLOSE), receive
+        if not complete or len(body) > MAX_BODY:
+            return error_response(413, f"the body is larger than {MAX_BODY:,} bytes", headers=CLOSE), receive
+        messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-        async def again():
-            return whole.pop() if whole else await receive()
+        async def receive_again():
+            return messages.pop() if messages else await receive()
 
-        return None, again
-
-
-CLOSE = {"connection": "close"}  # what is left of the body is not worth reading
+        return None, receive_again
 
 
-class Told:
-    """Passes an answer on, with headers that every answer has, and keeps its status."""
+class HeaderSender:
+    """ASGI send function that adds the security headers and records the status."""
 
     def __init__(self, send):
-        self.send, self.status = send, 0
+        self.send = send
+        self.status = 0
 
     async def __call__(self, message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            there = {name for name, _ in message["headers"]}
-            message = message | {"headers": [*message["headers"], *(h for h in HEADERS if h[0] not in there)]}
+            names = {name for name, _ in message["headers"]}
+            missing = [header for header in SECURITY_HEADERS if header[0] not in names]
+            message = message | {"headers": [*message["headers"], *missing]}
         await self.send(message)
 
 
+def sha256(key: str) -> bytes:
+    return hashlib.sha256(key.encode("latin-1")).digest()
+
+
 def hostname(host: str) -> str:
-    """Of a Host header, without its port; empty where it is none."""
+    """The name or address in a Host header, without the port; empty if the header is invalid."""
+    if set(host) & set("/@?#\\"):
+        return ""
     try:
-        return (urlsplit(f"//{host}").hostname or "") if not set(host) & set("/@?#\\") else ""
+        return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
 
 
-def is_number(host: str) -> bool:
+def is_ip_address(host: str) -> bool:
     try:
-        return bool(ipaddress.ip_address(host))
+        ipaddress.ip_address(host)
     except ValueError:
         return False
+    return True
 
 
-def open_to_all(path: str) -> bool:
-    """What is served without a key: that the server lives, and the page, which asks for the key."""
+def is_public(path: str) -> bool:
+    """Whether a path is served without the key: the health check and the page, which asks for the key."""
     return path in ("/", "/health") or path.startswith("/static/")

@@ -1,28 +1,38 @@
-"""What /metrics tells Prometheus. A registry of its own, so that two servers in one process do not mix."""
+"""Metrics for Prometheus at /metrics. Each server has its own registry, so two in one process do not mix."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+from nanoghost.serve.client import EngineClient
+
+FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds
 
 
 class Metrics:
-    def __init__(self, engine):
-        self.registry = r = CollectorRegistry()
-        self.requests = Counter("nanoghost_requests", "Answers by route and status", ["route", "status"], registry=r)
-        self.prompt_tokens = Counter("nanoghost_prompt_tokens", "Tokens of prompts", registry=r)
-        self.completion_tokens = Counter("nanoghost_completion_tokens", "Tokens written", registry=r)
+    def __init__(self, engine: EngineClient):
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "nanoghost_requests", "Responses by route and status", ["route", "status"], registry=registry
+        )
+        self.prompt_tokens = Counter("nanoghost_prompt_tokens", "Prompt tokens", registry=registry)
+        self.completion_tokens = Counter("nanoghost_completion_tokens", "Generated tokens", registry=registry)
         self.first_token = Histogram(
-            "nanoghost_first_token_seconds", "From a request to its first token", buckets=SECONDS, registry=r
+            "nanoghost_first_token_seconds",
+            "Time from a request to its first token",
+            buckets=FIRST_TOKEN_BUCKETS,
+            registry=registry,
         )
-        self.cancelled = Counter("nanoghost_cancelled", "Answers whose reader left", registry=r)
-        self.tools = Counter("nanoghost_tool_calls", "Tools run for a model", ["tool"], registry=r)
-        ProcessCollector("nanoghost_engine", lambda: engine.pid or "self", registry=r)
-        ProcessCollector("nanoghost_http", registry=r)
-        Gauge("nanoghost_rows", "Answers being written or waiting", registry=r).set_function(lambda: engine.rows)
-        Gauge("nanoghost_engine_starts", "Times the engine process was started", registry=r).set_function(
-            lambda: engine.starts
+        self.cancelled = Counter(
+            "nanoghost_cancelled", "Requests that ended early: the client disconnected, or an error", registry=registry
         )
-        Gauge("nanoghost_ready", "Whether a model is loaded", registry=r).set_function(lambda: engine.ready)
+        self.tool_calls = Counter("nanoghost_tool_calls", "Tool calls that the server ran", ["tool"], registry=registry)
+        ProcessCollector("nanoghost_engine", lambda: engine.pid or "self", registry=registry)
+        ProcessCollector("nanoghost_http", registry=registry)
+        sequences = Gauge("nanoghost_sequences", "Sequences that are running or waiting", registry=registry)
+        sequences.set_function(lambda: engine.num_sequences)
+        starts = Gauge("nanoghost_engine_starts", "How often the engine process was started", registry=registry)
+        starts.set_function(lambda: engine.num_starts)
+        ready = Gauge("nanoghost_ready", "Whether the default model is loaded", registry=registry)
+        ready.set_function(lambda: engine.ready)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""The models that a server knows by name, and the people. A name that a client sends is looked up here, and never becomes a path."""
+"""The models and people that requests may name. A name from a request is looked up here and never becomes a path."""
 
 import sys
 import time
@@ -10,26 +10,27 @@ from nanoghost.errors import UserError
 from nanoghost.formats.model_folder import load_config, load_tokenizer
 from nanoghost.home import ModelFolder, home, model_names, open_model
 from nanoghost.memory.store import Person
-from nanoghost.serve.worker import Capacity, Voice
+from nanoghost.serve.engine_messages import Capacity, ModelRef
+from nanoghost.serve.personal_routing import adapter_for_reply
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
-FRESH = 1.0  # seconds for which the list of models holds
+REFRESH_SECONDS = 1.0  # the list of models is read again after this time
 
 
 @dataclass(frozen=True)
-class Known:
-    """A model that can be asked."""
+class ModelInfo:
+    """A finished model that requests may name."""
 
     name: str
     base: str
-    finished: float
-    """Of the base."""
+    base_finished: float
+    """When the base model was finished."""
     created: int
     context: int
-    """Most tokens of a conversation here."""
+    """Maximum number of tokens of a conversation."""
     parameters: int
-    tools: bool
-    """Whether somebody taught it to call tools: its makers, or a stage here."""
+    supports_tools: bool
+    """Whether the model was trained to call tools, here or by its authors."""
 
     @property
     def adapter(self) -> Path | None:
@@ -37,91 +38,103 @@ class Known:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return _tokenizer(self.base, self.finished)
+        return cached_tokenizer(self.base, self.base_finished)
 
-    def voice(self, adapter: Path | None = None) -> Voice:
-        """The base, through an adapter if one is given."""
-        return _voice(self.base, self.finished, adapter)
+    def ref(self, adapter: Path | None) -> ModelRef:
+        """The base model with an adapter, if there is one."""
+        if adapter is None:
+            return ModelRef(self.base, self.base_finished)
+        mtime_ns = (adapter / "adapter_model.safetensors").stat().st_mtime_ns
+        return ModelRef(self.base, self.base_finished, str(adapter), mtime_ns)
 
-    def voice_for(self, person: str, messages: list[dict]) -> Voice:
-        """Who answers that person."""
-        from nanoghost.serve.personal_chat import voice  # brings all that nights need; most servers have no person
-
-        return self.voice(voice(Person(person), ModelFolder(self.name), messages))
-
-
-def _voice(base: str, finished: float, adapter: Path | None) -> Voice:
-    if not adapter:
-        return Voice(base, finished)
-    return Voice(base, finished, str(adapter), (adapter / "adapter_model.safetensors").stat().st_mtime_ns)
+    def ref_for_person(self, person: str, messages: list[dict]) -> ModelRef:
+        """The model for a person's last message: their adapter replies to messages about themselves."""
+        return self.ref(adapter_for_reply(Person(person), ModelFolder(self.name), messages))
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(base: str, finished: float) -> Tokenizer:
+def cached_tokenizer(base: str, base_finished: float) -> Tokenizer:
     return load_tokenizer(ModelFolder(base).path)
 
 
 @lru_cache(maxsize=256)
-def _knows_tools(base: str, finished: float) -> bool:
-    dialect = load_tokenizer(ModelFolder(base).path).chat_template
-    return not dialect or dialect.supports_tools
+def template_supports_tools(base: str, base_finished: float) -> bool:
+    template = load_tokenizer(ModelFolder(base).path).chat_template
+    return template is None or template.supports_tools
 
 
-class Registry:
+class ModelRegistry:
     def __init__(self, default: str | None, capacity: Capacity):
-        """`default`: the model that is kept ready; else the one finished last, if there is any."""
-        self.capacity, self._damaged = capacity, set()
-        self.default = open_model(default).name if default or self.models() else None
+        """`default`: the model to keep loaded; otherwise the one finished last, if there is any."""
+        self.capacity = capacity
+        self._models: dict[str, ModelInfo] = {}
+        self._read_time = float("-inf")
+        self._unreadable: set[str] = set()
+        """Models whose error was reported already."""
+        self.default = None
+        if default or self.models():
+            self.default = open_model(default).name
 
-    def models(self) -> dict[str, Known]:
+    def models(self) -> dict[str, ModelInfo]:
         """All finished models by name, the one finished last first."""
-        if time.monotonic() - getattr(self, "_read", -FRESH) >= FRESH:
-            self._models, self._read = (
-                {name: known for name in model_names() if (known := self._whole(name))},
-                time.monotonic(),
-            )
+        if time.monotonic() - self._read_time >= REFRESH_SECONDS:
+            self._models = {}
+            for name in model_names():
+                info = self._read_or_report(name)
+                if info:
+                    self._models[name] = info
+            self._read_time = time.monotonic()
         return self._models
 
-    def _whole(self, name: str) -> Known | None:
-        """A folder that cannot be read is no model to ask, and hinders no other."""
+    def _read_or_report(self, name: str) -> ModelInfo | None:
+        """A model that cannot be read is reported once and does not affect the others."""
         try:
-            return self._known(name)
-        except (UserError, OSError) as e:
-            if name not in self._damaged:
-                print(f"{name} is not served: {e}", file=sys.stderr, flush=True)
-            self._damaged.add(name)
+            return self._read(name)
+        except (UserError, OSError) as error:
+            if name not in self._unreadable:
+                print(f"the model {name} is not available: {error}", file=sys.stderr, flush=True)
+            self._unreadable.add(name)
             return None
 
-    def _known(self, name: str) -> Known | None:
+    def _read(self, name: str) -> ModelInfo | None:
         folder = ModelFolder(name)
         base = ModelFolder(folder.base)
         if not folder.finished or not base.finished:
             return None
-        card, own = folder.card, base.card
-        context = min(load_config(base.path).context, self.capacity.context)
-        tools = own.stage != "pretrain" and (card.stage != "adopt" or _knows_tools(base.name, own.finished))
-        return Known(name, base.name, own.finished, int(card.finished), context, own.parameters, tools)
+        card, base_card = folder.card, base.card
+        trained_here = card.stage != "adopt"
+        supports_tools = trained_here or template_supports_tools(base.name, base_card.finished)
+        return ModelInfo(
+            name=name,
+            base=base.name,
+            base_finished=base_card.finished,
+            created=int(card.finished),
+            context=min(load_config(base.path).context, self.capacity.context),
+            parameters=base_card.parameters,
+            supports_tools=supports_tools and base_card.stage != "pretrain",
+        )
 
-    def model(self, name: str) -> Known | None:
+    def model(self, name: str) -> ModelInfo | None:
         return self.models().get(name)
 
-    def ready_voice(self) -> Voice | None:
-        """What the engine loads when it starts."""
-        known = self.model(self.default) if self.default else None
-        return known.voice() if known else None
+    def default_ref(self) -> ModelRef | None:
+        """The model that the engine loads when it starts."""
+        info = self.model(self.default) if self.default else None
+        return info.ref(None) if info else None
 
     def people(self) -> list[dict]:
-        """Names, and which base each one's adapter was made for."""
-        found = []
+        """The name of each person, and the base model that their adapter was trained for."""
+        people = []
         for path in sorted((home() / "people").glob("*")):
             try:
                 person = Person(path.name)
-            except UserError:  # something else that lies there
+            except UserError:  # the name of another file
                 continue
             inputs = person.adapter_inputs
-            found.append({"name": person.name, "base": inputs.base if inputs else None})
-        return found
+            people.append({"name": person.name, "base": inputs.base if inputs else None})
+        return people
 
     def person(self, name: str) -> Person | None:
-        """Somebody who is there already: nobody is made by a request."""
-        return Person(name) if name in {found["name"] for found in self.people()} else None
+        """A person who exists already: requests create nobody."""
+        names = {person["name"] for person in self.people()}
+        return Person(name) if name in names else None

@@ -1,118 +1,172 @@
-"""Answers in OpenAI's words, whole or in chunks."""
+"""Responses in OpenAI's form, complete or in chunks."""
 
-import asyncio
 import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 
-from nanoghost.serve.client import Running
-from nanoghost.serve.generation import Ended, Event, Question, Said, Tally, Told, answer, expected
-from nanoghost.serve.model_registry import Known
-from nanoghost.serve.schema import ChatRequest, CompletionRequest
-from nanoghost.serve.stream_parser import chat_logprobs, completion_logprobs
+from nanoghost.engine.logits_processors import TopLogprobs
+from nanoghost.memory.store import Person
+from nanoghost.serve.client import RequestHandle
+from nanoghost.serve.generation import (
+    Event,
+    Finished,
+    GenerationRequest,
+    TextDelta,
+    ToolCallResult,
+    Usage,
+    generate,
+    merge,
+    read_prompt_logprobs,
+)
+from nanoghost.serve.model_registry import ModelInfo
+from nanoghost.serve.openai_logprobs import chat_logprobs, completion_logprobs
+from nanoghost.serve.schema import ChatRequest, CommonRequest, CompletionRequest
+from nanoghost.serve.service import Service
 
 
-def model(known: Known, adapters: list[str]) -> dict:
+def model_entry(info: ModelInfo, adapters: list[str]) -> dict:
     return {
-        "id": known.name, "object": "model", "created": known.created, "owned_by": "nanoghost", "context": known.context,
-        "parameters": known.parameters, "adapters": adapters, "tools": known.tools,
-    }  # fmt: skip
+        "id": info.name,
+        "object": "model",
+        "created": info.created,
+        "owned_by": "nanoghost",
+        "context": info.context,
+        "parameters": info.parameters,
+        "adapters": adapters,
+        "tools": info.supports_tools,
+    }
 
 
-class Answer:
-    """What the two kinds have in common."""
+class ResponseBase:
+    """What responses to chat and plain completions have in common."""
 
-    kind = chunk_kind = prefix = ""
+    object_type = chunk_type = id_prefix = ""
 
-    def __init__(self, service, request, tally: Tally, known: Known):
-        self.service, self.request, self.tally, self.known = service, request, tally, known
-        self.id, self.created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
+    def __init__(self, service: Service, request: CommonRequest, usage: Usage, model: ModelInfo):
+        self.service = service
+        self.request = request
+        self.usage = usage
+        self.model = model
+        self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
         options = request.stream_options
-        self.with_usage = bool(options and options.include_usage) or request.timings
+        self.streams_usage = request.timings or bool(options and options.include_usage)
 
-    def head(self, kind: str) -> dict:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
+    def header(self, object_type: str) -> dict:
+        return {"id": self.id, "object": object_type, "created": self.created, "model": self.request.model}
 
-    def last(self) -> dict:
-        """Usage and, if they were asked for, timings."""
-        timings = {"timings": self.tally.timings(self.known.context)} if self.request.timings else {}
-        return {"usage": self.tally.usage} | timings
+    def usage_fields(self) -> dict:
+        fields = {"usage": self.usage.to_json()}
+        if self.request.timings:
+            fields["timings"] = self.usage.timings(self.model.context)
+        return fields
 
-    def count(self) -> None:
-        """At the end, however it came."""
-        metrics, tally = self.service.metrics, self.tally
-        metrics.prompt_tokens.inc(tally.prompt)
-        metrics.completion_tokens.inc(tally.completion)
-        if tally.first:
-            metrics.first_token.observe(tally.first - tally.asked)
+    def record_metrics(self, cancelled: bool) -> None:
+        """Called once, however the request ended."""
+        metrics = self.service.metrics
+        metrics.prompt_tokens.inc(self.usage.prompt_tokens)
+        metrics.completion_tokens.inc(self.usage.completion_tokens)
+        if self.usage.first_token:
+            metrics.first_token.observe(self.usage.first_token - self.usage.received)
+        if cancelled:
+            metrics.cancelled.inc()
 
 
-class Chat(Answer):
-    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+# ── chat ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def __init__(self, service, request: ChatRequest, question: Question, running: Running, asked: float, person=None):
-        super().__init__(service, request, Tally(len(question.prompt), asked), question.known)
-        self.question, self.running, self.person = question, running, person
+
+class ChatResponse(ResponseBase):
+    object_type, chunk_type, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(
+        self,
+        service: Service,
+        request: ChatRequest,
+        generation: GenerationRequest,
+        handle: RequestHandle,
+        received: float,
+        person: Person | None = None,
+    ):
+        super().__init__(service, request, Usage(len(generation.prompt_ids), received), generation.model)
+        self.generation = generation
+        self.handle = handle
+        self.person = person
 
     async def events(self) -> AsyncIterator[Event]:
-        """As they come; what a person was told goes into their journal, also where they left in the middle."""
-        said, ended = "", 0
-        answered = answer(self.service.engine, self.question, self.running, self.tally, self.service.pool)
+        """The events as they come. At the end, also an early one, the reply to a person is added to their chat log."""
+        reply, num_finished = "", 0
+        service = self.service
+        events = generate(service.engine, self.generation, self.handle, self.usage, service.tool_threads)
         try:
-            async with contextlib.aclosing(answered):
-                async for event in answered:
+            async with contextlib.aclosing(events):
+                async for event in events:
                     match event:
-                        case Said():
-                            said += event.piece.text
-                        case Told():
-                            name = event.call["function"]["name"]
-                            self.service.metrics.tools.labels(
-                                name if name in self.question.server_tools else "unknown"
-                            ).inc()
-                        case Ended():
-                            ended += 1
+                        case TextDelta():
+                            reply += event.delta.text
+                        case ToolCallResult():
+                            self.count_tool_call(event.call["function"]["name"])
+                        case Finished():
+                            num_finished += 1
                     yield event
         finally:
-            self.count()
-            self.service.metrics.cancelled.inc(ended < self.question.samples)
-            if self.person and said:
-                self.service.journals.submit(self.person.log_message, "assistant", said)
+            self.record_metrics(cancelled=num_finished < self.generation.num_samples)
+            if self.person and reply:
+                service.chat_log_thread.submit(self.person.log_message, "assistant", reply)
 
-    def logprobs(self, tokens) -> dict | None:
-        return chat_logprobs(self.known.tokenizer, tokens) if self.request.logprobs else None
+    def count_tool_call(self, name: str) -> None:
+        known = name in self.generation.server_tools  # other names are the model's invention
+        self.service.metrics.tool_calls.labels(name if known else "unknown").inc()
 
-    async def whole(self) -> dict:
-        choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": "", "refusal": None},
-                "logprobs": None,
-                "finish_reason": "",
-            }
-            for i in range(self.question.samples)
-        ]
-        tokens, results = [[] for _ in choices], []
+    def logprobs(self, tokens: list[tuple[int, TopLogprobs]]) -> dict | None:
+        return chat_logprobs(self.model.tokenizer, tokens) if self.request.logprobs else None
+
+    async def complete(self) -> dict:
+        """The response as one object."""
+        choices = [ChatChoice() for _ in range(self.generation.num_samples)]
+        tool_results = []
         async with contextlib.aclosing(self.events()) as events:
             async for event in events:
-                message = choices[event.sample]["message"]
+                choice = choices[event.sample]
                 match event:
-                    case Said():
-                        message["content"] += event.piece.text
-                        tokens[event.sample] += event.piece.tokens
-                        if event.piece.calls:
-                            message.setdefault("tool_calls", []).extend(event.piece.calls)
-                    case Told():
-                        results.append(tool_result(event))
-                    case Ended():
-                        choices[event.sample]["finish_reason"] = event.reason
-        for choice, own in zip(choices, tokens):
-            choice["logprobs"] = self.logprobs(own)
-            message = choice["message"]
-            if choice["finish_reason"] == "tool_calls":
-                message["content"] = message["content"] or None
-        ran = {"tool_results": results} if results else {}
-        return self.head(self.kind) | {"choices": choices} | ran | self.last()
+                    case TextDelta():
+                        choice.content += event.delta.text
+                        choice.tool_calls += event.delta.tool_calls
+                        choice.tokens += event.delta.tokens
+                    case ToolCallResult():
+                        tool_results.append(tool_result_entry(event))
+                    case Finished():
+                        choice.finish_reason = event.reason
+        response = self.header(self.object_type)
+        response["choices"] = [choice.to_json(i, self.logprobs(choice.tokens)) for i, choice in enumerate(choices)]
+        if tool_results:
+            response["tool_results"] = tool_results
+        return response | self.usage_fields()
+
+    async def chunks(self) -> AsyncIterator[dict]:
+        """The response as chunks for a stream."""
+        num_calls = [0] * self.generation.num_samples
+        started: set[int] = set()
+        async with contextlib.aclosing(self.events()) as events:
+            async for event in events:
+                if event.sample not in started:
+                    started.add(event.sample)
+                    yield self.chunk(event.sample, {"role": "assistant", "content": ""})
+                match event:
+                    case TextDelta(sample, delta):
+                        if delta.text or delta.tokens:
+                            yield self.chunk(sample, {"content": delta.text}, tokens=delta.tokens)
+                        if delta.tool_calls:
+                            calls = [{"index": i} | call for i, call in enumerate(delta.tool_calls, num_calls[sample])]
+                            num_calls[sample] += len(calls)
+                            yield self.chunk(sample, {"tool_calls": calls})
+                    case ToolCallResult():
+                        yield self.header(self.chunk_type) | {"choices": [], "tool_result": tool_result_entry(event)}
+                    case Finished(sample, reason):
+                        yield self.chunk(sample, {}, reason)
+        if self.streams_usage:
+            yield self.header(self.chunk_type) | {"choices": []} | self.usage_fields()
 
     def chunk(self, sample: int, delta: dict, reason: str | None = None, tokens=()) -> dict:
         choice = {
@@ -121,130 +175,148 @@ class Chat(Answer):
             "logprobs": self.logprobs(tokens) if tokens else None,
             "finish_reason": reason,
         }
-        return self.head(self.chunk_kind) | {"choices": [choice]}
-
-    async def chunks(self) -> AsyncIterator[dict]:
-        called = [0] * self.question.samples
-        begun: set[int] = set()
-        async with contextlib.aclosing(self.events()) as events:
-            async for event in events:
-                if event.sample not in begun:
-                    begun.add(event.sample)
-                    yield self.chunk(event.sample, {"role": "assistant", "content": ""})
-                match event:
-                    case Said(sample, piece):
-                        if piece.text or piece.tokens:
-                            yield self.chunk(sample, {"content": piece.text}, tokens=piece.tokens)
-                        if piece.calls:
-                            numbered = [{"index": called[sample] + i} | call for i, call in enumerate(piece.calls)]
-                            called[sample] += len(numbered)
-                            yield self.chunk(sample, {"tool_calls": numbered})
-                    case Told():
-                        yield self.head(self.chunk_kind) | {"choices": [], "tool_result": tool_result(event)}
-                    case Ended(sample, reason):
-                        yield self.chunk(sample, {}, reason)
-        if self.with_usage:
-            yield self.head(self.chunk_kind) | {"choices": []} | self.last()
+        return self.header(self.chunk_type) | {"choices": [choice]}
 
 
-def tool_result(event: Told) -> dict:
+@dataclass
+class ChatChoice:
+    """One sample of a complete chat response."""
+
+    content: str = ""
+    tool_calls: list[dict] = field(default_factory=list)
+    tokens: list[tuple[int, TopLogprobs]] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def to_json(self, index: int, logprobs: dict | None) -> dict:
+        content = self.content
+        if self.finish_reason == "tool_calls":
+            content = content or None
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+
+def tool_result_entry(event: ToolCallResult) -> dict:
     function = event.call["function"]
-    found = {
+    entry = {
         "tool_call_id": event.call["id"],
         "name": function["name"],
         "arguments": function["arguments"],
         "content": event.result.content,
     }
-    return found | ({"passages": event.result.passages} if event.result.passages else {})
+    if event.result.passages:
+        entry["passages"] = event.result.passages
+    return entry
 
 
-class Completion(Answer):
-    kind = chunk_kind = "text_completion"
-    prefix = "cmpl"
+# ── plain completions ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class ChoiceDelta:
+    """New text and tokens of one choice of a plain completion."""
+
+    index: int
+    text: str = ""
+    tokens: list[tuple[int, TopLogprobs | None]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class CompletionResponse(ResponseBase):
+    object_type = chunk_type = "text_completion"
+    id_prefix = "cmpl"
 
     def __init__(
-        self, service, request: CompletionRequest, questions: list[Question], running: list[Running], asked: float
+        self,
+        service: Service,
+        request: CompletionRequest,
+        generations: list[GenerationRequest],
+        handles: list[RequestHandle],
+        received: float,
     ):
-        super().__init__(service, request, Tally(sum(len(q.prompt) for q in questions), asked), questions[0].known)
-        self.questions, self.running = questions, running
+        """`generations`: one for each prompt. Choice p * n + i is sample i of prompt p."""
+        num_tokens = sum(len(generation.prompt_ids) for generation in generations)
+        super().__init__(service, request, Usage(num_tokens, received), generations[0].model)
+        self.generations = generations
+        self.handles = handles
+        self.num_choices = sum(generation.num_samples for generation in generations)
 
-    def choice(self, index: int, text: str, tokens: list, offset: int, reason: str | None = None) -> dict:
-        top = self.request.logprobs
-        logprobs = None if top is None else completion_logprobs(self.known.tokenizer, tokens, top, offset)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-    async def events(self, number: int) -> AsyncIterator[tuple[int, str, list, str | None]]:
-        """(index of the choice, text, tokens with their probabilities, why it ended) of one prompt, the echoed prompt first."""
-        question, running = self.questions[number], self.running[number]
+    async def deltas(self) -> AsyncIterator[ChoiceDelta]:
+        """The deltas of all choices as they come."""
+        num_finished = 0
+        prompts = [self.prompt_deltas(i) for i in range(len(self.generations))]
         try:
-            first = number * question.samples
+            async with contextlib.aclosing(merge(prompts)) as deltas:
+                async for delta in deltas:
+                    if delta.finish_reason:
+                        num_finished += 1
+                    yield delta
+        finally:
+            self.record_metrics(cancelled=num_finished < self.num_choices)
+            for handle in self.handles:
+                handle.cancel()
+
+    async def prompt_deltas(self, prompt: int) -> AsyncIterator[ChoiceDelta]:
+        """The deltas of one prompt's choices; with `echo` the prompt itself comes first."""
+        generation, handle = self.generations[prompt], self.handles[prompt]
+        first_choice = prompt * generation.num_samples
+        max_tokens = generation.sampling.max_tokens
+        try:
             if self.request.echo:
-                text = self.known.tokenizer.decode(question.prompt, skip_special=False)
-                tokens = list(zip(question.prompt, [None, *await expected(running)])) if question.score else []
-                for sample in range(question.samples):
-                    yield first + sample, text, tokens, None if question.sampling.max_tokens else "length"
-            if not question.sampling.max_tokens:
+                text = self.model.tokenizer.decode(generation.prompt_ids, skip_special=False)
+                tokens = []
+                if generation.prompt_logprobs:
+                    logprobs = await read_prompt_logprobs(handle)
+                    tokens = list(zip(generation.prompt_ids, [None, *logprobs]))
+                for sample in range(generation.num_samples):
+                    yield ChoiceDelta(first_choice + sample, text, tokens, None if max_tokens else "length")
+            if not max_tokens:
                 return
-            async with contextlib.aclosing(
-                answer(self.service.engine, question, running, self.tally, self.service.pool)
-            ) as events:
+            service = self.service
+            events = generate(service.engine, generation, handle, self.usage, service.tool_threads)
+            async with contextlib.aclosing(events):
                 async for event in events:
                     match event:
-                        case Said(sample, piece):
-                            yield first + sample, piece.text, piece.tokens, None
-                        case Ended(sample, reason):
-                            yield first + sample, "", [], reason
+                        case TextDelta(sample, delta):
+                            yield ChoiceDelta(first_choice + sample, delta.text, delta.tokens)
+                        case Finished(sample, reason):
+                            yield ChoiceDelta(first_choice + sample, finish_reason=reason)
         finally:
-            running.end()
+            handle.cancel()
 
-    async def merged(self) -> AsyncIterator[tuple[int, str, list, str | None]]:
-        """The same of all prompts, as they come."""
-        queue: asyncio.Queue = asyncio.Queue()
-
-        async def one(number: int) -> None:
-            try:
-                async with contextlib.aclosing(self.events(number)) as events:
-                    async for event in events:
-                        queue.put_nowait(event)
-                queue.put_nowait(None)
-            except Exception as e:  # whoever reads the queue gets it
-                queue.put_nowait(e)
-
-        tasks = [asyncio.create_task(one(number)) for number in range(len(self.questions))]
-        left = len(tasks)
-        try:
-            while left:
-                event = await queue.get()
-                if isinstance(event, Exception):
-                    raise event
-                left -= event is None
-                if event:
-                    yield event
-        finally:
-            self.count()
-            self.service.metrics.cancelled.inc(left > 0)
-            for task in tasks:
-                task.cancel()
-            for running in self.running:
-                running.end()
-
-    async def whole(self) -> dict:
-        count = sum(question.samples for question in self.questions)
-        texts, tokens, reasons = [""] * count, [[] for _ in range(count)], [""] * count
-        async with contextlib.aclosing(self.merged()) as events:
-            async for index, text, some, reason in events:
-                texts[index] += text
-                tokens[index] += some
-                reasons[index] = reason or reasons[index]
-        choices = [self.choice(i, texts[i], tokens[i], 0, reasons[i]) for i in range(count)]
-        return self.head(self.kind) | {"choices": choices} | self.last()
+    async def complete(self) -> dict:
+        """The response as one object."""
+        choices = [ChoiceDelta(i, finish_reason="") for i in range(self.num_choices)]
+        async with contextlib.aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
+                choice = choices[delta.index]
+                choice.text += delta.text
+                choice.tokens = choice.tokens + delta.tokens
+                choice.finish_reason = delta.finish_reason or choice.finish_reason
+        entries = [self.choice_entry(choice, text_offset=0) for choice in choices]
+        return self.header(self.object_type) | {"choices": entries} | self.usage_fields()
 
     async def chunks(self) -> AsyncIterator[dict]:
-        offsets = [0] * sum(question.samples for question in self.questions)
-        async with contextlib.aclosing(self.merged()) as events:
-            async for index, text, some, reason in events:
-                if text or some or reason:
-                    yield self.head(self.kind) | {"choices": [self.choice(index, text, some, offsets[index], reason)]}
-                    offsets[index] += len(text)
-        if self.with_usage:
-            yield self.head(self.kind) | {"choices": []} | self.last()
+        """The response as chunks for a stream."""
+        text_offsets = [0] * self.num_choices
+        async with contextlib.aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
+                if not (delta.text or delta.tokens or delta.finish_reason):
+                    continue
+                entry = self.choice_entry(delta, text_offsets[delta.index])
+                text_offsets[delta.index] += len(delta.text)
+                yield self.header(self.chunk_type) | {"choices": [entry]}
+        if self.streams_usage:
+            yield self.header(self.chunk_type) | {"choices": []} | self.usage_fields()
+
+    def choice_entry(self, choice: ChoiceDelta, text_offset: int) -> dict:
+        logprobs = None
+        if self.request.logprobs is not None:
+            logprobs = completion_logprobs(self.model.tokenizer, choice.tokens, self.request.logprobs, text_offset)
+        return {
+            "index": choice.index,
+            "text": choice.text,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason,
+        }

@@ -1,58 +1,66 @@
-"""A conversation with somebody: it goes into their journal, and the model knows what their nights made of earlier ones."""
+"""A conversation with a person: messages go to their chat log, and replies use the adapter trained on their facts."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanoghost.home import ModelFolder
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.memory.phrasings import FACTS_PROMPT, third_person_statement
-from nanoghost.memory.router import load_router
 from nanoghost.memory.store import Person, current_facts, search_facts
-from nanoghost.serve.terminal import LEAST, Conversation, Said
-from nanoghost.tokenizer.chat_format import truncate_oldest_turns, text_of
-
-
-def voice(person: Person, folder: ModelFolder, messages: list[dict]) -> Path | None:
-    """The adapter that answers: theirs (or the model's own) where the last message is about them, otherwise none."""
-    own = person.adapter_for(folder) or (folder.path if "@" in folder.name else None)
-    return own if own and load_router().is_personal(messages) else None
+from nanoghost.serve.conversation import MIN_REPLY_TOKENS, Conversation, ReplyFragment
+from nanoghost.serve.personal_routing import adapter_for_reply, is_personal
+from nanoghost.tokenizer.chat_format import text_of
 
 
 class PersonalConversation(Conversation):
-    """What is not about this person is answered by the base model alone, as it would answer anybody (sleep/router.py)."""
+    """Messages that are not about the person are answered by the base model, as for anybody (memory/router.py)."""
 
-    def __init__(self, person: str, lookup: bool, *arguments):
-        self.person, self.lookup = Person(person), lookup
-        super().__init__(*arguments)
-        self.own = self.engine.adapter
+    def __init__(
+        self,
+        person: str,
+        lookup: bool,
+        model: str | None,
+        sampling: SamplingParams,
+        system: str | None,
+        documents: Path | None = None,
+    ):
+        """`lookup`: also show the model the stored fact that fits the message best."""
+        self.person = Person(person)
+        self.lookup = lookup
+        super().__init__(model, sampling, system, documents)
+        self.adapter = self.engine.adapter
+        """Name of the person's adapter in the engine, or of the model's own; empty if there is none."""
         self.person.create()
 
-    def adapter(self) -> Path | None:
+    def extra_adapter(self) -> Path | None:
         return self.person.adapter_for(self.folder)
 
     def ask(self, text: str) -> int:
-        dropped = super().ask(text)
+        num_dropped = super().ask(text)
         self.person.log_message("user", text_of(self.messages[-1]))
-        return dropped
+        return num_dropped
 
-    def with_notes(self) -> list[dict]:
-        """The conversation and, with `lookup`, the row of the ledger that has most to do with the last message."""
-        facts = current_facts(self.person.read_facts()) if self.lookup and load_router().is_personal(self.messages) else []
-        matches = search_facts(facts, text_of(self.messages[-1]), 1)
-        found = [third_person_statement(fact.relation, fact.value) for fact in matches]
-        if not found:
+    def messages_with_fact(self) -> list[dict]:
+        """The conversation, with the fact in its system message that fits the last message best, if there is one."""
+        if not self.lookup or not is_personal(self.messages):
             return self.messages
-        system = [text_of(m) for m in self.messages if m["role"] == "system"] + [FACTS_PROMPT.format(facts=found[0])]
-        rest = [m for m in self.messages if m["role"] != "system"]
-        room = self.engine.runner.context - LEAST
-        return truncate_oldest_turns(
-            [{"role": "system", "content": "\n".join(system)}, *rest], self.tokenizer, room, generation=True
-        )
+        facts = current_facts(self.person.read_facts())
+        matches = search_facts(facts, text_of(self.messages[-1]), 1)
+        if not matches:
+            return self.messages
+        [fact] = matches
+        system = [text_of(m) for m in self.messages if m["role"] == "system"]
+        system.append(FACTS_PROMPT.format(facts=third_person_statement(fact.relation, fact.value)))
+        others = [m for m in self.messages if m["role"] != "system"]
+        extended = [{"role": "system", "content": "\n".join(system)}, *others]
+        return self.truncate(extended, self.engine.runner.context - MIN_REPLY_TOKENS)
 
-    def answer(self, read: list[dict] | None = None) -> Iterator[Said]:
-        begun = len(self.messages)
-        self.engine.adapter = self.own if voice(self.person, self.folder, self.messages) else ""
+    def answer(self, prompt_messages: list[dict] | None = None) -> Iterator[ReplyFragment]:
+        num_messages = len(self.messages)
+        uses_adapter = adapter_for_reply(self.person, self.folder, self.messages) is not None
+        self.engine.adapter = self.adapter if uses_adapter else ""
         try:
-            yield from super().answer(read or self.with_notes())
+            yield from super().answer(prompt_messages or self.messages_with_fact())
         finally:
-            if said := "".join(text_of(m) for m in self.messages[begun:] if m["role"] == "assistant"):
-                self.person.log_message("assistant", said)
+            replies = [text_of(m) for m in self.messages[num_messages:] if m["role"] == "assistant"]
+            if any(replies):
+                self.person.log_message("assistant", "".join(replies))

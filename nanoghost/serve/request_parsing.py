@@ -1,22 +1,24 @@
-"""From a request to a question: which model and adapter, which tokens it reads, what it may write."""
+"""From an API request to a GenerationRequest: which model and adapter, which prompt, how to sample."""
 
 import json
 import secrets
-from dataclasses import replace
 
 from nanoghost.engine.grammar import grammar_error, json_grammar
 from nanoghost.engine.sampler import SamplingParams
-from nanoghost.serve.generation import Question
-from nanoghost.serve.model_registry import Known, Registry
-from nanoghost.serve.schema import ChatRequest, CompletionRequest, Function, Request
-from nanoghost.serve.stream_parser import OPENING
+from nanoghost.serve.generation import GenerationRequest
+from nanoghost.serve.http_errors import RequestError
+from nanoghost.serve.model_registry import ModelInfo, ModelRegistry
+from nanoghost.serve.schema import ChatRequest, CommonRequest, CompletionRequest, Function
 from nanoghost.tokenizer.chat_format import render
+from nanoghost.tokenizer.reply_parser import TOOL_CALL_START
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from nanoghost.tools.registry import Tool
+from nanoghost.tools.base import Tool
 
-LONGEST = 1024  # tokens of an answer whose request sets no limit; OpenAI's own for plain completions is 16
+DEFAULT_CHAT_TOKENS = 1024  # maximum length of a reply if the request sets none
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default
 
-TOLD = """Some questions are answered better with one of these functions:
+# For models whose chat template has no place for tools. Part of the prompt: changing it changes replies.
+TOOLS_PROMPT = """Some questions are answered better with one of these functions:
 <tools>
 {functions}
 </tools>
@@ -26,156 +28,194 @@ To call one, write nothing but its name and arguments in this form:
 </tool_call>"""
 
 
-class Refused(Exception):
-    """A request that cannot be served: what OpenAI's clients make an error of."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-
-def known_model(registry: Registry, name: str) -> Known:
-    if not (known := registry.model(name)):
-        raise Refused(
-            404, f"the model '{name}' does not exist here: /v1/models lists those that do", "model", "model_not_found"
-        )
-    return known
+def find_model(registry: ModelRegistry, name: str) -> ModelInfo:
+    info = registry.model(name)
+    if info is None:
+        message = f"the model '{name}' does not exist; GET /v1/models lists the available models"
+        raise RequestError(404, message, "model", "model_not_found")
+    return info
 
 
-def chat_question(request: ChatRequest, registry: Registry, tools: dict[str, Tool]) -> Question:
-    """Takes milliseconds, and seconds the first time that a person asks (sleep/router.py)."""
-    known = known_model(registry, request.model)
-    if request.person and not registry.person(request.person):
-        raise Refused(
-            404,
-            f"nobody called '{request.person}' has talked here yet: `nanoghost chat --person` begins",
-            "person",
-            "person_not_found",
-        )
-    if unknown := [name for name in request.server_tools or () if name not in tools]:
-        raise Refused(
-            400,
-            f"this server runs no tool called '{unknown[0]}': /tools lists those that it does",
-            "server_tools",
-            "tool_not_found",
-        )
-    tokenizer, messages = known.tokenizer, [message.plain() for message in request.messages]
-    if request.person and not any(message["role"] == "user" for message in messages):
-        raise Refused(400, "a person needs a user message to be answered", "messages")
-    mine = {name: tools[name] for name in request.server_tools or ()}
-    theirs = [tool.function for tool in request.tools or ()] if request.tool_choice != "none" else []
-    told = [function.model_dump(exclude_none=True, exclude={"strict"}) for function in theirs]
-    if tokenizer.chat_template:  # our own models have learned the tools that they may have here
-        told += [tool.schema for tool in mine.values()]
-    if tokenizer.chat_template and tokenizer.chat_template.supports_tools:
-        prompt = replace(tokenizer.chat_template, tools=tuple(told)).render(messages, tokenizer, generation=True)[0]
-    else:
-        prompt = render(informed(messages, told), tokenizer, generation=True)[0]
-    grammar, forced = "", False
+# ── chat ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_chat_request(request: ChatRequest, registry: ModelRegistry, tools: dict[str, Tool]) -> GenerationRequest:
+    """`tools`: those of the server. Takes milliseconds, and seconds when the router is trained (memory/router.py)."""
+    model = find_model(registry, request.model)
+    messages = [message.to_chat_format() for message in request.messages]
+    check_person(request, registry, messages)
+    server_tools = select_server_tools(request, tools)
+    client_functions = []
+    if request.tool_choice != "none":
+        client_functions = [tool.function for tool in request.tools or ()]
+
+    prompt_ids = render_prompt(messages, model.tokenizer, client_functions, server_tools)
+    grammar, forced_call = "", False
     if request.response_format and request.response_format.type != "text":
-        given = request.response_format.json_schema
-        grammar = checked(given.schema_ if given else {"type": "object"}, "response_format")
+        json_schema = request.response_format.json_schema
+        schema = json_schema.schema_ if json_schema else {"type": "object"}
+        grammar = compile_grammar(schema, "response_format")
     elif request.tool_choice not in (None, "none", "auto"):
-        named = None if request.tool_choice == "required" else request.tool_choice.function.name
-        grammar, forced = checked(call_schema([f for f in theirs if named in (None, f.name)]), "tools"), True
-        prompt += mark(tokenizer)
-    top = (request.top_logprobs or 0) if request.logprobs else None
-    longest = request.max_completion_tokens or request.max_tokens or LONGEST
-    voice = known.voice_for(request.person, messages) if request.person else known.voice(known.adapter)
-    return Question(
-        known, voice, prompt, sampling(request, known, prompt, longest), request.n or 1, request.person or "", top, grammar, forced,
-        client_tools=frozenset(f.name for f in theirs), server_tools=mine,
-    )  # fmt: skip
+        forced_call = True
+        grammar = compile_grammar(calls_schema(selected_functions(request, client_functions)), "tools")
+        prompt_ids += tool_call_header(model.tokenizer)
+    max_tokens = request.max_completion_tokens or request.max_tokens or DEFAULT_CHAT_TOKENS
+    if request.person:
+        model_ref = model.ref_for_person(request.person, messages)
+    else:
+        model_ref = model.ref(model.adapter)
+    return GenerationRequest(
+        model=model,
+        model_ref=model_ref,
+        prompt_ids=prompt_ids,
+        sampling=sampling_params(request, model, prompt_ids, max_tokens),
+        num_samples=request.n or 1,
+        owner=request.person or "",
+        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        grammar=grammar,
+        forced_call=forced_call,
+        client_tools=frozenset(function.name for function in client_functions),
+        server_tools=server_tools,
+    )
 
 
-def completion_questions(request: CompletionRequest, registry: Registry) -> list[Question]:
-    """One for each prompt."""
-    known = known_model(registry, request.model)
-    tokenizer = known.tokenizer
-    longest = 16 if request.max_tokens is None else request.max_tokens
-    questions = []
-    for given in request.prompts:
-        prompt = tokenizer.encode(given) if isinstance(given, str) else given
-        prompt = prompt or [max(tokenizer.stop_ids)]  # nothing at all: the beginning of a text
-        if max(prompt) >= tokenizer.vocab_size:
-            raise Refused(400, f"token {max(prompt)} is not in a vocabulary of {tokenizer.vocab_size}", "prompt")
-        score = bool(request.echo) and request.logprobs is not None
-        s = sampling(request, known, prompt, longest, room=1 if longest else 0)
-        questions.append(
-            Question(
-                known,
-                known.voice(known.adapter),
-                prompt,
-                s,
-                request.n or 1,
-                top=request.logprobs,
-                score=score,
-                plain=True,
-            )
-        )
-    return questions
+def check_person(request: ChatRequest, registry: ModelRegistry, messages: list[dict]) -> None:
+    if not request.person:
+        return
+    if not registry.person(request.person):
+        message = f"the person '{request.person}' does not exist; `nanoghost chat --person` creates one"
+        raise RequestError(404, message, "person", "person_not_found")
+    if not any(message["role"] == "user" for message in messages):
+        raise RequestError(400, "a request with a person needs a user message", "messages")
 
 
-def sampling(request: Request, known: Known, prompt: list[int], longest: int, room: int = 1) -> SamplingParams:
-    """How to write, at most as far as the context reaches. Raises Refused where it leaves less than `room` tokens."""
-    left = known.context - len(prompt)
-    if left < room:
-        message = f"{len(prompt)} tokens leave no room for an answer in a context of {known.context}"
-        raise Refused(
-            400, message, "messages" if isinstance(request, ChatRequest) else "prompt", "context_length_exceeded"
-        )
-    temperature = 1.0 if request.temperature is None else request.temperature
-    seed = secrets.randbits(48) if request.seed is None else request.seed
-    top_p = 1.0 if request.top_p is None else request.top_p
-    return SamplingParams(min(longest, left), temperature, top_p=top_p, seed=seed, stop=request.stops)
+def select_server_tools(request: ChatRequest, tools: dict[str, Tool]) -> dict[str, Tool]:
+    names = request.server_tools or []
+    for name in names:
+        if name not in tools:
+            message = f"this server has no tool '{name}'; GET /tools lists the available tools"
+            raise RequestError(400, message, "server_tools", "tool_not_found")
+    return {name: tools[name] for name in names}
 
 
-def informed(messages: list[dict], functions: list[dict]) -> list[dict]:
-    """The conversation, its first system message followed by what functions there are."""
-    if not functions:
+def render_prompt(
+    messages: list[dict], tokenizer: Tokenizer, client_functions: list[Function], server_tools: dict[str, Tool]
+) -> list[int]:
+    schemas = [function.model_dump(exclude_none=True, exclude={"strict"}) for function in client_functions]
+    if tokenizer.chat_template:  # models trained here know the server's tools from their training
+        schemas += [tool.schema for tool in server_tools.values()]
+    if tokenizer.chat_template and tokenizer.chat_template.supports_tools:
+        ids, _ = render(messages, tokenizer, generation=True, tools=schemas)
+    else:
+        ids, _ = render(with_tools_in_system_message(messages, schemas), tokenizer, generation=True)
+    return ids
+
+
+def with_tools_in_system_message(messages: list[dict], schemas: list[dict]) -> list[dict]:
+    if not schemas:
         return messages
-    told = TOLD.format(functions="\n".join(json.dumps(function, ensure_ascii=False) for function in functions))
+    functions = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in schemas)
+    prompt = TOOLS_PROMPT.format(functions=functions)
     if messages[0]["role"] == "system":
-        return [messages[0] | {"content": f"{messages[0]['content']}\n\n{told}"}, *messages[1:]]
-    return [{"role": "system", "content": told}, *messages]
+        system = messages[0] | {"content": f"{messages[0]['content']}\n\n{prompt}"}
+        return [system, *messages[1:]]
+    return [{"role": "system", "content": prompt}, *messages]
 
 
-def mark(tokenizer: Tokenizer) -> list[int]:
-    """The beginning of a call, as the model would write it."""
-    opening = tokenizer.special_tokens.get(OPENING)
-    return [*([opening] if opening is not None else tokenizer.encode(OPENING)), *tokenizer.encode("\n")]
+def tool_call_header(tokenizer: Tokenizer) -> list[int]:
+    """The beginning of a tool call as the model would write it."""
+    tag_id = tokenizer.special_tokens.get(TOOL_CALL_START)
+    tag = tokenizer.encode(TOOL_CALL_START) if tag_id is None else [tag_id]
+    return tag + tokenizer.encode("\n")
 
 
-def call_schema(functions: list[Function]) -> dict:
-    """JSON of a call of one of these."""
+# ── plain completions ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_completion_request(request: CompletionRequest, registry: ModelRegistry) -> list[GenerationRequest]:
+    """One request for each prompt."""
+    model = find_model(registry, request.model)
+    max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    requests = []
+    for prompt in request.prompts:
+        prompt_ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not prompt_ids:  # an empty prompt stands for the beginning of a text
+            prompt_ids = [max(model.tokenizer.stop_ids)]
+        vocab_size = model.tokenizer.vocab_size
+        if max(prompt_ids) >= vocab_size:
+            raise RequestError(400, f"the vocabulary of {vocab_size} tokens has no token {max(prompt_ids)}", "prompt")
+        completion = GenerationRequest(
+            model=model,
+            model_ref=model.ref(model.adapter),
+            prompt_ids=prompt_ids,
+            sampling=sampling_params(request, model, prompt_ids, max_tokens, min_tokens=1 if max_tokens else 0),
+            num_samples=request.n or 1,
+            top_logprobs=request.logprobs,
+            prompt_logprobs=bool(request.echo) and request.logprobs is not None,
+            is_plain_text=True,
+        )
+        requests.append(completion)
+    return requests
+
+
+# ── sampling and grammars ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sampling_params(
+    request: CommonRequest, model: ModelInfo, prompt_ids: list[int], max_tokens: int, min_tokens: int = 1
+) -> SamplingParams:
+    """Raises RequestError if the context leaves fewer than `min_tokens` tokens for the completion."""
+    tokens_left = model.context - len(prompt_ids)
+    if tokens_left < min_tokens:
+        message = f"the prompt of {len(prompt_ids)} tokens leaves no room for a reply in the context of {model.context}"
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        raise RequestError(400, message, param, "context_length_exceeded")
+    return SamplingParams(
+        max_tokens=min(max_tokens, tokens_left),
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=secrets.randbits(48) if request.seed is None else request.seed,
+        stop=request.stop_texts,
+    )
+
+
+def selected_functions(request: ChatRequest, functions: list[Function]) -> list[Function]:
+    """The functions that `tool_choice` allows."""
+    if request.tool_choice == "required":
+        return functions
+    return [function for function in functions if function.name == request.tool_choice.function.name]
+
+
+def calls_schema(functions: list[Function]) -> dict:
+    """JSON schema of a call of one of these functions."""
     definitions: dict = {}
     calls = []
     for function in functions:
         parameters = dict(function.parameters or {"type": "object"})
-        for key in ("$defs", "definitions"):  # their references count from the root
-            inner = parameters.pop(key, {})
-            if not isinstance(inner, dict):
-                raise Refused(400, f"'{key}' of a schema is an object", "tools", "invalid_schema")
-            for name, schema in inner.items():
-                if definitions.setdefault(key, {}).setdefault(name, schema) != schema:
-                    raise Refused(400, f"two functions define '{name}' in different ways", "tools")
-        properties = {"name": {"const": function.name}, "arguments": parameters}
-        calls.append(
-            {
-                "type": "object",
-                "properties": properties,
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
+        for key in ("$defs", "definitions"):  # references in the parameters are relative to the root of the schema
+            merge_definitions(definitions, key, parameters.pop(key, {}))
+        call = {
+            "type": "object",
+            "properties": {"name": {"const": function.name}, "arguments": parameters},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        calls.append(call)
     return definitions | {"anyOf": calls}
 
 
-def checked(schema: dict, param: str) -> str:
-    """The grammar of a schema. Raises Refused for what no grammar can be made of."""
+def merge_definitions(definitions: dict, key: str, schemas: dict) -> None:
+    if not isinstance(schemas, dict):
+        raise RequestError(400, f"'{key}' in a schema must be an object", "tools", "invalid_schema")
+    for name, schema in schemas.items():
+        if definitions.setdefault(key, {}).setdefault(name, schema) != schema:
+            raise RequestError(400, f"two functions have different definitions of '{name}'", "tools")
+
+
+def compile_grammar(schema: dict, param: str) -> str:
+    """The grammar of a JSON schema. Raises RequestError if the schema is invalid or not supported."""
     grammar = json_grammar(schema)
-    if wrong := grammar_error(grammar):
-        raise Refused(
-            400, f"this JSON schema cannot be followed: {wrong.splitlines()[0][:300]}", param, "invalid_schema"
-        )
+    if error := grammar_error(grammar):
+        message = f"this JSON schema is not supported: {error.splitlines()[0][:300]}"
+        raise RequestError(400, message, param, "invalid_schema")
     return grammar

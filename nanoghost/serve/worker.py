@@ -1,11 +1,12 @@
-"""The process that owns the models: token ids in, token ids out.
+"""The engine process: it owns the models; token ids come in and token ids go out.
 
-It takes jobs from a pipe, lets the engines make a step, and tells what every row wrote in one message a step. Where nothing
-runs it sleeps on the pipe. It knows no HTTP, no text and no names of models that somebody typed: whatever goes wrong out there
-cannot stop it, and when it is killed the server starts another (client.py).
+It takes requests from a pipe, lets each engine make a step, and sends the new tokens of all sequences in one message
+per step. When there is nothing to do, it blocks on the pipe. It handles token ids only, so malformed requests never
+reach it. If it dies anyway, the server starts another one (client.py).
 """
 
 import contextlib
+import math
 import signal
 import traceback
 from collections import OrderedDict
@@ -16,272 +17,265 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from llguidance import LLMatcher, LLTokenizer
 
 from nanoghost import hardware
 from nanoghost.engine.engine import Engine, open_engine
-from nanoghost.engine.sequence import Sequence
+from nanoghost.engine.grammar import grammar_tokenizer
+from nanoghost.engine.logits_processors import LogitsProcessor
+from nanoghost.engine.paged_runner import PagedRunner
+from nanoghost.engine.prompt_logprobs import prompt_logprobs
 from nanoghost.engine.quantized_llama import supports_quantization
-from nanoghost.engine.sampler import SamplingParams
-from nanoghost.engine.torch_runner import TorchRunner
+from nanoghost.engine.sequence import Sequence
 from nanoghost.errors import UserError
 from nanoghost.formats.model_folder import load_config
 from nanoghost.home import ModelFolder
+from nanoghost.serve.engine_messages import (
+    PROMPT_SAMPLE,
+    Cancel,
+    Capacity,
+    EngineRequest,
+    LoadModel,
+    ModelRef,
+    ModelStatus,
+    RequestFailed,
+    TokenDelta,
+)
 
-ADAPTERS = 32  # that one engine holds; with more it is opened anew when it rests
-SYSTEM_PAGE = 2048  # numbers of 16 bits in the 4 KiB that the system gives at a time
-SHARE = 4  # seats that share the room of one whole context, where rows take pages
-
-
-@dataclass(frozen=True)
-class Capacity:
-    seats: int = 64
-    """Rows at once."""
-    context: int = 2048
-    """Most tokens of one conversation."""
-    bases: int = 2
-    """Models that stay loaded; the one that rested longest goes."""
-
-
-@dataclass(frozen=True)
-class Voice:
-    """Which model speaks: a base as it was finished then, and the adapter it speaks through."""
-
-    base: str
-    finished: float
-    adapter: str = ""
-    """Its folder; empty for the base alone."""
-    adapter_made: int = 0
-    """When, in nanoseconds: another night's adapter is another adapter."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be continued, or only read."""
-
-    number: int
-    voice: Voice
-    ids: tuple[int, ...]
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    samples: int = 1
-    owner: str = ""
-    """Whose pages of keys and values it may share."""
-    grammar: str = ""
-    """Only texts of this grammar (llguidance)."""
-    top: int | None = None
-    """Note log-probabilities, and those of this many of the likeliest tokens."""
-    score: bool = False
-    """Before all else, how probable the ids themselves are (after the first)."""
-
-    @property
-    def rows(self) -> int:
-        return self.samples if self.sampling.max_tokens else 0
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a row wrote in a step."""
-
-    number: int
-    sample: int
-    ids: list[int]
-    likely: list
-    """Of each id, if the job asked for it (watch.TopLogprobs)."""
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class Failed:
-    number: int
-    message: str
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A base is ready; or, with `loading`, will soon be."""
-
-    base: str
-    loading: bool = False
+MAX_ADAPTERS = 32  # of one engine; with more of them it is loaded again as soon as it is idle
+BF16_PER_PAGE = 2048  # 16-bit numbers in a 4 KiB page of the operating system
+SLOTS_PER_CONTEXT = 4  # with a paged KV cache, this many slots share the memory of one full context
 
 
 @dataclass(eq=False)
-class Open:
-    """A job being served."""
+class ActiveRequest:
+    """A request that an engine is working on."""
 
-    job: Job
+    request: EngineRequest
     engine: Engine
-    rows: list[Sequence]
-    told: list[int]
-    """How many ids of each row were sent."""
-    reading: Iterator | None
-    """Pieces of the ids' own log-probabilities that are still to come."""
+    sequences: list[Sequence]
+    prompt_logprobs: Iterator | None
+    """Chunks of the prompt's log-probabilities that are still to be computed."""
+    num_sent: list[int] = field(init=False)
+    """How many tokens of each sequence were sent."""
+    done: list[bool] = field(init=False)
+    """Whether the end of each sequence was sent."""
+
+    def __post_init__(self):
+        self.num_sent = [0] * len(self.sequences)
+        self.done = [False] * len(self.sequences)
 
 
 class Worker:
     def __init__(self, pipe: Connection, capacity: Capacity):
-        self.pipe, self.capacity = pipe, capacity
+        self.pipe = pipe
+        self.capacity = capacity
         self.engines: OrderedDict[tuple[str, float], Engine] = OrderedDict()
-        self.waiting: list[Job] = []
-        """For a model to be loaded."""
-        self.open: dict[int, Open] = {}
-        self.vocabularies = WeakKeyDictionary()
-        """Of engines, as llguidance wants them."""
-        self.untouched: list[torch.Tensor] = []
-        """Keys and values of layers whose memory the system has promised and not given yet."""
+        """By name and time of the base model, the most recently used last."""
+        self.waiting: list[EngineRequest] = []
+        """Requests whose model is not loaded, because all engines are busy."""
+        self.active: dict[int, ActiveRequest] = {}
+        self.grammar_tokenizers: WeakKeyDictionary[Engine, LLTokenizer] = WeakKeyDictionary()
+        self.untouched_kv: list[torch.Tensor] = []
+        """Layers of the KV cache whose memory the operating system has not provided yet."""
 
-    def work(self) -> None:
-        """Until the pipe is closed."""
+    def run(self) -> None:
+        """Work until the pipe is closed."""
         while True:
-            while self.pipe.poll(0 if self.open or self.waiting or self.untouched else None):
-                self.take(self.pipe.recv())
-            self.admit()
-            reader = next(
-                (o for o in self.open.values() if o.reading), None
-            )  # one at a time: those who write wait for a piece, not for all
-            said = self.read(reader) if reader else []
+            while self.pipe.poll(0 if self.active or self.waiting or self.untouched_kv else None):
+                self.handle(self.pipe.recv())
+            self.start_waiting()
+            messages = self.next_prompt_logprobs()
             for engine in self.engines.values():
                 if engine.has_unfinished:
                     engine.step()
-            said += [part for o in list(self.open.values()) for part in self.told(o)]
-            if said or self.open:  # a long text that is being read says nothing, but that it lives
-                self.pipe.send(said)
-            if self.untouched:  # a little at a time: what the server takes shows at its start, and holds up nobody
-                self.untouched.pop().view(-1)[::SYSTEM_PAGE].add_(0)
+            for active in list(self.active.values()):
+                messages += self.new_tokens(active)
+            if messages or self.active:  # an empty message is a sign of life while a long prompt is computed
+                self.pipe.send(messages)
+            if self.untouched_kv:
+                # Touch every page, one layer per step: the server takes its memory at the start and not in the middle
+                # of a request, and no request has to wait for all of it.
+                self.untouched_kv.pop().view(-1)[::BF16_PER_PAGE].add_(0)
 
-    def take(self, message) -> None:
+    # ── requests ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def handle(self, message: EngineRequest | LoadModel | Cancel) -> None:
         match message:
-            case Job():
+            case EngineRequest():
                 self.waiting.append(message)
-            case Voice():  # to be ready for
-                self.attempt(0, lambda: self.engine_of(message))
-            case number, sample:  # to be cancelled
-                self.waiting = [job for job in self.waiting if job.number != number]
-                if o := self.open.get(number):
-                    for row in o.rows if sample is None else o.rows[sample : sample + 1]:
-                        o.engine.cancel(row)
-                    o.reading = o.reading if sample is not None else None
-                    if not o.rows:
-                        del self.open[number]
+            case LoadModel(model):
+                with self.report_errors(0):
+                    self.engine_for(model)
+            case Cancel(request_id, sample):
+                self.waiting = [request for request in self.waiting if request.request_id != request_id]
+                if request_id in self.active:
+                    self.cancel(self.active[request_id], sample)
 
-    def admit(self) -> None:
-        """Jobs whose model is there, or can be loaded now, go to its engine."""
-        self.waiting = [job for job in self.waiting if not self.attempt(job.number, lambda job=job: self.begin(job))]
+    def cancel(self, active: ActiveRequest, sample: int | None) -> None:
+        sequences = active.sequences if sample is None else active.sequences[sample : sample + 1]
+        for sequence in sequences:
+            active.engine.cancel(sequence)
+        if sample is None:
+            active.prompt_logprobs = None
+        if not active.sequences:
+            del self.active[active.request.request_id]
 
-    def attempt(self, number: int, act) -> bool:
-        """Do what needs files of models; whether it is settled."""
+    def start_waiting(self) -> None:
+        """Start the requests whose model is loaded or can be loaded now."""
+        still_waiting = []
+        for request in self.waiting:
+            started = True  # a request that fails does not wait either
+            with self.report_errors(request.request_id):
+                started = self.start(request)
+            if not started:
+                still_waiting.append(request)
+        self.waiting = still_waiting
+
+    @contextlib.contextmanager
+    def report_errors(self, request_id: int):
+        """Around code that reads the files of models: an error is sent to the server and does not end the process."""
         try:
-            return act()
-        except UserError as e:
-            self.pipe.send([Failed(number, str(e))])
-        except Exception:  # a damaged folder: those who are being answered from others need not end with it
+            yield
+        except UserError as error:
+            self.pipe.send([RequestFailed(request_id, str(error))])
+        except Exception:  # damaged files can raise anything, and must not interrupt the requests to other models
             traceback.print_exc()
-            self.pipe.send([Failed(number, "this model or its adapter cannot be opened: the server's log says why")])
-        return True
+            message = "this model or its adapter cannot be opened; see the server log"
+            self.pipe.send([RequestFailed(request_id, message)])
 
-    def engine_of(self, voice: Voice) -> Engine | None:
-        """The engine of a base, loaded if it must be; None as long as all others are busy."""
-        key = (voice.base, voice.finished)
-        names = self.adapters(self.engines[key]) if key in self.engines else ()
-        if len(names) > ADAPTERS and not self.busy(self.engines[key]):
-            del self.engines[key]
-        if key not in self.engines:
-            resting = [k for k, engine in self.engines.items() if not self.busy(engine)]
-            if len(self.engines) >= self.capacity.bases and not resting:
-                return None
-            for old in resting[: len(self.engines) - self.capacity.bases + 1]:
-                del self.engines[old]
-            self.pipe.send([Loaded(voice.base, loading=True)])
-            self.engines[key] = engine = load(voice.base, self.capacity)
-            if not isinstance(engine.runner, TorchRunner):
-                self.untouched = list(engine.runner.kv_cache)
-            self.pipe.send([Loaded(voice.base)])
-        self.engines.move_to_end(key)
-        return self.engines[key]
-
-    def busy(self, engine: Engine) -> bool:
-        return any(o.engine is engine for o in self.open.values())
-
-    @staticmethod
-    def adapters(engine: Engine):
-        return engine.runner.adapter_names
-
-    def begin(self, job: Job) -> bool:
-        """Whether there was an engine for it."""
-        if not (engine := self.engine_of(job.voice)):
+    def start(self, request: EngineRequest) -> bool:
+        """Hand a request to the engine of its model; False if that has to wait."""
+        engine = self.engine_for(request.model)
+        if engine is None:
             return False
-        adapter = ""
-        if job.voice.adapter:
-            adapter = f"{job.voice.adapter} {job.voice.adapter_made}"
-            if adapter not in self.adapters(engine):
-                engine.runner.add_adapter(Path(job.voice.adapter), adapter)
-        reading, rows = None, []
-        if job.score:
-            from nanoghost.engine.prompt_logprobs import prompt_logprobs
-
-            reading = prompt_logprobs(engine.runner, list(job.ids), adapter, job.top or 0)
-        if job.sampling.max_tokens:
-            rows = engine.add(list(job.ids), job.sampling, job.samples, adapter=adapter)
-        for row in rows:
-            row.owner = job.owner
-            row.logits_processor = self.watcher(engine, job)
-        if rows or reading:  # an echo alone asks nothing of the model
-            self.open[job.number] = Open(job, engine, rows, [0] * len(rows), reading)
+        adapter = request.model.adapter_name
+        if adapter and adapter not in engine.runner.adapter_names:
+            engine.runner.add_adapter(Path(request.model.adapter), adapter)
+        prompt_ids = list(request.prompt_ids)
+        scores, sequences = None, []
+        if request.prompt_logprobs:
+            scores = prompt_logprobs(engine.runner, prompt_ids, adapter, request.top_logprobs or 0)
+        if request.sampling.max_tokens:
+            sequences = engine.add(prompt_ids, request.sampling, request.num_samples, adapter=adapter)
+        for sequence in sequences:
+            sequence.owner = request.owner
+            sequence.logits_processor = self.logits_processor(engine, request)
+        if sequences or scores:  # an echo without log-probabilities needs no model
+            self.active[request.request_id] = ActiveRequest(request, engine, sequences, scores)
         return True
 
-    def watcher(self, engine: Engine, job: Job):
-        """What a row of this job wants to see at each token; nothing for most."""
-        if not job.grammar and job.top is None:
+    def logits_processor(self, engine: Engine, request: EngineRequest) -> LogitsProcessor | None:
+        if not request.grammar and request.top_logprobs is None:
             return None
-        from llguidance import LLMatcher
+        matcher = None
+        if request.grammar:
+            if engine not in self.grammar_tokenizers:
+                self.grammar_tokenizers[engine] = grammar_tokenizer(engine.tokenizer)
+            matcher = LLMatcher(self.grammar_tokenizers[engine], request.grammar)
+        return LogitsProcessor(matcher, request.top_logprobs)
 
-        from nanoghost.engine.grammar import grammar_tokenizer
-        from nanoghost.engine.logits_processors import LogitsProcessor
+    # ── engines ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-        if job.grammar and engine not in self.vocabularies:
-            self.vocabularies[engine] = grammar_tokenizer(engine.tokenizer)
-        return LogitsProcessor(LLMatcher(self.vocabularies[engine], job.grammar) if job.grammar else None, job.top)
+    def engine_for(self, model: ModelRef) -> Engine | None:
+        """The engine of a base model, loaded if necessary; None while all loaded engines are busy."""
+        key = (model.base, model.finished)
+        engine = self.engines.get(key)
+        if engine and len(engine.runner.adapter_names) > MAX_ADAPTERS and not self.is_busy(engine):
+            del self.engines[key]
+            engine = None
+        if engine is None:
+            if not self.make_room():
+                return None
+            self.pipe.send([ModelStatus(model.base, loading=True)])
+            engine = load_engine(model.base, self.capacity)
+            self.engines[key] = engine
+            if isinstance(engine.runner, PagedRunner):
+                self.untouched_kv = list(engine.runner.kv_cache)
+            self.pipe.send([ModelStatus(model.base, loading=False)])
+        self.engines.move_to_end(key)
+        return engine
 
-    def read(self, o: Open) -> list[Delta]:
-        """The next piece of what a job's own ids were worth; they count as a sample of their own, -1."""
-        likely = next(o.reading, None)
-        if likely is None:
-            o.reading = None
-            if not o.rows:
-                del self.open[o.job.number]
-        return [Delta(o.job.number, -1, [], likely or [], "" if likely else "read")]
+    def make_room(self) -> bool:
+        """Unload idle engines until another one may be loaded; False if all are busy."""
+        excess = max(0, len(self.engines) + 1 - self.capacity.base_models)
+        idle = [key for key, engine in self.engines.items() if not self.is_busy(engine)]
+        if excess and not idle:
+            return False
+        for key in idle[:excess]:
+            del self.engines[key]
+        return True
 
-    def told(self, o: Open) -> list[Delta | Failed]:
-        """What is new of a job's rows."""
-        said = []
-        for sample, row in enumerate(o.rows):
-            if o.told[sample] < 0 or (o.told[sample] == len(row.completion_ids) and not row.finish_reason):
+    def is_busy(self, engine: Engine) -> bool:
+        return any(active.engine is engine for active in self.active.values())
+
+    # ── results ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def next_prompt_logprobs(self) -> list[TokenDelta]:
+        """The next chunk of one prompt's log-probabilities: the sequences wait for one chunk, not for all prompts."""
+        for request_id, active in self.active.items():
+            if active.prompt_logprobs is None:
                 continue
-            if row.logits_processor and row.logits_processor.matcher and (wrong := row.logits_processor.matcher.get_error()):
-                o.engine.cancel(row)
-                o.told[sample] = -1
-                said.append(Failed(o.job.number, f"the grammar is too much to follow: {wrong.splitlines()[0]}"))
+            chunk = next(active.prompt_logprobs, None)
+            if chunk is not None:
+                return [TokenDelta(request_id, PROMPT_SAMPLE, [], chunk, "")]
+            active.prompt_logprobs = None
+            if not active.sequences:
+                del self.active[request_id]
+            return [TokenDelta(request_id, PROMPT_SAMPLE, [], [], "complete")]
+        return []
+
+    def new_tokens(self, active: ActiveRequest) -> list[TokenDelta | RequestFailed]:
+        """What the sequences of a request have generated since the last call."""
+        messages = []
+        for sample, sequence in enumerate(active.sequences):
+            if active.done[sample]:
                 continue
-            likely, new = [], row.completion_ids[o.told[sample] :]
-            if row.logits_processor and o.job.top is not None:
-                likely, row.logits_processor.recorded = row.logits_processor.recorded, []
-            o.told[sample] = -1 if row.finish_reason else len(row.completion_ids)
-            said.append(Delta(o.job.number, sample, new, likely, row.finish_reason))
-        if o.rows and all(told < 0 for told in o.told) and not o.reading:
-            del self.open[o.job.number]
-        return said
+            if error := grammar_error_of(sequence):
+                active.engine.cancel(sequence)
+                active.done[sample] = True
+                messages.append(RequestFailed(active.request.request_id, f"the grammar is too complex: {error}"))
+            elif sequence.finish_reason or len(sequence.completion_ids) > active.num_sent[sample]:
+                messages.append(self.token_delta(active, sample))
+        if active.sequences and all(active.done) and not active.prompt_logprobs:
+            del self.active[active.request.request_id]
+        return messages
+
+    def token_delta(self, active: ActiveRequest, sample: int) -> TokenDelta:
+        request, sequence = active.request, active.sequences[sample]
+        token_ids = sequence.completion_ids[active.num_sent[sample] :]
+        logprobs = []
+        if request.top_logprobs is not None:
+            logprobs, sequence.logits_processor.recorded = sequence.logits_processor.recorded, []
+        active.num_sent[sample] = len(sequence.completion_ids)
+        active.done[sample] = bool(sequence.finish_reason)
+        return TokenDelta(request.request_id, sample, token_ids, logprobs, sequence.finish_reason)
 
 
-def load(base: str, capacity: Capacity) -> Engine:
+def grammar_error_of(sequence: Sequence) -> str:
+    """The first line of the error that stopped the sequence's grammar; empty if there is none."""
+    processor = sequence.logits_processor
+    if processor is None or processor.matcher is None:
+        return ""
+    error = processor.matcher.get_error()
+    return error.splitlines()[0] if error else ""
+
+
+def load_engine(base: str, capacity: Capacity) -> Engine:
     folder = ModelFolder(base)
     config = load_config(folder.path)
     context = min(config.context, capacity.context)
-    seats = capacity.seats
+    slots = capacity.slots
     if supports_quantization(config):
-        return open_engine(folder, seats, max(context // SHARE, -(-context // seats)))
-    return open_engine(folder, max(1, seats // SHARE), context)
+        # Blocks of the KV cache are shared by all slots; one sequence must be able to fill a whole context.
+        slot_tokens = max(context // SLOTS_PER_CONTEXT, math.ceil(context / slots))
+        return open_engine(folder, slots, slot_tokens)
+    return open_engine(folder, max(1, slots // SLOTS_PER_CONTEXT), context)
 
 
 def run(pipe: Connection, capacity: Capacity) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to answer: it lets open answers finish
+    """The main function of the engine process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the server, which lets open requests finish
     hardware.prepare()
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the server has gone
-        Worker(pipe, capacity).work()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the server is gone
+        Worker(pipe, capacity).run()

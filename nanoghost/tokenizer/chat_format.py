@@ -1,7 +1,7 @@
-"""The one place that turns a conversation into tokens and a loss mask, and tokens back into messages.
+"""Chat format: the one place that turns a conversation into tokens and a loss mask.
 
 A conversation is a list of OpenAI messages (roles system, user, assistant, tool; `tool_calls` on assistant messages).
-From-scratch models use ChatML, with one token for each of its marks:
+Models trained here use ChatML with a special token for each tag:
 
     <|im_start|>user
     What is 12 + 30?<|im_end|>
@@ -16,16 +16,20 @@ From-scratch models use ChatML, with one token for each of its marks:
     <|im_start|>assistant
     12 + 30 = 42.<|im_end|>
 
-Only what the assistant writes is learned: its text or call and the <|im_end|> after it. Text between the marks is
-encoded as plain text, so nobody can type a mark. A message's content may be a list of text parts (OpenAI's form);
-parts are encoded one by one, which lets a lesson write a word letter by letter.
+The loss mask covers what the assistant writes: its text or tool calls, and the <|im_end|> after them. Everything
+between the tags is encoded as plain text, so a user cannot type a special token. A message's content may be a list of
+text parts (OpenAI's form). Parts are encoded separately, which lets a training example spell a word letter by letter.
+
+Imported models have a Jinja template instead (jinja_template.py). The way back, from tokens to a message, is
+reply_parser.py.
 """
 
 import json
+from collections.abc import Iterator
 
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
-# The same text as `render`, for programs that read the model folder (tested equal)
+# The same text as `render`, for programs that read the model folder. A test compares the two.
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
 {%- if content is string -%}{{ content }}{%- elif content -%}{%- for part in content -%}{{ part.text }}{%- endfor -%}
@@ -47,8 +51,8 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}<|im_start|>assistant{{ '\\n' }}{%- endif -%}"""
 
 
-def parts_of(message: dict) -> list[str]:
-    """The texts of a message's content: one, or several parts, or none."""
+def text_parts(message: dict) -> list[str]:
+    """The text parts of a message's content: one for a string, none for empty content."""
     content = message.get("content")
     if not content:
         return []
@@ -56,13 +60,14 @@ def parts_of(message: dict) -> list[str]:
 
 
 def text_of(message: dict) -> str:
-    return "".join(parts_of(message))
+    """The text of a message's content."""
+    return "".join(text_parts(message))
 
 
-def segments(messages: list[dict]):
-    """(text, is_special, is_learned) of a conversation, in order; marks are special tokens."""
+def segments(messages: list[dict]) -> Iterator[tuple[str, bool, bool]]:
+    """A conversation as segments (text, is_special, in_loss). A special segment is the name of a special token."""
     for message in messages:
-        learned = message["role"] == "assistant"
+        is_assistant = message["role"] == "assistant"
         yield "<|im_start|>", True, False
         yield message["role"] + "\n", False, False
         if message["role"] == "tool":
@@ -70,92 +75,74 @@ def segments(messages: list[dict]):
             yield "\n" + text_of(message) + "\n", False, False
             yield "</tool_response>", True, False
         else:
-            for part in parts_of(message):
-                yield part, False, learned
+            for part in text_parts(message):
+                yield part, False, is_assistant
             for call in message.get("tool_calls") or []:
-                name, arguments = call["function"]["name"], call["function"]["arguments"]
-                yield "<tool_call>", True, learned
-                written = f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}\n'
-                yield written, False, learned
-                yield "</tool_call>", True, learned
-        yield "<|im_end|>", True, learned
+                name = json.dumps(call["function"]["name"], ensure_ascii=False)
+                yield "<tool_call>", True, is_assistant
+                yield f'\n{{"name": {name}, "arguments": {call["function"]["arguments"]}}}\n', False, is_assistant
+                yield "</tool_call>", True, is_assistant
+        yield "<|im_end|>", True, is_assistant
         yield "\n", False, False
 
 
-def render(messages: list[dict], tokenizer: Tokenizer, generation: bool = False) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation and, for each, whether the model learns to write it.
+def render(
+    messages: list[dict], tokenizer: Tokenizer, generation: bool = False, tools: list[dict] | None = None
+) -> tuple[list[int], list[bool]]:
+    """(token ids, loss mask) of a conversation.
 
-    With `generation` the assistant's header is appended, so that the model's next token begins its answer.
+    `generation` appends the header of an assistant message, so that the model continues with its reply. `tools` are
+    function objects (OpenAI's form) for the chat template of an imported model. Models trained here ignore them: they
+    learned their tools in training.
     """
     if tokenizer.chat_template:
-        return tokenizer.chat_template.render(messages, tokenizer, generation)
-    ids, learned = [], []
-    for text, is_special, is_learned in segments(messages):
-        new = [tokenizer.special_id(text)] if is_special else tokenizer.encode(text)
-        ids += new
-        learned += [is_learned] * len(new)
+        return tokenizer.chat_template.render(messages, tokenizer, generation, tools)
+    ids, loss_mask = [], []
+    for text, is_special, in_loss in segments(messages):
+        segment_ids = [tokenizer.special_id(text)] if is_special else tokenizer.encode(text)
+        ids += segment_ids
+        loss_mask += [in_loss] * len(segment_ids)
     if generation:
         header = [tokenizer.special_id("<|im_start|>"), *tokenizer.encode("assistant\n")]
         ids += header
-        learned += [False] * len(header)
-    return ids, learned
-
-
-def tool_response_ids(answers: list[dict], tokenizer: Tokenizer) -> list[int]:
-    """What stands between the end of an assistant's message that called tools and its next: the tools' answers."""
-    before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ids = render(before, tokenizer)[0]
-    last = max(i for i, token in enumerate(ids) if token in tokenizer.stop_ids)
-    return render(before + answers, tokenizer, generation=True)[0][last + 1 :]
+        loss_mask += [False] * len(header)
+    return ids, loss_mask
 
 
 def render_text(messages: list[dict], generation: bool = False) -> str:
-    return "".join(p[0] for p in segments(messages)) + ("<|im_start|>assistant\n" if generation else "")
+    """A conversation in this format as text, with the names of the special tokens."""
+    text = "".join(text for text, _, _ in segments(messages))
+    return text + ("<|im_start|>assistant\n" if generation else "")
+
+
+def tool_response_ids(results: list[dict], tokenizer: Tokenizer) -> list[int]:
+    """The tokens from the end of an assistant message with tool calls to the start of the next one: the tools' results.
+
+    Rendered as part of a short conversation, because a template may not accept a conversation that begins with them.
+    """
+    context = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    context_ids, _ = render(context, tokenizer)
+    end = max(i for i, token_id in enumerate(context_ids) if token_id in tokenizer.stop_ids)
+    ids, _ = render(context + results, tokenizer, generation=True)
+    return ids[end + 1 :]
 
 
 def truncate_oldest_turns(
-    messages: list[dict], tokenizer: Tokenizer, room: int, generation: bool = False
+    messages: list[dict],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    generation: bool = False,
+    tools: list[dict] | None = None,
 ) -> list[dict]:
-    """The conversation without its oldest turns, as many as must go for the rest to take at most `room` tokens.
+    """The conversation without its oldest turns, so that the rest takes at most `max_tokens` tokens.
 
-    System messages stay. A turn is a user message with all that follows it; the newest turn always stays, so the
-    result can still be too long: the caller cuts or refuses.
+    System messages stay. A turn is a user message with everything up to the next user message. The newest turn always
+    stays, so the result can still be too long: the caller cuts or refuses.
     """
-    for start in [0] + [i for i, m in enumerate(messages) if i and m["role"] == "user"]:
-        kept = [m for i, m in enumerate(messages) if i >= start or m["role"] == "system"]
-        if len(render(kept, tokenizer, generation)[0]) <= room:
+    turn_starts = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "user"]
+    for start in [0, *turn_starts]:
+        remaining = [m for i, m in enumerate(messages) if i >= start or m["role"] == "system"]
+        ids, _ = render(remaining, tokenizer, generation, tools)
+        if len(ids) <= max_tokens:
             break
-    return kept
-
-
-def parse_reply(ids: list[int], tokenizer: Tokenizer) -> dict:
-    """The assistant message that these generated tokens spell (an <|im_end|> at the end is dropped).
-
-    A call whose JSON does not parse stays in the text: it is the model's mistake, and the reader should see it.
-    """
-    ids = ids[:-1] if ids and ids[-1] in tokenizer.stop_ids else ids
-    if tokenizer.chat_template:
-        return tokenizer.chat_template.parse(tokenizer.decode(ids))
-    opening, closing = tokenizer.special_id("<tool_call>"), tokenizer.special_id("</tool_call>")
-    text, calls = [], []
-    while opening in ids:
-        i = ids.index(opening)
-        j = ids.index(closing, i) if closing in ids[i:] else len(ids)
-        call = parse_call(tokenizer.decode(ids[i + 1 : j]))
-        text += ids[:i] if call else ids[: j + 1]
-        if call:
-            calls.append({"id": f"call_{len(calls) + 1}", "type": "function", "function": call})
-        ids = ids[j + 1 :]
-    message = {"role": "assistant", "content": tokenizer.decode(text + ids)}
-    return message | ({"tool_calls": calls} if calls else {})
-
-
-def parse_call(text: str) -> dict | None:
-    """{"name", "arguments" (JSON text)} of one call, or None if it is not one."""
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):  # no JSON; a number of 5000 digits; a thousand opening brackets
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-        return None
-    return {"name": call["name"], "arguments": json.dumps(call["arguments"])}
+    return remaining

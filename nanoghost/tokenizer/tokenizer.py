@@ -1,16 +1,17 @@
-"""Text to tokens and back: byte-level BPE (Sennrich et al. 2016; on bytes, as in GPT-2).
+"""Text to tokens and back: byte-level BPE (Sennrich et al. 2016; on bytes as in GPT-2, Radford et al. 2019).
 
-A text is split into words, a word into its UTF-8 bytes, and the most frequent pair of neighbours becomes a new token,
-again and again. Ids: the special tokens, the 256 bytes, then one id per merge in the order they were learned.
+A text is split into words and a word into its UTF-8 bytes. Training merges the most frequent pair of adjacent tokens
+into a new token, again and again. Token ids: the special tokens, the 256 bytes, then the merges in the order they were
+learned.
 
-bpe.py is the whole algorithm, to be read; tests hold this to it, id by id. `Tokenizer` is the fast one, around Hugging
-Face's library; its `tokenizer.json` is what other programs read.
+`Tokenizer` wraps Hugging Face's library and reads and writes its `tokenizer.json`. tests/support/reference_bpe.py is
+the whole algorithm in readable Python; the tests compare the two id by id.
 """
 
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -30,52 +31,57 @@ SPECIAL_TOKENS = (
     "</tool_response>",
 )
 
-# No merge crosses these words. llama.cpp knows this pattern as "qwen2": as GPT-4's, but digits stand alone.
+# Words, which no merge crosses. llama.cpp calls this pattern "qwen2": GPT-4's, but with every digit a word of its own.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# A vocabulary file is text, so GPT-2 gave each byte a character: visible Latin-1 stands for itself, the other bytes
-# take the characters from U+0100 on. Byte tokens are ordered by that character.
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_ORDER = VISIBLE + [b for b in range(256) if b not in VISIBLE]
-BYTE_OF = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(BYTE_ORDER[len(VISIBLE) :])}
+# A vocabulary file is text, so GPT-2 maps each byte to a character: a printable Latin-1 byte to itself, the others to
+# the characters from U+0100 on. The byte tokens are in the order of these characters.
+PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
+BYTE_ORDER = PRINTABLE_BYTES + OTHER_BYTES
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE_BYTES}
+BYTE_OF_CHARACTER |= {chr(256 + i): byte for i, byte in enumerate(OTHER_BYTES)}
 
 FIRST_BYTE = len(SPECIAL_TOKENS)
 FIRST_MERGE = FIRST_BYTE + 256
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary. Plain text never encodes to a special token: only `special(name)` gives those."""
+    """A byte-level BPE vocabulary. Text never encodes to a special token; only `special_id(name)` returns one."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
-        # The property that keeps "<|im_end|>" in somebody's text from ending their turn. The file does not hold it.
+        # Without this, "<|im_end|>" in a user's text would end their turn. The setting is not part of the file.
         backend.encode_special_tokens = True
-        added = backend.get_added_tokens_decoder()
-        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
-        self.chat_template = (
-            None  # how an adopted model writes conversations (template.py); ours are written by chat.py
-        )
+        added_tokens = backend.get_added_tokens_decoder()
+        self.special_tokens = {token.content: i for i, token in added_tokens.items() if token.special}
+        """Id of each special token by name."""
+        self.chat_template = None
+        """The ChatTemplate of an imported model; None for models trained here, whose format is chat_format.py."""
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        spelled = set("".join(token for token, i in vocabulary.items() if i not in added))
-        if not isinstance(backend.model, models.BPE) or not spelled or not spelled <= BYTE_OF.keys():
+        characters = set("".join(token for token, i in vocabulary.items() if i not in added_tokens))
+        if not isinstance(backend.model, models.BPE) or not characters or not characters <= BYTE_OF_CHARACTER.keys():
             raise UserError("the tokenizer is not a byte-level BPE vocabulary, the only kind nanoghost reads")
-        if max(vocabulary.values()) >= 2 * len(vocabulary):
-            raise UserError(f"the tokenizer has {len(vocabulary)} tokens and an id of {max(vocabulary.values())}")
-        self._bytes = [b""] * (max(vocabulary.values()) + 1)
+        largest_id = max(vocabulary.values())
+        if largest_id >= 2 * len(vocabulary):
+            raise UserError(f"the tokenizer has {len(vocabulary)} tokens, but an id of {largest_id}")
+        self._bytes = [b""] * (largest_id + 1)
         for token, i in vocabulary.items():
-            if i in added:
-                self._bytes[i] = b"" if added[i].special else token.encode()
-            else:
-                self._bytes[i] = bytes(BYTE_OF[character] for character in token)
+            if i not in added_tokens:
+                self._bytes[i] = bytes(BYTE_OF_CHARACTER[character] for character in token)
+            elif not added_tokens[i].special:
+                self._bytes[i] = token.encode()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn a vocabulary; a smaller one when the texts have no more pairs that occur twice."""
+        """Learn a vocabulary. It is smaller than `vocab_size` if no further pair of tokens occurs twice."""
         if vocab_size < FIRST_MERGE:
-            raise UserError(f"a vocabulary of {vocab_size} is too small: bytes and special tokens take {FIRST_MERGE}")
+            raise UserError(
+                f"a vocabulary of {vocab_size} is too small: bytes and special tokens alone take {FIRST_MERGE}"
+            )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -91,7 +97,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator((_valid(text) for text in texts), trainer)
+        backend.train_from_iterator((replace_lone_surrogates(text) for text in texts), trainer)
         return cls(backend)
 
     @classmethod
@@ -101,8 +107,8 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"there is no tokenizer at {path}") from None
-        except Exception as error:  # the library knows no narrower class
+            raise UserError(f"{path} does not exist") from None
+        except Exception as error:  # the library raises no narrower class
             raise UserError(f"{path} is not a readable tokenizer file: {error}") from error
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise UserError(f"{path} is not a byte-level BPE vocabulary, the only kind nanoghost reads")
@@ -113,55 +119,52 @@ class Tokenizer:
         write_atomic(Path(folder) / "tokenizer.json", self._backend.to_str(pretty=True) + "\n")
 
     def to_json(self) -> str:
-        """`tokenizer.json`."""
+        """The content of `tokenizer.json`, without line breaks."""
         return self._backend.to_str()
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(_valid(text), add_special_tokens=False).ids
+        return self._backend.encode(replace_lone_surrogates(text), add_special_tokens=False).ids
 
     def encode_with_offsets(self, text: str) -> list[tuple[int, int]]:
-        """(id, where in the text it begins) of each token."""
-        encoding = self._backend.encode(_valid(text), add_special_tokens=False)
+        """(token id, index of its first character in the text) for each token."""
+        encoding = self._backend.encode(replace_lone_surrogates(text), add_special_tokens=False)
         return [(i, start) for i, (start, _) in zip(encoding.ids, encoding.offsets)]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """As `encode`, on all threads."""
-        encodings = self._backend.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False)
+        """`encode` for many texts, on all threads."""
+        encodings = self._backend.encode_batch_fast(
+            [replace_lone_surrogates(text) for text in texts], add_special_tokens=False
+        )
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD, special tokens nothing or their names."""
-        return b"".join(self._pieces(ids, skip_special)).decode(errors="replace")
-
-    def _pieces(self, ids: Iterable[int], skip_special: bool) -> Iterator[bytes]:
-        names = {} if skip_special else {i: name.encode() for name, i in self.special_tokens.items()}
-        return (names.get(i) or self._bytes[i] for i in ids)
+        """The text of token ids. Bytes that are not UTF-8 become U+FFFD, special tokens their names or nothing."""
+        names = {}
+        if not skip_special:
+            names = {i: name.encode() for name, i in self.special_tokens.items()}
+        return b"".join(names.get(i) or self._bytes[i] for i in ids).decode(errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """What a token adds to the text; nothing for a special token."""
+        """The bytes of a token; empty for a special token."""
         return self._bytes[id]
 
     def special_id(self, name: str) -> int:
-        """Id of a special token."""
+        """The id of a special token."""
         return self.special_tokens[name]
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """Its bos_token and eos_token, in the words of tokenizer_config.json."""
-        return (
-            self.chat_template.special_tokens_map
-            if self.chat_template
-            else {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
-        )
+        """bos_token and eos_token, as in tokenizer_config.json."""
+        if self.chat_template:
+            return self.chat_template.special_tokens_map
+        return {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
 
     @property
     def stop_ids(self) -> set[int]:
-        """Tokens after which an answer is over."""
-        return (
-            self.chat_template.stop_ids
-            if self.chat_template
-            else {self.special_id("<|im_end|>"), self.special_id("<|endoftext|>")}
-        )
+        """The tokens that end a reply."""
+        if self.chat_template:
+            return self.chat_template.stop_ids
+        return {self.special_id("<|im_end|>"), self.special_id("<|endoftext|>")}
 
     @property
     def vocab_size(self) -> int:
@@ -169,12 +172,12 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the vocabulary, however its file is laid out."""
+        """SHA-256 of the vocabulary, independent of the layout of its file."""
         return hashlib.sha256(json.dumps(json.loads(self._backend.to_str()), sort_keys=True).encode()).hexdigest()
 
 
 class StreamDecoder:
-    """Ids one by one to text; a character whose bytes are spread over tokens appears with the last of them."""
+    """Decodes token ids one at a time. A character that is spread over tokens is returned with the last of them."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -184,10 +187,10 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(id))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if a character was begun and not finished."""
+        """The rest at the end: U+FFFD for an incomplete character, otherwise nothing."""
         return self._utf8.decode(b"", final=True)
 
 
-def _valid(text: str) -> str:
-    """The text, lone surrogates (careless JSON has them; UTF-8 has not) replaced by U+FFFD."""
+def replace_lone_surrogates(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which JSON can contain and UTF-8 cannot."""
     return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

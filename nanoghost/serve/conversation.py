@@ -1,0 +1,162 @@
+"""A conversation with a model in this process: its messages, and replies streamed as text fragments and tool calls."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from nanoghost.engine.engine import Engine, open_engine
+from nanoghost.engine.sampler import SamplingParams
+from nanoghost.engine.sequence import Sequence
+from nanoghost.errors import UserError
+from nanoghost.home import open_model
+from nanoghost.tokenizer.chat_format import render, truncate_oldest_turns
+from nanoghost.tokenizer.reply_parser import ReplyParser
+from nanoghost.tools.registry import run_tool, tools_for_model
+
+MIN_REPLY_TOKENS = 8  # tokens of the context that a message must leave for the reply
+
+
+@dataclass(frozen=True)
+class ReplyFragment:
+    """A part of a reply: text as it is generated, or one line about a tool call that was run."""
+
+    text: str
+    is_tool_call: bool = False
+
+
+class Conversation:
+    """A model, the messages so far, and how replies are sampled."""
+
+    def __init__(self, model: str | None, sampling: SamplingParams, system: str | None, documents: Path | None = None):
+        """`model`: default is the one finished last; `system`: system message; `documents`: folder that `lookup` searches."""
+        self.folder = open_model(model)
+        self.engine = open_engine(self.folder, adapter=self.extra_adapter())
+        self.tokenizer = self.engine.tokenizer
+        self.sampling = sampling
+        self.num_replies = 0
+        self.messages: list[dict] = []
+        self.dropped_messages: list[dict] = []
+        """Oldest messages, which no longer fit into the context."""
+        self.set_system(system)
+        tools = tools_for_model(self.folder, self.tokenizer.chat_template, documents)
+        self.tool_schemas = [tool.schema for tool in tools.values()]
+        self.run_tool = partial(run_tool, tools=tools) if tools else None
+
+    def extra_adapter(self) -> Path | None:
+        """Folder of an adapter to load instead of the model's own."""
+        return None
+
+    def set_system(self, text: str | None) -> None:
+        """Replace or remove the system message."""
+        others = [m for m in self.messages if m["role"] != "system"]
+        system = [{"role": "system", "content": text}] if text else []
+        self.messages = system + others
+
+    @property
+    def transcript(self) -> list[dict]:
+        """The whole conversation, with the messages that no longer fit into the context."""
+        system = [m for m in self.messages if m["role"] == "system"]
+        return system + self.dropped_messages + self.messages[len(system) :]
+
+    def reset(self) -> None:
+        """Drop everything except the system message."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+        self.dropped_messages = []
+
+    def render_prompt(self, messages: list[dict]) -> list[int]:
+        ids, _ = render(messages, self.tokenizer, generation=True, tools=self.tool_schemas)
+        return ids
+
+    def truncate(self, messages: list[dict], max_tokens: int) -> list[dict]:
+        return truncate_oldest_turns(messages, self.tokenizer, max_tokens, generation=True, tools=self.tool_schemas)
+
+    def ask(self, text: str) -> int:
+        """Add a user message; returns how many of the oldest messages were dropped to make room for it.
+
+        Raises UserError if the message alone does not fit into the context.
+        """
+        context = self.engine.runner.context
+        reply_tokens = max(MIN_REPLY_TOKENS, min(self.sampling.max_tokens, context // 2))
+        text = text.encode(errors="replace").decode()  # input that is not UTF-8 is read as lone surrogates
+        extended = [*self.messages, {"role": "user", "content": text}]
+        remaining = self.truncate(extended, context - reply_tokens)
+        num_tokens = len(self.render_prompt(remaining))
+        if num_tokens > context - MIN_REPLY_TOKENS:
+            raise UserError(
+                f"the message takes {num_tokens} tokens with the system message; this model's context holds {context}"
+            )
+        num_dropped = len(extended) - len(remaining)
+        not_system = [m for m in extended if m["role"] != "system"]
+        self.dropped_messages += not_system[:num_dropped]
+        self.messages = remaining
+        return num_dropped
+
+    def answer(self, prompt_messages: list[dict] | None = None) -> Iterator[ReplyFragment]:
+        """Stream the reply to the last message and add it to the messages.
+
+        Closing the iterator early keeps what was generated until then. `prompt_messages`: what the model reads, if not
+        exactly the conversation.
+        """
+        prompt_ids = self.render_prompt(prompt_messages or self.messages)
+        sampling = replace(self.sampling, seed=self.sampling.seed + self.num_replies)
+        self.num_replies += 1
+        num_messages = len(self.messages)
+        [sequence] = self.engine.add(prompt_ids, sampling, run_tool=self.run_tool)
+        sequence.max_len = self.engine.runner.context  # the only sequence, and a tool's result can be long
+        try:
+            for fragment in stream_fragments(self.engine, sequence):
+                if fragment.text:
+                    yield fragment
+        finally:
+            self.engine.cancel(sequence)
+            replies = list(sequence.messages)
+            unfinished_ids = sequence.completion_ids[sequence.message_start :]
+            unfinished_text = ReplyParser(self.tokenizer).feed(unfinished_ids).text  # without an unfinished tool call
+            if unfinished_text:
+                replies.append({"role": "assistant", "content": unfinished_text})
+            self.messages = self.messages[:num_messages] + replies
+
+
+def stream_fragments(engine: Engine, sequence: Sequence) -> Iterator[ReplyFragment]:
+    """Run the engine until the sequence is finished; yields its text as it grows, and its tool calls with results."""
+    parser = ReplyParser(engine.tokenizer)
+    num_ids = num_messages = 0
+    functions: dict[str, dict] = {}
+    """The functions that the current message calls, by call id."""
+    in_line = False
+    """Text was yielded since the last line break that a tool call needs."""
+    while not sequence.finish_reason:
+        engine.step()
+        new_ids = sampled_ids(sequence, num_ids)
+        new_messages = sequence.messages[num_messages:]
+        num_ids, num_messages = len(sequence.completion_ids), len(sequence.messages)
+        text = parser.feed(new_ids).text
+        if new_messages:
+            text += parser.finish().text
+            parser = ReplyParser(engine.tokenizer)
+        in_line = in_line or bool(text)
+        yield ReplyFragment(text)
+        for message in new_messages:
+            if message["role"] == "assistant":
+                functions = {call["id"]: call["function"] for call in message.get("tool_calls", ())}
+                continue
+            if in_line:
+                yield ReplyFragment("\n")
+            in_line = False
+            function = functions[message["tool_call_id"]]
+            yield ReplyFragment(f"{format_call(function)} → {message['content']}", is_tool_call=True)
+
+
+def sampled_ids(sequence: Sequence, start: int) -> list[int]:
+    """The completion tokens from `start` on, without tool results."""
+    pairs = zip(sequence.completion_ids[start:], sequence.sampled_mask[start:])
+    return [token_id for token_id, is_sampled in pairs if is_sampled]
+
+
+def format_call(function: dict) -> str:
+    """A tool call for display: calculator(12+30)."""
+    arguments = json.loads(function["arguments"])
+    values = arguments.values() if isinstance(arguments, dict) else [arguments]
+    return f"{function['name']}({', '.join(map(str, values))})"
