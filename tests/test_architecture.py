@@ -152,7 +152,7 @@ def loaded():
 
 def test_a_speedrun_and_a_chat_load_no_more_than_they_use(loaded):
     assert "nanoghost/model/ghost.py" in loaded and "nanoghost/tokenizer/chat_format.py" in loaded
-    for folder in ("memory", "lab", "bench"):
+    for folder in ("lab", "bench"):
         assert not any(file.startswith(f"nanoghost/{folder}/") for file in loaded), folder
 
 
