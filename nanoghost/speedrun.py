@@ -18,7 +18,7 @@ from nanoghost.home import ModelFolder
 from nanoghost.progress import Display
 from nanoghost.train import pretrain, rl, sft
 
-BASE, SFT, FINAL = "ghost-base", "ghost-sft", "ghost"  # names of the three models
+BASE, SFT, FINAL = "ghost-base", "ghost-sft", "ghost"  # names of the models of pretraining, SFT and RL
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,27 @@ class SpeedrunSettings:
 
 
 def main(settings: SpeedrunSettings) -> dict:
-    """Make the three models and a report; returns the figures of all stages."""
+    """Train the three models and write a report; returns the figures of all stages."""
     start = time.perf_counter()
     display = Display()
-    pretraining, finetuning, reinforcement = stage_settings(settings)
+    pretrain_settings, sft_settings, rl_settings = stage_settings(settings)
 
     # 1. Pretraining: learn to continue text. This also trains the tokenizer (data/, tokenizer/, train/pretrain.py).
-    pretrain.main(pretraining, display)
+    pretrain.main(pretrain_settings, display)
     evaluate_once(BASE, math.ceil(settings.problems / 4), display)
 
     # 2. SFT: learn to answer, from conversations with sums, spelling, and questions to refuse (tasks/, train/sft.py).
-    sft.main(finetuning, display)
+    sft.main(sft_settings, display)
     evaluate_once(SFT, settings.problems, display)
 
     # 3. RL: several rollouts of each problem, whose answers can be checked (train/rl.py).
-    rl.main(reinforcement, display)
-    # 4. Evaluation, after each stage: text and problems that no stage has seen (evals/).
+    rl.main(rl_settings, display)
+
+    # 4. Evaluation, as after the other stages: text and problems that no stage has seen (evals/).
     evaluate_once(FINAL, settings.problems, display)
 
     # 5. Report: report.html and report.md in the model folder, and a short form here (evals/report.py).
-    if distributed.rank_and_world_size()[0] == 0:
+    if distributed.is_main_process():
         page = write_report(ModelFolder(FINAL))
         print_report(ModelFolder(FINAL))
         minutes = (time.perf_counter() - start) / 60
@@ -79,7 +80,7 @@ def stage_settings(settings: SpeedrunSettings) -> tuple[pretrain.PretrainSetting
 
 def evaluate_once(name: str, problems: int, display: Display) -> None:
     """Evaluate a model, unless an earlier run of the same command has done so."""
-    hardware.release_memory()  # of the training
+    hardware.release_memory()  # of the stage that has just ended
     folder = ModelFolder(name)
     if not any(event["stage"] == f"{folder.card.stage}-eval" for event in folder.events):
         evaluate(folder, problems, display)
@@ -88,5 +89,5 @@ def evaluate_once(name: str, problems: int, display: Display) -> None:
 
 def command(settings: SpeedrunSettings) -> None:
     figures = main(settings)
-    if settings.json and distributed.rank_and_world_size()[0] == 0:
+    if settings.json and distributed.is_main_process():
         print(json.dumps(figures))

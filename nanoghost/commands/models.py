@@ -1,4 +1,4 @@
-"""The verbs that look after model folders: list, show, rename, rm."""
+"""Commands for model folders: list, show, rename, rm."""
 
 import json
 import shutil
@@ -11,22 +11,20 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from nanoghost.commands.arguments import ModelArgument
 from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder, model_names, open_model, write_lock
+from nanoghost.progress import JsonFlag
 
 
 @dataclass(frozen=True)
-class ListSettings:
-    json: bool = False
-    """Print the list as JSON on standard output."""
+class ListSettings(JsonFlag):
+    pass
 
 
 @dataclass(frozen=True)
-class ShowSettings:
-    model: Annotated[str | None, tyro.conf.Positional] = None
-    """Name of the model; default: the one finished last."""
-    json: bool = False
-    """Print the whole card as JSON on standard output."""
+class ShowSettings(ModelArgument, JsonFlag):
+    pass
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class RenameSettings:
     model: Annotated[str, tyro.conf.Positional]
     """Name of the model."""
     new_name: Annotated[str, tyro.conf.Positional]
-    """Its new name."""
+    """New name."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,19 @@ class RemoveSettings:
     model: Annotated[str, tyro.conf.Positional]
     """Name of the model."""
     yes: bool = False
-    """Do not ask."""
+    """Do not ask for confirmation."""
 
 
 def summary(name: str) -> dict:
     card = ModelFolder(name).card
-    parent = card.parent.name if card.parent else None
-    bpb = card.figures.get("bpb")
-    return {"name": name, "stage": card.stage, "parent": parent, "parameters": card.parameters or None, "bpb": bpb,
-            "finished": card.finished}  # fmt: skip
+    return {
+        "name": name,
+        "stage": card.stage,
+        "parent": card.parent.name if card.parent else None,
+        "parameters": card.parameters or None,
+        "bpb": card.figures.get("bpb"),
+        "finished": card.finished,
+    }
 
 
 def adapters_of(name: str) -> list[str]:
@@ -62,11 +64,11 @@ def list_command(settings: ListSettings) -> None:
     if settings.json:
         print(json.dumps({"models": rows}))
         return
-    table = Table("name", "stage", "from", "parameters", "finished")
+    table = Table("name", "stage", "parent", "parameters", "finished")
     for row in rows:
         parameters = f"{row['parameters'] / 1e6:.1f}M" if row["parameters"] else ""
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["finished"])) if row["finished"] else "not yet"
-        table.add_row(row["name"], row["stage"], row["parent"] or "", parameters, when)
+        finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["finished"])) if row["finished"] else "not yet"
+        table.add_row(row["name"], row["stage"], row["parent"] or "", parameters, finished)
     Console(stderr=True).print(table if rows else "no models yet: `nanoghost speedrun` makes one")
 
 
@@ -86,45 +88,51 @@ def show_command(settings: ShowSettings) -> None:
     Console(stderr=True).print(table)
 
 
-def existing(name: str) -> ModelFolder:
+def existing_folder(name: str) -> ModelFolder:
+    """The folder of a model, finished or not. Raises UserError if there is none."""
     folder = ModelFolder(name)
     if not folder.exists:
-        raise UserError(f"model '{name}' is unknown; `nanoghost list` shows the names")
+        raise UserError(f"model '{name}' does not exist; `nanoghost list` lists all models")
     return folder
 
 
 def rename_command(settings: RenameSettings) -> None:
-    old, new = existing(settings.model), ModelFolder(settings.new_name)
+    old, new = existing_folder(settings.model), ModelFolder(settings.new_name)
     if new.path.exists():
         raise UserError(f"model '{new.name}' exists already")
-    if "@" in old.name + new.name and ("@" not in new.name or old.base != new.base):
-        raise UserError(f"an adapter stays with its base: '{old.base}@' and a name")
-    for adapter in adapters_of(old.name):  # a base takes its adapters along
+    is_adapter = "@" in old.name
+    if is_adapter and not new.name.startswith(f"{old.base}@"):
+        raise UserError(f"an adapter keeps its base model: the new name must be '{old.base}@NAME'")
+    if not is_adapter and "@" in new.name:
+        raise UserError(f"'{old.name}' is not an adapter: its new name cannot contain '@'")
+    for adapter in adapters_of(old.name):  # they are renamed with their base
         move(ModelFolder(adapter), ModelFolder(f"{new.name}@{adapter.partition('@')[2]}"))
     move(old, new)
 
 
 def move(old: ModelFolder, new: ModelFolder) -> None:
     with write_lock(old):
-        # The card first: it is what a full disk would refuse. Killed in between, the same command goes on.
+        # The card first: only writing it can fail on a full disk. If killed in between, the same command finishes.
         old.write_card(replace(old.card, name=new.name))
         old.path.rename(new.path)
 
 
-def confirmed(what: str) -> bool:
-    """Ask whether it is to be removed. Raises UserError where nobody can be asked."""
+def confirm_removal(model: str) -> bool:
+    """Ask the user. Raises UserError if standard input is not a terminal."""
     if not sys.stdin.isatty():
-        raise UserError(f"removing {what} needs --yes when nobody can be asked")
-    print(f"remove {what} for good? [y/N] ", end="", file=sys.stderr, flush=True)
+        raise UserError(f"removing model '{model}' needs --yes, because standard input is not a terminal")
+    print(f"permanently remove model '{model}'? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def remove_command(settings: RemoveSettings) -> None:
-    folder = existing(settings.model)
+    folder = existing_folder(settings.model)
     if adapters := adapters_of(folder.name):
-        raise UserError(f"model '{folder.name}' is the base of {', '.join(adapters)}: remove these first")
-    if not settings.yes and not confirmed(f"model '{folder.name}'"):
+        raise UserError(f"model '{folder.name}' is the base of {', '.join(adapters)}: remove these adapters first")
+    if not settings.yes and not confirm_removal(folder.name):
         return
     with write_lock(folder):
-        (folder.path / "card.json").unlink()  # from here on it is no model, even if the rest is cut short
+        (
+            folder.path / "card.json"
+        ).unlink()  # without a card it is not a model, even if removing the rest is interrupted
         shutil.rmtree(folder.path)

@@ -1,7 +1,7 @@
-"""`tokenizer train` and `tokenizer eval`: make a vocabulary, and see which kinds of text it shortens.
+"""`nanoghost tokenizer train` and `nanoghost tokenizer eval`: train a tokenizer, and measure how it compresses text.
 
-Bytes per token is the compression of the vocabulary alone. More is fewer steps for the model to write the same text,
-at the price of rarer tokens and a wider last layer; which wins is measured in bits per byte, not here.
+Bytes per token measures the tokenizer alone. A higher value means fewer decoding steps for the same text, but also
+rarer tokens and a larger output layer. Whether that pays is visible only in a model's bits per byte.
 """
 
 import json
@@ -15,6 +15,7 @@ from rich.table import Table
 from nanoghost.data.registry import open_source
 from nanoghost.errors import UserError
 from nanoghost.home import home
+from nanoghost.progress import JsonFlag
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
 # Macbeth is held out of the default training text; the rest is written for this file.
@@ -71,36 +72,24 @@ def shortest_path(graph, start, goal):
 
 @dataclass(frozen=True)
 class TokenizerTrainSettings:
-    """Learn a vocabulary from the training part of a text.
-
-    nanoghost tokenizer train --data notes/ --vocab-size 2048 --name notes-2048
-    """
-
     data: str = "plays"
-    """Text to learn from: plays, a file or folder (.txt .md .jsonl .parquet), or hub:OWNER/NAME."""
+    """Training text: plays, a file or folder (.txt .md .jsonl .parquet), or hub:OWNER/NAME."""
     vocab_size: int = 4096
-    """Tokens, with the 256 bytes and the special tokens; fewer if the text has no more pairs that occur twice."""
+    """Number of tokens, with the 256 bytes and the special tokens; fewer if the text has too few repeated pairs."""
     name: str = "plays-4096"
-    """Under which it is kept, in data/tokenizers of the home folder."""
+    """Name of the tokenizer, a folder in data/tokenizers of the home folder."""
 
 
 @dataclass(frozen=True)
-class TokenizerEvalSettings:
-    """Bytes per token of a vocabulary on several kinds of text.
-
-    nanoghost tokenizer eval --name plays-4096
-    """
-
+class TokenizerEvalSettings(JsonFlag):
     name: str = "plays-4096"
-    """Of the vocabulary."""
-    json: bool = False
-    """Print the figures as one JSON object on standard output."""
+    """Name of the tokenizer."""
 
 
 def tokenizer_folder(name: str) -> Path:
-    """Where the vocabulary of that name is kept."""
+    """Folder of the tokenizer with that name."""
     if Path(name).name != name:
-        raise UserError(f"'{name}' is not a tokenizer's name: use a plain name, without '/'")
+        raise UserError(f"'{name}' is not a tokenizer name: it must not contain '/'")
     return home() / "data" / "tokenizers" / name
 
 
@@ -113,38 +102,40 @@ def train_command(settings: TokenizerTrainSettings) -> None:
 
 
 def eval_command(settings: TokenizerEvalSettings) -> None:
-    screen = Console(stderr=True)
+    console = Console(stderr=True)
     tokenizer = Tokenizer.load(tokenizer_folder(settings.name))
-    ours = {kind: bytes_per_token(tokenizer.encode, text) for kind, text in SAMPLES.items()}
-    gpt2_encode = find_gpt2()
+    figures = {kind: bytes_per_token(tokenizer.encode, text) for kind, text in SAMPLES.items()}
+    gpt2_encode = gpt2_encoder()
     gpt2 = {kind: bytes_per_token(gpt2_encode, text) for kind, text in SAMPLES.items()} if gpt2_encode else None
 
     table = Table("text", "bytes", settings.name, title=f"bytes per token, {tokenizer.vocab_size} tokens")
     if gpt2:
         table.add_column("gpt2")
     for kind, text in SAMPLES.items():
-        row = [f"{figures[kind]:.2f}" for figures in (ours, gpt2) if figures]
+        row = [f"{column[kind]:.2f}" for column in (figures, gpt2) if column]
         table.add_row(kind, str(len(text.encode())), *row)
-    screen.print(table)
+    console.print(table)
     if not gpt2:
-        screen.print("GPT-2's vocabulary is not beside it: tiktoken or its files are not here", soft_wrap=True)
+        console.print(
+            "No comparison with GPT-2: tiktoken is not installed, or cannot download its files", soft_wrap=True
+        )
     if settings.json:
-        figures = {
+        result = {
             "name": settings.name,
             "vocab_size": tokenizer.vocab_size,
             "fingerprint": tokenizer.fingerprint,
-            "bytes_per_token": ours,
+            "bytes_per_token": figures,
             "gpt2_bytes_per_token": gpt2,
         }
-        print(json.dumps(figures))
+        print(json.dumps(result))
 
 
 def bytes_per_token(encode: Callable[[str], list[int]], text: str) -> float:
     return len(text.encode()) / len(encode(text))
 
 
-def find_gpt2() -> Callable[[str], list[int]] | None:
-    """GPT-2's encoder, if tiktoken is installed and has its files or a network to fetch them."""
+def gpt2_encoder() -> Callable[[str], list[int]] | None:
+    """GPT-2's encoder, or None if tiktoken is not installed or cannot download its files."""
     try:
         import requests
         import tiktoken
