@@ -97,7 +97,7 @@ class Page:
         )
 
     def texts(self):
-        return self.js("return [...document.querySelectorAll('.message .said')].map((e) => e.textContent)")
+        return self.js("return [...document.querySelectorAll('.message .content')].map((e) => e.textContent)")
 
     def press(self, *keys):
         self.browser.switch_to.active_element.send_keys(*keys)
@@ -161,7 +161,7 @@ def test_a_message_is_answered_and_kept_over_a_reload(page):
 
 def test_stopping_keeps_what_was_said_and_stops_the_server(page):
     page.send("forever", wait=False)
-    page.wait("return document.querySelector('.assistant .said').textContent.includes('Word 5')")
+    page.wait("return document.querySelector('.assistant .content').textContent.includes('Word 5')")
     page.press(Keys.ESCAPE)
     page.idle()
     kept = page.texts()[1]
@@ -179,7 +179,7 @@ def test_stopping_keeps_what_was_said_and_stops_the_server(page):
 
 def test_leaving_in_mid_answer_keeps_it(page):
     page.send("forever", wait=False)
-    page.wait("return document.querySelector('.assistant .said').textContent.includes('Word 20')")
+    page.wait("return document.querySelector('.assistant .content').textContent.includes('Word 20')")
     page.browser.refresh()
     page.wait("return document.querySelectorAll('.message').length === 2")
     assert "Word 8" in page.texts()[1] and page.js("return !document.querySelector('.writing')")
@@ -192,7 +192,7 @@ def test_another_conversation_can_be_read_while_one_is_written(page):
     page.wait("return document.querySelectorAll('#conversations a').length === 2")
     page.js("document.querySelectorAll('#conversations a')[1].click()")
     page.wait(
-        "return document.querySelector('.said').textContent === 'a quiet one' && !document.querySelector('.writing')"
+        "return document.querySelector('.content').textContent === 'a quiet one' && !document.querySelector('.writing')"
     )
     assert page.texts()[1] == "You said: a quiet one"
     time.sleep(0.3)
@@ -205,7 +205,7 @@ def test_another_conversation_can_be_read_while_one_is_written(page):
 def test_answering_again_and_editing_make_branches(page):
     page.send("first")
     page.send("second")
-    page.click(".message:last-child [aria-label='Answer again']")
+    page.click(".message:last-child [aria-label='Regenerate reply']")
     page.wait("return document.querySelector('.message:last-child .count')?.textContent === '2 / 2'")
     page.idle()
     assert page.texts()[2:] == ["second", "You said: second"]
@@ -216,10 +216,10 @@ def test_answering_again_and_editing_make_branches(page):
     page.idle()
     assert page.texts() == ["another", "You said: another"]
     assert page.server.bodies[-1]["messages"] == [{"role": "user", "content": "another"}]
-    page.click(".user [aria-label='Earlier version']")
+    page.click(".user [aria-label='Previous version']")
     page.wait("return document.querySelectorAll('.message').length === 4")
     assert page.texts()[0] == "first" and page.one(".message:last-child .count").text == "2 / 2"
-    page.click(".message:last-child [aria-label='Earlier version']")
+    page.click(".message:last-child [aria-label='Previous version']")
     page.wait("return document.querySelector('.message:last-child .count').textContent === '1 / 2'")
     page.browser.refresh()
     page.wait("return document.querySelectorAll('.message').length === 4")
@@ -241,7 +241,7 @@ def test_settings_belong_to_a_conversation(page):
     assert body["model"] == "smollm2@me" and body["person"] == "maya" and body["server_tools"] == ["lookup"]
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.2, 0.5, 99)
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert "as maya" in page.one("#settings-said").text
+    assert "as maya" in page.one("#settings-summary").text
     page.click("#new-chat")
     page.js("const m = document.getElementById('model'); m.value = 'ghost'; m.dispatchEvent(new Event('change'))")
     assert page.js("return document.getElementById('tools').disabled"), "this model knows no tools"
@@ -264,28 +264,28 @@ def test_tools_fold_out_and_passages_are_notes(page):
     assert [m["role"] for m in roles] == ["user", "assistant", "tool", "assistant", "user"]
     assert roles[1]["tool_calls"][0]["id"] == roles[2]["tool_call_id"] and roles[2]["content"] == "391"
     page.send("lookup")
-    assert [e.text for e in page.browser.find_elements(By.CSS_SELECTOR, ".notes summary")] == [
+    assert [e.text for e in page.browser.find_elements(By.CSS_SELECTOR, ".passages summary")] == [
         "1notes/garden.mdThe pear tree was planted in 1974.",
         "2notes/house.mdThe roof is from 1911.",
     ]
     cites = page.browser.find_elements(By.CSS_SELECTOR, ".cite")
     assert [e.text for e in cites] == ["1", "2"] and "[7]" in page.texts()[-1]
     cites[0].click()
-    assert "1974" in page.one(".notes details[open] blockquote").text
+    assert "1974" in page.one(".passages details[open] blockquote").text
     page.browser.refresh()
-    page.wait("return document.querySelectorAll('.notes details').length === 2")
+    page.wait("return document.querySelectorAll('.passages details').length === 2")
 
 
 @pytest.mark.parametrize(
     ("words", "said", "kept"),
     [
         ("restart", "engine is restarting", ""),
-        ("busy", "too much to do just now; it asks to wait 2 s", ""),
+        ("busy", "at capacity. Try again in 2 s", ""),
         ("wrong", "Temperature must be at most 2.", ""),
         ("crash", "It broke.", ""),
         ("died", "engine is restarting", "Half an ans"),
         ("broken", "Something is wrong.", "Half an ans"),
-        ("cut", "broke off", "Until here"),
+        ("cut", "ended early", "Until here"),
     ],
 )
 def test_errors_are_said_and_can_be_tried_again(page, words, said, kept):
@@ -293,7 +293,7 @@ def test_errors_are_said_and_can_be_tried_again(page, words, said, kept):
     assert said in page.one(".foot .problem").text and page.texts()[1] == kept
     page.server.healed = True
     page.server.answers.clear()
-    page.click(".again")
+    page.click(".retry")
     page.idle()
     page.wait("return !document.querySelector('.foot .problem')")
     assert page.texts()[1] == f"You said: {words}"
@@ -308,12 +308,12 @@ def test_a_server_that_is_gone_is_said(page):
         {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1},
     )
     page.send("anyone?")
-    assert "does not answer" in page.one(".foot .problem").text
+    assert "does not respond" in page.one(".foot .problem").text
     page.browser.execute_cdp_cmd(
         "Network.emulateNetworkConditions",
         {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1},
     )
-    page.click(".again")
+    page.click(".retry")
     page.idle()
     assert page.texts()[-1] == "You said: anyone?"
 
@@ -322,7 +322,7 @@ def test_the_key_is_asked_for_and_kept_for_the_session(page):
     page.server.key = "open sesame"
     page.open("/", "return document.getElementById('key-sheet').open")
     page.press("wrong", Keys.ENTER)
-    page.wait("return document.getElementById('key-said').textContent.includes('refused')")
+    page.wait("return document.getElementById('key-error').textContent.includes('rejected')")
     assert page.js("return document.querySelectorAll('dialog[open]').length") == 1
     page.press("open sesame", Keys.ENTER)
     page.wait("return document.querySelectorAll('#model option').length")
@@ -349,9 +349,9 @@ def test_search_rename_delete_and_undo(page):
     page.wait("return document.querySelectorAll('#conversations a').length === 1")
     assert page.one("mark").text.lower() == "said: a roof" and page.titles() == ["A roof of slate"]
     page.press(Keys.ENTER)
-    page.wait("return document.querySelector('.said').textContent === 'A roof of slate'")
+    page.wait("return document.querySelector('.content').textContent === 'A roof of slate'")
     page.one("#search").send_keys("xyzzy")
-    page.wait("return document.getElementById('nothing-found').textContent === 'Nothing found.'")
+    page.wait("return document.getElementById('search-status').textContent === 'No results.'")
     page.one("#search").send_keys(Keys.ESCAPE)
     page.wait("return document.querySelectorAll('#conversations a').length === 3")
     page.click("#more summary")
@@ -417,7 +417,7 @@ def test_what_is_exported_can_be_imported_and_is_the_same(page):
     three(page)
     page.send("tool")
     page.send("lookup")
-    page.click(".message:last-child [aria-label='Answer again']")
+    page.click(".message:last-child [aria-label='Regenerate reply']")
     page.wait("return document.querySelector('.message:last-child .count')?.textContent === '2 / 2'")
     page.idle()
     before = page.stored()
@@ -428,8 +428,8 @@ def test_what_is_exported_can_be_imported_and_is_the_same(page):
         "const store = await import('/static/store.js'); for (const one of await store.loadAll()) await store.remove(one.id);"
     )
     page.open()
-    page.wait("return document.getElementById('nothing-found').textContent === 'Nothing said yet.'")
-    for said in ("3 conversations imported.", "0 conversations imported; 3 were here already."):
+    page.wait("return document.getElementById('search-status').textContent === 'No conversations yet.'")
+    for said in ("3 conversations imported.", "0 conversations imported; 3 already up to date."):
         page.one("#file").send_keys(str(file))
         page.wait("return document.getElementById('toast').textContent === arguments[0]", said)
     assert page.stored() == before
@@ -447,7 +447,7 @@ def test_what_is_exported_can_be_imported_and_is_the_same(page):
 def test_files_of_others_are_taken_field_by_field(empty):
     read = "const store = await import('/static/store.js'); try { return store.fromJson(given[0]); } catch (e) { return e.message; }"
     assert "not JSON" in empty.later(read, "{")
-    assert "no conversations" in empty.later(read, "[]")
+    assert "no nanoghost conversations" in empty.later(read, "[]")
     nodes = {
         "a": {"id": "a", "parent": "root", "role": "user", "text": "hi", "extra": 1},
         "b": {
@@ -473,7 +473,7 @@ def test_files_of_others_are_taken_field_by_field(empty):
         "nodes"
     ]["a"]
     assert first["settings"]["temperature"] == 0.7 and isinstance(first["id"], str)
-    assert second["title"] == "Without a title" and second["tree"] == {"nodes": {}, "chosen": {}}
+    assert second["title"] == "Untitled" and second["tree"] == {"nodes": {}, "chosen": {}}
 
 
 # ── how it looks and sounds ───────────────────────────────────────────────────────────────────────────────────────────
@@ -566,9 +566,9 @@ def test_everything_by_keyboard_alone(page):
         "message",
         "model",
         "settings",
-        "Earlier version",
-        "Answer again",
-        "Copy answer",
+        "Previous version",
+        "Regenerate reply",
+        "Copy reply",
     }
     assert wanted <= set(reached), wanted - set(reached)
     page.js("document.getElementById('skip').focus()")
@@ -581,7 +581,7 @@ def test_listeners_hear_sentences(page):
         .observe(document.getElementById('live'), {childList: true})""")
     page.send("sentences")
     assert page.js("return window.heard") == [
-        "smollm2 is answering.",
+        "smollm2 is replying.",
         "The first sentence.",
         "The second one is here.",
         "And the rest",
@@ -614,7 +614,7 @@ def test_a_long_answer_is_drawn_block_by_block(page):
     assert page.js("return window.built") < 12 * 400, "each block is built about once, not at every piece"
     page.js("document.querySelector('.assistant').marked = true; document.querySelector('.user').marked = true")
     page.send("short")
-    page.js("document.querySelector('.message:last-child [aria-label=\"Answer again\"]').click()")
+    page.js("document.querySelector('.message:last-child [aria-label=\"Regenerate reply\"]').click()")
     page.wait("return document.querySelector('.message:last-child .count')?.textContent === '2 / 2'")
     assert page.js("return document.querySelector('.user').marked"), "what did not change keeps its elements"
 
@@ -627,7 +627,7 @@ def test_copying(page):
     page.send("markdown")
     page.click(".copy-code")
     assert page.later("return navigator.clipboard.readText();") == "print(1)"
-    page.click("[aria-label='Copy answer']")
+    page.click("[aria-label='Copy reply']")
     assert page.later("return navigator.clipboard.readText();").startswith("# Title")
 
 
@@ -638,7 +638,7 @@ def test_models_their_reports_and_curves_that_grow(page):
     page.server.report += "<img src=x onerror='parent.ranScript = true'>"
     page.click("#models")
     page.wait("return document.querySelectorAll('.runs li').length === 3")
-    assert "learning now" in page.one(".runs li").text
+    assert "in training" in page.one(".runs li").text
     page.click(".runs a")
     page.wait("return document.querySelectorAll('.chart').length >= 6")
     titles = page.js("return [...document.querySelectorAll('.chart figcaption')].map((e) => e.firstChild.textContent)")
@@ -671,7 +671,7 @@ def test_models_their_reports_and_curves_that_grow(page):
     )
     page.open("/#/runs/nobody", "return document.querySelector('#runs .problem')")
     page.open(
-        "/#/runs/smollm2", "return document.querySelector('#runs').textContent.includes('Nothing was learned here')"
+        "/#/runs/smollm2", "return document.querySelector('#runs').textContent.includes('No training curves')"
     )
 
 
@@ -741,17 +741,17 @@ def test_hostile_answers_send_nothing_run_nothing_and_do_not_stop_the_page(page)
         page.js("return document.body.offsetHeight")
         slowest[number] = (round(time.time() - started, 1), round(page.js("return window.longest")))
         links = page.js(
-            "return [...document.querySelectorAll('.said a')].map((a) => [a.getAttribute('href'), a.rel, a.target])"
+            "return [...document.querySelectorAll('.content a')].map((a) => [a.getAttribute('href'), a.rel, a.target])"
         )
         assert all(
             re.match(r"(https?://|mailto:)", href) and rel == "noopener noreferrer" and target == "_blank"
             for href, rel, target in links
         )
         strange = page.js(
-            "return [...document.querySelectorAll('.said *')].filter((e) => !'A ARTICLE BLOCKQUOTE BR BUTTON CODE DEL DETAILS DIV EM H3 H4 H5 H6 HR LI OL P PRE SPAN STRONG SUMMARY TABLE TBODY TD TH THEAD TR UL'.split(' ').includes(e.tagName)).map((e) => e.tagName)"
+            "return [...document.querySelectorAll('.content *')].filter((e) => !'A ARTICLE BLOCKQUOTE BR BUTTON CODE DEL DETAILS DIV EM H3 H4 H5 H6 HR LI OL P PRE SPAN STRONG SUMMARY TABLE TBODY TD TH THEAD TR UL'.split(' ').includes(e.tagName)).map((e) => e.tagName)"
         )
         attributes = page.js(
-            "return [...document.querySelectorAll('.said *')].flatMap((e) => e.getAttributeNames()).filter((n) => n.startsWith('on') || n === 'style' || n === 'src')"
+            "return [...document.querySelectorAll('.content *')].flatMap((e) => e.getAttributeNames()).filter((n) => n.startsWith('on') || n === 'style' || n === 'src')"
         )
         assert not strange and not attributes, number
     assert page.js("return window.ran") is None
@@ -839,9 +839,9 @@ CASES = [
     ("in the year\n1984. it was", "<p>in the year<br>1984. it was</p>"),
     ("it costs $5 and $6, $x^2$ and \\(y\\)", '<p>it costs $5 and $6, <code class="formula">x^2</code> and <code class="formula">y</code></p>'),
     ("<b>not bold</b> &lt;", "<p>&lt;b&gt;not bold&lt;/b&gt; &amp;lt;</p>"),
-    ("so [1] and [2] [x](y)", '<p>so<button type="button" class="cite" data-note="1" aria-label="Note 1">1</button> and [2] [x](y)</p>'),
+    ("so [1] and [2] [x](y)", '<p>so<button type="button" class="cite" data-passage="1" aria-label="Passage 1">1</button> and [2] [x](y)</p>'),
     ("see https://a.b/c_d_(e). *https://a.b*", '<p>see <L="https://a.b/c_d_(e)">https://a.b/c_d_(e)</a>. <em><L="https://a.b/">https://a.b</a></em></p>'),
-    ("[*t*](https://a.b/) ![p](https://a.b/) [m](mailto:x@y.z)", '<p><L="https://a.b/"><em>t</em></a> <L="https://a.b/">Picture: p</a> <L="mailto:x@y.z">m</a></p>'),
+    ("[*t*](https://a.b/) ![p](https://a.b/) [m](mailto:x@y.z)", '<p><L="https://a.b/"><em>t</em></a> <L="https://a.b/">Image: p</a> <L="mailto:x@y.z">m</a></p>'),
 ]  # fmt: skip
 
 
@@ -876,12 +876,12 @@ def test_trees(empty):
         const frozen = (one) => Object.freeze({nodes: Object.freeze(one.nodes), chosen: Object.freeze(one.chosen)});
         let one = frozen(tree.emptyTree());
         for (const node of [user('a', tree.ROOT), answer('b', 'a'), user('c', 'b'), answer('d', 'c'), answer('e', 'c'), user('f', 'b')]) one = frozen(tree.add(one, node));
-        const back = frozen(tree.turn(one, 'f', -1));
+        const back = frozen(tree.showSibling(one, 'f', -1));
         const call = {id: 'n', name: 'calculator', arguments: '{}', content: '2'};
         const called = {role: 'assistant', parts: [{text: 'so'}, {call}, {text: 'two'}, {call: {...call, content: undefined}}]};
         return {
-          shown: ids(one), siblings: tree.siblings(one, 'c'), back: ids(back), further: ids(tree.turn(back, 'e', -1)),
-          ends: [ids(tree.turn(one, 'f', 5)), ids(tree.turn(one, 'f', -9))], line: tree.ancestry(one, 'd').map((node) => node.id).join(''),
+          shown: ids(one), siblings: tree.siblings(one, 'c'), back: ids(back), further: ids(tree.showSibling(back, 'e', -1)),
+          ends: [ids(tree.showSibling(one, 'f', 5)), ids(tree.showSibling(one, 'f', -9))], line: tree.ancestry(one, 'd').map((node) => node.id).join(''),
           without: ids(tree.without(back, 'e')), onlyChild: ids(tree.without(tree.without(back, 'e'), 'd')),
           roles: tree.messages([called], 'S', true).map((m) => m.role), plain: tree.messages([called], '', false),
           title: tree.titleFrom('  A title\\nmore'), long: [...tree.titleFrom('word '.repeat(40))].length,

@@ -142,7 +142,7 @@ def take_states(browser, server, folder):
     press(Keys.CONTROL, "a")
     press("Why is the sea salt?", Keys.ENTER)
     wait(browser, "return document.querySelector('.user .count') && !document.querySelector('.writing')")
-    click(".assistant [aria-label='Answer again']")
+    click(".assistant [aria-label='Regenerate reply']")
     wait(
         browser,
         "return document.querySelector('.assistant .count')?.textContent === '2 / 2' && !document.querySelector('.writing')",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support.page_hostile import HOSTILE
 
-PAGE = Path(__file__).parent.parent / "nanoghost" / "serve" / "page"
+PAGE = Path(__file__).parents[2] / "nanoghost" / "serve" / "page"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; frame-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -1,20 +1,20 @@
-// What is said to those who listen: whole sentences, not tokens, and no punctuation of Markdown.
+// Announcements for screen readers: whole sentences instead of tokens, without the punctuation of Markdown.
 
 import { byId, el } from "./dom.js";
 
-const END = /[.!?…。！？]["'”’)\]*_]*\s|\n/;
-const LONGEST = 400;  // characters without an end of a sentence
+const SENTENCE_END = /[.!?…。！？]["'”’)\]*_]*\s|\n/;
+const MAX_LENGTH = 400;  // characters that are announced even if no sentence ends
 
 export class Announcer {
   constructor() {
     this.rest = "";
-    this.code = false;
+    this.inCode = false;
   }
 
   feed(text) {
     this.rest += text;
-    for (let end; (end = END.exec(this.rest)) || this.rest.length > LONGEST; ) {
-      const at = end ? end.index + end[0].length : LONGEST;
+    for (let end; (end = SENTENCE_END.exec(this.rest)) || this.rest.length > MAX_LENGTH; ) {
+      const at = end ? end.index + end[0].length : MAX_LENGTH;
       this.say(this.rest.slice(0, at));
       this.rest = this.rest.slice(at);
     }
@@ -27,11 +27,11 @@ export class Announcer {
 
   say(sentence) {
     if (/^\s*(```|~~~)/.test(sentence)) {
-      this.code = !this.code;
-      return this.code && announce("Code.");
+      this.inCode = !this.inCode;
+      return this.inCode && announce("Code.");
     }
     const plain = sentence.replace(/!?\[([^\]\n]*)\]\([^)\s]*\)/g, "$1").replace(/[*_`#>|~]+/g, "").trim();
-    if (plain && !this.code) announce(plain);  // code is read where it stands
+    if (plain && !this.inCode) announce(plain);  // code is not announced
   }
 }
 

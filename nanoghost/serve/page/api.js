@@ -1,4 +1,4 @@
-// Talking to the server: JSON, events as they come, and errors in words.
+// Requests to the server: JSON, server-sent events, and errors with a message for the user.
 
 const KEY = "nanoghost-key";
 
@@ -9,10 +9,10 @@ export class ServerError extends Error {
   }
 }
 
-// Who asks for the key is set by the page; several requests that are refused at once wait for one answer.
-let ask = null;
-let asking = null;
-export const onKeyNeeded = (question) => (ask = question);
+// The page sets the function that asks the user for the API key. Requests that are rejected at the same time share one prompt.
+let promptForKey = null;
+let pendingPrompt = null;
+export const onKeyNeeded = (prompt) => (promptForKey = prompt);
 
 async function request(path, options = {}) {
   for (;;) {
@@ -23,36 +23,37 @@ async function request(path, options = {}) {
       response = await fetch(path, { ...options, headers });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ServerError(0, "The server does not answer. Is nanoghost serve still running?");
+      throw new ServerError(0, "The server does not respond. Is nanoghost serve running?");
     }
     if (response.ok) return response;
-    if (response.status !== 401) throw await refusal(response);
-    if (sessionStorage.getItem(KEY) === key) {  // otherwise another request was given one meanwhile
-      asking ??= ask(key !== null).finally(() => (asking = null));
-      sessionStorage.setItem(KEY, await asking);
+    if (response.status !== 401) throw await errorOf(response);
+    if (sessionStorage.getItem(KEY) === key) {  // otherwise another request got a new key meanwhile
+      pendingPrompt ??= promptForKey(key !== null).finally(() => (pendingPrompt = null));
+      sessionStorage.setItem(KEY, await pendingPrompt);
     }
   }
 }
 
-async function refusal(response) {
+async function errorOf(response) {
   const { error = {} } = await response.json().catch(() => ({}));
-  if (response.status !== 429) return explained(response.status, error);
-  const wait = response.headers.get("Retry-After");
-  return new ServerError(429, `The server has too much to do just now${wait ? `; it asks to wait ${wait} s` : ""}.`);
+  if (response.status !== 429) return serverError(response.status, error);
+  const seconds = response.headers.get("Retry-After");
+  return new ServerError(429, `The server is at capacity. Try again ${seconds ? `in ${seconds} s` : "later"}.`);
 }
 
-const RESTARTING = "The engine is restarting. Your conversation is safe here; try again in a moment.";
+const RESTARTING = "The engine is restarting. Your conversation is saved; try again in a moment.";
 
-function explained(status, { code, message }) {
+function serverError(status, { code, message }) {
   if (code === "engine_stopped" || (status === 503 && code !== "stopping")) return new ServerError(503, RESTARTING);
-  const said = message || `the server answered ${status}`;
-  return new ServerError(status, `${said[0].toUpperCase()}${said.slice(1)}${/[.!?]$/.test(said) ? "" : "."}`);
+  const text = message || `the server responded with status ${status}`;
+  const end = /[.!?]$/.test(text) ? "" : ".";
+  return new ServerError(status, `${text[0].toUpperCase()}${text.slice(1)}${end}`);
 }
 
 export const getJson = async (path) => (await request(path)).json();
 export const getText = async (path) => (await request(path)).text();
 
-// The data of server-sent events. Comments (pings) and other fields are passed over.
+// The data of server-sent events. Comments (pings) and other fields are ignored.
 export async function* sentEvents(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -69,7 +70,7 @@ export async function* sentEvents(stream) {
   }
 }
 
-// Chunks of one answer. Throws ServerError where the server says so, or breaks off.
+// The chunks of one reply. Throws ServerError if the server reports an error or the stream ends early.
 export async function* chat(body, signal) {
   const response = await request("/v1/chat/completions", {
     method: "POST",
@@ -81,23 +82,23 @@ export async function* chat(body, signal) {
     for await (const data of sentEvents(response.body)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw explained(500, chunk.error);
+      if (chunk.error) throw serverError(500, chunk.error);
       yield chunk;
     }
   } catch (error) {
     if (error.name === "AbortError" || error instanceof ServerError) throw error;
-    throw new ServerError(0, "The connection broke; what was said until then is kept.");
+    throw new ServerError(0, "The connection was lost. The reply so far is kept.");
   }
-  throw new ServerError(0, "The answer broke off; what was said until then is kept.");
+  throw new ServerError(0, "The reply ended early. Its text so far is kept.");
 }
 
-// What goes to the server for one answer: only what the API knows, only what was set.
-export function chatBody(settings, messages, knowsTools) {
+// The body of a chat request: only fields that the API accepts, and only settings that have a value.
+export function chatBody(settings, messages, supportsTools) {
   const body = { model: settings.model, messages, stream: true, timings: true, stream_options: { include_usage: true } };
   for (const name of ["temperature", "top_p", "max_tokens"]) {
     if (Number.isFinite(settings[name])) body[name] = settings[name];
   }
   if (settings.person) body.person = settings.person;
-  if (knowsTools && settings.tools.length) body.server_tools = settings.tools;
+  if (supportsTools && settings.tools.length) body.server_tools = settings.tools;
   return body;
 }

@@ -1,34 +1,34 @@
-// The conversation on the page: sending, answers as they come, branches.
+// The conversation on the page: sending messages, streaming replies, branches.
 
 import { announce, Announcer } from "./announce.js";
 import { chat, chatBody } from "./api.js";
 import { byId, copyText, el } from "./dom.js";
-import { Answer, userMessage } from "./message.js";
+import { Reply, userMessage } from "./message.js";
 import { load, newConversation, save } from "./store.js";
-import { add, ancestry, change, messages, newId, path, ROOT, siblings, textOf, titleFrom, turn, without } from "./tree.js";
+import { add, ancestry, change, messages, newId, path, ROOT, siblings, textOf, titleFrom, showSibling, without } from "./tree.js";
 
-const SAVE_EVERY = 400;  // milliseconds: what is lost of an answer when the page is closed while it comes
-const NEAR_END = 60;  // pixels from the end within which a reader counts as following
+const SAVE_INTERVAL = 400;  // milliseconds; closing the page during a reply loses at most this much of it
+const NEAR_END = 60;  // pixels; within this distance from the end, the view follows a reply
 
 export class Chat {
-  // `page`: what this needs to know of the rest: {knowsTools(model), defaults(), shown(), changed(conversation)}.
+  // `page`: callbacks to the rest of the page: {supportsTools(model), defaults(), update(), changed(conversation)}.
   constructor(page) {
     this.page = page;
-    this.running = new Map();  // id of a conversation -> what is being answered in it, also while another is shown
-    this.drawn = new Map();  // id of a node -> how it stands on the page: {node, versions, element, answer}
+    this.running = new Map();  // conversation id -> {conversation, controller} of the reply that is generated in it
+    this.drawn = new Map();  // node id -> its element on the page: {node, versions, element, reply}
     this.scroller = byId("scroller");
     this.thread = byId("thread");
     this.conversation = newConversation();
     this.following = true;
-    this.opening = 0;  // counts what was opened, so that what loads late does not cover what came after
+    this.openCount = 0;  // so that a conversation that loads slowly does not replace one opened later
     this.scroller.addEventListener("scroll", () => this.scrolled());
     this.thread.addEventListener("click", (event) => this.clicked(event));
-    byId("to-end").addEventListener("click", () => this.toEnd());
+    byId("to-end").addEventListener("click", () => this.scrollToEnd());
     this.act = {
       copy: (node, button) => copyText(textOf(node), button),
       edit: (node, text, bar) => this.edit(node, text, bar),
-      again: (node) => this.again(node),
-      turn: (node, by) => this.turn(node, by),
+      regenerate: (node) => this.regenerate(node),
+      showSibling: (node, offset) => this.showSibling(node, offset),
     };
   }
 
@@ -37,49 +37,49 @@ export class Chat {
   }
 
   async open(id) {
-    const turn = ++this.opening;
-    const found = this.running.get(id)?.conversation ?? (id && (await load(id)));
-    if (turn === this.opening) this.show(found || newConversation(this.page.defaults()));
-    return Boolean(found);
+    const count = ++this.openCount;
+    const conversation = this.running.get(id)?.conversation ?? (id && (await load(id)));
+    if (count === this.openCount) this.show(conversation || newConversation(this.page.defaults()));
+    return Boolean(conversation);
   }
 
-  // The object that holds a conversation while it is shown or answered; what is stored may be older.
-  live(id) {
+  // The conversation object in memory, if it is shown or a reply is being generated; the stored one may be older.
+  inMemory(id) {
     return this.running.get(id)?.conversation ?? (id === this.conversation.id ? this.conversation : null);
   }
 
   show(conversation) {
     this.conversation = conversation;
     this.draw();
-    this.toEnd();
-    this.page.shown();
+    this.scrollToEnd();
+    this.page.update();
   }
 
-  // Messages that are as they were keep their elements: a long conversation is not built again for every word in it.
+  // Unchanged messages keep their elements, so that a long conversation is not rebuilt for every change.
   draw() {
     const { tree } = this.conversation;
     const before = this.drawn;
     this.drawn = new Map();
     for (const node of path(tree)) {
       const versions = siblings(tree, node.id).join();
-      const known = before.get(node.id);
-      const same = known?.node === node && known.versions === versions;
-      this.drawn.set(node.id, same ? known : { node, versions, ...this.made(node) });
+      const previous = before.get(node.id);
+      const unchanged = previous?.node === node && previous.versions === versions;
+      this.drawn.set(node.id, unchanged ? previous : { node, versions, ...this.elementOf(node) });
     }
     byId("empty").hidden = this.drawn.size > 0;
     this.thread.replaceChildren(...[...this.drawn.values()].map(({ element }) => element));
   }
 
-  made(node) {
+  elementOf(node) {
     const { tree } = this.conversation;
     if (node.role === "user") return { element: userMessage(node, tree, this.act) };
-    // A page that was closed in mid-answer has saved an answer without an end.
+    // If the page was closed during a reply, the saved reply has no finish reason.
     const current = node.finish === undefined && !this.busy ? { ...node, finish: "stopped" } : node;
-    const answer = new Answer(current, tree, this.act);
-    return { element: answer.element, answer };
+    const reply = new Reply(current, tree, this.act);
+    return { element: reply.element, reply };
   }
 
-  // ── what the reader does ──
+  // ── actions of the user ──
 
   send(text) {
     const { tree } = this.conversation;
@@ -91,29 +91,30 @@ export class Chat {
     const node = { id: newId(), parent, role: "user", text };
     conversation.tree = add(conversation.tree, node);
     conversation.title ||= titleFrom(text);
-    this.answer(node.id);
+    this.generate(node.id);
   }
 
-  again(node) {
+  regenerate(node) {
     if (this.busy) return;
-    // An attempt that brought nothing but an error is no version worth keeping.
+    // A reply that consists of an error only is not kept as a version.
     if (node.error && !node.parts.length) this.conversation.tree = without(this.conversation.tree, node.id);
-    this.answer(node.parent);
+    this.generate(node.parent);
   }
 
-  async turn(node, by) {
+  async showSibling(node, offset) {
     if (this.busy) return;
     const { conversation } = this;
-    conversation.tree = turn(conversation.tree, node.id, by);
-    const scrolled = this.scroller.scrollTop;
+    conversation.tree = showSibling(conversation.tree, node.id, offset);
+    const scrollTop = this.scroller.scrollTop;
     this.draw();
-    this.scroller.scrollTop = scrolled;
-    const now = this.thread.querySelector(`[data-id="${conversation.tree.chosen[node.parent]}"]`);
-    const same = now.querySelector(`[data-turn="${by}"]:not(:disabled)`) ?? now.querySelector("[data-turn]:not(:disabled)");
-    same?.focus();
-    announce(`Version ${now.querySelector(".count").textContent}`);
+    this.scroller.scrollTop = scrollTop;
+    const sibling = this.thread.querySelector(`[data-id="${conversation.tree.chosen[node.parent]}"]`);
+    const sameArrow = sibling.querySelector(`[data-offset="${offset}"]:not(:disabled)`);
+    const arrow = sameArrow ?? sibling.querySelector("[data-offset]:not(:disabled)");
+    arrow?.focus();
+    announce(`Version ${sibling.querySelector(".count").textContent}`);
     await save(conversation);
-    this.page.shown();
+    this.page.update();
   }
 
   edit(node, text, bar) {
@@ -132,7 +133,7 @@ export class Chat {
     };
     const form = el("form", { class: "edit", on: { submit } }, box, el("div", {},
       el("button", { type: "button", class: "plain", on: { click: close } }, "Cancel"),
-      el("button", { class: "main" }, "Ask again")));
+      el("button", { class: "main" }, "Send")));
     box.addEventListener("keydown", (event) => {
       if (event.key === "Escape") (event.stopPropagation(), close());
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
@@ -156,9 +157,9 @@ export class Chat {
     this.running.delete(id);
   }
 
-  // ── answers ──
+  // ── replies ──
 
-  async answer(parent) {
+  async generate(parent) {
     const { conversation } = this;
     const { settings } = conversation;
     const node = { id: newId(), parent, role: "assistant", model: settings.model, parts: [] };
@@ -166,16 +167,16 @@ export class Chat {
     conversation.tree = add(conversation.tree, node);
     conversation.updated = Date.now();
     const controller = new AbortController();
-    const writer = new Writer(this, conversation, node);
+    const writer = new ReplyWriter(this, conversation, node);
     this.running.set(conversation.id, { conversation, controller });
     this.draw();
-    this.toEnd();
+    this.scrollToEnd();
     this.page.changed(conversation);
-    announce(`${settings.model} is answering.`);
-    const knows = this.page.knowsTools(settings.model);
+    announce(`${settings.model} is replying.`);
+    const supportsTools = this.page.supportsTools(settings.model);
     try {
-      const body = chatBody(settings, messages(line, settings.system, knows), knows);
-      for await (const chunk of chat(body, controller.signal)) writer.take(chunk);
+      const body = chatBody(settings, messages(line, settings.system, supportsTools), supportsTools);
+      for await (const chunk of chat(body, controller.signal)) writer.add(chunk);
       node.finish ??= "stop";
     } catch (error) {
       node.finish = error.name === "AbortError" ? "stopped" : "error";
@@ -186,7 +187,7 @@ export class Chat {
     this.page.changed(conversation);
   }
 
-  // ── where the reader is ──
+  // ── scrolling ──
 
   scrolled() {
     const { scrollHeight, scrollTop, clientHeight } = this.scroller;
@@ -194,12 +195,12 @@ export class Chat {
     byId("to-end").hidden = this.following;
   }
 
-  // Asked before something is drawn: a reader may have turned back without the browser having said so yet.
-  follows() {
+  // Called before drawing: the user may have scrolled up, and the scroll event has not arrived yet.
+  isFollowing() {
     return this.following && this.scroller.scrollTop > this.top - 4;
   }
 
-  toEnd() {
+  scrollToEnd() {
     this.following = true;
     this.scroller.scrollTop = this.scroller.scrollHeight;
     this.top = this.scroller.scrollTop;
@@ -210,24 +211,25 @@ export class Chat {
     if (code) copyText(code.closest(".code").querySelector("code").textContent, code);
     const cite = target.closest(".cite");
     if (cite) {
-      const note = cite.closest(".message").querySelector(`.notes [data-note="${cite.dataset.note}"]`);
-      note.open = true;
-      note.querySelector("summary").focus();
+      const passages = cite.closest(".message").querySelector(".passages");
+      const passage = passages.querySelector(`[data-passage="${cite.dataset.passage}"]`);
+      passage.open = true;
+      passage.querySelector("summary").focus();
     }
   }
 }
 
-// Takes chunks into a node, and shows and saves it no more often than eyes and disks need.
-class Writer {
+// Adds chunks to the node of a reply, and draws and saves it at limited rates.
+class ReplyWriter {
   constructor(chat, conversation, node) {
     Object.assign(this, { chat, conversation, node });
     this.announcer = new Announcer();
     this.saved = 0;
     this.frame = null;
-    this.cost = 0;  // milliseconds that drawing took last
+    this.drawTime = 0;  // milliseconds that drawing took the last time
   }
 
-  take(chunk) {
+  add(chunk) {
     const { parts } = this.node;
     const choice = chunk.choices[0];
     if (choice?.delta.content) {
@@ -241,14 +243,14 @@ class Writer {
     }
     if (chunk.tool_result) {
       const { tool_call_id: id, content, passages = [] } = chunk.tool_result;
-      const part = parts.findLast((one) => one.call?.id === id);
+      const part = parts.findLast(({ call }) => call?.id === id);
       if (part) part.call = { ...part.call, content, passages };
     }
     if (choice?.finish_reason) this.node.finish_reason = choice.finish_reason;
     if (chunk.timings) this.node.timings = chunk.timings;
-    // A block that takes long to draw is drawn more rarely, so that the page always answers its reader.
-    this.frame ??= setTimeout(() => this.draw(), Math.max(16, this.cost * 4));
-    if (Date.now() - this.saved > SAVE_EVERY) this.save();
+    // The longer drawing takes, the less often it happens, so that the page stays responsive.
+    this.frame ??= setTimeout(() => this.draw(), Math.max(16, this.drawTime * 4));
+    if (Date.now() - this.saved > SAVE_INTERVAL) this.save();
   }
 
   get visible() {
@@ -257,13 +259,13 @@ class Writer {
 
   draw() {
     this.frame = null;
-    const answer = this.chat.drawn.get(this.node.id)?.answer;
-    if (!answer || !this.visible) return;
+    const reply = this.chat.drawn.get(this.node.id)?.reply;
+    if (!reply || !this.visible) return;
     const start = performance.now();
-    const follows = this.chat.follows();
-    answer.update(this.node, this.conversation.tree, this.node.finish === undefined);
-    if (follows) this.chat.toEnd();
-    this.cost = performance.now() - start;
+    const isFollowing = this.chat.isFollowing();
+    reply.update(this.node, this.conversation.tree, this.node.finish === undefined);
+    if (isFollowing) this.chat.scrollToEnd();
+    this.drawTime = performance.now() - start;
   }
 
   save() {

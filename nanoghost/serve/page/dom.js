@@ -1,4 +1,4 @@
-// Elements without HTML strings: what a model says only ever becomes text.
+// DOM elements without HTML strings: the text of a model never becomes markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -21,7 +21,7 @@ function fill(element, { on = {}, ...attributes }, children) {
   return element;
 }
 
-// Strokes of a 24 x 24 drawing.
+// SVG paths in a 24 x 24 box.
 const ICONS = {
   menu: "M4 7h16M4 12h16M4 17h10",
   plus: "M12 5v14M5 12h14",
@@ -30,7 +30,7 @@ const ICONS = {
   copy: "M9 9h10v11H9zM5 15V4h10",
   done: "M5 12l5 5 9-10",
   edit: "M4 20l1-4L16 5l3 3L8 19zM13 8l3 3",
-  again: "M19 12a7 7 0 1 1-2-5l2 2M19 4v5h-5",
+  regenerate: "M19 12a7 7 0 1 1-2-5l2 2M19 4v5h-5",
   left: "M14 6l-6 6 6 6",
   right: "M10 6l6 6-6 6",
   down: "M12 5v14M6 13l6 6 6-6",
@@ -47,14 +47,14 @@ export function icon(name) {
   return svg("svg", { viewBox: "0 0 24 24", class: "icon", "aria-hidden": "true" }, svg("path", { d: ICONS[name] }));
 }
 
-// A button that shows only a drawing; its name is for those who hear the page, and for the pointer that rests on it.
+// A button with an icon only; the label is for screen readers and for the tooltip.
 export function iconButton(name, label, click, attributes = {}) {
   return el("button", { type: "button", class: "quiet", "aria-label": label, title: label, on: { click }, ...attributes }, icon(name));
 }
 
 export const byId = (id) => document.getElementById(id);
 
-// A line at the foot of the page for a while, with one thing that can be done about it.
+// A notification at the bottom of the page for 8 seconds, with one action.
 export function toast(text, action, act) {
   const box = byId("toast");
   clearTimeout(toast.timer);
@@ -65,7 +65,7 @@ export function toast(text, action, act) {
 }
 
 export async function copyText(text, button) {
-  if (!navigator.clipboard) return toast("Copying needs https, or this computer's own address.");
+  if (!navigator.clipboard) return toast("Copying requires HTTPS or a localhost address.");
   await navigator.clipboard.writeText(text);
   const before = [...button.childNodes];
   button.replaceChildren(button.matches(".quiet") ? icon("done") : "Copied");

@@ -1,15 +1,15 @@
-// Markdown inside a line: emphasis, code, links. First marks are paired, then elements are made in one pass, so that no
-// text, however strange, takes more than about linear time. HTML and entities stay the text that they are.
+// Inline Markdown: emphasis, code, links. Marks are paired first, then the elements are built in one pass, so that any text
+// takes about linear time. HTML and entities are shown as text.
 
 import { el } from "./dom.js";
 
-const DEEPEST = 12;  // elements within elements; browsers fall over documents that are thousands deep
-const RECENT = 300;  // characters: how far back an open mark counts while the answer is still being written
+const MAX_DEPTH = 12;  // nested elements; browsers crash on documents that are thousands of elements deep
+const RECENT = 300;  // characters; while a reply is generated, marks opened this close to the end count as closed
 
 const MARK = new RegExp(
   [
-    String.raw`\\[(\[](?=\S)`, // \( or \[ begins a formula
-    String.raw`\\[!-/:-@[-\x60{-~]`, // a backslash takes a mark's meaning
+    String.raw`\\[(\[](?=\S)`, // \( or \[ starts a formula
+    String.raw`\\[!-/:-@[-\x60{-~]`, // an escaped mark
     "`+",
     String.raw`\*+|_+|~~`,
     String.raw`!?\[`,
@@ -24,31 +24,31 @@ const MARK = new RegExp(
 );
 const TARGET = /\(\s*<?([^\s<>()]*(?:\([^\s()]*\)[^\s<>()]*)*)>?(?:\s+(?:"[^"\n]*"|'[^'\n]*'))?\s*\)/y;
 
-// A link may lead to the web or to a letter, nowhere else. Entities are not decoded and white space is not forgiven.
+// Links may be http, https or mailto. Entities are not decoded, and whitespace is not tolerated.
 export function safeUrl(address) {
   if (!/^(https?:\/\/[^/]|mailto:[^/])/i.test(address)) return null;
   const url = URL.parse ? URL.parse(address) : URL.canParse(address) ? new URL(address) : null;
   return url && ["http:", "https:", "mailto:"].includes(url.protocol) ? url.href : null;
 }
 
-// Append `text` to `target`. `writing`: more will come, so marks still open count as closed at the end.
-// `notes`: numbers of passages that [1] may stand for.
-export function inline(target, text, { writing = false, notes = null } = {}) {
+// Append `text` to `target`. `writing`: the text is incomplete, so marks that are still open count as closed at the end.
+// `passages`: numbers of passages that [1] may cite.
+export function inline(target, text, { writing = false, passages = null } = {}) {
   const recent = writing ? RECENT : 0;
-  build(target, pair(tokens(writing ? tidy(text) : text, notes, recent), recent));
+  build(target, pair(tokens(writing ? tidy(text) : text, passages, recent), recent));
 }
 
-// Half a mark at the end of what has come so far is not shown yet; neither is half an address.
+// An incomplete mark or address at the end of an incomplete text is not shown yet.
 function tidy(text) {
-  const label = (whole, words, rest) => (rest === "]" && /^\d*$/.test(words) ? whole : words);  // [1] may be a note
+  const label = (whole, words, rest) => (rest === "]" && /^\d*$/.test(words) ? whole : words);  // [1] may be a citation
   const end = text.slice(-RECENT).replace(/!?\[([^\]\n]*)(\]\([^)\s]*|\])?$/, label).replace(/[*_~`]+$/, "");
   return text.slice(0, -RECENT) + end;
 }
 
-function tokens(text, notes, recent) {
-  const found = [];
+function tokens(text, passages, recent) {
+  const result = [];
   const brackets = [];
-  const missing = new Set();  // closing marks that do not come again: looked for once only
+  const missing = new Set();  // closing marks that do not occur again, so that each is searched only once
   let at = 0;
   const closing = (mark, from) => {
     if (missing.has(mark)) return -1;
@@ -71,7 +71,7 @@ function tokens(text, notes, recent) {
     else if (first === "`") {
       let close = closing(mark, end);
       while (close >= 0 && (text[close + mark.length] === "`" || text[close - 1] === "`")) {
-        let past = close;  // a longer run is another mark: skip all of it
+        let past = close;  // a longer run of backticks is another mark: skip it
         while (text[past] === "`") past += 1;
         close = closing(mark, past);
       }
@@ -97,40 +97,40 @@ function tokens(text, notes, recent) {
         token.ends = "link";
         end = TARGET.lastIndex;
         brackets.length = 0;  // no link inside a link
-      } else if (opener && /^\d{1,3}$/.test(label) && notes?.has(Number(label))) {
-        opener.note = Number(label);
-        token.ends = "note";
+      } else if (opener && /^\d{1,3}$/.test(label) && passages?.has(Number(label))) {
+        opener.passage = Number(label);
+        token.ends = "passage";
       }
     } else {
       const trimmed = trimAddress(mark);
       end = start + trimmed.length;
       token = address(trimmed, trimmed);
     }
-    if (start > at) found.push({ text: text.slice(at, start) });
+    if (start > at) result.push({ text: text.slice(at, start) });
     token.at = start;
-    found.push(token);
+    result.push(token);
     at = MARK.lastIndex = end;
   }
-  found.push({ text: text.slice(at), at: text.length });
-  return found;
+  result.push({ text: text.slice(at), at: text.length });
+  return result;
 }
 
-// `` `a` `` is written with spaces that are not meant.
+// In `` `a` `` the spaces next to the marks are not part of the code.
 const unpadded = (code) => (code.startsWith(" ") && code.endsWith(" ") && code.trim() ? code.slice(1, -1) : code);
 
 const address = (url, text) => (safeUrl(url) ? { link: safeUrl(url), text: url } : { text });
 
-// A sentence's own punctuation does not belong to the address that ends it.
+// Punctuation after an address belongs to the sentence, not to the address.
 function trimAddress(url) {
   const end = url.slice(-80);
-  let kept = end.replace(/[.,;:!?'"*_~\]]+$/, "");
-  while (kept.endsWith(")") && kept.split(")").length > kept.split("(").length) {
-    kept = kept.slice(0, -1).replace(/[.,;:!?'"*_~]+$/, "");
+  let trimmed = end.replace(/[.,;:!?'"*_~\]]+$/, "");
+  while (trimmed.endsWith(")") && trimmed.split(")").length > trimmed.split("(").length) {
+    trimmed = trimmed.slice(0, -1).replace(/[.,;:!?'"*_~]+$/, "");
   }
-  return url.slice(0, -80) + kept;
+  return url.slice(0, -80) + trimmed;
 }
 
-// $x^2$, as pandoc reads it: no space inside the dollars, no digit after them, so that prices stay prices.
+// $x^2$ by pandoc's rules: no space inside the dollar signs and no digit after them, so that prices are not formulas.
 function formula(text, mark, start, endsAt) {
   const from = start + mark.length;
   const line = text.slice(from, from + 400);
@@ -140,7 +140,7 @@ function formula(text, mark, start, endsAt) {
   return { formula: line.slice(0, close) };
 }
 
-// CommonMark 6.2: whether a run of marks can open, close, or both, says what stands beside it.
+// CommonMark 6.2: the characters before and after a run of marks decide whether it can open or close emphasis.
 function delimiter(text, mark, start) {
   const before = text[start - 1] ?? " ";
   const after = text[start + mark.length] ?? " ";
@@ -154,23 +154,23 @@ function delimiter(text, mark, start) {
   return { mark: mark[0], count: mark.length, whole: mark.length, opens, closes, begin: [], end: [] };
 }
 
-// Pair the marks (CommonMark's "process emphasis"), links being walls. `recent`: marks that are still open this near the end
-// are closed there.
+// Pair the marks (CommonMark's "process emphasis"); emphasis does not cross the boundary of a link. `recent`: marks that are
+// still open this close to the end are closed there.
 function pair(list, recent) {
   const stack = [];
-  const bottoms = new Map();  // below this height there is no partner for such a mark: do not look again
+  const bottoms = new Map();  // below this height of the stack there is no partner for such a mark: do not search again
   const cut = (height) => {
     stack.length = height;
     for (const [key, value] of bottoms) if (value > height) bottoms.set(key, height);
   };
-  const walls = [];
+  const boundaries = [];
   for (const token of list) {
-    if (token.url || token.note) walls.push(stack.length);
-    if (token.ends) cut(Math.min(walls.pop(), stack.length));
+    if (token.url || token.passage) boundaries.push(stack.length);
+    if (token.ends) cut(Math.min(boundaries.pop(), stack.length));
     if (!token.mark) continue;
     while (token.closes && token.count) {
-      const key = `${token.mark}${token.opens}${token.whole % 3}${walls.length}`;
-      const bottom = Math.max(bottoms.get(key) ?? 0, walls.at(-1) ?? 0);
+      const key = `${token.mark}${token.opens}${token.whole % 3}${boundaries.length}`;
+      const bottom = Math.max(bottoms.get(key) ?? 0, boundaries.at(-1) ?? 0);
       let at = stack.length - 1;
       while (at >= bottom && !partners(stack[at], token)) at -= 1;
       if (at < bottom) {
@@ -212,7 +212,7 @@ function build(target, list) {
     if (node) stack.at(-1).append(node);
   };
   const enter = (element) => {
-    const deep = stack.length > DEEPEST;
+    const deep = stack.length > MAX_DEPTH;
     put(deep ? null : element);
     stack.push(deep ? stack.at(-1) : element);
   };
@@ -225,13 +225,13 @@ function build(target, list) {
       token.end.forEach(leave);
       pending += token.mark.repeat(token.count);
       for (const name of token.begin) enter(el(name));
-    } else if (token.note) {
-      pending = pending.trimEnd();  // its number stands at the word that it proves
-      enter(cite(token.note));
+    } else if (token.passage) {
+      pending = pending.trimEnd();  // the number is attached to the word before it
+      enter(cite(token.passage));
     } else if (token.url) {
       enter(link(token.url));
       linked = true;
-      if (token.image) pending += "Picture: ";  // shown as a link, never fetched
+      if (token.image) pending += "Image: ";  // a link; images are never fetched
     } else if (token.ends) {
       if (token.ends === "link") {
         if (!pending && !stack.at(-1).textContent) pending = stack.at(-1).href ?? "";
@@ -248,7 +248,7 @@ function build(target, list) {
 }
 
 const cite = (number) =>
-  el("button", { type: "button", class: "cite", "data-note": number, "aria-label": `Note ${number}` });
+  el("button", { type: "button", class: "cite", "data-passage": number, "aria-label": `Passage ${number}` });
 
-// The address is told by the pointer that rests on a link: what it says and where it leads may differ.
+// The tooltip shows the address, because the text of a link may claim another one.
 const link = (url, ...text) => el("a", { href: url, title: url, target: "_blank", rel: "noopener noreferrer" }, ...text);

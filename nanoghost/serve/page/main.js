@@ -1,4 +1,4 @@
-// START READING HERE: what the server has, which view is shown, what keys do. The views are in their own files.
+// START READING HERE: data from the server, routing between views, keyboard shortcuts. The views are in their own files.
 
 import { getJson, onKeyNeeded } from "./api.js";
 import { Chat } from "./chat.js";
@@ -16,15 +16,15 @@ const settings = new Settings(server, (fields) => {
   const { conversation } = chat;
   conversation.settings = { ...conversation.settings, ...fields };
   if (Object.keys(conversation.tree.nodes).length) save(conversation);
-  shown();
+  update();
 });
 
 const chat = new Chat({
-  knowsTools: (model) => settings.knowsTools(model),
+  supportsTools: (model) => settings.supportsTools(model),
   defaults: () => settings.defaults(),
-  shown: () => shown(),
+  update: () => update(),
   async changed(conversation) {
-    if (conversation === chat.conversation) shown();
+    if (conversation === chat.conversation) update();
     if (!Object.keys(conversation.tree.nodes).length) return;
     await save(conversation);
     await sidebar.changed(conversation.id);
@@ -32,22 +32,22 @@ const chat = new Chat({
 });
 
 const sidebar = new Sidebar({
-  opened: () => (byId("chat").hidden ? null : chat.conversation.id),
-  live: (id) => chat.live(id),
+  openId: () => (byId("chat").hidden ? null : chat.conversation.id),
+  inMemory: (id) => chat.inMemory(id),
   deleted: (id) => chat.forget(id),
-  replaced: (id) => id === chat.conversation.id && !byId("chat").hidden && (chat.busy ? shown() : reopen(id)),
+  stored: (id) => id === chat.conversation.id && !byId("chat").hidden && (chat.busy ? update() : reopen(id)),
 });
 
 const runs = new Runs();
 
-// Everything around the messages that depends on the conversation.
-function shown() {
+// Updates everything around the messages that depends on the conversation.
+function update() {
   const { conversation, busy } = chat;
   settings.show(conversation.settings);
   const title = byId("chat").hidden ? "Models" : conversation.title || "New chat";
   byId("title").textContent = title;
   document.title = conversation.title && title !== "Models" ? `${title} · nanoghost` : "nanoghost";
-  byId("about-model").textContent = settings.about(conversation.settings.model);
+  byId("about-model").textContent = settings.describe(conversation.settings.model);
   byId("more").hidden = byId("chat").hidden || !conversation.title;
   const send = byId("send");
   send.setAttribute("aria-label", busy ? "Stop" : "Send");
@@ -73,22 +73,22 @@ async function route() {
     await reopen(view === "c" ? name : null);
     if (!narrow.matches) box.focus();
   }
-  shown();
+  update();
   sidebar.draw();
 }
 
 async function reopen(id) {
-  if (!(await chat.open(id)) && id) history.replaceState(null, "", "#/");  // it is gone
+  if (!(await chat.open(id)) && id) history.replaceState(null, "", "#/");  // the conversation does not exist
 }
 
-async function begin() {
+async function start() {
   byId("server-problem").hidden = true;
   try {
     const [models, people, tools] = await Promise.all(["/v1/models", "/people", "/tools"].map(getJson));
     Object.assign(server, { models: models.data, people: people.data, tools: tools.data });
   } catch (error) {
     byId("server-problem").hidden = false;
-    byId("server-said").textContent = error.message;
+    byId("server-error").textContent = error.message;
   }
   settings.fill();
   await route();
@@ -99,7 +99,7 @@ async function begin() {
 function grow() {
   box.style.height = "auto";
   box.style.height = `${Math.min(box.scrollHeight, innerHeight * 0.4)}px`;
-  shown();
+  update();
 }
 
 function submit() {
@@ -128,7 +128,7 @@ box.addEventListener("keydown", (event) => {
   }
 });
 
-// ── keys, drawer, theme, sheets ──
+// ── keyboard, drawer, theme, dialogs ──
 
 function openDrawer() {
   document.body.classList.toggle("drawer", narrow.matches);
@@ -178,9 +178,9 @@ byId("theme").addEventListener("click", () => {
 
 byId("new-chat").addEventListener("click", () => (location.hash === "#/" ? route() : (location.hash = "#/")));
 byId("help").addEventListener("click", () => byId("keys-sheet").showModal());
-byId("server-again").addEventListener("click", begin);
+byId("server-retry").addEventListener("click", start);
 byId("skip").addEventListener("click", (event) => {
-  event.preventDefault();  // the address names the view, not a place on the page
+  event.preventDefault();  // the fragment of the address selects the view
   (byId("chat").hidden ? byId("runs") : box).focus();
 });
 for (const dialog of document.querySelectorAll("dialog")) {
@@ -188,20 +188,20 @@ for (const dialog of document.querySelectorAll("dialog")) {
 }
 byId("more").addEventListener("click", ({ target }) => {
   const { id } = chat.conversation;
-  const does = {
+  const actions = {
     rename: () => (openDrawer(), sidebar.rename(id)),
     markdown: () => sidebar.exportOne(id, true),
     json: () => sidebar.exportOne(id, false),
     delete: () => sidebar.delete(id),
   };
   const act = target.closest("[data-do]")?.dataset.do;
-  if (act) (byId("more").open = false), does[act]();
+  if (act) (byId("more").open = false), actions[act]();
 });
 
-// The key stays in this tab's session and goes nowhere but to this server.
-onKeyNeeded((refused) => new Promise((resolve) => {
+// The key is stored in the session of this tab and sent only to this server.
+onKeyNeeded((rejected) => new Promise((resolve) => {
   const sheet = byId("key-sheet");
-  byId("key-said").textContent = refused ? "That key was refused." : "";
+  byId("key-error").textContent = rejected ? "The server rejected the key." : "";
   byId("key").value = "";
   byId("key-form").onsubmit = (event) => {
     event.preventDefault();
@@ -214,4 +214,4 @@ byId("key-sheet").addEventListener("cancel", (event) => event.preventDefault());
 
 for (const place of document.querySelectorAll("[data-icon]")) place.prepend(icon(place.dataset.icon));
 addEventListener("hashchange", route);
-begin();
+start();

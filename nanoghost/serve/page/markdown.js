@@ -1,10 +1,10 @@
-// Markdown as elements, while it is being written. Text is split into blocks (paragraphs, lists, code ...); a block that
-// is followed by another can no longer change and is built once, so that only the last one is built again and again.
+// Markdown to DOM elements, incrementally. The text is split into blocks (paragraphs, lists, code ...). A block that is
+// followed by another cannot change any more and is built once; only the last block is rebuilt while text arrives.
 
 import { el } from "./dom.js";
 import { inline } from "./inline.js";
 
-const DEEPEST = 8;  // lists and quotes within each other
+const MAX_DEPTH = 8;  // nested lists and quotes
 const FENCE = /^( {0,8})(`{3,}|~{3,})([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t](.*))?$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
@@ -13,60 +13,60 @@ const QUOTE = /^ {0,3}> ?/;
 const DASHES = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 const FORMULA = /^ {0,3}(\$\$|\\\[)(.*)$/;
 
-// Control characters, and those that turn the direction of reading, are shown as what they are: no text.
+// Control characters and characters that change the text direction are replaced by U+FFFD.
 const MISLEADING = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g;
 const clean = (text) => text.replaceAll("\r", "").replace(MISLEADING, "\ufffd");
 
 export class Markdown {
-  // `notes`: a set of numbers that [1] in the text may refer to.
-  constructor(target, notes = null) {
+  // `passages`: a set of numbers that [1] in the text may cite.
+  constructor(target, passages = null) {
     this.target = target;
-    this.notes = notes;
-    this.settled = 0;  // characters whose elements stay
-    this.live = [];  // elements of what follows
+    this.passages = passages;
+    this.settled = 0;  // characters of the blocks that cannot change any more
+    this.live = [];  // elements of the text after them
   }
 
-  // `source` is all of the text so far, which only ever grows.
+  // `source`: the whole text so far; each call must extend the text of the call before.
   update(source, finished = false) {
     const text = clean(source);
     if (!finished) this.settle(text);
-    const found = blocks(text.slice(this.settled).split("\n"));
-    if (!finished && this.growCode(found)) return;
+    const parsed = blocks(text.slice(this.settled).split("\n"));
+    if (!finished && this.growCode(parsed)) return;
     for (const node of this.live) node.remove();
-    this.live = found.map((block, i) => this.element(block, !finished && i === found.length - 1));
+    this.live = parsed.map((block, i) => this.element(block, !finished && i === parsed.length - 1));
     this.target.append(...this.live);
     if (finished) [this.live, this.settled] = [[], text.length];
   }
 
-  // Build what is over for good. The line being written says nothing yet: "-" may become "-5" or a list.
+  // Build the blocks that are complete. An unfinished line is ambiguous: "-" may become "-5" or a list.
   settle(text) {
     const whole = text.lastIndexOf("\n") + 1;
     if (whole <= this.settled) return;
     const lines = text.slice(this.settled, whole - 1).split("\n");
-    const found = blocks(lines);
-    if (found.length < 2) return;
+    const parsed = blocks(lines);
+    if (parsed.length < 2) return;
     for (const node of this.live) node.remove();
     this.live = [];
-    this.target.append(...found.slice(0, -1).map((block) => this.element(block, false)));
-    for (const line of lines.slice(0, found.at(-1).start)) this.settled += line.length + 1;
+    this.target.append(...parsed.slice(0, -1).map((block) => this.element(block, false)));
+    for (const line of lines.slice(0, parsed.at(-1).start)) this.settled += line.length + 1;
   }
 
-  // Code that only grew keeps its element, and with it the place to which its reader has scrolled.
-  growCode(found) {
-    const [block] = found;
+  // A code block that only grew keeps its element, and with it its scroll position.
+  growCode(parsed) {
+    const [block] = parsed;
     const [node] = this.live;
-    if (found.length !== 1 || this.live.length !== 1) return false;
+    if (parsed.length !== 1 || this.live.length !== 1) return false;
     if (block.type !== "code" || node.dataset.language !== block.language) return false;
     node.querySelector("code").firstChild.data = block.text;
     return true;
   }
 
   element(block, writing) {
-    const fill = (node, text) => (inline(node, text, { writing, notes: this.notes }), node);
+    const fill = (node, text) => (inline(node, text, { writing, passages: this.passages }), node);
     const children = (inner) => inner.map((child, i) => this.element(child, writing && i === inner.length - 1));
     switch (block.type) {
       case "heading":
-        // The page and each message have headings of their own above these.
+        // Levels 1 and 2 are the headings of the page and of each message.
         return fill(el(`h${Math.min(block.level + 2, 6)}`), block.text);
       case "rule":
         return el("hr");
@@ -77,10 +77,10 @@ export class Markdown {
       case "list": {
         const items = block.items.map((item, i) => {
           const last = writing && i === block.items.length - 1;
-          // The first paragraph of an item needs no element, so that nothing moves when blank lines turn out to follow.
+          // The first paragraph of an item has no element, so that nothing moves if a blank line follows.
           const [first, ...rest] = item;
           const li = el("li");
-          if (first?.type === "paragraph") inline(li, first.text, { writing: last && !rest.length, notes: this.notes });
+          if (first?.type === "paragraph") inline(li, first.text, { writing: last && !rest.length, passages: this.passages });
           else if (first) li.append(this.element(first, last && !rest.length));
           li.append(...rest.map((child, j) => this.element(child, last && j === rest.length - 1)));
           return li;
@@ -114,8 +114,8 @@ const isTable = (lines, i) =>
   i + 1 < lines.length && lines[i].includes("|") && DASHES.test(lines[i + 1])
   && cells(lines[i]).length === cells(lines[i + 1]).length;
 
-// Whether this line ends a paragraph by beginning something else. A number in mid-sentence begins no list.
-function begins(lines, i) {
+// Whether this line interrupts a paragraph. A number does so only if it is 1, because sentences contain numbers.
+function interrupts(lines, i) {
   const line = lines[i];
   const item = ITEM.exec(line);
   return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || FORMULA.test(line)
@@ -124,10 +124,10 @@ function begins(lines, i) {
 
 // Blocks of these lines; `start` is the first line of each.
 export function blocks(lines, depth = 0) {
-  const found = [];
+  const result = [];
   let i = 0;
   const add = (block, next) => {
-    found.push({ ...block, start: i });
+    result.push({ ...block, start: i });
     i = next;
   };
   while (i < lines.length) {
@@ -138,20 +138,20 @@ export function blocks(lines, depth = 0) {
     else if ((match = FORMULA.exec(line))) add(...formula(lines, i, match));
     else if ((match = HEADING.exec(line))) add(heading(match), i + 1);
     else if (RULE.test(line)) add({ type: "rule" }, i + 1);
-    else if (depth < DEEPEST && QUOTE.test(line)) {
+    else if (depth < MAX_DEPTH && QUOTE.test(line)) {
       let end = i;
       while (end < lines.length && QUOTE.test(lines[end])) end += 1;
       const inner = lines.slice(i, end).map((quoted) => quoted.replace(QUOTE, ""));
       add({ type: "quote", children: blocks(inner, depth + 1) }, end);
-    } else if (depth < DEEPEST && (match = ITEM.exec(line))) add(...list(lines, i, match, depth));
+    } else if (depth < MAX_DEPTH && (match = ITEM.exec(line))) add(...list(lines, i, match, depth));
     else if (isTable(lines, i)) add(...table(lines, i));
     else {
       let end = i + 1;
-      while (end < lines.length && !blank(lines[end]) && !begins(lines, end)) end += 1;
+      while (end < lines.length && !blank(lines[end]) && !interrupts(lines, end)) end += 1;
       add({ type: "paragraph", text: lines.slice(i, end).map((part) => part.trim()).join("\n") }, end);
     }
   }
-  return found;
+  return result;
 }
 
 const heading = ([, marks, text = ""]) => ({
@@ -171,7 +171,7 @@ function fence(lines, i, [, margin, marks, language]) {
   return [{ type: "code", language: language.trim().split(/\s/)[0], text }, end + 1];
 }
 
-// A formula ends with its mark or, forgotten, with the paragraph.
+// A formula ends with its closing mark or, if that is missing, with the paragraph.
 function formula(lines, i, [, mark, rest]) {
   const close = mark === "$$" ? "$$" : "\\]";
   const text = [];
@@ -192,7 +192,7 @@ function formula(lines, i, [, mark, rest]) {
   return [{ type: "code", language: "formula", text: text.join("\n").trim() }, end];
 }
 
-// What belongs to an item is indented by two or more; models do not count as exactly as CommonMark does.
+// Content of an item is indented by two or more spaces: more tolerant than CommonMark, because models are not exact.
 function list(lines, begin, first, depth) {
   const base = first[1].length;
   const ordered = /\d/.test(first[2]);
@@ -207,8 +207,8 @@ function list(lines, begin, first, depth) {
       while (next < lines.length && blank(lines[next])) next += 1;
       if (next === lines.length) break;
       const following = RULE.test(lines[next]) ? null : ITEM.exec(lines[next]);
-      const alike = following && /\d/.test(following[2]) === ordered;
-      if (!alike && indent(lines[next]) <= base + 1) break;
+      const isSameKind = following && /\d/.test(following[2]) === ordered;
+      if (!isSameKind && indent(lines[next]) <= base + 1) break;
       items.at(-1).push("");
       i = next - 1;
     } else if (item && item[1].length <= base + 1) {
@@ -216,7 +216,7 @@ function list(lines, begin, first, depth) {
       margin = item[0].length - (item[3]?.length > 4 ? item[3].length - 1 : 0);
       items.push([line.slice(margin)]);
     } else if (indent(line) > base + 1) items.at(-1).push(line.slice(Math.min(indent(line), Math.max(margin, base + 2))));
-    else if (blank(lines[i - 1]) || begins(lines, i)) break;
+    else if (blank(lines[i - 1]) || interrupts(lines, i)) break;
     else items.at(-1).push(line.trim());
   }
   const block = { type: "list", ordered, first: parseInt(first[2], 10), items: items.map((inner) => blocks(inner, depth + 1)) };
@@ -229,7 +229,7 @@ function cells(line) {
 }
 
 function table(lines, i) {
-  const side = (dashes) => (!dashes.endsWith(":") ? null : dashes.startsWith(":") ? "centre" : "right");
+  const side = (dashes) => (!dashes.endsWith(":") ? null : dashes.startsWith(":") ? "center" : "right");
   const align = cells(lines[i + 1]).map(side);
   let end = i + 2;
   while (end < lines.length && lines[end].includes("|") && !FENCE.test(lines[end])) end += 1;

@@ -1,47 +1,48 @@
-// One message as it stands on the page, and how it grows.
+// The elements of one message, updated while a reply is generated.
 
 import { el, icon, iconButton } from "./dom.js";
 import { Markdown } from "./markdown.js";
 import { siblings, textOf } from "./tree.js";
 
-// `act`: what the buttons do: {copy, edit, again, turn}, each with the node.
+// `act`: what the buttons do with the node: {copy, edit, regenerate, showSibling}.
 export function userMessage(node, tree, act) {
-  const text = el("div", { class: "said", dir: "auto" }, node.text);
+  const text = el("div", { class: "content", dir: "auto" }, node.text);
   const bar = el("div", { class: "actions" },
-    iconButton("edit", "Edit: ask it otherwise", () => act.edit(node, text, bar)),
+    iconButton("edit", "Edit message", () => act.edit(node, text, bar)),
     iconButton("copy", "Copy message", (event) => act.copy(node, event.currentTarget)),
     branches(node, tree, act));
-  return el("article", { class: "message user", "data-id": node.id }, el("h2", { class: "unseen" }, "You"), text, bar);
+  return el("article", { class: "message user", "data-id": node.id }, el("h2", { class: "visually-hidden" }, "You"), text, bar);
 }
 
 function branches(node, tree, act) {
   const all = siblings(tree, node.id);
   if (all.length < 2) return null;
-  const at = all.indexOf(node.id);
-  const arrow = (name, label, by, off) => iconButton(name, label, () => act.turn(node, by), { disabled: off, "data-turn": by });
+  const index = all.indexOf(node.id);
+  const arrow = (name, label, offset, disabled) =>
+    iconButton(name, label, () => act.showSibling(node, offset), { disabled, "data-offset": offset });
   return el("span", { class: "branches", role: "group", "aria-label": "Versions" },
-    arrow("left", "Earlier version", -1, at === 0),
-    el("span", { class: "count" }, `${at + 1} / ${all.length}`),
-    arrow("right", "Later version", 1, at === all.length - 1));
+    arrow("left", "Previous version", -1, index === 0),
+    el("span", { class: "count" }, `${index + 1} / ${all.length}`),
+    arrow("right", "Next version", 1, index === all.length - 1));
 }
 
-export class Answer {
+export class Reply {
   constructor(node, tree, act) {
     this.act = act;
-    this.shown = [];  // for each part of the answer, what draws it
-    this.notes = new Set();
-    this.body = el("div", { class: "said prose", dir: "auto" });
+    this.views = [];  // Text or ToolCall for each part of the reply
+    this.passages = new Set();  // numbers that the text may cite
+    this.body = el("div", { class: "content prose", dir: "auto" });
     this.foot = el("div", { class: "foot" });
     this.element = el("article", { class: "message assistant", "data-id": node.id },
-      el("h2", { class: "unseen" }, node.model), this.body, this.foot);
+      el("h2", { class: "visually-hidden" }, node.model), this.body, this.foot);
     this.update(node, tree, node.finish === undefined);
   }
 
   update(node, tree, writing) {
     node.parts.forEach((part, i) => {
-      this.shown[i] ??= part.call ? new ToolCall(this.body) : new Text(this.body, this.notes);
-      for (const passage of part.call?.passages ?? []) this.notes.add(passage.n);
-      this.shown[i].update(part, writing && i === node.parts.length - 1);
+      this.views[i] ??= part.call ? new ToolCall(this.body) : new Text(this.body, this.passages);
+      for (const passage of part.call?.passages ?? []) this.passages.add(passage.n);
+      this.views[i].update(part, writing && i === node.parts.length - 1);
     });
     this.element.classList.toggle("writing", writing);
     this.element.setAttribute("aria-busy", writing);
@@ -51,37 +52,37 @@ export class Answer {
 
   close(node, tree) {
     const problem = node.error && el("p", { class: "problem" }, node.error, " ",
-      el("button", { type: "button", class: "plain again", on: { click: () => this.act.again(node) } }, "Try again"));
+      el("button", { type: "button", class: "plain retry", on: { click: () => this.act.regenerate(node) } }, "Try again"));
     const bar = el("div", { class: "actions" }, branches(node, tree, this.act),
-      textOf(node) ? iconButton("copy", "Copy answer", (event) => this.act.copy(node, event.currentTarget)) : null,
-      iconButton("again", "Answer again", () => this.act.again(node)),
+      textOf(node) ? iconButton("copy", "Copy reply", (event) => this.act.copy(node, event.currentTarget)) : null,
+      iconButton("regenerate", "Regenerate reply", () => this.act.regenerate(node)),
       figures(node));
-    this.foot.replaceChildren(...[passages(node), problem, bar].filter(Boolean));
+    this.foot.replaceChildren(...[passageList(node), problem, bar].filter(Boolean));
   }
 }
 
 class Text {
-  constructor(body, notes) {
+  constructor(body, passages) {
     this.box = el("div", { class: "text" });
-    this.markdown = new Markdown(this.box, notes);
-    this.ended = false;
+    this.markdown = new Markdown(this.box, passages);
+    this.complete = false;
     body.append(this.box);
   }
 
   update(part, writing) {
-    if (this.ended) return;
+    if (this.complete) return;
     this.markdown.update(part.text, !writing);
-    this.ended = !writing;
+    this.complete = !writing;
   }
 }
 
 class ToolCall {
   constructor(body) {
     this.line = el("span", { class: "call-line" });
-    this.given = el("pre", { tabindex: "0" });
+    this.arguments = el("pre", { tabindex: "0" });
     this.result = el("pre", { tabindex: "0" });
     body.append(el("details", { class: "call" }, el("summary", {}, icon("right"), this.line),
-      el("div", { class: "label" }, "Arguments"), this.given, el("div", { class: "label" }, "Result"), this.result));
+      el("div", { class: "label" }, "Arguments"), this.arguments, el("div", { class: "label" }, "Result"), this.result));
   }
 
   update({ call }, writing) {
@@ -90,7 +91,7 @@ class ToolCall {
     const names = { calculator: "Calculated", python: "Ran Python", lookup: "Looked up" };
     this.line.replaceChildren(el("span", { class: "tool-name" }, names[call.name] ?? call.name), " ",
       el("code", {}, firstLine(values(call.arguments))), call.passages?.length ? "" : ` → ${result}`);
-    this.given.textContent = pretty(call.arguments);
+    this.arguments.textContent = pretty(call.arguments);
     this.result.textContent = done ? call.content : result;
   }
 }
@@ -100,15 +101,15 @@ const firstLine = (text) => {
   return line.length > 72 || line !== text.trim() ? `${line.slice(0, 72)}…` : line;
 };
 
-function values(given) {
-  const parsed = parse(given);
-  return parsed && typeof parsed === "object" ? Object.values(parsed).map(String).join(", ") : given;
+function values(json) {
+  const parsed = parse(json);
+  return parsed && typeof parsed === "object" ? Object.values(parsed).map(String).join(", ") : json;
 }
 
-// A program reads better with its line breaks than as JSON.
-function pretty(given) {
-  const parsed = parse(given);
-  if (!parsed || typeof parsed !== "object") return given;
+// Arguments as text instead of JSON, so that a program keeps its line breaks.
+function pretty(json) {
+  const parsed = parse(json);
+  if (!parsed || typeof parsed !== "object") return json;
   return Object.entries(parsed).map(([name, value]) => {
     const text = typeof value === "string" ? value : JSON.stringify(value);
     return text.includes("\n") ? `${name}:\n${text}` : `${name}: ${text}`;
@@ -119,30 +120,30 @@ function parse(text) {
   try {
     return JSON.parse(text);
   } catch {
-    return null;  // a small model's arguments need not be JSON; they are shown as they are
+    return null;  // a small model may write arguments that are not JSON; they are shown unchanged
   }
 }
 
-function passages(node) {
-  const found = node.parts.flatMap((part) => part.call?.passages ?? []);
-  if (!found.length) return null;
-  return el("section", { class: "notes", "aria-label": "Passages" }, found.map((passage) =>
-    el("details", { "data-note": passage.n },
+function passageList(node) {
+  const passages = node.parts.flatMap((part) => part.call?.passages ?? []);
+  if (!passages.length) return null;
+  return el("section", { class: "passages", "aria-label": "Passages" }, passages.map((passage) =>
+    el("details", { "data-passage": passage.n },
       el("summary", {}, el("span", { class: "number" }, String(passage.n)), passage.source,
-        el("span", { class: "glimpse" }, passage.text.slice(0, 160))),
+        el("span", { class: "preview" }, passage.text.slice(0, 160))),
       el("blockquote", {}, passage.text))));
 }
 
-const whole = (n) => Math.round(n).toLocaleString("en");
+const rounded = (n) => Math.round(n).toLocaleString("en");
 
 function figures(node) {
   const { tokens_per_second: speed, first_token_seconds: first, context_used: used, context } = node.timings ?? {};
-  const ends = { stopped: "stopped", length: "cut at the longest answer" };
-  const said = [
-    ends[node.finish],
-    speed && `${speed < 10 ? speed.toFixed(1) : whole(speed)} tokens/s`,
-    first !== undefined && `first after ${first.toFixed(first < 1 ? 2 : 1)} s`,
-    used && context && `context ${whole(used)} of ${whole(context)}`,
+  const endings = { stopped: "stopped", length: "maximum length reached" };
+  const text = [
+    endings[node.finish],
+    speed && `${speed < 10 ? speed.toFixed(1) : rounded(speed)} tokens/s`,
+    first !== undefined && `first token after ${first.toFixed(first < 1 ? 2 : 1)} s`,
+    used && context && `context ${rounded(used)} of ${rounded(context)}`,
   ].filter(Boolean).join(" · ");
-  return el("span", { class: "figures" }, el("span", { class: "by" }, node.model, said && " · "), said);
+  return el("span", { class: "figures" }, el("span", { class: "by" }, node.model, text && " · "), text);
 }

@@ -1,118 +1,119 @@
-// The view of models: what there is, how each was made, and curves of one that is still learning.
+// The view of models: the list, the report of each, and the curves of one in training.
 
 import { getJson, getText } from "./api.js";
 import { byStage, chart, charts, STAGES } from "./curves.js";
 import { byId, el, icon } from "./dom.js";
 
-const named = (stage) => STAGES[stage] ?? stage ?? "";
-const AGAIN = 2000;  // milliseconds between questions about a run that goes on
+const stageName = (stage) => STAGES[stage] ?? stage ?? "";
+const POLL_INTERVAL = 2000;  // milliseconds between requests for the events of a run in training
 
 export class Runs {
   constructor() {
     this.view = byId("runs");
     this.timer = null;
-    this.shown = 0;  // counts views, so that what comes late for an old one is dropped
+    this.viewCount = 0;  // so that a response for an earlier view is dropped
   }
 
   leave() {
     clearTimeout(this.timer);
-    this.shown += 1;
+    this.viewCount += 1;
   }
 
   async open(name) {
     this.leave();
-    const turn = this.shown;
+    const viewId = this.viewCount;
     this.view.replaceChildren(el("p", { class: "soft" }, "…"));
     try {
       const { data } = await getJson("/runs");
-      if (turn !== this.shown) return;
+      if (viewId !== this.viewCount) return;
       if (!name) return this.list(data);
-      const run = data.find((one) => one.name === name);
-      if (!run) throw new Error(`There is no model called ${name}.`);
-      await this.one(run, turn);
+      const run = data.find((entry) => entry.name === name);
+      if (!run) throw new Error(`The model ${name} does not exist.`);
+      await this.showRun(run, viewId);
     } catch (error) {
-      if (turn === this.shown) this.view.replaceChildren(this.problem(error, () => this.open(name)));
+      if (viewId === this.viewCount) this.view.replaceChildren(this.problem(error, () => this.open(name)));
     }
   }
 
-  problem(error, again) {
-    const button = el("button", { type: "button", class: "plain", on: { click: again } }, "Try again");
+  problem(error, retry) {
+    const button = el("button", { type: "button", class: "plain", on: { click: retry } }, "Try again");
     return el("p", { class: "problem" }, error.message, " ", button);
   }
 
   list(runs) {
     const rows = runs.map(({ name, stage, finished, report }) => {
-      const state = !finished ? ", learning now" : report ? ", report" : "";
+      const state = !finished ? ", in training" : report ? ", report" : "";
       return el("li", {}, el("a", { href: `#/runs/${encodeURIComponent(name)}` }, el("span", { class: "title" }, name),
-        el("span", { class: finished ? "soft" : "live" }, named(stage) + state), icon("right")));
+        el("span", { class: finished ? "soft" : "live" }, stageName(stage) + state), icon("right")));
     });
     this.view.replaceChildren(el("h2", { class: "view-title" }, "Models"),
-      el("p", { class: "soft" }, runs.length ? "How each was made and what it can do." : "No model has been made here yet."),
+      el("p", { class: "soft" }, runs.length ? "How each model was trained, and its evaluation." : "No models yet."),
       el("ul", { class: "runs" }, rows));
   }
 
-  async one(run, turn) {
+  async showRun(run, viewId) {
     this.state = el("p", { class: "soft", role: "status" });
     this.curves = el("div");
-    // A report has a title of its own.
-    const title = el("h2", { class: run.finished && run.report ? "unseen" : "view-title" }, run.name);
+    // A report has its own title.
+    const title = el("h2", { class: run.finished && run.report ? "visually-hidden" : "view-title" }, run.name);
     const back = el("a", { class: "back", href: "#/runs" }, icon("left"), "Models");
     this.view.replaceChildren(back, title, this.state, this.curves);
     this.events = [];
     if (run.finished && run.report) {
-      await this.report(run, turn);
+      await this.report(run, viewId);
       return;
     }
-    await this.follow(run, 0, turn);
+    await this.follow(run, 0, viewId);
   }
 
-  // Asks for what is new until the run is finished.
-  async follow(run, from, turn) {
+  // Requests new events until the run is finished.
+  async follow(run, from, viewId) {
     let next = from;
     let finished = run.finished;
     try {
-      const { data, next: place } = await getJson(`/runs/${encodeURIComponent(run.name)}/events?after=${from}`);
-      if (turn !== this.shown) return;
-      next = place;
+      const { data, next: position } = await getJson(`/runs/${encodeURIComponent(run.name)}/events?after=${from}`);
+      if (viewId !== this.viewCount) return;
+      next = position;
       this.events.push(...data);
-      if (data.length) return await this.follow(run, next, turn);  // there may be more: long logs come in pieces
+      if (data.length) return await this.follow(run, next, viewId);  // there may be more: a response has a limited number of events
       this.draw(run);
       if (!finished) finished = (await getJson("/runs")).data.find(({ name }) => name === run.name)?.finished ?? true;
     } catch (error) {
       this.state.textContent = `${error.message} Trying again …`;
     }
-    if (turn !== this.shown) return;
-    if (!finished) this.timer = setTimeout(() => this.follow(run, next, turn), AGAIN);
-    else if (!run.finished) this.open(run.name);  // now it has a report
+    if (viewId !== this.viewCount) return;
+    if (!finished) this.timer = setTimeout(() => this.follow(run, next, viewId), POLL_INTERVAL);
+    else if (!run.finished) this.open(run.name);  // it may have a report now
   }
 
   draw(run) {
     const stages = byStage(this.events).map(([stage, events]) => [stage, charts(events)]).filter(([, drawn]) => drawn.length);
     const last = this.events.at(-1);
-    if (!run.finished) this.state.textContent = last ? progress(last) : "It has not begun yet.";
-    else this.state.textContent = stages.length ? "" : "Nothing was learned here: it came as it is.";
-    // The stage that goes on stands first.
+    if (!run.finished) this.state.textContent = last ? progress(last) : "Not started yet.";
+    else this.state.textContent = stages.length ? "" : "No training curves for this model.";
+    // The latest stage comes first.
     this.curves.replaceChildren(...stages.reverse().map(([stage, drawn]) =>
-      el("section", {}, el("h3", {}, named(stage)), el("div", { class: "charts" }, drawn.map(chart)))));
+      el("section", {}, el("h3", {}, stageName(stage)), el("div", { class: "charts" }, drawn.map(chart)))));
   }
 
-  // The report is a page of its own. It is put into a frame without scripts; its style goes in as a sheet, because the frame
-  // inherits this page's Content-Security-Policy (an address of its own could not be asked for with a key).
-  async report(run, turn) {
+  // The report is an HTML page. It goes into a frame without scripts. A frame with an address could not send the API key, so
+  // the content is inserted here; its style becomes a style sheet object, because the frame inherits this page's
+  // Content-Security-Policy, which forbids inline styles.
+  async report(run, viewId) {
     const text = await getText(`/runs/${encodeURIComponent(run.name)}/report`);
-    if (turn !== this.shown) return;
+    if (viewId !== this.viewCount) return;
     const title = `Report of ${run.name}`;
     const frame = el("iframe", { sandbox: "allow-same-origin", title, class: "report", srcdoc: "<!doctype html>" });
     this.curves.replaceChildren(frame);
     await new Promise((loaded) => (frame.onload = loaded));
-    const { contentDocument: inside, contentWindow: world } = frame;
-    const sheet = new world.CSSStyleSheet();
+    const { contentDocument: inside, contentWindow: frameWindow } = frame;
+    const sheet = new frameWindow.CSSStyleSheet();
     const styles = [];
     const markup = text
       .replace(/<style[^>]*>(.*?)<\/style>/gs, (_, rules) => (styles.push(rules), ""))
       .replace(/(<[^<>]*\s)style=/g, "$1data-style=");
     const parsed = new DOMParser().parseFromString(markup, "text/html");
-    for (const made of parsed.querySelectorAll("script, meta[http-equiv], link, base")) made.remove();
+    for (const node of parsed.querySelectorAll("script, meta[http-equiv], link, base")) node.remove();
     sheet.replaceSync(styles.join(""));
     inside.replaceChild(inside.adoptNode(parsed.documentElement), inside.documentElement);
     inside.adoptedStyleSheets = [sheet];
@@ -121,7 +122,7 @@ export class Runs {
 }
 
 function progress({ stage, step, steps, seconds_left: left }) {
-  const where = steps ? `step ${Math.floor(step) + 1} of ${steps}` : `step ${Math.floor(step) + 1}`;
-  const rest = left > 90 ? `, about ${Math.round(left / 60)} minutes left` : left > 0 ? `, ${Math.round(left)} s left` : "";
-  return `${named(stage)}, ${where}${rest}`;
+  const position = steps ? `step ${Math.floor(step) + 1} of ${steps}` : `step ${Math.floor(step) + 1}`;
+  const remaining = left > 90 ? `, about ${Math.round(left / 60)} minutes left` : left > 0 ? `, ${Math.round(left)} s left` : "";
+  return `${stageName(stage)}, ${position}${remaining}`;
 }

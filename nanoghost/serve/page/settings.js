@@ -1,9 +1,9 @@
-// Who answers, and how: the model's list beside the message box, and a sheet for the rest. Each conversation has its own.
+// Settings of a conversation: the list of models next to the message box, and a dialog for the rest.
 
 import { byId, el } from "./dom.js";
 import { DEFAULTS } from "./store.js";
 
-const LAST = "nanoghost-settings";
+const STORAGE_KEY = "nanoghost-settings";
 
 export class Settings {
   // `server`: {models, people, tools}; `change(fields)`: new settings of the conversation that is shown.
@@ -20,9 +20,9 @@ export class Settings {
     this.form.addEventListener("input", () => changed(this.read()));
   }
 
-  // A new conversation begins as the last one was set, but is told nothing.
+  // A new conversation starts with the last settings, but without a system message.
   defaults() {
-    const last = JSON.parse(localStorage.getItem(LAST) ?? "{}");
+    const last = JSON.parse(localStorage.getItem(STORAGE_KEY) ?? "{}");
     const names = this.server.models.map((model) => model.id);
     const model = names.includes(last.model) ? last.model : names[0] ?? "";
     const person = this.server.people.some(({ name }) => name === last.person) ? last.person : "";
@@ -30,35 +30,35 @@ export class Settings {
   }
 
   remember(fields) {
-    localStorage.setItem(LAST, JSON.stringify({ ...this.defaults(), ...fields, system: "" }));
+    localStorage.setItem(STORAGE_KEY, JSON.stringify({ ...this.defaults(), ...fields, system: "" }));
   }
 
   read() {
     const { elements } = this.form;
     const tools = [...this.form.querySelectorAll("[name=tools]:checked")].map((box) => box.value);
-    const longest = parseInt(elements.max_tokens.value, 10);
+    const maxTokens = parseInt(elements.max_tokens.value, 10);
     return {
       person: elements.person.value,
       system: elements.system.value,
       temperature: Number(elements.temperature.value),
       top_p: Number(elements.top_p.value),
-      max_tokens: longest >= 1 ? longest : DEFAULTS.max_tokens,
+      max_tokens: maxTokens >= 1 ? maxTokens : DEFAULTS.max_tokens,
       tools,
     };
   }
 
-  knowsTools(name) {
-    const model = (id) => this.server.models.find((one) => one.id === id);
+  supportsTools(name) {
+    const model = (id) => this.server.models.find((entry) => entry.id === id);
     return Boolean(model(name)?.tools ?? model(name.split("@")[0])?.tools);
   }
 
-  // The lists of what there is, once the server has said.
+  // Fills the lists with what the server has.
   fill() {
     const { models, people, tools } = this.server;
     this.model.replaceChildren(...models.map(({ id }) => el("option", { value: id }, id.replace("@", " + "))));
     const person = this.form.elements.person;
-    person.replaceChildren(el("option", { value: "" }, "Nobody in particular"),
-      ...people.map(({ name, base }) => el("option", { value: name }, base ? `${name} (has slept, on ${base})` : name)));
+    person.replaceChildren(el("option", { value: "" }, "None"),
+      ...people.map(({ name, base }) => el("option", { value: name }, base ? `${name} (adapter for ${base})` : name)));
     byId("tools").replaceChildren(...tools.map(({ name, description }) =>
       el("label", { class: "check" }, el("input", { type: "checkbox", name: "tools", value: name }),
         el("span", {}, name, el("small", {}, description)))));
@@ -68,7 +68,7 @@ export class Settings {
   show(settings) {
     const { elements } = this.form;
     if (settings.model && ![...this.model.options].some(({ value }) => value === settings.model)) {
-      // The model of an old conversation may be gone; its name is shown, and the server will say so.
+      // The model of an old conversation may be deleted. Its name is shown, and the server reports the error.
       this.model.append(el("option", { value: settings.model }, settings.model));
     }
     this.model.value = settings.model;
@@ -78,16 +78,17 @@ export class Settings {
     for (const box of this.form.querySelectorAll("[name=tools]")) box.checked = settings.tools.includes(box.value);
     byId("temperature-value").textContent = settings.temperature.toFixed(2);
     byId("top-p-value").textContent = settings.top_p.toFixed(2);
-    const knows = this.knowsTools(settings.model);
-    byId("tools").disabled = !knows;
-    byId("tools-note").textContent = !this.server.tools.length ? "This server has no tools."
-      : knows ? "Run by the server while it answers." : `${settings.model || "This model"} has not learned to use tools.`;
-    const told = [settings.person && `as ${settings.person}`, settings.system && "system prompt", knows && settings.tools.join(", ")];
-    byId("settings-said").textContent = told.filter(Boolean).join(" · ");
+    const supported = this.supportsTools(settings.model);
+    byId("tools").disabled = !supported;
+    byId("tools-status").textContent = !this.server.tools.length ? "This server has no tools."
+      : supported ? "The server runs these tools during a reply." : `${settings.model || "This model"} was not trained to use tools.`;
+    const tools = supported && settings.tools.join(", ");
+    const summary = [settings.person && `as ${settings.person}`, settings.system && "system message", tools];
+    byId("settings-summary").textContent = summary.filter(Boolean).join(" · ");
   }
 
-  // What stands on an empty page about the model.
-  about(name) {
+  // Description of the model for the empty page.
+  describe(name) {
     const model = this.server.models.find(({ id }) => id === name);
     if (!model) return "";
     const millions = (model.parameters / 1e6).toLocaleString("en", { maximumFractionDigits: 1 });

@@ -5,8 +5,8 @@ import { fromJson, load, loadAll, remove, restore, save, toJson, toMarkdown } fr
 import { find } from "./tree.js";
 
 export class Sidebar {
-  // `page`: {opened(): id of the conversation that is shown; live(id): the one in memory, if it is; replaced(id): what is
-  // stored is another now, or gone; deleted(id)}
+  // `page`: callbacks: openId() returns the id of the conversation that is shown, inMemory(id) the conversation object if it
+  // is in use, stored(id) is called when the stored conversation was changed or deleted, deleted(id) when it was deleted here
   constructor(page) {
     this.page = page;
     this.list = byId("conversations");
@@ -16,32 +16,35 @@ export class Sidebar {
     byId("export-all").addEventListener("click", async () => this.exportAll());
     byId("import").addEventListener("click", () => byId("file").click());
     byId("file").addEventListener("change", ({ target }) => this.import(target));
-    // Another tab may have changed the list.
-    this.others = new BroadcastChannel("nanoghost");
-    this.others.addEventListener("message", ({ data }) => (this.draw(), this.page.replaced(data)));
-    this.drawing = 0;
+    // Another tab may change the list.
+    this.otherTabs = new BroadcastChannel("nanoghost");
+    this.otherTabs.addEventListener("message", ({ data }) => (this.draw(), this.page.stored(data)));
+    this.drawCount = 0;  // so that a slow draw does not replace a later one
   }
 
   async changed(id) {
-    this.others.postMessage(id);
+    this.otherTabs.postMessage(id);
     await this.draw();
   }
 
   async draw() {
     const query = this.search.value.trim();
-    const turn = ++this.drawing;
+    const count = ++this.drawCount;
     const all = await loadAll();
-    if (turn !== this.drawing || this.list.querySelector(".rename")) return;  // asked again meanwhile; somebody writes there
-    const found = all.map((one) => [one, query ? find(one, query) : ""]).filter(([, excerpt]) => excerpt !== null);
-    this.list.replaceChildren(...found.map(([one, excerpt]) => this.row(one, excerpt, query)));
-    byId("nothing-found").textContent = query && !found.length ? "Nothing found." : !all.length ? "Nothing said yet." : "";
+    const isRenaming = this.list.querySelector(".rename");
+    if (count !== this.drawCount || isRenaming) return;
+    const withExcerpts = all.map((conversation) => [conversation, query ? find(conversation, query) : ""]);
+    const matches = withExcerpts.filter(([, excerpt]) => excerpt !== null);
+    this.list.replaceChildren(...matches.map(([conversation, excerpt]) => this.row(conversation, excerpt, query)));
+    const noMatch = query && !matches.length ? "No results." : "";
+    byId("search-status").textContent = all.length ? noMatch : "No conversations yet.";
   }
 
   row(conversation, excerpt, query) {
-    const current = conversation.id === this.page.opened();
+    const current = conversation.id === this.page.openId();
     return el("li", { "data-id": conversation.id },
       el("a", { href: `#/c/${conversation.id}`, "aria-current": current ? "page" : null },
-        el("span", { class: "title" }, conversation.title), excerpt ? marked(excerpt, query) : null),
+        el("span", { class: "title" }, conversation.title), excerpt ? highlight(excerpt, query) : null),
       el("span", { class: "row-actions" },
         iconButton("edit", `Rename “${conversation.title}”`, () => this.rename(conversation.id)),
         iconButton("bin", `Delete “${conversation.title}”`, () => this.delete(conversation.id))));
@@ -70,15 +73,15 @@ export class Sidebar {
     const row = this.list.querySelector(`[data-id="${CSS.escape(id)}"]`);
     const box = el("input", { "aria-label": "Title", class: "rename", maxlength: "120" });
     box.value = conversation.title;
-    const finish = async (keep) => {
+    const finish = async (accept) => {
       box.onblur = null;
       box.remove();
       const title = box.value.trim();
-      if (keep && title) {
-        const now = this.page.live(id) ?? (await load(id));
-        now.title = title;
-        await save(now);
-        this.page.replaced(id);
+      if (accept && title) {
+        const current = this.page.inMemory(id) ?? (await load(id));
+        current.title = title;
+        await save(current);
+        this.page.stored(id);
       }
       await this.changed(id);
       this.list.querySelector(`[data-id="${CSS.escape(id)}"] a`)?.focus();
@@ -98,7 +101,7 @@ export class Sidebar {
     if (!conversation) return;
     await remove(id);
     this.page.deleted(id);
-    this.page.replaced(id);
+    this.page.stored(id);
     await this.changed(id);
     byId("new-chat").focus();
     toast(`Deleted “${conversation.title}”.`, "Undo", async () => {
@@ -125,31 +128,32 @@ export class Sidebar {
   async import(input) {
     const [file] = input.files;
     if (!file) return;
-    let read;
+    let conversations;
     try {
-      read = fromJson(await file.text());
+      conversations = fromJson(await file.text());
     } catch (error) {
       toast(error.message);
       return;
     } finally {
-      input.value = "";  // so that the same file can be chosen again
+      input.value = "";  // so that the same file can be selected again
     }
-    let taken = 0;
-    for (const conversation of read) {
-      const known = await load(conversation.id);
-      if (known && known.updated >= conversation.updated) continue;
+    let numImported = 0;
+    for (const conversation of conversations) {
+      const existing = await load(conversation.id);
+      if (existing && existing.updated >= conversation.updated) continue;
       await restore(conversation);
-      this.page.replaced(conversation.id);
-      this.others.postMessage(conversation.id);
-      taken += 1;
+      this.page.stored(conversation.id);
+      this.otherTabs.postMessage(conversation.id);
+      numImported += 1;
     }
-    const kept = read.length - taken;
-    toast(`${taken} ${taken === 1 ? "conversation" : "conversations"} imported${kept ? `; ${kept} were here already` : ""}.`);
+    const numSkipped = conversations.length - numImported;
+    const skipped = numSkipped ? `; ${numSkipped} already up to date` : "";
+    toast(`${numImported} ${numImported === 1 ? "conversation" : "conversations"} imported${skipped}.`);
     await this.draw();
   }
 }
 
-function marked(excerpt, query) {
+function highlight(excerpt, query) {
   const at = excerpt.toLowerCase().indexOf(query.toLowerCase());
   if (at < 0) return el("span", { class: "excerpt" }, excerpt);
   const end = at + query.length;

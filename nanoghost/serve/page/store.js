@@ -1,4 +1,4 @@
-// Conversations live in this browser (IndexedDB), and leave it only as files that somebody asks for.
+// Conversations are stored in this browser (IndexedDB). They leave it only as exported files.
 //
 //   conversation: {id, title, created, updated, settings, tree}      times are milliseconds
 
@@ -11,37 +11,37 @@ export function newConversation(settings = {}) {
   return { id: newId(), title: "", created: now, updated: now, settings: { ...DEFAULTS, ...settings }, tree: emptyTree() };
 }
 
-const wait = (request) =>
+const resultOf = (request) =>
   new Promise((resolve, reject) => {
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
   });
 
-let opened = null;
+let openDatabase = null;
 function database() {
-  if (!opened) {
+  if (!openDatabase) {
     const request = indexedDB.open("nanoghost", 1);
     request.onupgradeneeded = () => request.result.createObjectStore("conversations", { keyPath: "id" });
-    opened = wait(request);
+    openDatabase = resultOf(request);
   }
-  return opened;
+  return openDatabase;
 }
 
-async function table(mode) {
+async function objectStore(mode) {
   return (await database()).transaction("conversations", mode).objectStore("conversations");
 }
 
-const removed = new Set();  // an answer that still comes does not bring its conversation back
+const removed = new Set();  // ids; a reply that is still being generated must not save its conversation again
 
-export const load = async (id) => wait((await table("readonly")).get(id));
+export const load = async (id) => resultOf((await objectStore("readonly")).get(id));
 
 export async function save(conversation) {
-  if (!removed.has(conversation.id)) await wait((await table("readwrite")).put(conversation));
+  if (!removed.has(conversation.id)) await resultOf((await objectStore("readwrite")).put(conversation));
 }
 
 export async function remove(id) {
   removed.add(id);
-  await wait((await table("readwrite")).delete(id));
+  await resultOf((await objectStore("readwrite")).delete(id));
 }
 
 export async function restore(conversation) {
@@ -49,9 +49,9 @@ export async function restore(conversation) {
   await save(conversation);
 }
 
-// All of them, the one used last first.
+// All conversations, the most recently used first.
 export async function loadAll() {
-  const all = await wait((await table("readonly")).getAll());
+  const all = await resultOf((await objectStore("readonly")).getAll());
   return all.sort((a, b) => b.updated - a.updated);
 }
 
@@ -61,77 +61,77 @@ export function toJson(conversations) {
   return JSON.stringify({ format: "nanoghost-conversations", version: 1, conversations }, null, 1);
 }
 
-// What is shown of a conversation; other branches are in the JSON only.
+// The branch of a conversation that is shown; the other branches are only in the JSON.
 export function toMarkdown(conversation) {
   const turns = path(conversation.tree).map((node) => {
-    const who = node.role === "user" ? "You" : node.model;
-    return `**${who}**\n\n${textOf(node)}`;
+    const author = node.role === "user" ? "You" : node.model;
+    return `**${author}**\n\n${textOf(node)}`;
   });
   return `# ${conversation.title}\n\n${turns.join("\n\n---\n\n")}\n`;
 }
 
-// The conversations of an exported file. A file comes from anywhere: only what has the right shape is taken, field by field.
+// The conversations of an exported file. Files are untrusted: each field is copied only if it has the right type.
 export function fromJson(text) {
-  let read;
+  let content;
   try {
-    read = JSON.parse(text);
+    content = JSON.parse(text);
   } catch {
-    throw new Error("That file is not JSON.");
+    throw new Error("The file is not JSON.");
   }
-  if (read?.format !== "nanoghost-conversations" || !Array.isArray(read.conversations)) {
-    throw new Error("That file holds no conversations of nanoghost.");
+  if (content?.format !== "nanoghost-conversations" || !Array.isArray(content.conversations)) {
+    throw new Error("The file contains no nanoghost conversations.");
   }
-  return read.conversations.map(checked);
+  return content.conversations.map(validConversation);
 }
 
-const words = (value) => (typeof value === "string" ? value : "");
-const idOf = (value) => (/^[\w-]{1,64}$/.test(words(value)) ? value : "");
-const figure = (value, otherwise) => (Number.isFinite(value) ? value : otherwise);
+const validText = (value) => (typeof value === "string" ? value : "");
+const validId = (value) => (/^[\w-]{1,64}$/.test(validText(value)) ? value : "");
+const validNumber = (value, fallback) => (Number.isFinite(value) ? value : fallback);
 
-function checked(given) {
+function validConversation(input) {
   const conversation = newConversation();
-  const told = given?.settings ?? {};
+  const inputSettings = input?.settings ?? {};
   const settings = { ...DEFAULTS };
-  for (const name of ["model", "person", "system"]) settings[name] = words(told[name]);
-  for (const name of ["temperature", "top_p", "max_tokens"]) settings[name] = figure(told[name], DEFAULTS[name]);
-  if (Array.isArray(told.tools)) settings.tools = told.tools.map(words).filter(Boolean);
-  // A map without a prototype: a node may be called anything.
+  for (const name of ["model", "person", "system"]) settings[name] = validText(inputSettings[name]);
+  for (const name of ["temperature", "top_p", "max_tokens"]) settings[name] = validNumber(inputSettings[name], DEFAULTS[name]);
+  if (Array.isArray(inputSettings.tools)) settings.tools = inputSettings.tools.map(validText).filter(Boolean);
+  // An object without a prototype: the id of a node can be any word.
   const nodes = Object.create(null);
-  for (const node of Object.values(given?.tree?.nodes ?? {})) {
-    const parent = words(node?.parent);
-    // Parents come before their children, so there is no circle.
-    const isNew = idOf(node?.id) && node.id !== ROOT && !nodes[node.id];
-    if (isNew && (parent === ROOT || nodes[parent])) nodes[node.id] = checkedNode(node, parent);
+  for (const node of Object.values(input?.tree?.nodes ?? {})) {
+    const parent = validText(node?.parent);
+    // Parents must come before their children, so there are no cycles.
+    const isNew = validId(node?.id) && node.id !== ROOT && !nodes[node.id];
+    if (isNew && (parent === ROOT || nodes[parent])) nodes[node.id] = validNode(node, parent);
   }
   const chosen = {};
   for (const node of Object.values(nodes)) {
-    const wanted = given.tree.chosen?.[node.parent];
-    if (!(node.parent in chosen) || node.id === wanted) chosen[node.parent] = node.id;
+    const chosenId = input.tree.chosen?.[node.parent];
+    if (!(node.parent in chosen) || node.id === chosenId) chosen[node.parent] = node.id;
   }
   return {
-    id: idOf(given?.id) || conversation.id,
-    title: words(given?.title) || "Without a title",
-    created: figure(given?.created, conversation.created),
-    updated: figure(given?.updated, conversation.updated),
+    id: validId(input?.id) || conversation.id,
+    title: validText(input?.title) || "Untitled",
+    created: validNumber(input?.created, conversation.created),
+    updated: validNumber(input?.updated, conversation.updated),
     settings,
     tree: { nodes: { ...nodes }, chosen },
   };
 }
 
-function checkedNode(node, parent) {
+function validNode(node, parent) {
   const { id } = node;
-  if (node.role === "user") return { id, parent, role: "user", text: words(node.text) };
+  if (node.role === "user") return { id, parent, role: "user", text: validText(node.text) };
   const parts = (Array.isArray(node.parts) ? node.parts : []).map((part) => {
-    if (!part?.call) return { text: words(part?.text) };
-    const call = { passages: (Array.isArray(part.call.passages) ? part.call.passages : []).map(checkedPassage) };
-    for (const name of ["id", "name", "arguments", "content"]) call[name] = words(part.call[name]);
+    if (!part?.call) return { text: validText(part?.text) };
+    const call = { passages: (Array.isArray(part.call.passages) ? part.call.passages : []).map(validPassage) };
+    for (const name of ["id", "name", "arguments", "content"]) call[name] = validText(part.call[name]);
     return { call };
   });
-  const answer = { id, parent, role: "assistant", model: words(node.model), parts, finish: words(node.finish) };
-  if (words(node.error)) answer.error = node.error;
+  const reply = { id, parent, role: "assistant", model: validText(node.model), parts, finish: validText(node.finish) };
+  if (validText(node.error)) reply.error = node.error;
   const timings = Object.entries(node.timings ?? {}).filter(([, value]) => Number.isFinite(value));
-  if (timings.length) answer.timings = Object.fromEntries(timings);
-  return answer;
+  if (timings.length) reply.timings = Object.fromEntries(timings);
+  return reply;
 }
 
-const checkedPassage = (passage) => ({ n: figure(passage?.n, 0), source: words(passage?.source), text: words(passage?.text) });
+const validPassage = (passage) => ({ n: validNumber(passage?.n, 0), source: validText(passage?.source), text: validText(passage?.text) });

@@ -1,3 +1,3 @@
-// Loaded before anything is drawn, so that nobody who reads in the dark is blinded first.
-const chosenTheme = localStorage.getItem("nanoghost-theme");
-if (chosenTheme) document.documentElement.dataset.theme = chosenTheme;
+// Runs before the first paint, so that a dark page does not flash white.
+const storedTheme = localStorage.getItem("nanoghost-theme");
+if (storedTheme) document.documentElement.dataset.theme = storedTheme;
