@@ -1,4 +1,4 @@
-"""The operators of kernels.cpp, compiled once for this machine and kept in the home folder."""
+"""The C++ operators of kernels.cpp: compiled once for this machine, stored in the home folder, loaded into torch.ops."""
 
 import hashlib
 import subprocess
@@ -12,8 +12,9 @@ import torch
 from nanoghost import hardware
 from nanoghost.home import home
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "lanes.h")]
-INSTRUCTION_SETS = (  # as lanes.h knows them, the better one first
+SOURCE_NAMES = ("kernels.cpp", "matmul.h", "attention.h", "workspace.h", "lanes.h")
+SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
+INSTRUCTION_SETS = (  # that lanes.h has code for, the fastest first; names as in torch.cpu.get_capabilities
     ("avx512_f", "avx512_bw", "avx512_vl", "avx512_vnni", "avx512_bf16", "f16c", "fma3"),
     ("avx2", "f16c", "fma3"),
 )
@@ -21,50 +22,52 @@ INSTRUCTION_SETS = (  # as lanes.h knows them, the better one first
 
 @cache
 def unavailable_reason() -> str:
-    """Load the operators, compiling them first if need be; returns why they cannot be had, empty if they can."""
-    instructions = best(torch.cpu.get_capabilities())
+    """Load the operators, and compile them first if necessary. Returns why they are not available; empty if they are."""
+    instructions = best_instruction_set(torch.cpu.get_capabilities())
     if not instructions:
         return f"this processor lacks {', '.join(INSTRUCTION_SETS[-1])}"
-    known = b"".join(path.read_bytes() for path in SOURCES) + " ".join([torch.__version__, *instructions]).encode()
-    key = hashlib.sha256(known).hexdigest()[:12]
-    library = home() / "kernels" / f"{key}.so"
+    library = home() / "kernels" / f"{version(instructions)}.so"
     if not library.exists():
         if not hardware.has_compiler():
             return "there is no C++ compiler"
-        if complaint := build(library, instructions):
-            return complaint
+        if error := build(library, instructions):
+            return error
     torch.ops.load_library(library)
     return ""
 
 
-def best(has: dict) -> tuple[str, ...]:
-    """The instructions to compile for; none, if this is no machine for it."""
-    return next((names for names in INSTRUCTION_SETS if all(has.get(name) for name in names)), ())
+def best_instruction_set(capabilities: dict) -> tuple[str, ...]:
+    """The first instruction set that a processor has completely; empty if it has none."""
+    for instructions in INSTRUCTION_SETS:
+        if all(capabilities.get(name) for name in instructions):
+            return instructions
+    return ()
+
+
+def version(instructions: tuple[str, ...]) -> str:
+    """Hash of everything that a compiled library depends on."""
+    sources = b"".join(path.read_bytes() for path in SOURCES)
+    settings = " ".join([torch.__version__, *instructions])
+    return hashlib.sha256(sources + settings.encode()).hexdigest()[:12]
 
 
 def build(library: Path, instructions: tuple[str, ...]) -> str:
-    """Compile, in about twenty seconds; returns the compiler's complaint, if it has one."""
-    from torch.utils.cpp_extension import include_paths, library_paths
+    """Compile, which takes about 20 seconds. Returns the first line of the compiler's errors; empty if there are none."""
+    from torch.utils.cpp_extension import include_paths, library_paths  # a quarter of a second, and rarely needed
 
     flags = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp"]
     flags += [f"-m{name.replace('_', '').replace('fma3', 'fma')}" for name in instructions]
-    flags += [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    flags += [f"-I{path}" for path in include_paths()]
+    flags += [f"-L{path}" for path in library_paths()]
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
-        made = Path(temporary, library.name)
-        command = [
-            hardware.compiler_name(),
-            *flags,
-            str(SOURCES[0]),
-            "-o",
-            str(made),
-            "-ltorch",
-            "-ltorch_cpu",
-            "-lc10",
-        ]
-        print("compiling the engine's operators, once (about 20 s) ...", file=sys.stderr)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return f"the C++ compiler says: {(done.stderr.strip().splitlines() or ['nothing'])[0]}"
-        made.rename(library)
+        output = Path(temporary, library.name)
+        command = [hardware.compiler_name(), *flags, str(SOURCES[0]), "-o", str(output)]
+        command += ["-ltorch", "-ltorch_cpu", "-lc10"]
+        print("compiling the engine's C++ kernels (once, about 20 s) ...", file=sys.stderr)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            lines = result.stderr.strip().splitlines() or ["no error message"]
+            return f"the C++ compiler failed: {lines[0]}"
+        output.rename(library)
     return ""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from nanoghost.errors import UserError
+
 BUCKET = 256  # neighboring tokens that are drawn as one before one of them is drawn
 TOP_P_CANDIDATES = 512  # tokens that top-p sorts first; only if they do not reach its probability, it sorts all
 
@@ -28,6 +30,20 @@ class SamplingParams:
     """Texts that end the completion; they are not part of it."""
     ignore_eos: bool = False
     """Continue after stop tokens (for measurements)."""
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Raises UserError for settings that are out of range."""
+    if not sampling.temperature >= 0:
+        raise UserError("temperature must be at least 0")
+    if sampling.top_k < 0:
+        raise UserError("top_k must be at least 0")
+    if not 0 < sampling.top_p <= 1:
+        raise UserError("top_p must be above 0 and at most 1")
+    if sampling.max_tokens < 1:
+        raise UserError("max_tokens must be at least 1")
+    if isinstance(sampling.stop, str):
+        raise UserError("stop must be a list of texts")
 
 
 def distribution(logits_BV: torch.Tensor, s: SamplingParams) -> torch.Tensor:
