@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from nanoghost import hardware
-from nanoghost.engine.sampler import SamplingParams
+from nanoghost.engine.sampler import SamplingParams, check_sampling
 from nanoghost.errors import UserError
 from nanoghost.home import home, write_atomic
 from nanoghost.serve.conversation import Conversation, ReplyFragment
@@ -57,7 +57,6 @@ class ChatSettings:
 
 def command(settings: ChatSettings) -> None:
     hardware.prepare()
-    check(settings)
     conversation = open_conversation(settings)
     if settings.prompt is None:
         talk(conversation)
@@ -65,23 +64,12 @@ def command(settings: ChatSettings) -> None:
         answer_once(conversation, settings.prompt)
 
 
-def check(settings: ChatSettings) -> None:
-    """Raises UserError for settings that are out of range."""
-    if not settings.temperature >= 0:
-        raise UserError("--temperature must be at least 0")
-    if settings.top_k < 0:
-        raise UserError("--top-k must be at least 0")
-    if not 0 < settings.top_p <= 1:
-        raise UserError("--top-p must be above 0 and at most 1")
-    if settings.max_tokens < 1:
-        raise UserError("--max-tokens must be at least 1")
-
-
 def open_conversation(settings: ChatSettings) -> Conversation:
     seed = settings.seed
     if seed is None:
         seed = int(time.time()) if settings.prompt is None else 0
     sampling = SamplingParams(settings.max_tokens, settings.temperature, settings.top_k, settings.top_p, seed)
+    check_sampling(sampling)
     if settings.person is None:
         return Conversation(settings.model, sampling, settings.system, settings.documents)
     return PersonalConversation(
