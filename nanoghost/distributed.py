@@ -15,6 +15,11 @@ def rank_and_world_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_process() -> bool:
+    """Whether this is rank 0, which writes files and prints for all processes."""
+    return rank_and_world_size()[0] == 0
+
+
 def init_distributed() -> None:
     """Connect the processes that torchrun started (gloo on the CPU, nccl on CUDA). Does nothing in a single process."""
     _, world_size = rank_and_world_size()

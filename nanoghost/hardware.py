@@ -1,4 +1,4 @@
-"""What this computer can do: number format, threads, device, memory, throughput. `nanoghost doctor` shows all of it.
+"""What this computer can do: device, dtype, threads, memory, throughput. `nanoghost doctor` shows all of it.
 
 Nothing happens at import. A stage calls `prepare()` once, before its first large tensor.
 """
@@ -66,7 +66,7 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# -- facts ------------------------------------------------------------------------------------------------------------
+# -- properties -------------------------------------------------------------------------------------------------------
 
 
 def device() -> torch.device:
@@ -87,17 +87,17 @@ def instruction_sets() -> list[str]:
     return [name for name in CPU_FEATURES if capabilities.get(name)]
 
 
-def cpu_dtype(flags: Collection[str]) -> torch.dtype:
+def cpu_dtype(features: Collection[str]) -> torch.dtype:
     """bfloat16 where the CPU multiplies it in hardware, else float32 (emulated bf16 is slower than fp32)."""
-    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+    return torch.bfloat16 if "avx512_bf16" in features or "amx_bf16" in features else torch.float32
 
 
-def compute_dtype(on: torch.device | None = None) -> torch.dtype:
-    """Number format of matmuls; master weights are float32. Never fp16: its small range needs loss scaling."""
-    on = on or device()
-    if on.type == "cpu":
+def compute_dtype(target: torch.device | None = None) -> torch.dtype:
+    """Dtype of matmuls; master weights are float32. Never fp16: its small range needs loss scaling."""
+    target = target or device()
+    if target.type == "cpu":
         return cpu_dtype(instruction_sets())
-    if on.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
 
@@ -158,7 +158,7 @@ def has_compiler() -> bool:
 
 
 def describe() -> dict:
-    """The facts of this machine, ready for JSON (`card.json` has them)."""
+    """The properties of this machine, as `card.json` stores them."""
     return {
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
         "cores": cores(),
@@ -180,21 +180,21 @@ def describe() -> dict:
 # -- measurements -----------------------------------------------------------------------------------------------------
 
 
-def timed(work: Callable[[], object], on: torch.device) -> float:
+def time_call(work: Callable[[], object], target: torch.device) -> float:
     """Seconds of one call, until the device has finished."""
     start = time.perf_counter()
     work()
-    if on.type != "cpu":
+    if target.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - start
 
 
-def median_seconds(work: Callable[[], object], on: torch.device, seconds: float) -> float:
+def median_seconds(work: Callable[[], object], target: torch.device, seconds: float) -> float:
     """Median time of one call, over `seconds` and at least three calls, after one warm-up call."""
-    timed(work, on)
+    time_call(work, target)
     times = []
     while len(times) < 3 or sum(times) < seconds:
-        times.append(timed(work, on))
+        times.append(time_call(work, target))
     return statistics.median(times)
 
 
@@ -203,21 +203,21 @@ def matmul_gflops_per_second(dtype: torch.dtype, seconds: float = 1.0) -> float:
 
     The size grows until about twenty matmuls fill the time: small ones would measure the overhead.
     """
-    on = device()
+    target = device()
     for size in (512, 1024, 2048, 4096, 8192, 16384):
-        a = torch.randn(size, size, device=on, dtype=dtype)
+        a = torch.randn(size, size, device=target, dtype=dtype)
         work = partial(torch.mm, a, a, out=torch.empty_like(a))
-        timed(work, on)
-        if timed(work, on) > seconds / 20:
+        time_call(work, target)
+        if time_call(work, target) > seconds / 20:
             break
-    return 2 * size**3 / median_seconds(work, on, seconds) / 1e9
+    return 2 * size**3 / median_seconds(work, target, seconds) / 1e9
 
 
 def bandwidth_gb_per_second(seconds: float = 1.0) -> float:
     """Bandwidth of reading memory, the limit of decoding: the sum of 335 MB, more than most caches hold."""
-    on = device()
-    x = torch.ones(80 * 2**20, device=on)
-    return x.nbytes / median_seconds(x.sum, on, seconds) / 1e9
+    target = device()
+    x = torch.ones(80 * 2**20, device=target)
+    return x.nbytes / median_seconds(x.sum, target, seconds) / 1e9
 
 
 def measure(seconds: float = 1.0) -> dict:

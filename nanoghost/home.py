@@ -2,9 +2,9 @@
 
 A model is a folder under `$NANOGHOST_HOME/models/NAME/` (an adapter is called BASE@NAME and needs the folder BASE):
 
-    config.json, model.safetensors, tokenizer.json ...   what other programs read
+    config.json, model.safetensors, tokenizer.json ...   the model, in the format of Hugging Face transformers
     card.json        how the model was made (written when the stage starts, completed when it ends)
-    events.jsonl     append-only log of figures; begins with a copy of the parent's, so one folder has the whole story
+    events.jsonl     append-only log of figures; begins with a copy of the log of the parent
     state/           checkpoints for an exact resume; removed when the stage is finished
 """
 
@@ -22,6 +22,7 @@ from nanoghost.formats.model_card import ModelCard
 
 
 def home() -> Path:
+    """The folder of models, data and people: $NANOGHOST_HOME, or ~/.nanoghost."""
     return Path(os.environ.get("NANOGHOST_HOME") or Path.home() / ".nanoghost")
 
 
@@ -109,7 +110,10 @@ def write_lock(folder):
 
 
 class ModelFolder:
-    """A model folder by name. Names are names, never paths."""
+    """A model folder, addressed by its name, which is never a path.
+
+    `card` and `events` read their file at each access: another process may write it.
+    """
 
     def __init__(self, name: str):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[A-Za-z0-9][A-Za-z0-9._-]{0,63})?", name):
@@ -127,7 +131,7 @@ class ModelFolder:
         return (self.path / "card.json").exists()
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         return self.exists and bool(finish_time(self.path / "card.json"))
 
     @property
@@ -148,7 +152,10 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def finish_time(card_file: Path) -> float:
-    """Unix time when a model was finished, or 0. Reads cards of any format, so that `rm` works on older folders."""
+    """Unix time when a model was finished, or 0.
+
+    Reads cards of any format, so that `nanoghost rm` works on older folders.
+    """
     return read_json(card_file).get("finished") or 0.0
 
 
@@ -170,13 +177,13 @@ def model_names() -> list[str]:
 
 def open_model(name: str | None) -> ModelFolder:
     """The finished model of that name; with None, the one finished last."""
-    names = [n for n in model_names() if ModelFolder(n).finished]
+    names = [n for n in model_names() if ModelFolder(n).is_finished]
     if name is None:
         if not names:
             raise UserError("there is no model yet: `nanoghost speedrun` makes one")
         return ModelFolder(names[0])
     folder = ModelFolder(name)
-    if not folder.finished:
+    if not folder.is_finished:
         problem = "is not finished (rerun its command to resume)" if folder.exists else "does not exist"
         raise UserError(f"model '{name}' {problem}; finished models: {', '.join(names) or 'none'}")
     return folder

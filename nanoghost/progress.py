@@ -1,4 +1,4 @@
-"""What commands show: a progress bar for each stage, drawn from the events of events.jsonl, and the flag --json."""
+"""Output of commands: a progress bar for each stage, drawn from the events of events.jsonl, and the flag --json."""
 
 import os
 import sys
@@ -34,29 +34,30 @@ class JsonFlag:
 
 
 class Display:
-    """Call it with events. On a terminal it draws a progress bar; otherwise it prints a line every ten seconds."""
+    """Shows the progress of a stage: on a terminal as a bar, otherwise as a line every ten seconds."""
 
     def __init__(self):
         is_main_process = os.environ.get("RANK", "0") == "0"
         self.console = Console(stderr=True, quiet=not is_main_process)
         self.progress: Progress | None = None
         self.task = None
-        self.figures: dict = {}  # the latest of each kind
+        self.figures: dict = {}  # the latest value of each key
         self.last_line = 0.0
 
     def print(self, text: str) -> None:
         """Print a line to standard error, above the progress bar."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def __call__(self, event: dict) -> None:
-        if "steps" not in event:  # not a training step
+    def show(self, event: dict) -> None:
+        """Show an event of events.jsonl. Events without "steps" are not of training steps and are not shown."""
+        if "steps" not in event:
             return
         self.figures |= event
         title = TITLES.get(event["stage"], event["stage"])
         done, total = event["step"] + 1, event["steps"]
         if self.console.is_terminal:
             if self.progress is None:
-                self.open(title, total)
+                self.start_bar(title, total)
             self.progress.update(self.task, completed=done, text=summary(self.figures))
         elif done >= total or time.time() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.time()
@@ -65,7 +66,7 @@ class Display:
         if done >= total:
             self.close()
 
-    def open(self, title: str, total: int) -> None:
+    def start_bar(self, title: str, total: int) -> None:
         columns = (TextColumn("{task.description:>13}"), BarColumn(24), TextColumn("{task.fields[text]}"))
         self.progress = Progress(*columns, TimeRemainingColumn(compact=True), console=self.console)
         self.progress.start()

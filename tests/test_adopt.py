@@ -257,13 +257,13 @@ def test_the_old_model_returns_if_the_new_one_cannot_be_moved(nanoghost, source,
     monkeypatch.setattr(type(adopted.path), "rename", rename_on_full_disk)
     assert nanoghost("adopt", source, "--name", "again", "--force")[0] == 2
     assert (adopted.path / "marker").exists()
-    assert adopted.finished
+    assert adopted.is_finished
 
 
 def test_force_replaces_the_model(nanoghost, source, adopted):
     assert nanoghost("adopt", source, "--name", "again", "--force")[0] == 0
     assert not (adopted.path / "marker").exists()
-    assert adopted.finished
+    assert adopted.is_finished
     assert not list(adopted.path.parent.glob(".adopting*"))
 
 

@@ -96,7 +96,7 @@ def test_pretraining_resumes_after_kill_9_bit_for_bit(nanoghost, toy_file):
     assert nanoghost("pretrain", "--name", "whole", *common)[0] == 0
     folder = ModelFolder("killed")
     killed_after_checkpoint("pretrain", "--name", "killed", *common)
-    assert not folder.finished
+    assert not folder.is_finished
     assert nanoghost("pretrain", "--name", "killed", *common)[0] == 0
     assert losses("killed", "pretrain") == losses("whole", "pretrain")
     whole = (ModelFolder("whole").path / "model.safetensors").read_bytes()
@@ -140,7 +140,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(nanoghost, toy_file):
     assert process.returncode == 0
     assert "is saved at step" in stderr
     assert list((folder.path / "state").iterdir())
-    assert not folder.finished
+    assert not folder.is_finished
     assert nanoghost("pretrain", "--name", "stopped", *common)[0] == 0
     assert sorted(losses("stopped", "pretrain")) == list(range(150))
 
@@ -236,7 +236,7 @@ def test_a_full_disk_leaves_nothing_half_written(nanoghost, toy_file, tmp_path, 
         assert code == 2 and "No space left" in one_line(err)
         left = [p for p in disk.rglob("*") if p.is_file()]
         assert not [p for p in left if p.suffix == ".tmp" or p.name == "model.safetensors"]
-        assert not ModelFolder("full").finished
+        assert not ModelFolder("full").is_finished
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

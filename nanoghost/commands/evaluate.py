@@ -30,6 +30,6 @@ def command(settings: EvalSettings) -> None:
     else:
         baseline = "the model may have been trained on this text"  # adopted: its training data is unknown
     display.print(f"{'held-out bpb':>15}  {figures['bpb']:.3f}  ({baseline})")
-    if settings.json and distributed.rank_and_world_size()[0] == 0:
+    if settings.json and distributed.is_main_process():
         keys = ("model", "bpb", "kneser_ney_bpb", "tasks", "memorized", "seconds")
         print(json.dumps({key: figures[key] for key in keys}))

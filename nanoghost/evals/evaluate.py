@@ -67,7 +67,7 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
         "memorized": asdict(memorized(model, tokenizer, base)),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    is_main_process = distributed.rank_and_world_size()[0] == 0
+    is_main_process = distributed.is_main_process()
     return folder.append_event(event) if is_main_process else event
 
 

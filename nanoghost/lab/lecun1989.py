@@ -311,7 +311,7 @@ def climb(name: str, rung: Rung, digits, labels, folds, seeds: int, display) -> 
     start = time.perf_counter()
 
     def show(event):
-        display({**event, "task": name})
+        display.show({**event, "task": name})
 
     def some(own):
         return own[: int(len(own) * rung.digits)]

@@ -99,7 +99,7 @@ class ModelRegistry:
     def _read(self, name: str) -> ModelInfo | None:
         folder = ModelFolder(name)
         base = ModelFolder(folder.base)
-        if not folder.finished or not base.finished:
+        if not folder.is_finished or not base.is_finished:
             return None
         card, base_card = folder.card, base.card
         trained_here = card.stage != "adopt"

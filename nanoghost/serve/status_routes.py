@@ -43,7 +43,7 @@ async def runs() -> JsonObject:
     entries = []
     for folder in map(ModelFolder, model_names()):
         has_report = (folder.path / "report.html").exists()
-        entry = {"name": folder.name, "stage": folder.card.stage, "finished": folder.finished, "report": has_report}
+        entry = {"name": folder.name, "stage": folder.card.stage, "finished": folder.is_finished, "report": has_report}
         entries.append(entry)
     return json_response({"data": entries})
 
