@@ -256,7 +256,7 @@ def test_changes_after_the_start_of_a_save_are_not_in_the_checkpoint(tmp_path):
     tensors = FakeOptimizer(10, rows=3_000_000).state()
     checkpoints = Checkpoints(tmp_path)
     checkpoints.start_save(10, tensors, {})
-    busy = checkpoints.busy
+    busy = checkpoints.is_saving
     tensors["bucket/master"].fill_(77)
     assert busy, "it is written while training continues"
     checkpoints.finish_save()

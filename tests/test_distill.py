@@ -23,8 +23,8 @@ from nanoghost.train.distill_loss import (
     bucket_logprobs,
     distill_loss,
     divergence,
-    gather_buckets,
-    student_buckets,
+    merge_into_buckets,
+    student_bucket_logprobs,
     teacher_buckets,
 )
 from nanoghost.train.distill_methods import accumulate_distill_gradients
@@ -81,7 +81,7 @@ def test_the_k_most_probable_tokens_and_the_true_one_have_their_own_buckets():
 def test_divergence_and_gradient_equal_those_of_the_plain_sum(beta):
     """The chunked fp32 path from hidden states to one number, against fp64 without chunks."""
     ids, _ = teacher_buckets(logits(seed=1), true_tokens(), K)
-    teacher = gather_buckets(logits(seed=1).log_softmax(1), ids)
+    teacher = merge_into_buckets(logits(seed=1).log_softmax(1), ids)
     generator = torch.Generator().manual_seed(5)
     hidden, head = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (20, V))
     h64, w64 = hidden.clone().requires_grad_(), head.clone().requires_grad_()
@@ -114,11 +114,11 @@ def test_the_size_of_the_chunks_does_not_change_the_gradient(monkeypatch):
 def test_divergence_and_gradient_from_the_same_distribution_are_zero(beta):
     student = logits().requires_grad_()
     ids, _ = teacher_buckets(logits(), true_tokens(), K)
-    own = gather_buckets(student.log_softmax(1), ids)
+    own = merge_into_buckets(student.log_softmax(1), ids)
     d = divergence(own, own.detach(), beta)
     d.sum().backward()
     assert d.abs().max() < 1e-6 and student.grad.abs().max() < 1e-6
-    other = divergence(gather_buckets(logits(seed=3).log_softmax(1), ids), own.detach(), beta)
+    other = divergence(merge_into_buckets(logits(seed=3).log_softmax(1), ids), own.detach(), beta)
     assert (other > 0).all()
 
 
@@ -128,7 +128,7 @@ def test_divergence_grows_with_the_number_of_buckets_to_the_exact_kl():
     before = torch.zeros(20, dtype=torch.float64)
     for k in (1, 5, 20, V):
         ids, buckets = teacher_buckets(logits(seed=1), teacher.argmax(1), k)
-        d = divergence(gather_buckets(student, ids), buckets, 0.0).double()
+        d = divergence(merge_into_buckets(student, ids), buckets, 0.0).double()
         assert (d >= before - 1e-5).all()
         before = d
     assert_close(before, full, rtol=1e-4, atol=1e-5)
@@ -136,7 +136,7 @@ def test_divergence_grows_with_the_number_of_buckets_to_the_exact_kl():
 
 def test_with_teacher_weight_0_it_is_cross_entropy_and_with_another_the_weighted_sum():
     ids, buckets = teacher_buckets(logits(seed=1), true_tokens(), K)
-    student = gather_buckets(logits().log_softmax(1), ids)
+    student = merge_into_buckets(logits().log_softmax(1), ids)
     plain = F.cross_entropy(logits(), true_tokens(), reduction="none")
     assert_close(distill_loss(student, buckets, ids, true_tokens(), 0.0, 0.0).double(), plain, rtol=1e-5, atol=1e-5)
     both = distill_loss(student, buckets, ids, true_tokens(), 0.0, 0.25)
@@ -176,7 +176,7 @@ def test_student_buckets_equal_those_of_the_whole_distribution(kind):
     places = (weights > 0).nonzero(as_tuple=True)
     dense = model(inputs, segments_BT=segments)[places].log_softmax(1)
     ids, buckets = teacher_buckets(dense, targets[places], K)
-    assert_close(student_buckets(model, inputs, ids, segments, places), buckets, rtol=1e-4, atol=1e-4)
+    assert_close(student_bucket_logprobs(model, inputs, ids, segments, places), buckets, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "ghost"])

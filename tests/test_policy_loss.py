@@ -18,7 +18,7 @@ from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.train.policy_loss import VARIANTS, advantages, denominators, policy_loss
 from nanoghost.train.rl import RlSettings
-from nanoghost.train.rollouts import Rollouts, compute_advantages, policy_gradient
+from nanoghost.train.rollouts import Rollouts, accumulate_policy_gradients, compute_advantages
 from tests.support.toys import toy_text
 
 FAST = settings(deadline=None, max_examples=50)
@@ -277,7 +277,7 @@ def test_ratios_of_fresh_rollouts_are_one_and_micro_batches_do_not_change_the_gr
     losses, gradients = [], []
     for micro_batch in (2, 1):
         model.zero_grad(set_to_none=True)
-        result = policy_gradient(model, rows, advantages_N, denominators_N, settings, micro_batch)
+        result = accumulate_policy_gradients(model, rows, advantages_N, denominators_N, settings, micro_batch)
         assert result.figures["ratio_max"] == pytest.approx(1, abs=1e-3)
         assert abs(result.figures["sampler_kl"]) < 1e-5
         losses.append(result.loss)

@@ -23,7 +23,7 @@ from nanoghost.optim.optimizer import Optimizer
 from nanoghost.tasks.registry import all_tasks
 from nanoghost.train import rl
 from nanoghost.train.hyperparameters import finetune_groups
-from nanoghost.train.rollouts import compute_advantages, policy_gradient, problems_of_step, rollout
+from nanoghost.train.rollouts import accumulate_policy_gradients, compute_advantages, problems_of_step, sample_rollouts
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Ours:
     def step(self) -> float:
         """Attempts a minute."""
         start = time.perf_counter()
-        rollouts = rollout(self.model, self.tokenizer, self.tasks, self.settings, self.at)
+        rollouts = sample_rollouts(self.model, self.tokenizer, self.tasks, self.settings, self.at)
         advantages_N, denominators_N = compute_advantages(rollouts, self.settings)
-        policy_gradient(self.model, rollouts.sequences, advantages_N, denominators_N, self.settings)
+        accumulate_policy_gradients(self.model, rollouts.sequences, advantages_N, denominators_N, self.settings)
         self.optimizer.step(1e-3)  # so small that the next step finds the same model
         self.at += 1
         return self.settings.problems * self.settings.attempts / (time.perf_counter() - start) * 60

@@ -1,7 +1,7 @@
 """Checkpoints for an exact resume, written in the background.
 
     state/00000120/rank-0.safetensors ...   one shard of the optimizer's state for each rank
-    state/00000120/manifest.json            step, saved values, size and SHA-256 of each file; written after all shards
+    state/00000120/manifest.json            step, saved values, size and SHA-256 of each file; written last
     state/latest                            name of the checkpoint to resume from; written after the manifest
 
 Saving copies the state; a thread writes the copy. A folder without a manifest is not a checkpoint, and files that
@@ -9,6 +9,7 @@ differ from their manifest are not read. The rows of a tensor (whole matrices fo
 numbered over all ranks, so that a run can be resumed with another number of ranks.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -26,34 +27,41 @@ from nanoghost import distributed
 from nanoghost.errors import UserError
 from nanoghost.home import write_atomic, write_json
 
-FORMAT = 3
-MAX_FAILURES = 3  # consecutive saves that may fail
+CHECKPOINT_FORMAT = 3
+MAX_FAILURES = 3  # consecutive failed saves that end the run
 
 
 class Checkpoints:
+    """The checkpoints of a run: the best one, the last `keep_last`, and one every `keep_every` steps (0: none)."""
+
     def __init__(self, folder: Path, keep_last: int = 1, keep_every: int = 0, log: Callable[[str], None] = print):
-        """`folder`: state/ of a model. Keeps the best checkpoint, the last few, and one every `keep_every` steps."""
+        """`folder`: state/ of a model."""
         self.folder, self.keep_last, self.keep_every, self.log = folder, max(1, keep_last), keep_every, log
         self.rank, self.world_size = distributed.rank_and_world_size()
         self.thread: threading.Thread | None = None
         self.error = ""  # of the thread
+        self.step = -1  # of the checkpoint that is being written
+        self.manifest: dict = {}
         self.failures = 0
-        self.last_good_step = -1
+        self.last_complete_step = -1  # of the last checkpoint that was written or loaded
 
     # -- write --
 
     @property
-    def busy(self) -> bool:
+    def is_saving(self) -> bool:
         """Whether a checkpoint is being written."""
         return self.thread is not None and self.thread.is_alive()
 
     def start_save(self, step: int, state: dict[str, torch.Tensor], values: dict, score: float = 0.0) -> None:
-        """Start writing a checkpoint; all ranks call it, and `finish_save` later. A lower `score` is a better model."""
-        if step == self.last_good_step:  # rewriting it could only lose it
+        """Start writing a checkpoint; all ranks call it, and `finish_save` later.
+
+        `values`: counters of the training loop, which `load` returns. `score`: the lower, the better the model.
+        """
+        if step == self.last_complete_step:  # writing it again would only risk a complete checkpoint
             return
         copy = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()}
         self.step = step
-        self.manifest = {"format": FORMAT, "step": step, "score": score, "values": values, "files": {}}
+        self.manifest = {"format": CHECKPOINT_FORMAT, "step": step, "score": score, "values": values, "files": {}}
         self.start_thread(self.write_shard, copy)
 
     def finish_save(self) -> str:
@@ -61,10 +69,10 @@ class Checkpoints:
         if not self.thread:
             return ""
         self.thread.join()
-        every_rank = distributed.all_gather_object((self.error, self.manifest["files"]))
-        for _, files in every_rank:
+        results = distributed.all_gather_object((self.error, self.manifest["files"]))
+        for _, files in results:
             self.manifest["files"] |= files
-        errors = [error for error, _ in every_rank if error]
+        errors = [error for error, _ in results if error]
         if self.world_size > 1:
             if self.rank == 0 and not errors:
                 self.start_thread(self.commit)
@@ -72,7 +80,7 @@ class Checkpoints:
             errors += [error for error in distributed.all_gather_object(self.error) if error]
         self.thread, self.error = None, ""
         if not errors:
-            self.failures, self.last_good_step = 0, self.step
+            self.failures, self.last_complete_step = 0, self.step
             return ""
         return self.report_failure(errors[0])
 
@@ -103,8 +111,10 @@ class Checkpoints:
         if self.rank == 0:
             (path.parent / "manifest.json").unlink(missing_ok=True)  # of a damaged checkpoint of the same step
         free = shutil.disk_usage(path.parent).free
-        if free < size * 1.05:
-            raise OSError(28, f"No space left on device: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
+        if free < size * 1.05:  # 5% for the header and the manifest
+            raise OSError(
+                errno.ENOSPC, f"No space left on device: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+            )
         content = safetensors.torch.save(tensors)
         write_atomic(path, content)
         self.manifest["files"][path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -153,7 +163,7 @@ class Checkpoints:
             return {}
 
     def load(self, optimizer) -> tuple[int, dict]:
-        """Load the last good checkpoint into the optimizer: (step, saved values), or (0, {}) if there is none yet.
+        """Load the last good checkpoint into the optimizer: (step, its `values`), or (0, {}) if there is none yet.
 
         Raises UserError if there are checkpoints and none can be read.
         """
@@ -162,15 +172,15 @@ class Checkpoints:
         candidates = sorted(self.steps(), key=lambda step: (self.path(step).name == latest_name, step), reverse=True)
         problems = []
         for step in candidates:
-            problem = next(filter(None, distributed.all_gather_object(self.find_damage(step))), "")
-            if problem:
-                problems.append(f"the checkpoint of step {step} cannot be used ({problem})")
+            damage = [text for text in distributed.all_gather_object(self.find_damage(step)) if text]
+            if damage:
+                problems.append(f"the checkpoint of step {step} cannot be used ({damage[0]})")
                 continue
             if problems:
                 self.log(f"{'; '.join(problems)}: resuming from step {step}")
             manifest = self.read_manifest(step)
             optimizer.load_state(self.read_state(step, manifest, optimizer))
-            self.last_good_step = step
+            self.last_complete_step = step
             return step, manifest["values"]
         if problems:
             raise UserError(f"{'; '.join(problems)}, and there is no other: start again with --force")
@@ -181,8 +191,8 @@ class Checkpoints:
         manifest = self.read_manifest(step)
         if not manifest:
             return "manifest.json is not valid JSON"
-        if manifest.get("format") != FORMAT:
-            return f"it has format {manifest.get('format')}, not {FORMAT}"
+        if manifest.get("format") != CHECKPOINT_FORMAT:
+            return f"it has format {manifest.get('format')}, not {CHECKPOINT_FORMAT}"
         for name in sorted(manifest["files"])[self.rank :: self.world_size]:
             path = self.path(step) / name
             if not path.exists():
@@ -206,13 +216,14 @@ class Checkpoints:
             if tensor.dim() == 0:
                 state[name] = shards[0].get_tensor(name).clone()  # a copy, not a view of the file
             else:
-                first_row = optimizer.buckets[name.rpartition("/")[0]].first_row
+                bucket_name, _, _ = name.rpartition("/")  # the optimizer names its tensors BUCKET/TENSOR
+                first_row = optimizer.buckets[bucket_name].first_row
                 state[name] = read_rows(shards, name, first_row, tensor)
         return state
 
 
 def read_rows(shards: list, name: str, first_row: int, like: torch.Tensor) -> torch.Tensor:
-    """Rows from `first_row` on of a tensor that is split over the shards, shaped like `like`; missing rows are 0."""
+    """`len(like)` rows, from `first_row` on, of a tensor that is split over the shards. Missing rows are 0."""
     rows = torch.zeros(like.shape, dtype=like.dtype)
     shard_start = 0
     for shard in shards:

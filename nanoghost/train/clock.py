@@ -61,8 +61,8 @@ def steps_that_fit(seconds: float, one_step: Callable[[int], None], trials: int 
     """Step-time calibration: how many steps fit into `seconds`, minus the time that the calibration itself takes.
 
     Runs `one_step(i)` `trials` times; it must train a throwaway copy of the model. The first third is warm-up
-    (allocation, compilation). Of the others the second fastest counts, so that a disturbance during the calibration
-    does not shorten the run. All processes get the same number.
+    (allocation, compilation). Of the others the second fastest counts, so that other load on the machine during the
+    calibration does not shorten the run. All processes get the same number.
     """
     times = []
     for i in range(trials):
@@ -70,4 +70,5 @@ def steps_that_fit(seconds: float, one_step: Callable[[int], None], trials: int 
         one_step(i)
         times.append(time.perf_counter() - start)
     step_seconds = sorted(times[trials // 3 :])[1] * 1.05  # 5% for logging and checkpoints
-    return max(1, round(distributed.all_reduce_mean((seconds - sum(times)) / step_seconds)))
+    steps = (seconds - sum(times)) / step_seconds
+    return max(1, round(distributed.all_reduce_mean(steps)))

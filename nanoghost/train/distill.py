@@ -30,7 +30,7 @@ from nanoghost.train.distill_methods import METHODS, sample_conversations, text_
 from nanoghost.train.fault_tolerance import StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
 from nanoghost.train.run import build_optimizer, load_parent, prepare_finetuning, print_figures, start_run
-from nanoghost.train.settings import DEFAULT_FINETUNE_MINUTES, FinetuneSettings, check_batch_divides
+from nanoghost.train.settings import DEFAULT_FINETUNE_MINUTES, FinetuneSettings, check_batch_is_divisible
 from nanoghost.train.teacher_cache import Teacher
 
 
@@ -43,15 +43,15 @@ class DistillSettings(FinetuneSettings):
     name: str = "pupil"
     """Name of the new model."""
     kind: str = "sequence"
-    """Learn the teacher's answers (sequence), or its probabilities for examples (token) or own samples (on-policy)."""
+    """Learn the teacher's answers (sequence), or its probabilities: of examples (token), of own samples (on-policy)."""
     data: str = "builtin"
-    """Examples: builtin (conversations), a JSONL file, or builtin+FILE; token and on-policy take text, too (as pretrain)."""
+    """Examples: builtin (conversations), a JSONL file, or builtin+FILE; token and on-policy also learn from text."""
     examples: int = 500
     """Maximum number of examples: conversations, or evenly spaced rows of text."""
     top_k: int = 32
     """Number of most probable tokens whose probability is learned individually; all others count as one."""
     beta: float | None = None
-    """0: KL(teacher || student), 1: KL(student || teacher), between: Jensen-Shannon. Default: 0, and 1 if on-policy."""
+    """0: KL(teacher || student), 1: KL(student || teacher), between: Jensen-Shannon. Default: on-policy 1, else 0."""
     teacher_weight: float = 0.7
     """Weight of the distillation loss (kind token); the rest is next-token loss."""
     max_tokens: int = 96
@@ -63,7 +63,7 @@ class DistillSettings(FinetuneSettings):
     context: int | None = None
     """Tokens in a row. Default: the student's context, at most 512."""
     learning_rate: float = 1.0
-    """Multiplier on all learning rates."""
+    """Factor on all learning rates, which are tuned; not a learning rate itself."""
     seed: int = 0
     """Random seed of the examples, their order and the sampling."""
 
@@ -73,14 +73,17 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
     display = display or Display()
     settings, parent = prepare_finetuning("distill", settings)
     teacher_folder = open_model(settings.teacher)
-    check(settings, parent, teacher_folder)
-    shards = tokenize_source(open_source(settings.data), tokenizer_of(parent)) if is_text(settings.data) else None
-    conversations = [] if shards else file_conversations(settings.data)
+    check_distill_settings(settings, parent, teacher_folder)
+    shards, conversations = None, []
+    if is_text(settings.data):
+        shards = tokenize_source(open_source(settings.data), load_base_tokenizer(parent))
+    else:
+        conversations = file_conversations(settings.data)
 
     with start_run("distill", settings, display, parent) as run:
         if run is None:
             return None
-        clock = Clock()
+        setup_clock = Clock()
         model, tokenizer = load_parent(parent, settings)
         context = finetune_context(model.config.context, settings.context)
         if shards:
@@ -93,7 +96,7 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         model, optimizer = build_optimizer(model, groups, settings)
         if run.card.steps is None:
             data = combined_sources(run.card.data, teacher_folder, shards)
-            run.update_card(teacher=teacher_folder.card, teacher_seconds=round(clock.seconds, 1), data=data)
+            run.update_card(teacher=teacher_folder.card, teacher_seconds=round(setup_clock.seconds, 1), data=data)
             steps = settings.steps or calibrated_steps(settings, parent, groups, method)
             run.update_card(steps=steps, adapters=[adapter.summary() for adapter in model.adapters])
         guard = StepGuard(run, optimizer)
@@ -124,7 +127,7 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         seconds = clock.seconds
         run.save_model(model, tokenizer)
         results = {"teacher": teacher_folder.name, "teacher_seconds": run.card.teacher_seconds, "loss": final_loss}
-        results |= final_bits_per_byte(model, shards, context)
+        results |= held_out_bits_per_byte(model, shards, context)
         figures = run.finish(tokens, seconds, throughput, model.flops_per_token(context), **results)
     display.print(f"{settings.name}: loss {final_loss:.3f} after {seconds:.0f} s of training")
     return figures
@@ -138,14 +141,15 @@ def is_text(data: str) -> bool:
     return data.partition("+")[0] not in MIXES and not data.endswith(".jsonl")
 
 
-def tokenizer_of(folder: ModelFolder):
+def load_base_tokenizer(folder: ModelFolder):
+    """The tokenizer of a model, or of the base of an adapter."""
     return load_tokenizer(ModelFolder(folder.base).path)
 
 
-def check(settings: DistillSettings, parent: ModelFolder, teacher: ModelFolder) -> None:
+def check_distill_settings(settings: DistillSettings, parent: ModelFolder, teacher: ModelFolder) -> None:
     if settings.kind not in METHODS:
         raise UserError(f"--kind: unknown '{settings.kind}'; choose from {', '.join(METHODS)}")
-    check_batch_divides(settings, distributed.rank_and_world_size()[1])
+    check_batch_is_divisible(settings, distributed.rank_and_world_size()[1])
     for name, low, high in (("beta", 0, 1), ("teacher_weight", 0, 1), ("top_k", 1, 2**20), ("examples", 1, 2**40)):
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:
@@ -154,7 +158,7 @@ def check(settings: DistillSettings, parent: ModelFolder, teacher: ModelFolder) 
         if is_text(settings.data):
             raise UserError("--kind sequence needs questions: --data builtin, or a .jsonl file of conversations")
         return
-    difference = tokenizer_difference(tokenizer_of(parent), tokenizer_of(teacher))
+    difference = tokenizer_difference(load_base_tokenizer(parent), load_base_tokenizer(teacher))
     if difference:
         raise UserError(
             f"'{parent.name}' cannot learn from the probabilities of '{teacher.name}': {difference};"
@@ -169,9 +173,9 @@ def tokenizer_difference(student, teacher) -> str:
     if student.special_tokens != teacher.special_tokens:
         return "their special tokens differ"
     for i in range(student.vocab_size):
-        of_student, of_teacher = student.token_bytes(i), teacher.token_bytes(i)
-        if of_student != of_teacher:
-            return f"token {i} is {of_student!r} for the student and {of_teacher!r} for the teacher"
+        student_bytes, teacher_bytes = student.token_bytes(i), teacher.token_bytes(i)
+        if student_bytes != teacher_bytes:
+            return f"token {i} is {student_bytes!r} for the student and {teacher_bytes!r} for the teacher"
     return ""
 
 
@@ -198,7 +202,7 @@ def calibrated_steps(settings: DistillSettings, parent: ModelFolder, groups, met
 # -- after the last step ----------------------------------------------------------------------------------------------
 
 
-def final_bits_per_byte(model, shards: Shards | None, context: int) -> dict[str, float]:
+def held_out_bits_per_byte(model, shards: Shards | None, context: int) -> dict[str, float]:
     """Bits per byte of the held-out texts, if the student learned from text."""
     if shards is None:
         return {}

@@ -3,15 +3,15 @@
 The vocabulary is divided into buckets: one for each of the k tokens that the teacher finds most probable, and one for
 all other tokens together. The true next token always has its own bucket: if it is not among the k, it replaces the
 last one. Both distributions are at temperature 1 and sum to 1 over the buckets, so a divergence of 0 means that they
-agree on the buckets. Merging tokens can only make a divergence smaller; with k = V it is the exact one.
+agree on the buckets. Merging tokens can only make a divergence smaller; with k = V it is exact.
 
     beta   divergence                                       the student
-    0      KL(teacher || student)                           covers all modes of the teacher  Hinton et al. 2015
-    1      KL(student || teacher)                           seeks the teacher's modes        Gu et al. 2024, MiniLLM
+    0      KL(teacher || student)                           is mode-covering                 Hinton et al. 2015
+    1      KL(student || teacher)                           is mode-seeking                  Gu et al. 2024, MiniLLM
     else   beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student:
            generalized Jensen-Shannon                                                        Agarwal et al. 2024, GKD
 
-N positions, D width, V vocabulary, K = k, B = K + 1 buckets; R rows, T tokens in a row.
+N positions, D width, V vocabulary, K tokens with their own bucket, B = K + 1 buckets; R rows, T tokens in a row.
 """
 
 import math
@@ -24,12 +24,12 @@ from nanoghost.model.layout import causal_layout
 
 
 def teacher_buckets(logits_NV, targets_N, k: int):
-    """(ids of the tokens with their own bucket, (N, K), the teacher's log P of every bucket, (N, B) fp32)."""
+    """ids_NK of the tokens with their own bucket, and logprobs_NB, the teacher's log P of each bucket, in fp32."""
     logprobs_NV = torch.log_softmax(logits_NV.float(), 1)
     ids_NK = logprobs_NV.topk(min(k, logits_NV.size(1)), 1).indices
     missing_N = (ids_NK != targets_N[:, None]).all(1)
     ids_NK[missing_N, -1] = targets_N[missing_N]
-    return ids_NK, gather_buckets(logprobs_NV, ids_NK)
+    return ids_NK, merge_into_buckets(logprobs_NV, ids_NK)
 
 
 def divergence(student_NB, teacher_NB, beta: float):
@@ -57,10 +57,10 @@ def distill_loss(student_NB, teacher_NB, ids_NK, targets_N, beta: float, teacher
 # -- the student's buckets --------------------------------------------------------------------------------------------
 
 
-def student_buckets(model, tokens_RT, ids_NK, segments_RT, positions):
+def student_bucket_logprobs(model, tokens_RT, ids_NK, segments_RT, positions):
     """log P of the tokens `ids_NK` at each of `positions` (row, position), and of all others together: (N, B) fp32."""
-    if isinstance(model, Ghost):  # its copy heads add to the softmax of the head: only `forward` has the sum
-        return gather_buckets(model(tokens_RT, segments_BT=segments_RT)[positions], ids_NK)
+    if isinstance(model, Ghost):  # its copy heads change the output distribution, which only `forward` computes
+        return merge_into_buckets(model(tokens_RT, segments_BT=segments_RT)[positions], ids_NK)
     h_RTD = model.hidden(tokens_RT, causal_layout(tokens_RT, model.dtype, segments_RT))
     return bucket_logprobs(h_RTD[positions], model.head_weight, ids_NK)
 
@@ -81,9 +81,9 @@ def bucket_logprobs(hidden_ND, head_VD, ids_NK):
     return _BucketLogProbs.apply(hidden_ND, head_VD, ids_NK)
 
 
-def gather_buckets(logprobs_NV, ids_NK):
+def merge_into_buckets(logprobs_NV, ids_NK):
     """log P of the buckets (N, B) from the log-probabilities of the whole vocabulary."""
-    return _buckets(logprobs_NV.exp(), ids_NK).log()
+    return _bucket_probs(logprobs_NV.exp(), ids_NK).log()
 
 
 class _BucketLogProbs(torch.autograd.Function):
@@ -94,7 +94,7 @@ class _BucketLogProbs(torch.autograd.Function):
         buckets_NB = torch.empty(N, K + 1, dtype=torch.float32, device=hidden_ND.device)
         for s in _chunks(N, len(head_VD)):
             probs_NV[s] = torch.softmax(hidden_ND[s] @ head_VD.T, 1)
-            buckets_NB[s] = _buckets(probs_NV[s], ids_NK[s])
+            buckets_NB[s] = _bucket_probs(probs_NV[s], ids_NK[s])
         ctx.save_for_backward(hidden_ND, head_VD, ids_NK, probs_NV, buckets_NB)
         return buckets_NB.log()
 
@@ -117,7 +117,7 @@ def _chunks(positions: int, vocabulary: int):
     return [slice(i, i + size) for i in range(0, positions, size)]
 
 
-def _buckets(probs_NV, ids_NK):
-    """Probabilities of K tokens and of all others together: (N, B) fp32, at least 1e-30."""
+def _bucket_probs(probs_NV, ids_NK):
+    """Probabilities of K tokens and of all others together: (N, B) fp32, at least 1e-30 so that their log is finite."""
     others_N = probs_NV.scatter(1, ids_NK, 0.0).sum(1, dtype=torch.float32)
     return torch.cat([probs_NV.gather(1, ids_NK).float(), others_N[:, None]], 1).clamp_min(1e-30)

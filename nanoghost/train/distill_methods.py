@@ -15,9 +15,10 @@ from nanoghost.errors import UserError
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.tasks.sft_mix import builtin_conversations
 from nanoghost.tokenizer.chat_format import render
-from nanoghost.train.distill_loss import distill_loss, student_buckets
+from nanoghost.train.distill_loss import distill_loss, student_bucket_logprobs
 from nanoghost.train.packing import PackedBatches, TokenizedExample, collate, pack, tokenize_conversations
 from nanoghost.train.run import Run
+from nanoghost.train.settings import sampling_seed
 from nanoghost.train.sft import accumulate_packed_gradients
 from nanoghost.train.teacher_cache import (
     Teacher,
@@ -71,13 +72,13 @@ class SequenceDistillation:
         examples, dropped = tokenize_conversations(answered, tokenizer, context)
         if dropped:
             run.display.print(f"{dropped} answers do not fit into {context} tokens and are dropped")
-        self.tokens = settings.batch * context
+        self.tokens_per_step = settings.batch * context
         self.batches = PackedBatches(
             examples, context, settings.batch, settings.seed, *distributed.rank_and_world_size()
         )
 
     def forward_backward(self, model, step: int) -> tuple[float, int]:
-        return accumulate_packed_gradients(model, self.batches.at(step), self.batches.world_size), self.tokens
+        return accumulate_packed_gradients(model, self.batches.at(step), self.batches.world_size), self.tokens_per_step
 
 
 class TokenDistillation:
@@ -95,7 +96,8 @@ class TokenDistillation:
     def forward_backward(self, model, step: int) -> tuple[float, int]:
         rows, loss_tokens = self.batches.rows_at(step)
         batch = collate(rows, self.examples, self.context, loss_tokens)
-        ids, logprobs = zip(*(self.targets[i] for row in rows for i in row))
+        example_targets = [self.targets[i] for row in rows for i in row]
+        ids, logprobs = zip(*example_targets)
         targets = torch.cat(ids), torch.cat(logprobs)
         loss = accumulate_distill_gradients(
             model, batch, targets, self.settings.beta or 0.0, self.settings.teacher_weight
@@ -109,31 +111,32 @@ class OnPolicyDistillation:
     def __init__(self, settings, examples, tokenizer, context: int, teacher: Teacher, run: Run):
         self.settings, self.tokenizer, self.context = settings, tokenizer, context
         if isinstance(examples[0], TokenizedExample):
-            prompts = [row.ids[: context // 4] for row in examples]  # the student continues the text
+            # The first quarter of a row is the prompt; the student continues it.
+            prompts = [row.ids[: context // 4] for row in examples]
         else:
             questions = [question for question in map(up_to_last_question, examples) if question]
             prompts = [render(question, tokenizer, generation=True)[0] for question in questions]
         self.prompts = [ids for ids in prompts if len(ids) + settings.max_tokens <= context]
         if not self.prompts:
             raise UserError(f"no prompt leaves room for {settings.max_tokens} tokens in a context of {context}")
-        self.teacher, _ = teacher.load()
+        self.teacher_model, _ = teacher.load()
         self.beta = 1.0 if settings.beta is None else settings.beta
         self.temperature = 1.0 if settings.temperature is None else settings.temperature
 
     def forward_backward(self, model, step: int) -> tuple[float, int]:
         settings, (rank, world_size) = self.settings, distributed.rank_and_world_size()
         prompts = random.Random(f"{settings.seed}-{step}").choices(self.prompts, k=settings.batch)[rank::world_size]
-        sampling = SamplingParams(settings.max_tokens, self.temperature, seed=settings.seed * 1_000_003 + step)
+        sampling = SamplingParams(settings.max_tokens, self.temperature, seed=sampling_seed(settings.seed, step))
         sequences = generate(model, self.tokenizer, prompts, sampling, rank=rank, world=world_size)
         examples = [TokenizedExample(s.token_ids, [False] * len(s.prompt_ids) + s.sampled_mask) for s in sequences]
         rows = pack([len(example.ids) for example in examples], self.context + 1, range(len(examples)))
         sampled_tokens = sum(sum(sequence.sampled_mask) for sequence in sequences)
         all_tokens = sum(len(example.ids) for example in examples)
-        of_ranks = distributed.all_gather_object((sampled_tokens, all_tokens))
-        batch = collate(rows, examples, self.context, loss_tokens=sum(sampled for sampled, _ in of_ranks))
-        targets = teacher_targets(self.teacher, batch, settings.top_k, self.tokenizer.vocab_size)
+        counts = distributed.all_gather_object((sampled_tokens, all_tokens))  # of all processes
+        batch = collate(rows, examples, self.context, loss_tokens=sum(sampled for sampled, _ in counts))
+        targets = teacher_targets(self.teacher_model, batch, settings.top_k, self.tokenizer.vocab_size)
         loss = accumulate_distill_gradients(model, batch, targets, self.beta, teacher_weight=1.0)
-        return loss, sum(tokens for _, tokens in of_ranks)
+        return loss, sum(tokens for _, tokens in counts)
 
 
 METHODS = {"sequence": SequenceDistillation, "token": TokenDistillation, "on-policy": OnPolicyDistillation}
@@ -151,7 +154,7 @@ def accumulate_distill_gradients(model, batch, targets, beta: float, teacher_wei
         end = start + len(in_loss[0])
         ids_NK, teacher_NB = (tensor[start:end].to(hardware.device()) for tensor in targets)
         start = end
-        student_NB = student_buckets(model, inputs, ids_NK, segments, in_loss)
+        student_NB = student_bucket_logprobs(model, inputs, ids_NK, segments, in_loss)
         loss_N = distill_loss(student_NB, teacher_NB, ids_NK, next_tokens[in_loss], beta, teacher_weight)
         loss = (loss_N * weights[in_loss]).sum() * world_size  # the optimizer averages gradients over processes
         loss.backward()

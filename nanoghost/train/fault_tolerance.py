@@ -1,4 +1,4 @@
-"""What keeps a training run alive: checkpoints, NaN losses, out-of-memory errors, hanging processes."""
+"""Fault tolerance of a training run: checkpoints, NaN losses, out-of-memory errors, hanging processes."""
 
 import faulthandler
 import math
@@ -17,7 +17,8 @@ from nanoghost.train.checkpoints import Checkpoints
 from nanoghost.train.clock import Clock
 from nanoghost.train.run import Run
 
-MAX_BAD_BATCHES = 3  # consecutive batches that --bad-loss skip skips, and rollbacks that --bad-loss roll-back makes
+MAX_SKIPPED_BATCHES = 3  # consecutive ones, with --bad-loss skip
+MAX_ROLLBACKS = 3  # in a run, with --bad-loss roll-back
 
 
 class StepGuard:
@@ -34,7 +35,7 @@ class StepGuard:
     """
 
     def __init__(self, run: Run, optimizer):
-        self.run, self.optimizer, self.policy = run, optimizer, run.settings.bad_loss
+        self.run, self.optimizer, self.bad_loss_action = run, optimizer, run.settings.bad_loss
         settings, log = run.settings, run.display.print
         self.checkpoints = Checkpoints(run.folder.path / "state", settings.keep_last, settings.keep_every, log)
         self.watchdog = None
@@ -61,21 +62,24 @@ class StepGuard:
         return step + sum(count for first, count in self.run.card.skipped_batches if step >= first)
 
     def save_if_due(self, step: int, clock: Clock, score: float, **values) -> None:
-        """Between gradients and update: save the state before `step` if it is time. Raises Stopped, with everything
-        saved, if a stop was requested.
+        """Save a checkpoint of the state before `step` if one is due. Call it between gradients and update.
 
-        `score`: quality of the model in this step, lower is better. `values` are saved with the checkpoint.
+        If a stop was requested, saves a checkpoint and raises Stopped. `score`: the lower, the better the model.
+        `values` are saved with the checkpoint.
         """
         if self.watchdog:
             self.watchdog.reset()
-        rollback_target = step == 0 and self.policy == "roll-back"  # the first rollback needs something to go back to
-        flags = (self.run.stop.requested, clock.checkpoint_due() or rollback_target, self.checkpoints.busy)
-        stop, due, busy = (flag > 0 for flag in distributed.all_reduce_mean(*flags))  # all processes decide alike
-        self.run.stop.requested = stop
-        if stop or not busy:
+        rollback_target = (
+            step == 0 and self.bad_loss_action == "roll-back"
+        )  # the first rollback needs something to go back to
+        flags = (self.run.stop_flag.requested, clock.checkpoint_due() or rollback_target, self.checkpoints.is_saving)
+        # A flag that is set in one process counts for all of them, so that they decide alike.
+        stop, due, is_saving = (mean > 0 for mean in distributed.all_reduce_mean(*flags))
+        self.run.stop_flag.requested = stop
+        if stop or not is_saving:
             self.checkpoints.finish_save()
         self.scores.append(score)
-        if (step > 0 or rollback_target) and (stop or (due and not busy)):
+        if (step > 0 or rollback_target) and (stop or (due and not is_saving)):
             mean_score = sum(self.scores) / len(self.scores)
             self.checkpoints.start_save(step, self.optimizer.state(), values | {"seconds": clock.seconds}, mean_score)
             self.scores = []
@@ -98,18 +102,18 @@ class StepGuard:
             self.watchdog.reset()
         self.checkpoints.finish_save()
         self.optimizer.zero_grad()
-        of_ranks = distributed.all_gather_object((local_loss, examples))
-        bad_ranks = {rank: examples for rank, (loss, examples) in enumerate(of_ranks) if not math.isfinite(loss)}
-        bad_value = next(loss for loss, _ in of_ranks if not math.isfinite(loss))
-        first_examples = next(iter(bad_ranks.values()))[:4]
+        results = distributed.all_gather_object((local_loss, examples))
+        bad_results = {rank: result for rank, result in enumerate(results) if not math.isfinite(result[0])}
+        bad_value, first_examples = next(iter(bad_results.values()))
         problem = (
-            f"the loss is {bad_value} at step {step}, on rank {', '.join(map(str, bad_ranks))}"
-            f" (training examples {first_examples} ...)"
+            f"the loss is {bad_value} at step {step}, on rank {', '.join(map(str, bad_results))}"
+            f" (training examples {first_examples[:4]} ...)"
         )
-        self.run.log_event(step, bad_loss=str(bad_value), examples=bad_ranks, action=self.policy)
-        if self.policy == "skip":
+        bad_examples = {rank: rank_examples for rank, (_, rank_examples) in bad_results.items()}
+        self.run.log_event(step, bad_loss=str(bad_value), examples=bad_examples, action=self.bad_loss_action)
+        if self.bad_loss_action == "skip":
             self.skip_batch(step, problem)
-        elif self.policy == "roll-back":
+        elif self.bad_loss_action == "roll-back":
             self.roll_back(step, problem)
         else:
             raise UserError(
@@ -120,9 +124,9 @@ class StepGuard:
     def skip_batch(self, step: int, problem: str) -> None:
         consecutive = self.skipped_steps[-1:] == [step - 1]
         self.skipped_steps = [*self.skipped_steps, step] if consecutive else [step]
-        if len(self.skipped_steps) > MAX_BAD_BATCHES:
+        if len(self.skipped_steps) > MAX_SKIPPED_BATCHES:
             raise UserError(
-                f"{problem}, as at the {MAX_BAD_BATCHES} steps before; the last checkpoint is unaffected:"
+                f"{problem}, as at the previous {MAX_SKIPPED_BATCHES} steps; the last checkpoint is unaffected:"
                 " try --bad-loss roll-back"
             )
         self.run.display.print(f"{problem}: skipping this batch")
@@ -130,9 +134,9 @@ class StepGuard:
     def roll_back(self, step: int, problem: str) -> None:
         """Return to the last checkpoint and skip the batches from there up to the bad one."""
         skipped = self.run.card.skipped_batches
-        if len(skipped) == MAX_BAD_BATCHES:
+        if len(skipped) == MAX_ROLLBACKS:
             raise UserError(
-                f"{problem}, after {MAX_BAD_BATCHES} rollbacks; the last checkpoint is unaffected:"
+                f"{problem}, after {MAX_ROLLBACKS} rollbacks; the last checkpoint is unaffected:"
                 " restart with --force and a smaller --learning-rate"
             )
         self.next_step, _ = self.checkpoints.load(self.optimizer)
@@ -199,7 +203,7 @@ class AutoMicroBatch:
                 self.fits = True
                 return loss
             except RuntimeError as error:
-                # With FSDP all processes must run the same number of passes, so none may choose a smaller one alone
+                # With FSDP all processes must run the same number of passes, so none may reduce its micro-batch alone
                 if self.fits or not is_out_of_memory(error) or is_sharded(model):
                     raise
                 if self.rows == 1:
@@ -214,5 +218,5 @@ class AutoMicroBatch:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch.OutOfMemoryError is for devices; the CPU allocator raises a plain RuntimeError."""
+    """Accelerators raise torch.OutOfMemoryError; the CPU allocator raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

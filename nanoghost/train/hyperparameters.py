@@ -8,17 +8,18 @@ from nanoghost.formats.model_card import ModelCard
 from nanoghost.optim.optimizer import UpdateRule
 
 # The shortest run in which a depth reaches a lower loss than the next smaller one: depth -> minutes on a machine with
-# REFERENCE_GFLOPS. Measured up to depth 4 (docs/results), extrapolated beyond.
+# REFERENCE_GFLOPS_PER_SECOND. Measured up to depth 4 (docs/results), extrapolated beyond.
 MIN_MINUTES_FOR_DEPTH = {2: 0.0, 3: 2.2, 4: 8.0, 6: 60.0, 8: 240.0, 12: 3000.0}
-REFERENCE_GFLOPS = 380.0  # matmul GFLOP/s of two Zen 4 cores in bf16
+REFERENCE_GFLOPS_PER_SECOND = 380.0  # matmul GFLOP/s of two Zen 4 cores in bf16
 DEFAULT_DEPTH = 4
+MIN_MINUTES_TO_COMPILE = 15
 
 
-def depth_for(minutes: float | None, gflops_per_second: float = REFERENCE_GFLOPS) -> tuple[int, str]:
+def depth_for(minutes: float | None, gflops_per_second: float = REFERENCE_GFLOPS_PER_SECOND) -> tuple[int, str]:
     """(depth, reason): the depth with the lowest loss after `minutes` of training at this matmul throughput."""
     if minutes is None:
         return DEFAULT_DEPTH, f"depth {DEFAULT_DEPTH} is the default where no minutes are given"
-    reference_minutes = minutes * gflops_per_second / REFERENCE_GFLOPS
+    reference_minutes = minutes * gflops_per_second / REFERENCE_GFLOPS_PER_SECOND
     depth = max(d for d, min_minutes in MIN_MINUTES_FOR_DEPTH.items() if min_minutes <= reference_minutes)
     return depth, f"depth {depth} learns most in {minutes:g} minutes at {gflops_per_second:.0f} GFLOP/s"
 
@@ -33,7 +34,7 @@ def pretrain_groups(width: int, scale: float = 1.0, adamw_scale: float = 1.0) ->
     """Optimizer settings by parameter group, tuned at width 256. The learning rates of the head and of the embedding
     tables are proportional to 1 / sqrt(width).
 
-    `scale` multiplies all learning rates, `adamw_scale` those of AdamW in addition.
+    `scale` (--learning-rate) multiplies all learning rates, `adamw_scale` those of AdamW in addition.
     """
     adamw = scale * adamw_scale * (256 / width) ** 0.5
     return {
@@ -63,7 +64,7 @@ def scaled(group: UpdateRule, scale: float) -> UpdateRule:
     return replace(group, learning_rate=group.learning_rate * scale)
 
 
-# -- the rest ---------------------------------------------------------------------------------------------------------
+# -- context, compilation ---------------------------------------------------------------------------------------------
 
 
 def finetune_context(model_context: int, requested: int | None = None) -> int:
@@ -84,5 +85,6 @@ def compile_decision(requested: str, minutes: float | None) -> dict:
         return {"on": False, "reason": "there is no C++ compiler"}
     if requested == "on":
         return {"on": True, "reason": "--compile on"}
-    pays = minutes is not None and minutes > 15
-    return {"on": pays, "reason": "it pays off in a run this long" if pays else "a run this short would not repay it"}
+    if minutes is not None and minutes > MIN_MINUTES_TO_COMPILE:
+        return {"on": True, "reason": "it pays off in a run this long"}
+    return {"on": False, "reason": "a run this short would not repay it"}

@@ -16,7 +16,7 @@ from nanoghost.tokenizer.chat_format import render, truncate_oldest_turns
 
 @dataclass
 class TokenizedExample:
-    """A tokenized conversation or text."""
+    """A tokenized conversation or row of text."""
 
     ids: list[int]
     """Token ids."""
@@ -29,9 +29,9 @@ def tokenize_conversations(
 ) -> tuple[list[TokenizedExample], int]:
     """(examples, number of conversations that were dropped).
 
-    A conversation longer than `context` loses its oldest turns. If its last turn alone is too long, its end is cut off:
-    the answer is learned as far as it fits, and its stop token is not. A conversation that then has no token in the
-    loss is dropped, so that no row consists of padding.
+    A conversation longer than `context` loses its oldest turns. If its last turn alone is too long, the end of that
+    turn is cut off, and with it the stop token. A conversation that then has no token in the loss is dropped, so that
+    no row consists of padding.
     """
     examples = []
     for messages in conversations:
@@ -75,8 +75,8 @@ class PackedBatches:
     def __init__(
         self, examples: list[TokenizedExample], context: int, rows: int, seed: int, rank: int = 0, world_size: int = 1
     ):
-        """`rows`: in a step, over all processes."""
-        self.examples, self.context, self.rows, self.seed = examples, context, rows, seed
+        """`rows`: number of rows in a step, over all processes."""
+        self.examples, self.context, self.rows_per_step, self.seed = examples, context, rows, seed
         self.rank, self.world_size = rank, world_size
         self.lengths = [len(example.ids) for example in examples]
         self.epochs: list[list[list[int]]] = []  # rows of each epoch, packed when they are needed
@@ -92,9 +92,13 @@ class PackedBatches:
         epoch = next(e for e in range(len(self.epochs)) if number < self.first_rows[e + 1])
         return self.epochs[epoch][number - self.first_rows[epoch]]
 
+    def rows_in_first_epoch(self) -> int:
+        self.row(0)  # packs the first epoch
+        return self.first_rows[1]
+
     def rows_at(self, step: int) -> tuple[list[list[int]], int]:
         """(example indices in each row of this process, number of tokens in the loss over all processes)."""
-        all_rows = [self.row(number) for number in range(step * self.rows, (step + 1) * self.rows)]
+        all_rows = [self.row(number) for number in range(step * self.rows_per_step, (step + 1) * self.rows_per_step)]
         loss_tokens = sum(sum(self.examples[i].loss_mask) for row in all_rows for i in row)
         return all_rows[self.rank :: self.world_size], loss_tokens
 
@@ -110,8 +114,8 @@ class PackedBatches:
 def collate(rows: list[list[int]], examples: list[TokenizedExample], context: int, loss_tokens: int):
     """inputs, targets, weights, segments of packed rows, each (R, T).
 
-    weights: 1 / `loss_tokens` for targets in the loss, else 0. segments: number of the example in its row, 0 is
-    padding.
+    weights: 1 / `loss_tokens` for targets in the loss, else 0. segments: which example of its row a token belongs to,
+    from 1; 0 is padding.
     """
     R, T = len(rows), context
     ids = np.zeros((R, T + 1), np.int64)

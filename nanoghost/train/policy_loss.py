@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-NEVER = float("inf")  # a clip range without a limit
+NO_CLIP = float("inf")  # as clip_low or clip_high
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Variant:
     """What the sum over tokens is divided by; see `denominators`."""
     advantage_std: Literal["batch", "group", "none"]
     """Standard deviation that advantages are divided by."""
-    clip_low: float = NEVER
+    clip_low: float = NO_CLIP
     """Ratios below 1 - clip_low get no gradient if the advantage is negative."""
-    clip_high: float = NEVER
+    clip_high: float = NO_CLIP
     """Ratios above 1 + clip_high are clipped."""
     sequence_ratio: bool = False
     """One ratio for a whole rollout: the geometric mean over its tokens (GSPO)."""
@@ -50,9 +50,8 @@ VARIANTS = {
 
 def advantages(rewards_PG: torch.Tensor, variant: str) -> torch.Tensor:
     """Reward minus the mean of the group, (P, G); exactly 0 in groups whose rewards are all equal."""
-    has_signal_P = rewards_PG.amax(1) > rewards_PG.amin(
-        1
-    )  # the mean of equal rewards may differ from them by a rounding
+    # Not a comparison with the mean: the mean of equal rewards may differ from them by a rounding.
+    has_signal_P = rewards_PG.amax(1) > rewards_PG.amin(1)
     centered_PG = (rewards_PG - rewards_PG.mean(1, keepdim=True)) * has_signal_P[:, None]
     advantage_std = VARIANTS[variant].advantage_std
     if advantage_std == "batch":  # over groups with a signal: the others must not shrink the deviation
@@ -69,7 +68,7 @@ def denominators(mask_NT: torch.Tensor, prompts_N: torch.Tensor, variant: str, m
     """What the loss of each rollout's tokens is divided by, (N,). Computed from the whole batch, so that the size of
     the micro-batches does not change the loss.
 
-    `prompts_N`: number of the prompt of each rollout.
+    `prompts_N`: index of the prompt of each rollout.
     """
     N = len(mask_NT)
     lengths_N = mask_NT.sum(1)
@@ -87,8 +86,8 @@ def denominators(mask_NT: torch.Tensor, prompts_N: torch.Tensor, variant: str, m
 
 
 def policy_loss(logp_NT, old_logp_NT, advantages_N, mask_NT, denominators_N, variant: str) -> torch.Tensor:
-    """Scalar whose gradient ascends the expected reward. Tokens outside the mask (prompt, tool results) get no
-    gradient.
+    """The loss, a scalar: minimizing it raises the expected reward. Tokens outside the mask (prompt, tool results)
+    get no gradient.
 
     `logp_NT` carries the gradient; `old_logp_NT` is from the sampler. The sum over micro-batches is the loss of the
     batch.

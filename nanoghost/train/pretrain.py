@@ -27,7 +27,7 @@ from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
 from nanoghost.train.hyperparameters import compile_decision, depth_for, pretrain_groups
 from nanoghost.train.run import Run, build_optimizer, print_figures, start_run
-from nanoghost.train.settings import StageSettings, check_batch_divides, check_settings
+from nanoghost.train.settings import StageSettings, check_batch_is_divisible, check_settings
 
 VALIDATIONS = 10  # validation runs per training run, the one at the end included
 VALIDATION_ROWS = 32  # rows of the validation text that are scored during training
@@ -43,9 +43,9 @@ class PretrainSettings(StageSettings):
     depth: int | None = None
     """The dial: number of layers; sets width, heads and learning rates. Default: the best for the given minutes."""
     dial_minutes: float | None = None
-    """Choose the depth for this training time instead, because other stages will train the model further."""
+    """Choose the depth as if training took this long, because later stages train the model further."""
     arch: str = "ghost"
-    """Architecture, ghost or llama: a ghost learns fastest, a llama also runs in other engines."""
+    """Architecture, ghost or llama: a ghost learns faster, a llama also runs in other engines."""
     vocab_size: int = 4096
     """Number of tokens of a new tokenizer."""
     tokenizer: str | None = None
@@ -57,7 +57,7 @@ class PretrainSettings(StageSettings):
     micro_batch: int = 64
     """Rows in a forward pass of one process; fewer rows need less memory and give the same result."""
     learning_rate: float = 1.0
-    """Multiplier on all learning rates."""
+    """Factor on all learning rates, which are tuned; not a learning rate itself."""
     seed: int = 0
     """Random seed of the initial weights and of the batch order."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -74,7 +74,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     display = display or Display()
     check_settings(settings)
     check_arch(settings.arch)
-    check_batch_divides(settings, world_size)
+    check_batch_is_divisible(settings, world_size)
     source = open_source(settings.data)
     tokenizer = choose_tokenizer(settings, source, display)
     shards = tokenize_source(source, tokenizer)
@@ -84,19 +84,19 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     with start_run("pretrain", settings, display) as run:
         if run is None:
             return None
-        clock = Clock()
-        plan_run(run, settings, shards, tokenizer, batches, forward_backward, clock)
+        setup_clock = Clock()
+        plan_run(run, settings, shards, tokenizer, batches, forward_backward, setup_clock)
         steps, epochs = run.card.steps, max(1.0, batches.epochs_in(run.card.steps))
         model, optimizer = build_model(run.card.depth, settings, tokenizer, epochs)
         counts = model.parameter_counts()
         run.update_card(config=config_to_json(model.config), parameters=sum(counts.values()), parameter_counts=counts)
         guard = StepGuard(run, optimizer)
         start, saved = guard.resume()
-        display.print(describe(run.card, batches.epochs_in(steps), settings, start))
+        display.print(run_summary(run.card, batches.epochs_in(steps), settings, start))
         if run.card.compile["on"]:
             compile_blocks(model)
 
-        clock = Clock(saved.get("seconds", clock.seconds), settings.checkpoint_seconds)
+        clock = Clock(saved.get("seconds", setup_clock.seconds), settings.checkpoint_seconds)
         throughput = Throughput()
         tokens_per_step = settings.batch * settings.context
         for step in guard.steps():  # the steps that are left; after a rollback some come again
@@ -118,8 +118,9 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
             clock.count_step()
             run.log_step(step, clock, throughput, loss=loss, lr_scale=lr_scale, tokens=tokens)
             if validation_due(step, steps):
+                # An event is identified by its stage and step: this one is between two training steps.
                 run.log_event(step + 0.5, validation_bpb=validate(model, shards, settings.context))
-                throughput = Throughput()  # of training alone
+                throughput = Throughput()  # without the time of the validation
 
         seconds = clock.seconds  # without the evaluation that follows
         run.save_model(model, tokenizer)
@@ -219,7 +220,7 @@ def compile_blocks(model) -> None:
         block.compile(dynamic=False)  # with symbolic sizes, Inductor 2.13 fails on the rotary embedding
 
 
-def describe(card: ModelCard, epochs: float, settings: PretrainSettings, start: int) -> str:
+def run_summary(card: ModelCard, epochs: float, settings: PretrainSettings, start: int) -> str:
     matmul_parameters = card.parameter_counts["matrices"] + card.parameter_counts["head"]
     on = "on" if card.compile["on"] else "off"
     resumed = f"; resuming at step {start}" if start else ""
@@ -234,7 +235,7 @@ def describe(card: ModelCard, epochs: float, settings: PretrainSettings, start: 
 
 
 def validation_due(step: int, steps: int) -> bool:
-    """After each tenth of the run but the last: after that one, the whole validation text is scored."""
+    """True after each tenth of the run, except at its end, where the whole validation text is scored anyway."""
     interval = max(1, steps // VALIDATIONS)
     finished_steps = step + 1
     return finished_steps % interval == 0 and finished_steps < min(steps, VALIDATIONS * interval)
@@ -254,7 +255,7 @@ def final_bits_per_byte(model, source: Source, shards: Shards, context: int) -> 
         "validation_bpb": bits_per_byte(model, shards.tokens("val"), context, shards.bytes("val")),
         "kneser_ney_bpb": 0.0,
     }
-    if distributed.rank_and_world_size()[0] == 0:  # takes seconds on one core, and only rank 0 writes the figures
+    if distributed.is_main_process():  # takes seconds on one core, and only rank 0 writes the figures
         texts: dict[str, list[str]] = {"train": [], "val": [], "test": []}
         for document in source.documents():
             texts[document.split].append(document.text)

@@ -29,13 +29,13 @@ from nanoghost.train.fault_tolerance import StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
 from nanoghost.train.packing import PackedBatches, tokenize_conversations
 from nanoghost.train.policy_loss import VARIANTS
-from nanoghost.train.rollouts import compute_advantages, policy_gradient, rollout, rollout_stats
+from nanoghost.train.rollouts import accumulate_policy_gradients, compute_advantages, rollout_stats, sample_rollouts
 from nanoghost.train.run import Run, build_optimizer, load_parent, prepare_finetuning, print_figures, start_run
 from nanoghost.train.settings import DEFAULT_FINETUNE_MINUTES, FinetuneSettings
 from nanoghost.train.sft import accumulate_packed_gradients
 
-# AdamW moves the embedding of a rare token as far as that of a common one: with the learning rates of pretraining, a
-# reward that was seen once would rewrite a word.
+# AdamW moves the embedding of a rare token as far as that of a common one: with the learning rates of pretraining, one
+# rewarded rollout would change the embeddings of its rare tokens too much.
 ADAMW_SCALE = 0.1
 MAX_SFT_CONVERSATIONS = 4000  # of each source
 
@@ -63,7 +63,7 @@ class RlSettings(FinetuneSettings):
     eval_problems: int = 500
     """Held-out problems of each task, evaluated before and after the training."""
     learning_rate: float = 0.3
-    """Multiplier on all learning rates."""
+    """Factor on all learning rates, which are tuned; not a learning rate itself."""
     seed: int = 0
     """Random seed of the problems and the rollouts."""
 
@@ -77,13 +77,13 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
     display = display or Display()
     settings, parent = prepare_finetuning("rl", settings)
     _, world_size = distributed.rank_and_world_size()
-    check(settings, world_size)
+    check_rl_settings(settings, world_size)
     conversations = file_conversations(settings.data)
 
     with start_run("rl", settings, display, parent) as run:
         if run is None:
             return None
-        clock = Clock()
+        setup_clock = Clock()
         model, tokenizer = load_parent(parent, settings)
         root = parent.card.root
         groups = finetune_groups(root, model.config.width, settings.learning_rate, ADAMW_SCALE)
@@ -93,7 +93,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         if settings.sft_rows:
             sft_batches = pack_sft_examples(conversations, settings, parent, model, tokenizer)
         if run.card.steps is None:
-            plan_run(run, settings, parent, model, tokenizer, groups, tasks, sft_batches, clock)
+            plan_run(run, settings, parent, model, tokenizer, groups, tasks, sft_batches, setup_clock)
         model, optimizer = build_optimizer(model, groups, settings)
         guard = StepGuard(run, optimizer)
         start, saved = guard.resume()
@@ -102,16 +102,16 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         batch = f"{settings.problems} problems x {settings.rollouts} rollouts"
         display.print(f"RL training of {settings.name}: {steps} steps of {batch}, {settings.variant}{resumed}")
 
-        clock = Clock(saved.get("seconds", clock.seconds), settings.checkpoint_seconds)
+        clock = Clock(saved.get("seconds", setup_clock.seconds), settings.checkpoint_seconds)
         throughput = Throughput()
         for step in guard.steps():  # the steps that are left; after a rollback some come again
             batch_index = guard.batch_index(step)  # differs from `step` once a rollback has skipped batches
-            rollouts = rollout(model, tokenizer, tasks, settings, batch_index)
+            rollouts = sample_rollouts(model, tokenizer, tasks, settings, batch_index)
             advantages_N, denominators_N = compute_advantages(rollouts, settings)
-            gradient = policy_gradient(model, rollouts.sequences, advantages_N, denominators_N, settings)
-            loss = distributed.all_reduce_mean(gradient.loss)
+            policy = accumulate_policy_gradients(model, rollouts.sequences, advantages_N, denominators_N, settings)
+            loss = distributed.all_reduce_mean(policy.loss)
             if not math.isfinite(loss):
-                guard.handle_bad_loss(step, gradient.loss, [f"problems of batch {batch_index}"])
+                guard.handle_bad_loss(step, policy.loss, [f"problems of batch {batch_index}"])
                 continue
             stats = rollout_stats(rollouts, tasks, settings)
             guard.save_if_due(step, clock, score=-stats["reward"], tokens=tokens)
@@ -122,12 +122,13 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
                     stats["sft_loss"] = distributed.all_reduce_mean(sft_loss)
                 optimizer.step(lr_scale)
 
-            step_tokens = sum(len(sequence.completion_ids) for sequence in rollouts.sequences) + gradient.tokens
+            # Tokens that this process has sampled, and tokens that it has trained on.
+            step_tokens = sum(len(sequence.completion_ids) for sequence in rollouts.sequences) + policy.tokens
             step_tokens = round(distributed.all_reduce_mean(step_tokens) * world_size)
             tokens += step_tokens
             throughput.add(step_tokens)
             clock.count_step()
-            figures = {"loss": loss, "lr_scale": lr_scale, "tokens": tokens} | stats | gradient.figures
+            figures = {"loss": loss, "lr_scale": lr_scale, "tokens": tokens} | stats | policy.figures
             run.log_step(step, clock, throughput, **figures)
 
         seconds = clock.seconds
@@ -141,7 +142,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
     return figures
 
 
-def check(settings: RlSettings, world_size: int) -> None:
+def check_rl_settings(settings: RlSettings, world_size: int) -> None:
     if settings.variant not in VARIANTS:
         raise UserError(f"--variant: unknown '{settings.variant}'; choose from {', '.join(VARIANTS)}")
     unknown = sorted(set(settings.task_names) - set(RL_TASKS))
@@ -186,20 +187,20 @@ def plan_run(
     groups: dict[str, UpdateRule],
     tasks: dict[str, Task],
     sft_batches: PackedBatches | None,
-    clock: Clock,
+    setup_clock: Clock,
 ) -> None:
     """Evaluate the parent and decide the number of steps, once for all resumes."""
-    run.display.print(f"before: {settings.eval_problems} held-out problems of each task ...")
+    run.display.print(f"evaluating {parent.name} on {settings.eval_problems} held-out problems of each task ...")
     accuracy_before = evaluate(model, tokenizer, tasks, settings)
-    evaluation_seconds = clock.seconds  # the evaluation after the training takes as long
+    evaluation_seconds = setup_clock.seconds  # the evaluation after the training takes as long
     steps = settings.steps
     if not steps:
         trial_model, optimizer = build_optimizer(load_parent(parent, settings)[0], groups, settings)
 
         def one_step(step: int) -> None:
-            rollouts = rollout(trial_model, tokenizer, tasks, settings, step)
+            rollouts = sample_rollouts(trial_model, tokenizer, tasks, settings, step)
             advantages_N, denominators_N = compute_advantages(rollouts, settings)
-            policy_gradient(trial_model, rollouts.sequences, advantages_N, denominators_N, settings)
+            accumulate_policy_gradients(trial_model, rollouts.sequences, advantages_N, denominators_N, settings)
             if sft_batches:
                 accumulate_packed_gradients(trial_model, sft_batches.at(step), sft_batches.world_size)
             optimizer.step(0.0)

@@ -22,23 +22,35 @@ from nanoghost.model import lora
 from nanoghost.optim.fsdp import full_model, shard_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.train.clock import Clock, Throughput
-from nanoghost.train.settings import FREE_TO_CHANGE, FinetuneSettings, StageSettings, check_settings, with_adapter_name
+from nanoghost.train.settings import (
+    CHANGEABLE_ON_RESUME,
+    FinetuneSettings,
+    StageSettings,
+    check_settings,
+    with_adapter_name,
+)
 
 LOGGED_STEPS = 500  # number of steps that a run logs, evenly spaced
 
 
 class Run:
-    """A stage at work on its model folder. Only rank 0 writes."""
+    """A stage that trains one model, and the folder of that model. Only rank 0 writes."""
 
-    def __init__(self, folder: ModelFolder, stage: str, stop: StopFlag, display, settings: StageSettings):
-        self.folder, self.stage, self.stop, self.display, self.settings = folder, stage, stop, display, settings
+    def __init__(self, folder: ModelFolder, stage: str, stop_flag: StopFlag, display, settings: StageSettings):
+        self.folder, self.stage, self.stop_flag, self.display, self.settings = (
+            folder,
+            stage,
+            stop_flag,
+            display,
+            settings,
+        )
         self.card = folder.card
-        self.is_main_process = distributed.rank_and_world_size()[0] == 0
+        self.is_main_process = distributed.is_main_process()
 
     def log_event(self, step: float, **figures) -> None:
         """Append an event to events.jsonl and show it."""
         if self.is_main_process:
-            self.display(self.folder.append_event({"stage": self.stage, "step": step, **figures}))
+            self.display.show(self.folder.append_event({"stage": self.stage, "step": step, **figures}))
 
     def log_step(self, step: int, clock: Clock, throughput: Throughput, **figures) -> None:
         """Log the event of a training step, if it is one of about 500 steps to be logged."""
@@ -60,7 +72,7 @@ class Run:
             self.folder.write_card(self.card)
 
     def save_model(self, model, tokenizer) -> None:
-        """Write the model. If the processes share its weights (FSDP), they put it together first."""
+        """Write the model. If its weights are sharded over the processes (FSDP), they are gathered first."""
         model = full_model(model)
         if self.is_main_process:
             save_model(self.folder.path, model, tokenizer)
@@ -91,19 +103,19 @@ def start_run(stage: str, settings: StageSettings, display, parent: ModelFolder 
     folder = ModelFolder(settings.name)
     if "@" in folder.name and not (parent and parent.base == folder.base and ("@" in parent.name or settings.lora)):
         raise UserError(f"only adapters have names like '{folder.name}': BASE@NAME, made from BASE with --lora")
-    is_main_process = distributed.rank_and_world_size()[0] == 0
-    with write_lock(folder) if is_main_process else nullcontext(), StopFlag() as stop:
+    is_main_process = distributed.is_main_process()
+    with write_lock(folder) if is_main_process else nullcontext(), StopFlag() as stop_flag:
         if is_main_process:
             prepare_folder(folder, stage, settings, parent)
         distributed.barrier()
-        run = Run(folder, stage, stop, display, settings)
+        run = Run(folder, stage, stop_flag, display, settings)
         distributed.barrier()
         if run.card.finished:
             yield None
             return
         yield run
         distributed.barrier()  # the next stage reads what the main process has written
-        if stop.requested:  # requested after the last step: the next stage must not start
+        if stop_flag.requested:  # requested after the last step: the next stage must not start
             raise Stopped
 
 
@@ -112,17 +124,17 @@ def prepare_folder(folder: ModelFolder, stage: str, settings: StageSettings, par
     restarted_by_torchrun = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if folder.exists and settings.force and not restarted_by_torchrun:
         clear(folder)
-    relevant = {key: value for key, value in asdict(settings).items() if key not in FREE_TO_CHANGE}
-    relevant["parent"] = parent.name if parent else None
+    relevant_settings = {key: value for key, value in asdict(settings).items() if key not in CHANGEABLE_ON_RESUME}
+    relevant_settings["parent"] = parent.name if parent else None
     if not folder.exists:
         if parent:
             shutil.copy(parent.path / "events.jsonl", folder.path / "events.jsonl")
             if parent.card.root.stage == "adopt":
                 copy_license_files(parent.path, folder.path)
-        folder.write_card(new_card(folder.name, stage, relevant, parent.card if parent else None))
+        folder.write_card(new_card(folder.name, stage, relevant_settings, parent.card if parent else None))
         return
     card = folder.card
-    changed = [key for key in relevant if card.settings.get(key) != relevant[key]]
+    changed = [key for key in relevant_settings if card.settings.get(key) != relevant_settings[key]]
     if card.stage != stage or changed:
         difference = f"with other settings ({', '.join(changed)})" if changed else f"by stage {card.stage}"
         raise UserError(
@@ -200,5 +212,5 @@ def build_optimizer(model, groups, settings: StageSettings):
 
 def print_figures(figures: dict | None, settings: StageSettings) -> None:
     """Print the figures of a stage if --json asks for them."""
-    if figures and settings.json and distributed.rank_and_world_size()[0] == 0:
+    if figures and settings.json and distributed.is_main_process():
         print(json.dumps(figures))

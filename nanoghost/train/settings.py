@@ -10,8 +10,9 @@ from nanoghost.model.registry import LLAMA_FAMILY
 
 DEFAULT_FINETUNE_MINUTES = 2.5
 
-# Settings that do not affect the result of a stage. They may differ when a run is resumed.
-FREE_TO_CHANGE = (
+# Settings that may differ when a run is resumed: they do not affect its result. `name` is the name of the folder, and
+# the name of the parent is compared after `parent` is resolved (run.prepare_folder).
+CHANGEABLE_ON_RESUME = (
     "name",
     "json",
     "force",
@@ -47,7 +48,7 @@ class StageSettings:
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints."""
     keep_last: int = 2
-    """Number of recent checkpoints to keep during training, in addition to the one with the lowest loss."""
+    """Number of recent checkpoints to keep during training, in addition to the best one."""
     keep_every: int = 0
     """Keep a permanent checkpoint every N steps (0 = never)."""
     bad_loss: Literal["stop", "skip", "roll-back"] = "stop"
@@ -82,9 +83,14 @@ def check_settings(settings: StageSettings) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be positive")
 
 
-def check_batch_divides(settings, world_size: int) -> None:
+def check_batch_is_divisible(settings, world_size: int) -> None:
     if settings.batch % world_size:
         raise UserError(f"--batch {settings.batch} is not divisible by the number of processes, {world_size}")
+
+
+def sampling_seed(seed: int, batch: int) -> int:
+    """Seed of the sampler for one batch. Two seeds share none in the first million batches."""
+    return seed * 1_000_003 + batch
 
 
 def with_adapter_name(settings, parent: ModelFolder):
@@ -93,8 +99,8 @@ def with_adapter_name(settings, parent: ModelFolder):
         return settings
     if settings.lora is not None:
         check_lora(settings, parent)
-    own_name = settings.name.removeprefix(f"{parent.base}@")
-    return replace(settings, name=f"{parent.base}@{own_name}")
+    adapter_name = settings.name.removeprefix(f"{parent.base}@")
+    return replace(settings, name=f"{parent.base}@{adapter_name}")
 
 
 def check_lora(settings, parent: ModelFolder) -> None:
@@ -105,7 +111,7 @@ def check_lora(settings, parent: ModelFolder) -> None:
         raise UserError(f"'{parent.name}' already is an adapter, which is trained further: leave out --lora")
     if settings.lora < 1:
         raise UserError(f"--lora is the rank of the adapter and must be at least 1, not {settings.lora}")
-    targets = (settings.lora_targets or "q").split(",")
+    targets = settings.lora_targets.split(",") if settings.lora_targets else []
     unknown = sorted(set(targets) - set(MATRIX_MODULES))
     if unknown:
         raise UserError(f"--lora-targets: unknown '{', '.join(unknown)}'; choose from {', '.join(MATRIX_MODULES)}")

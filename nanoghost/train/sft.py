@@ -19,7 +19,7 @@ from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
 from nanoghost.train.packing import PackedBatches, tokenize_conversations
 from nanoghost.train.run import build_optimizer, load_parent, prepare_finetuning, print_figures, start_run
-from nanoghost.train.settings import DEFAULT_FINETUNE_MINUTES, FinetuneSettings, check_batch_divides
+from nanoghost.train.settings import DEFAULT_FINETUNE_MINUTES, FinetuneSettings, check_batch_is_divisible
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SftSettings(FinetuneSettings):
     context: int | None = None
     """Tokens in a row, and in the longest conversation. Default: the model's context, at most 512."""
     learning_rate: float = 1.0
-    """Multiplier on all learning rates."""
+    """Factor on all learning rates, which are tuned; not a learning rate itself."""
     seed: int = 0
     """Random seed of the conversations and their order."""
     shard: Literal["model"] | None = None
@@ -50,17 +50,18 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     settings, parent = prepare_finetuning("sft", settings)
     rank, world_size = distributed.rank_and_world_size()
     if settings.shard:
-        check_batch_divides(settings, world_size)
+        check_batch_is_divisible(settings, world_size)
     conversations = file_conversations(settings.data)
     forward_backward = AutoMicroBatch(accumulate_packed_gradients, settings.batch, display.print)
 
     with start_run("sft", settings, display, parent) as run:
         if run is None:
             return None
-        clock = Clock()
+        setup_clock = Clock()
         model, tokenizer = load_parent(parent, settings)
         root = parent.card.root
-        conversations += builtin_conversations(settings.data, root, settings.name, settings.conversations, settings.seed)
+        count, seed = settings.conversations, settings.seed
+        conversations += builtin_conversations(settings.data, root, settings.name, count, seed)
         context = finetune_context(model.config.context, settings.context)
         examples, dropped = tokenize_conversations(conversations, tokenizer, context)
         if dropped:
@@ -69,7 +70,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         groups = finetune_groups(root, model.config.width, settings.learning_rate)
         model, optimizer = build_optimizer(model, groups, settings)
         if run.card.steps is None:
-            steps = settings.steps or calibrated_steps(settings, parent, groups, batches, forward_backward, clock)
+            steps = settings.steps or calibrated_steps(settings, parent, groups, batches, forward_backward, setup_clock)
             adapters = [adapter.summary() for adapter in model.adapters]
             run.update_card(steps=steps, conversations=len(examples), dropped_conversations=dropped, adapters=adapters)
         guard = StepGuard(run, optimizer)
@@ -78,7 +79,7 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         resumed = f", resuming at step {start}" if start else ""
         display.print(f"finetuning {settings.name}: {len(examples)} conversations, {steps} steps{resumed}")
 
-        clock = Clock(saved.get("seconds", clock.seconds), settings.checkpoint_seconds)
+        clock = Clock(saved.get("seconds", setup_clock.seconds), settings.checkpoint_seconds)
         throughput = Throughput()
         for step in guard.steps():  # the steps that are left; after a rollback some come again
             batch_index = guard.batch_index(step)  # differs from `step` once a rollback has skipped batches
@@ -107,8 +108,8 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
 def accumulate_packed_gradients(model, batch, world_size: int, micro_batch: int | None = None) -> float:
     """Add the gradients of this process's part of the loss over a packed batch, `micro_batch` rows at a time.
 
-    `batch`: inputs, targets, weights, segments of `PackedBatches.at`. Returns this part times `world_size`: the mean
-    of it over the processes is the loss, as the mean of the gradients is its gradient.
+    `batch`: inputs, targets, weights, segments of `PackedBatches.at`. Returns this part times
+    `world_size`, so that the mean over the processes is the loss of the batch; the same holds for the gradients.
     """
     total = 0.0
     rows = micro_batch or len(batch[0]) or 1  # a process has no rows if there are fewer than processes
@@ -124,7 +125,7 @@ def accumulate_packed_gradients(model, batch, world_size: int, micro_batch: int 
 
 
 def calibrated_steps(
-    settings: SftSettings, parent: ModelFolder, groups, batches: PackedBatches, forward_backward, clock: Clock
+    settings: SftSettings, parent: ModelFolder, groups, batches: PackedBatches, forward_backward, setup_clock: Clock
 ) -> int:
     """Number of steps that fit into --minutes, from steps with a throwaway model."""
     model, optimizer = build_optimizer(load_parent(parent, settings)[0], groups, settings)
@@ -133,7 +134,7 @@ def calibrated_steps(
         forward_backward(model, batches.at(step), batches.world_size)
         optimizer.step(0.0)
 
-    return steps_that_fit((settings.minutes or DEFAULT_FINETUNE_MINUTES) * 60 - clock.seconds, one_step)
+    return steps_that_fit((settings.minutes or DEFAULT_FINETUNE_MINUTES) * 60 - setup_clock.seconds, one_step)
 
 
 def command(settings: SftSettings) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,14 @@ from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, home, write_atomic
 from nanoghost.tokenizer.chat_format import render, truncate_oldest_turns
 from nanoghost.tools.registry import TOOLS, run_tool
-from nanoghost.train.clock import Clock
 from nanoghost.train.distill_loss import logits_at, teacher_buckets
 from nanoghost.train.packing import TokenizedExample, collate, pack
 from nanoghost.train.run import Run
+from nanoghost.train.settings import sampling_seed
 
 MAX_LOGITS = 2**25  # logits in memory at once; limits the rows of a forward pass
 EXAMPLES_PER_FILE = 16  # examples that the teacher processes together
+REPORT_SECONDS = 10.0  # between messages about the progress
 
 
 class Teacher:
@@ -33,31 +35,33 @@ class Teacher:
 
     def __init__(self, folder: ModelFolder):
         self.folder = folder
-        self.loaded = None
+        self.model_and_tokenizer = None
 
     def load(self):
         """(model, tokenizer)."""
-        if self.loaded is None:
-            self.loaded = load_model(self.folder.path, hardware.compute_dtype(), hardware.device())
-        return self.loaded
+        if self.model_and_tokenizer is None:
+            self.model_and_tokenizer = load_model(self.folder.path, hardware.compute_dtype(), hardware.device())
+        return self.model_and_tokenizer
 
 
-def cached_files(content: str, key: list, count: int, compute: Callable[[int], bytes], run: Run) -> list[Path]:
-    """`count` files with the results of `compute(number)`. Missing files are computed, shared over the processes.
+def cached_files(kind: str, key: list, count: int, compute: Callable[[int], bytes], run: Run) -> list[Path]:
+    """`count` files with the results of `compute(number)`; the processes compute the missing ones together.
 
-    `key` is everything that the results depend on; the number of processes must not be part of it.
+    `kind`: answers or probabilities. `key`: everything that the results depend on; the number of processes must
+    not be part of it.
     """
-    digest = hashlib.sha256(json.dumps([content, str(hardware.compute_dtype()), *key]).encode()).hexdigest()
-    paths = [home() / "data" / f"{content}-{digest[:12]}" / f"{number:05}" for number in range(count)]
+    digest = hashlib.sha256(json.dumps([kind, str(hardware.compute_dtype()), *key]).encode()).hexdigest()
+    paths = [home() / "data" / f"{kind}-{digest[:12]}" / f"{number:05}" for number in range(count)]
     rank, world_size = distributed.rank_and_world_size()
-    last_report = Clock(checkpoint_seconds=10.0)
+    last_report = time.monotonic()
     for number in range(rank, count, world_size):
-        if run.stop.requested:
+        if run.stop_flag.requested:
             raise Stopped
         if not paths[number].exists():
             write_atomic(paths[number], compute(number))
-            if last_report.checkpoint_due() and rank == 0:
-                run.display.print(f"teacher: {number + 1} of {count} parts of the {content}")
+            if rank == 0 and time.monotonic() - last_report > REPORT_SECONDS:
+                last_report = time.monotonic()
+                run.display.print(f"teacher: {number + 1} of {count} parts of the {kind}")
     distributed.barrier()
     return paths
 
@@ -70,28 +74,30 @@ def teacher_answers(settings, prompts: list[list[dict]], teacher: Teacher, run: 
     temperature = 0.7 if settings.temperature is None else settings.temperature
 
     def compute(number: int) -> bytes:
-        some = prompts[number * EXAMPLES_PER_FILE : (number + 1) * EXAMPLES_PER_FILE]
-        seed = settings.seed * 1_000_003 + number
-        conversations = answer(*teacher.load(), some, SamplingParams(settings.max_tokens, temperature, seed=seed))
+        group = prompts[number * EXAMPLES_PER_FILE : (number + 1) * EXAMPLES_PER_FILE]
+        seed = sampling_seed(settings.seed, number)
+        conversations = generate_answers(
+            *teacher.load(), group, SamplingParams(settings.max_tokens, temperature, seed=seed)
+        )
         return "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations).encode()
 
     key = [teacher.folder.card.to_json(), prompts, settings.max_tokens, temperature, settings.seed]
     paths = cached_files("answers", key, math.ceil(len(prompts) / EXAMPLES_PER_FILE), compute, run)
-    joined = paths[0].with_name("answers.jsonl")
+    answers_file = paths[0].with_name("answers.jsonl")
     if run.is_main_process:
-        write_atomic(joined, b"".join(path.read_bytes() for path in paths))
+        write_atomic(answers_file, b"".join(path.read_bytes() for path in paths))
     distributed.barrier()
-    if not joined.stat().st_size:
+    if not answers_file.stat().st_size:
         raise UserError(f"none of the teacher's {len(prompts)} answers ended in time: try a larger --max-tokens")
-    conversations = load_conversations(joined)
+    conversations = load_conversations(answers_file)
     run.display.print(
         f"{len(conversations)} of {len(prompts)} answers ended within {settings.max_tokens} tokens;"
-        f" they are in {joined}"
+        f" they are in {answers_file}"
     )
     return conversations
 
 
-def answer(model, tokenizer, prompts: list[list[dict]], sampling: SamplingParams) -> list[list[dict]]:
+def generate_answers(model, tokenizer, prompts: list[list[dict]], sampling: SamplingParams) -> list[list[dict]]:
     """The prompts that fit into the context and whose answer ended within the limit, with the answer."""
     max_prompt = model.config.context - sampling.max_tokens
     fitting, ids = [], []
@@ -122,9 +128,9 @@ def teacher_probabilities(
 
     def compute(number: int) -> bytes:
         model, _ = teacher.load()
-        some = examples[number * EXAMPLES_PER_FILE : (number + 1) * EXAMPLES_PER_FILE]
-        rows = pack([len(example.ids) for example in some], context + 1, range(len(some)))
-        ids, logprobs = teacher_targets(model, collate(rows, some, context, 1), settings.top_k, vocab_size)
+        group = examples[number * EXAMPLES_PER_FILE : (number + 1) * EXAMPLES_PER_FILE]
+        rows = pack([len(example.ids) for example in group], context + 1, range(len(group)))
+        ids, logprobs = teacher_targets(model, collate(rows, group, context, loss_tokens=1), settings.top_k, vocab_size)
         order = torch.tensor([i for row in rows for i in row])
         return safetensors.torch.save({"ids": ids.int().cpu(), "logprobs": logprobs.cpu(), "order": order})
 

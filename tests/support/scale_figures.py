@@ -101,7 +101,7 @@ def checkpoints(seconds: float = 30.0, pairs: int = 4) -> None:
                 before = time.perf_counter()
                 if with_checkpoint and steps == 0:
                     writer.start_save(step, optimizer.state(), {})
-                elif not writer.busy:
+                elif not writer.is_saving:
                     writer.finish_save()
                 blocked += time.perf_counter() - before
                 optimizer.step(0.01)
