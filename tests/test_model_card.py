@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanoghost.errors import UserError
-from nanoghost.formats.model_card import FORMAT, ModelCard
+from nanoghost.formats.model_card import CARD_FORMAT, ModelCard
 from nanoghost.home import ModelFolder, exclusive_lock, write_lock
 
 BASE = ModelCard(name="base", stage="pretrain", parameters=10, finished=1.0)
@@ -14,7 +14,7 @@ SFT = ModelCard(name="sft", stage="sft", parent=BASE, teacher=BASE, steps=3, fig
 
 def test_a_card_survives_json_with_its_ancestors():
     values = json.loads(json.dumps(SFT.to_json()))
-    assert values["format"] == FORMAT
+    assert values["format"] == CARD_FORMAT
     assert values["parent"]["name"] == "base"
     assert ModelCard.from_json(values) == SFT
 
@@ -32,7 +32,7 @@ def old_folder():
     folder = ModelFolder("old")
     folder.write_card(BASE)
     path = folder.path / "card.json"
-    path.write_text(path.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
+    path.write_text(path.read_text().replace(f'"format": {CARD_FORMAT}', '"format": 1'))
     return folder
 
 
@@ -40,7 +40,7 @@ def test_a_folder_of_an_older_format_is_refused_in_one_line(nanoghost, old_folde
     code, _, err = nanoghost("show", "old")
     assert code == 2
     (line,) = err.strip().splitlines()
-    for text in ("'base'", "format 1", f"format {FORMAT}", "remove its folder"):
+    for text in ("'base'", "format 1", f"format {CARD_FORMAT}", "remove its folder"):
         assert text in line
 
 

@@ -19,6 +19,9 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
 PERMUTED_ARCHITECTURES = ("llama", "smollm3")
 LLAMA3_CONTEXT = 8192
 """Context that Llama 3 was trained with before its RoPE frequencies were scaled; a GGUF file does not store it."""
+LLAMA3_LOW_FREQUENCY_FACTOR, LLAMA3_HIGH_FREQUENCY_FACTOR = 1.0, 4.0
+"""Llama 3 divides frequencies with fewer rotations over that context than the first by a factor, and leaves those with
+more than the second as they are."""
 ROPE_DIVISORS = "rope_freqs.weight"
 """Tensor with one divisor for each RoPE frequency: how GGUF stores Llama 3's RoPE scaling."""
 
@@ -42,7 +45,7 @@ HEADER_CHECKS = {  # header fields that are used here and are not copied to conf
 ROPE_SCALING_KEYS = ("type", "factor", "original_context_length", "finetuned")
 
 
-# ── config ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- config -----------------------------------------------------------------------------------------------------------
 
 
 def read_config(gguf: GGUFFile) -> dict:
@@ -51,7 +54,7 @@ def read_config(gguf: GGUFFile) -> dict:
     architecture = gguf.fields["general.architecture"]
     header_checks = {f"{architecture}.{key}": check for key, check in HEADER_CHECKS.items()}
     check_fields(gguf.fields, header_checks, gguf.path)
-    _refuse_unknown(gguf, architecture)
+    _check_all_supported(gguf, architecture)
 
     def field(key: str, default=None):
         return gguf.fields.get(f"{architecture}.{key}", default)
@@ -98,7 +101,7 @@ def read_config(gguf: GGUFFile) -> dict:
     return config
 
 
-def _refuse_unknown(gguf: GGUFFile, architecture: str) -> None:
+def _check_all_supported(gguf: GGUFFile, architecture: str) -> None:
     """Raise UserError for tensors and RoPE scaling fields that would be lost."""
     unknown = [name for name in gguf.tensors if huggingface_name_of_gguf(name) is None and name != ROPE_DIVISORS]
     prefix = f"{architecture}.rope.scaling."
@@ -122,19 +125,20 @@ def _llama3_rope_scaling(gguf: GGUFFile, base: float, head_width: int) -> dict:
     frequency = base ** -(np.arange(frequency_count) / frequency_count)
     factor = float(divisors.max())
     rotations = LLAMA3_CONTEXT * frequency / (2 * math.pi)  # of each frequency over the original context
-    unscaled = np.clip((rotations - 1.0) / 3.0, 0, 1)
+    width = LLAMA3_HIGH_FREQUENCY_FACTOR - LLAMA3_LOW_FREQUENCY_FACTOR
+    unscaled = np.clip((rotations - LLAMA3_LOW_FREQUENCY_FACTOR) / width, 0, 1)
     if not (divisors >= 1).all() or not np.allclose(1 / divisors, unscaled + (1 - unscaled) / factor, rtol=1e-3):
         raise UserError(f"{gguf.path} has a RoPE scaling that nanoghost does not support ({ROPE_DIVISORS})")
     return {
         "rope_type": "llama3",
         "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
+        "low_freq_factor": LLAMA3_LOW_FREQUENCY_FACTOR,
+        "high_freq_factor": LLAMA3_HIGH_FREQUENCY_FACTOR,
         "original_max_position_embeddings": LLAMA3_CONTEXT,
     }
 
 
-# ── tensors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- tensors ----------------------------------------------------------------------------------------------------------
 
 
 def tensor_shapes(gguf: GGUFFile) -> dict[str, tuple[int, ...]]:

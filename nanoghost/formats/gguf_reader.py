@@ -23,10 +23,10 @@ READABLE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", 
 # Metadata value types: the number in the file -> format character, which is the same in `struct` and in numpy.
 NUMBER_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING_TYPE, ARRAY_TYPE = 8, 9
-ALIGNMENTS = tuple(2**i for i in range(3, 21))
-# Smallest size in bytes of an entry: what an announced number of entries is checked against.
-MIN_TENSOR_INFO_BYTES = 24
-MIN_FIELD_BYTES = 13
+ALIGNMENTS = tuple(2**i for i in range(3, 21))  # the format allows multiples of 8; files have powers of two
+# The fewest bytes that an entry of the header takes: the number of entries in the header is checked against them.
+MIN_TENSOR_INFO_BYTES = 8 + 4 + 4 + 8  # length of the name, number of dimensions, type, offset
+MIN_FIELD_BYTES = 8 + 4 + 1  # length of the key, type, value
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class GGUFFile:
         raw = np.frombuffer(self._bytes, np.uint8, info.size, info.start)
         return gguf.quants.dequantize(raw, info.type).reshape(info.shape)
 
-    # ── header ────────────────────────────────────────────────────────────────────────────────────────────────────
+    # -- header -------------------------------------------------------------------------------------------------------
 
     def _read_fields(self, count: int) -> dict:
         fields = {}
@@ -111,12 +111,14 @@ class GGUFFile:
         if tensor_type is None or tensor_type.name not in READABLE_TYPES:
             type_name = tensor_type.name if tensor_type else type_number
             raise self._error(f"tensor '{name}' is stored as {type_name}, which nanoghost cannot decode")
-        block, block_bytes = GGML_QUANT_SIZES[tensor_type]
-        if shape[-1] % block or not all(shape):
+        block_size, block_bytes = GGML_QUANT_SIZES[tensor_type]
+        if not all(shape):
+            raise self._error(f"tensor '{name}' has the shape {shape}, which holds no values")
+        if shape[-1] % block_size:
             raise self._error(
-                f"tensor '{name}' has rows of {shape[-1]} values, not a multiple of the block size {block}"
+                f"tensor '{name}' has rows of {shape[-1]} values, not a multiple of the block size {block_size}"
             )
-        info = TensorInfo(shape, tensor_type, start, math.prod(shape) // block * block_bytes)
+        info = TensorInfo(shape, tensor_type, start, math.prod(shape) // block_size * block_bytes)
         if info.start + info.size > len(self._bytes):
             raise self._error(f"tensor '{name}' lies outside of the file's {len(self._bytes)} bytes")
         return info
@@ -127,7 +129,7 @@ class GGUFFile:
             if tensors[next_name].start < tensors[name].start + tensors[name].size:
                 raise self._error(f"tensors '{name}' and '{next_name}' overlap")
 
-    # ── values ────────────────────────────────────────────────────────────────────────────────────────────────────
+    # -- values -------------------------------------------------------------------------------------------------------
 
     def _error(self, reason: str) -> UserError:
         return UserError(f"cannot read {self.path} as a GGUF file: {reason}")
@@ -146,7 +148,7 @@ class GGUFFile:
         """A number of entries, each of which takes at least `min_bytes`."""
         count = self._read_number("Q")
         if count * min_bytes > len(self._bytes) - self._position:
-            raise self._error(f"it announces {count} entries, more than fit into {len(self._bytes)} bytes")
+            raise self._error(f"its header has a count of {count} entries, more than fit into {len(self._bytes)} bytes")
         return count
 
     def _read_string(self) -> str:

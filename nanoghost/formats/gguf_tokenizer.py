@@ -26,8 +26,9 @@ TOKENIZER_CHECKS = {
 }
 SPECIAL_TOKEN_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot"))
 
-# ── pre-tokenizers ────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- pre-tokenizers ---------------------------------------------------------------------------------------------------
 
+# Parts of the regular expressions that Llama 3 and Qwen 2 split text with; they differ in how they split digits.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LETTERS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
 OTHER = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -62,11 +63,11 @@ def _split_by_regex(pattern: str):
 
 PRE_TOKENIZERS = {"gpt-2": _gpt2, "smollm": _smollm, "llama-bpe": _llama3, "qwen2": _qwen2}
 
-# ── from GGUF ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- from GGUF --------------------------------------------------------------------------------------------------------
 
 
 def read_tokenizer(gguf: GGUFFile) -> tokenizers.Tokenizer:
-    """tokenizer.json of the tokenizer in a GGUF file."""
+    """The tokenizer of a GGUF file, with all that tokenizer.json stores."""
     fields = gguf.fields
     check_fields(fields, KIND_CHECKS, gguf.path)
     kind, pre_tokenizer = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
@@ -113,14 +114,14 @@ def _check_vocabulary(gguf: GGUFFile, vocabulary: dict[str, int], merges: list[t
             raise UserError(f"{gguf.path}: the merge {merge} uses tokens that are not in the vocabulary")
 
 
-def bos_post_processor(token: str, id: int) -> processors.TemplateProcessing:
-    """Begin every text with this token. Other programs ask for it; nanoghost encodes without special tokens."""
+def bos_post_processor(token: str, token_id: int) -> processors.TemplateProcessing:
+    """Begins every text with this token, for other programs: nanoghost encodes text without special tokens."""
     return processors.TemplateProcessing(
-        single=[token, "$A"], pair=[token, "$A", token, "$B:1"], special_tokens=[(token, id)]
+        single=[token, "$A"], pair=[token, "$A", token, "$B:1"], special_tokens=[(token, token_id)]
     )
 
 
-# ── to GGUF ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- to GGUF ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ QUANTIZATIONS = {  # --quant -> how matrices are stored, and GGUF's number for a
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the file says about itself."""
+    """Metadata on the origin of the model."""
 
     name: str
     license: str
@@ -93,9 +93,9 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
         scaled, _ = rope_frequencies(config.head_width, config.rope_base, scaling)
         writer.add_tensor(ROPE_DIVISORS, (unscaled / scaled).float().numpy())
         return
-    inexpressible = scaling.keys() - {"rope_type", "type", "factor", "original_max_position_embeddings"}
-    if inexpressible:
-        raise UserError(f"this model has {rope_type} RoPE scaling with {min(inexpressible)}, which GGUF cannot express")
+    unsupported = scaling.keys() - {"rope_type", "type", "factor", "original_max_position_embeddings"}
+    if unsupported:
+        raise UserError(f"this model has {rope_type} RoPE scaling with {min(unsupported)}, which GGUF cannot express")
     writer.add_rope_scaling_type(gguf.RopeScalingType(rope_type))
     writer.add_rope_scaling_factor(scaling["factor"])
     if rope_type == "yarn":

@@ -71,7 +71,7 @@ def import_folder(source: Path, target: Path) -> dict:
     }
 
 
-# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_text_file(path: Path) -> str:
@@ -115,7 +115,7 @@ def read_special_tokens_map(tokenizer_config: dict) -> dict[str, str]:
 
 
 def read_stop_ids(source: Path, config: dict, tokenizer_eos: int | None) -> list[int]:
-    """Token ids that end an answer: from generation_config.json, or else from config.json, or else of the tokenizer."""
+    """Token ids that end an answer: from generation_config.json, else config.json, else the tokenizer."""
     eos = config.get("eos_token_id")
     generation_file = source / "generation_config.json"
     if generation_file.exists():
@@ -163,7 +163,7 @@ def _is_redundant(name: str, config: dict) -> bool:
 
 
 def read_license_name(source: Path) -> str:
-    """Name of the license: on the Hub it stands in the front matter of README.md."""
+    """Name of the license: on the Hub it is in the front matter of README.md."""
     readme = source / "README.md"
     if not readme.exists():
         return "unknown"
@@ -172,7 +172,7 @@ def read_license_name(source: Path) -> str:
     return fields.get("license_name") or fields.get("license") or "unknown"
 
 
-# ── checks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- checks -----------------------------------------------------------------------------------------------------------
 
 
 def check_tensor_shapes(shapes: dict[str, tuple], config: dict, source: Path) -> None:
@@ -188,7 +188,7 @@ def check_tensor_shapes(shapes: dict[str, tuple], config: dict, source: Path) ->
         raise UserError(f"{source} lacks the tensor {min(missing)}")
     for name, shape in expected.items():
         if shapes[name] != shape:
-            raise UserError(f"{source}: {name} has the shape {shapes[name]}; its config asks for {shape}")
+            raise UserError(f"{source}: {name} has the shape {shapes[name]}; its config requires {shape}")
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -203,7 +203,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     render([{"role": "user", "content": "Hello"}], tokenizer, generation=True)
 
 
-# ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_config_files(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 
 from nanoghost.errors import UserError
 
-FORMAT = 2
+CARD_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class ModelCard:
     data: list[dict] = field(default_factory=list)
     """Text sources that the model and its ancestors learned from: name, fingerprint, license, attribution."""
     arch: str = ""
-    """Model family: ghost or llama."""
+    """Architecture: ghost, or one of the Llama family."""
     config: dict = field(default_factory=dict)
-    """Architecture of the model, as in its `config.json`."""
+    """Hyperparameters of the architecture, as in `config.json`."""
     vocab_size: int = 0
     """Number of tokens of the tokenizer."""
     parameters: int = 0
-    """Number of parameters, an adapter's not included."""
+    """Number of parameters, without those of an adapter."""
     parameter_counts: dict[str, int] = field(default_factory=dict)
     """Number of parameters by kind (matrices, head, embeddings ...)."""
     depth: int | None = None
@@ -80,16 +80,16 @@ class ModelCard:
         for key in ("parent", "teacher"):
             if values[key]:
                 values[key] = values[key].to_json()
-        return {"format": FORMAT} | {key: value for key, value in values.items() if value is not None}
+        return {"format": CARD_FORMAT} | {key: value for key, value in values.items() if value is not None}
 
     @classmethod
     def from_json(cls, values: dict) -> "ModelCard":
         """Raises UserError if the card has another format: there is no migration of older model folders."""
         values = dict(values)
         version = values.pop("format", None)
-        if version != FORMAT:
+        if version != CARD_FORMAT:
             raise UserError(
-                f"model '{values.get('name')}' has format {version}, but this nanoghost reads format {FORMAT}:"
+                f"model '{values.get('name')}' has format {version}, but this nanoghost reads format {CARD_FORMAT}:"
                 " train the model again, or remove its folder"
             )
         for key in ("parent", "teacher"):

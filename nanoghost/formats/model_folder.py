@@ -20,7 +20,7 @@ from nanoghost.tokenizer.tokenizer import Tokenizer
 
 
 def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
-    """Write the files of a model folder, the weights last. Of a model with an adapter, write only the adapter."""
+    """Write the files of a model folder, the weights last. If the model has an adapter, write only the adapter."""
     if model.adapters:
         save_adapter(folder, model.adapters[0])
         return
@@ -30,6 +30,7 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
     }
     if "bos_token" in special_tokens_map:
         token_ids["bos_token_id"] = tokenizer.special_id(special_tokens_map["bos_token"])
+    # Default sampling parameters for other programs.
     sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
     write_json(folder / "config.json", config_to_json(model.config) | token_ids)
     write_json(folder / "generation_config.json", token_ids | sampling)

@@ -66,8 +66,9 @@ def check_fields(values: Mapping, checks: Mapping[str, Check], source) -> None:
             raise UserError(f"{source}: {key} {problem}; expected {check.expected}")
 
 
-# ── config.json of the Llama family ───────────────────────────────────────────────────────────────────────────────────
+# -- config.json of the Llama family ----------------------------------------------------------------------------------
 
+# The ranges are wide. They exclude values that no published model has and that could exhaust the memory.
 ROPE_THETA = optional(number(2, 1e12))
 ROPE_CHECKS = {"rope_type": optional(STRING), "type": optional(STRING), "rope_theta": ROPE_THETA}
 ROPE_FACTOR = {"factor": number(1, 2**20)}
