@@ -14,7 +14,7 @@ from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
 from nanoghost.formats.peft import save_adapter
 from nanoghost.home import ModelFolder
-from nanoghost.memory import acceptance, consolidate, synthesize, train_adapter
+from nanoghost.memory import acceptance, night, synthesize, train_adapter
 from nanoghost.memory.answers import greedy_answers
 from nanoghost.memory.night_record import finished_nights, read_record
 from nanoghost.memory.phrasings import phrasings
@@ -69,7 +69,7 @@ class StoppingDisplay(QuietDisplay):
     def __init__(self, stop_flag, step: int):
         self.stop_flag, self.step = stop_flag, step
 
-    def __call__(self, event: dict) -> None:
+    def show(self, event: dict) -> None:
         self.stop_flag.requested = event["step"] == self.step
 
 
@@ -135,15 +135,15 @@ def extract_names(base, extractor, messages):
 def toy(base, monkeypatch):
     """Real nights at toy size, except for fact extraction: few questions, and the toy Llama as base model."""
     ModelFolder("toy").write_card(CARD)
-    monkeypatch.setattr(consolidate, "open_fact_extractor", lambda *_: None)
-    monkeypatch.setattr(consolidate, "extract_facts", extract_names)
-    monkeypatch.setattr(consolidate, "GENERATED_GENERAL_PROMPTS", 4)
+    monkeypatch.setattr(night, "open_fact_extractor", lambda *_: None)
+    monkeypatch.setattr(night, "extract_facts", extract_names)
+    monkeypatch.setattr(night, "GENERATED_GENERAL_PROMPTS", 4)
     monkeypatch.setattr(acceptance, "HELD_OUT_GENERAL_PROMPTS", 4)
     monkeypatch.setattr(synthesize, "MAX_PER_FACT", 10)
     monkeypatch.setattr(synthesize, "MIN_PER_FACT", 4)
     few_prompts = phrasings() | {"general_prompts": {"train": phrasings()["general_prompts"]["train"][:8]}}
     monkeypatch.setattr(acceptance, "phrasings", lambda: few_prompts)
-    monkeypatch.setattr(consolidate, "unanswerable_questions", lambda facts, count: [UNANSWERABLE])
+    monkeypatch.setattr(night, "unanswerable_questions", lambda facts, count: [UNANSWERABLE])
     return ModelFolder("toy")
 
 
@@ -155,7 +155,7 @@ def accept_all(monkeypatch):
     def perfect_result(*arguments):
         return replace(run_test(*arguments), recall=1.0, kl_nats=0.0, false_refusals=0.0)
 
-    monkeypatch.setattr(consolidate, "run_acceptance_test", perfect_result)
+    monkeypatch.setattr(night, "run_acceptance_test", perfect_result)
     monkeypatch.setattr(acceptance, "MAX_RECALL_LOSS", 1.0)
     monkeypatch.setattr(acceptance, "MIN_RECALL_GAIN", -1.0)
 
@@ -199,20 +199,20 @@ def test_rejected_night_is_repeated_with_another_seed(me, toy):
 
 def test_night_stopped_in_the_acceptance_test_resumes_without_training_again(me, toy, accept_all, monkeypatch):
     me.log_message("user", "My sister is Ines.")
-    run_test, train = consolidate.run_acceptance_test, train_adapter.train_adapter
+    run_test, train = night.run_acceptance_test, train_adapter.train_adapter
     with StopFlag() as stop_flag:
 
         def stop(*arguments):
             stop_flag.requested = True
             return run_test(*arguments)
 
-        monkeypatch.setattr(consolidate, "run_acceptance_test", stop)
+        monkeypatch.setattr(night, "run_acceptance_test", stop)
         with pytest.raises(KeyboardInterrupt):
             toy_night(me, toy, stop_flag)
         assert not me.adapter
         assert not me.read_facts()
         stop_flag.requested = False
-        monkeypatch.setattr(consolidate, "run_acceptance_test", run_test)
+        monkeypatch.setattr(night, "run_acceptance_test", run_test)
         monkeypatch.setattr(train_adapter, "train_adapter", None)  # calling it would fail
         assert toy_night(me, toy, stop_flag).accepted
         assert me.adapter

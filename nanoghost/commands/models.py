@@ -117,11 +117,11 @@ def move(old: ModelFolder, new: ModelFolder) -> None:
         old.path.rename(new.path)
 
 
-def confirm_removal(model: str) -> bool:
-    """Ask the user. Raises UserError if standard input is not a terminal."""
+def confirm_removal(what: str) -> bool:
+    """Ask the user whether to remove `what`. Raises UserError if standard input is not a terminal."""
     if not sys.stdin.isatty():
-        raise UserError(f"removing model '{model}' needs --yes, because standard input is not a terminal")
-    print(f"permanently remove model '{model}'? [y/N] ", end="", file=sys.stderr, flush=True)
+        raise UserError(f"removing {what} needs --yes, because standard input is not a terminal")
+    print(f"permanently remove {what}? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -129,7 +129,7 @@ def remove_command(settings: RemoveSettings) -> None:
     folder = existing_folder(settings.model)
     if adapters := adapters_of(folder.name):
         raise UserError(f"model '{folder.name}' is the base of {', '.join(adapters)}: remove these adapters first")
-    if not settings.yes and not confirm_removal(folder.name):
+    if not settings.yes and not confirm_removal(f"model '{folder.name}'"):
         return
     with write_lock(folder):
         (

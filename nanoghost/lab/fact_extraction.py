@@ -17,7 +17,7 @@ from nanoghost import hardware
 from nanoghost.errors import StopFlag
 from nanoghost.home import open_model
 from nanoghost.memory.extract import extract_facts, open_fact_extractor
-from nanoghost.memory.extractor_data import Pair, synthetic_message
+from nanoghost.memory.extractor_data import RelationValue, synthetic_message
 from nanoghost.memory.phrasings import relations, seeded_rng
 from nanoghost.progress import Display
 
@@ -37,8 +37,8 @@ class LabExtractionSettings:
 @dataclass(frozen=True)
 class ExtractedMessage:
     text: str
-    expected: list[Pair]
-    extracted: list[Pair]
+    expected: list[RelationValue]
+    extracted: list[RelationValue]
 
     @property
     def kind(self) -> str:
@@ -108,11 +108,11 @@ def measure(kind: str, group: list[ExtractedMessage]) -> ExtractionFigures:
     )
 
 
-def ignore_case(pairs: Iterable[Pair]) -> set[Pair]:
+def ignore_case(pairs: Iterable[RelationValue]) -> set[RelationValue]:
     return {(relation.casefold(), value.casefold()) for relation, value in pairs}
 
 
-def values_of(pairs: set[Pair]) -> set[str]:
+def values_of(pairs: set[RelationValue]) -> set[str]:
     return {value for _, value in pairs}
 
 

@@ -47,8 +47,8 @@ from nanoghost.lab.sleep_scores import (
 )
 from nanoghost.lab.synthetic_users import SyntheticUser, synthesize_user
 from nanoghost.memory.answers import RoutedModel
-from nanoghost.memory.consolidate import general_training_examples, synthesize_examples
 from nanoghost.memory.extract import extract_facts, open_fact_extractor, user_messages
+from nanoghost.memory.night import general_training_examples, synthesize_examples
 from nanoghost.memory.phrasings import statement, third_person_statement
 from nanoghost.memory.recipe import AdapterRecipe
 from nanoghost.memory.router import load_router

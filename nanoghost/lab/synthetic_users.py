@@ -7,7 +7,7 @@ answer. From the second day on some facts change, with or without words that say
 import random
 from dataclasses import dataclass
 
-from nanoghost.memory.extractor_data import Pair
+from nanoghost.memory.extractor_data import RelationValue
 from nanoghost.memory.phrasings import Relation, phrasings, relations, select_split
 from nanoghost.memory.store import Fact, LogEntry, current_facts, merge_facts
 
@@ -19,7 +19,7 @@ class SyntheticMessage:
     text: str
     reply: str
     """The assistant's reply."""
-    facts: tuple[Pair, ...] = ()
+    facts: tuple[RelationValue, ...] = ()
     """The facts that the message states."""
 
 
@@ -40,7 +40,7 @@ class SyntheticUser:
                 entries.append(LogEntry(number, number, role, text))
         return entries
 
-    def fact_store(self, extracted: list[list[Pair]] | None = None, days: int | None = None) -> list[Fact]:
+    def fact_store(self, extracted: list[list[RelationValue]] | None = None, days: int | None = None) -> list[Fact]:
         """All facts after all days, or after the first `days`.
 
         `extracted`: for each message the facts of the fact extractor, instead of those that the message states.

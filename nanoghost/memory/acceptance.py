@@ -1,11 +1,11 @@
 """The acceptance test: a new adapter replaces the old one only if it recalls more and leaves general answers alone.
 
 It measures, with greedy answers and the router in place:
-    recall                    questions about stored facts, in held-out phrasings, that are answered correctly
-    false refusals            of these, questions that are answered with "You haven't told me."
-    correct abstentions       unanswerable questions that are answered so
-    general false refusals    general prompts that are answered so
-    KL                        how far the adapter alone moves the base model's answers to general prompts
+    recall                    questions about stored facts, in held-out phrasings: proportion of correct answers
+    false refusals            the same questions: proportion of answers like "You haven't told me."
+    correct abstentions       unanswerable questions: proportion of such answers, which are correct there
+    general false refusals    general prompts: proportion of such answers
+    KL                        divergence of the adapter, without the router, from the base model on general prompts
 """
 
 from dataclasses import asdict, dataclass
@@ -66,7 +66,7 @@ def run_acceptance_test(
 ) -> AcceptanceResult:
     """Test an adapter on these facts; `adapter` None: test the base model alone."""
     model = RoutedModel(base, adapter, load_router())
-    questions = [(fact, question) for fact in facts for question in question_phrasings(fact.relation)[1]]
+    questions = [(fact, question) for fact in facts for question in held_out_phrasings(fact.relation)]
     answers = model.answer([question for _, question in questions])
     correct = [is_correct(answer, fact.relation, fact.value) for answer, (fact, _) in zip(answers, questions)]
     qa_pairs = [[question, answer] for (_, question), answer in zip(questions, answers)]
@@ -113,11 +113,17 @@ def rejection_reasons(before: AcceptanceResult, after: AcceptanceResult, has_new
 # -- questions --------------------------------------------------------------------------------------------------------
 
 
+def held_out_phrasings(relation: str) -> list[str]:
+    """Questions about a relation that no adapter is trained on."""
+    _, held_out = question_phrasings(relation)
+    return held_out
+
+
 def unanswerable_phrasings(facts: list[Fact]) -> list[str]:
     """Held-out questions about relations of the schema without a fact."""
     stored = {fact.relation.casefold() for fact in facts}
     missing = [relation for relation in relations() if relation.casefold() not in stored]
-    return [question_phrasings(relation)[1][0] for relation in missing[:UNANSWERABLE_QUESTIONS]]
+    return [held_out_phrasings(relation)[0] for relation in missing[:UNANSWERABLE_QUESTIONS]]
 
 
 def training_general_prompts() -> list[str]:
@@ -138,11 +144,11 @@ def refusal_rate(answers: list[str]) -> float:
 @torch.no_grad()
 def general_divergence(base: ModelFolder, adapter: Path, recipe: AdapterRecipe) -> float:
     """KL(base || base + adapter) per token, on the base model's answers to held-out general prompts, in nats."""
-    examples, targets = general_examples(base, held_out_general_prompts(), 0, recipe)
+    examples, targets = general_examples(base, held_out_general_prompts(), generated=0, recipe=recipe)
     model, tokenizer = load_model(base.path, hardware.compute_dtype(), hardware.device())
     attach_adapters(model, [read_adapter(adapter, model.config, hardware.compute_dtype())])
     divergences = []
     for qa, target in zip(examples, targets):
-        example = AdapterExample(tokenize_example(qa, tokenizer, False, recipe.context), target)
-        divergences.append(divergence_per_token(model, [], [example]))
+        tokens = tokenize_example(qa, tokenizer, with_context=False, max_tokens=recipe.context)
+        divergences.append(divergence_per_token(model, [], [AdapterExample(tokens, target)]))
     return torch.cat(divergences).mean().item()

@@ -12,7 +12,7 @@ from nanoghost.memory.router import Router
 from nanoghost.memory.synthesize import SyntheticQA
 from nanoghost.tokenizer.chat_format import render
 
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 48  # maximum length of an answer
 
 
 class RoutedModel:
@@ -66,10 +66,10 @@ def contains_values(answer: str, values: Iterable[str]) -> bool:
 
 def is_correct(answer: str, relation: str, value: str) -> bool:
     """Whether an answer contains the value and no other value that the relation could have."""
-    rivals = other_values(relation, value)
-    return contains_values(answer, [value]) and not any(contains_values(answer, [rival]) for rival in rivals)
+    others = other_values(relation, value)
+    return contains_values(answer, [value]) and not any(contains_values(answer, [other]) for other in others)
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether an answer says that the user has not told this: right only for unanswerable questions."""
+    """Whether an answer says that the user has not told this, which is correct for unanswerable questions only."""
     return "haven't told" in answer or "have not told" in answer

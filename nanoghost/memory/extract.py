@@ -1,7 +1,7 @@
 """Fact extraction: from a user's messages to (relation, value) pairs, one line each: "sister's name: Ines".
 
-A small model does not do this by prompting. An adapter of the base model, the fact extractor, is trained for it, once
-for each base model, on synthetic messages (extractor_data.py). It reads a message with the one before it and the
+A prompt alone does not make a small model do this. An adapter, the fact extractor, is trained for it, once for each
+base model, on synthetic messages (extractor_data.py). It reads a message with the one before it and the
 reply to that, because "Her name is Ines." says little alone. Each extracted value must occur in the message itself.
 """
 
@@ -16,7 +16,7 @@ from nanoghost.errors import StopFlag
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, home
 from nanoghost.memory.answers import greedy_answers
-from nanoghost.memory.extractor_data import Pair, UserMessage, synthetic_message
+from nanoghost.memory.extractor_data import RelationValue, UserMessage, synthetic_message
 from nanoghost.memory.phrasings import seeded_rng
 from nanoghost.memory.recipe import AdapterRecipe
 from nanoghost.memory.store import LogEntry, Person
@@ -64,7 +64,7 @@ def unprocessed_messages(person: Person) -> list[tuple[LogEntry, UserMessage]]:
 # -- the fact extractor -----------------------------------------------------------------------------------------------
 
 
-def conversation(message: UserMessage, facts: list[Pair] | None = None) -> list[dict]:
+def conversation(message: UserMessage, facts: list[RelationValue] | None = None) -> list[dict]:
     """The extractor's prompt for a message and, if `facts` are given, its answer."""
     messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": message.format()}]
     if facts is None:
@@ -81,7 +81,7 @@ def open_fact_extractor(base: ModelFolder, stop_flag: StopFlag, display: Display
     folder = home() / "data" / f"fact-extractor-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "adapter" / "adapter_model.safetensors").exists():
         display.print(
-            f"training the fact extractor of {base.name}, once: some minutes"
+            f"training the fact extractor of {base.name}, once: about 10 minutes"
             " (Ctrl-C stops it; rerun the command to resume)"
         )
         model, tokenizer = load_model(base.path, hardware.compute_dtype(), hardware.device())
@@ -95,7 +95,7 @@ def open_fact_extractor(base: ModelFolder, stop_flag: StopFlag, display: Display
 
 def extract_facts(
     base: ModelFolder, extractor: Path, messages: list[UserMessage]
-) -> list[tuple[list[Pair], list[str]]]:
+) -> list[tuple[list[RelationValue], list[str]]]:
     """For each message: the extracted facts, and the lines that were rejected."""
     if not messages:
         return []
@@ -104,7 +104,7 @@ def extract_facts(
     return [parse_facts(answer, message.text) for answer, message in zip(answers, messages)]
 
 
-def parse_facts(answer: str, message: str) -> tuple[list[Pair], list[str]]:
+def parse_facts(answer: str, message: str) -> tuple[list[RelationValue], list[str]]:
     """(facts, rejected lines): a fact has a short relation, and a value that occurs in the message."""
     facts, rejected = [], []
     for line in answer.splitlines():

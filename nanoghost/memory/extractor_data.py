@@ -19,8 +19,8 @@ from nanoghost.memory.phrasings import (
     select_split,
 )
 
-MESSAGE_CHARS = 1000  # of a message that the extractor reads
-CONTEXT_CHARS = 160  # of the messages before it
+MAX_MESSAGE_CHARS = 1000  # of a message that the extractor reads
+MAX_CONTEXT_CHARS = 160  # of the messages before it
 # Beginnings of sentences that are written in lower case inside a longer sentence.
 LOWERCASED_OPENINGS = (
     "My ",
@@ -37,7 +37,7 @@ LOWERCASED_OPENINGS = (
     "Every ",
 )
 
-Pair = tuple[str, str]
+RelationValue = tuple[str, str]
 """(relation, value) of a fact."""
 
 
@@ -54,20 +54,20 @@ class UserMessage:
     def format(self) -> str:
         """The message with its context, as the extractor reads it."""
         parts = (
-            ("Earlier", self.previous[-CONTEXT_CHARS:]),
-            ("Reply", self.reply[:CONTEXT_CHARS]),
-            ("Now", self.text[:MESSAGE_CHARS]),
+            ("Earlier", self.previous[-MAX_CONTEXT_CHARS:]),
+            ("Reply", self.reply[:MAX_CONTEXT_CHARS]),
+            ("Now", self.text[:MAX_MESSAGE_CHARS]),
         )
         return "\n".join(f"{label}: {' '.join(text.split())}" for label, text in parts if text)
 
 
-def synthetic_message(rng: Random, split: str) -> tuple[UserMessage, list[Pair]]:
+def synthetic_message(rng: Random, split: str) -> tuple[UserMessage, list[RelationValue]]:
     """A user's message, and the up to three facts that it states."""
     small_talk = select_split(phrasings()["small_talk"], split)
     kind = rng.random()
     relation = rng.choice(list(relations().values()))
     value = rng.choice(relation.values)
-    previous = rng.choice([rng.choice(small_talk), stated_before(rng, split)])
+    previous = rng.choice([rng.choice(small_talk), earlier_statement(rng, split)])
     reply = rng.choice(select_split(phrasings()["replies"], split))
     if kind < 0.12:  # a fact in two messages
         previous, text = rng.choice(select_split(relation.split_statements, split))
@@ -86,7 +86,7 @@ def synthetic_message(rng: Random, split: str) -> tuple[UserMessage, list[Pair]]
         number_of_facts = 2
     else:
         number_of_facts = 3
-    sentences: dict[Pair, str] = {}
+    sentences: dict[RelationValue, str] = {}
     while len(sentences) < number_of_facts:
         pair, text = fact_sentence(rng, split)
         if pair[0] not in [relation for relation, _ in sentences]:
@@ -107,7 +107,7 @@ def message_without_facts(rng: Random, relation: Relation, small_talk: tuple[str
     return rng.choice(candidates)
 
 
-def fact_sentence(rng: Random, split: str) -> tuple[Pair, str]:
+def fact_sentence(rng: Random, split: str) -> tuple[RelationValue, str]:
     """A fact, half of the time of a relation outside the schema, and a sentence that states it."""
     outside_schema = extractor_relations(split)
     relation: Relation | ExtractorRelation
@@ -139,7 +139,7 @@ def clause(sentence: str, position: int) -> str:
     return lowercase_first(sentence) if position and sentence.startswith(LOWERCASED_OPENINGS) else sentence
 
 
-def stated_before(rng: Random, split: str) -> str:
+def earlier_statement(rng: Random, split: str) -> str:
     """A statement for the message before, which is not to be extracted again."""
     relation = rng.choice(list(relations().values()))
     return rng.choice(select_split(relation.statements, split)).format(v=rng.choice(relation.values))

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanoghost import hardware
-from nanoghost.commands.models import confirmed
+from nanoghost.commands.models import confirm_removal
 from nanoghost.errors import StopFlag, UserError
 from nanoghost.home import write_lock
-from nanoghost.memory.consolidate import base_model, run_night
 from nanoghost.memory.extract import unprocessed_messages
+from nanoghost.memory.night import base_model, run_night
 from nanoghost.memory.phrasings import statement
 from nanoghost.memory.store import Person, current_facts, merge_facts, open_person, search_facts
 from nanoghost.progress import Display
@@ -79,18 +79,20 @@ def check_settings(settings: MemorySettings) -> None:
     if len(actions) > 1:
         raise UserError(f"--{actions[0]} and --{actions[1]} exclude each other")
     if settings.add and not all(part.strip() for part in settings.add):
-        raise UserError("--add needs a relation and a value, neither of them empty")
+        raise UserError("--add needs a non-empty relation and a non-empty value")
     if settings.correct and not settings.correct[1].strip():
-        raise UserError("--correct needs a value that is not empty")
+        raise UserError("--correct needs a non-empty value")
 
 
 def store_fact(person: Person, relation: str, value: str) -> None:
     """Store a fact as if the person had written it in a chat; it supersedes an older value."""
     with write_lock(person):
         entry = person.log_message("user", f"My {relation} is {value}.")
-        fact = (relation.strip(), value.strip())
-        person.write_facts(merge_facts(person.read_facts(), [(entry, [fact])]).facts)
-    Display().print(f"stored: {statement(*fact)} The next night learns it: `nanoghost sleep --person {person.name}`")
+        relation, value = relation.strip(), value.strip()
+        person.write_facts(merge_facts(person.read_facts(), [(entry, [(relation, value)])]).facts)
+    Display().print(
+        f"stored: {statement(relation, value)} The next night learns it: `nanoghost sleep --person {person.name}`"
+    )
 
 
 def forget(person: Person, fact_id: int, model: str | None) -> None:
@@ -147,7 +149,7 @@ def export(person: Person, path: Path) -> None:
 
 
 def delete(person: Person, yes: bool) -> None:
-    if not yes and not confirmed(f"everything stored about '{person.name}'"):
+    if not yes and not confirm_removal(f"everything stored about '{person.name}'"):
         return
     with write_lock(person):
         shutil.rmtree(person.path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nanoghost.home import read_json, write_json
 from nanoghost.memory.acceptance import AcceptanceResult
-from nanoghost.memory.extractor_data import Pair
+from nanoghost.memory.extractor_data import RelationValue
 from nanoghost.memory.phrasings import statement
 from nanoghost.memory.store import LogEntry, MergedFacts, Person, current_facts
 from nanoghost.memory.train_adapter import TrainingFigures
@@ -34,7 +34,7 @@ class NightRecord:
     """Facts that were deleted just before this night."""
     last_entry_id: int | None = None
     """The chat log up to this entry was processed; None: extraction has not run."""
-    extracted: list[tuple[int, list[Pair]]] = field(default_factory=list)
+    extracted: list[tuple[int, list[RelationValue]]] = field(default_factory=list)
     """(id of the chat-log entry, its facts)."""
     rejected_lines: list[str] = field(default_factory=list)
     """Lines of the fact extractor whose value does not occur in the message."""
@@ -75,7 +75,7 @@ class NightRecord:
         self.new_facts = [statement(f.relation, f.value) for f in merged.added if f not in corrections]
         self.corrected_facts = [statement(f.relation, f.value) for f in corrections]
 
-    def facts_by_entry(self, chat_log: list[LogEntry]) -> list[tuple[LogEntry, list[Pair]]]:
+    def facts_by_entry(self, chat_log: list[LogEntry]) -> list[tuple[LogEntry, list[RelationValue]]]:
         """The extracted facts with their chat-log entries, entries that were deleted since left out."""
         entries = {entry.id: entry for entry in chat_log}
         return [(entries[entry_id], facts) for entry_id, facts in self.extracted if entry_id in entries]

@@ -1,9 +1,10 @@
 """Phrasings: how people state facts about themselves, ask for them and correct them, and how an assistant answers.
 
 `phrasings.toml` has the schema: the relations ("sister's name") that synthetic questions can be asked about, with their
-phrasings. `extractor_relations.toml` has further relations, which only the fact extractor learns.
+phrasings. `extractor_relations.toml` has further relations, which only the fact extractor learns. In a phrasing, {a}
+stands for the relation, {v} for its value, {w} for an older value.
 
-Phrasings are split. The product trains on `train` and is tuned on `val` (if a list has none, on the last quarter of
+Phrasings are split. Nights train on `train` and are tuned on `val` (if a list has none, on the last quarter of
 `train`, which is then held out); `test` is reserved for `nanoghost lab sleep`.
 """
 
@@ -16,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 FACTS_PROMPT = "You are a helpful AI assistant. Facts about the user: {facts}"
-"""System message of a model that may look at facts."""
+"""System message that shows facts to the model."""
 
 Split = str
 """train, val or test."""

@@ -18,6 +18,6 @@ class AdapterRecipe:
     general_tokens: int = 24
     """Maximum length of the base model's answers to general prompts, which the adapter must not change."""
     general_weight: float = 1.5
-    """Weight of a token in these; a token of an answer about a fact has weight 1."""
+    """Weight in the loss of a token of these answers; a token of an answer about a fact has weight 1."""
     seed: int = 0
     """Random seed."""

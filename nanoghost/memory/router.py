@@ -23,7 +23,7 @@ from nanoghost.tokenizer.chat_format import text_of
 
 QUESTIONS_PER_RELATION = 30
 PAIR_AND_CHECK_QUESTIONS = 300  # of each kind
-ARITHMETIC_COUNT = 60
+ARITHMETIC_PROMPT_COUNT = 60
 WEIGHT_DECAY = 0.1
 # Log-odds above which a message is personal. On the validation questions 1% of the personal ones stay below.
 THRESHOLD = -2.0
@@ -73,7 +73,8 @@ def training_messages() -> tuple[list[str], list[str]]:
         pair_phrasing = rng.choice(phrasings()["two_relation_questions"]["train"])
         personal.append(pair_phrasing.format(a=a.relation, b=b.relation))
         personal.append(rng.choice(CHECK_QUESTIONS).format(a=a.relation, v=rng.choice(a.values)))
-    general = [*phrasings()["general_prompts"]["train"], *(arithmetic_prompt(rng) for _ in range(ARITHMETIC_COUNT))]
+    general = list(phrasings()["general_prompts"]["train"])
+    general += [arithmetic_prompt(rng) for _ in range(ARITHMETIC_PROMPT_COUNT)]
     return personal, general
 
 
@@ -81,7 +82,7 @@ def train_router(personal: list[str], general: list[str]) -> Router:
     """Logistic regression; both classes have the same total weight."""
     index: dict[str, int] = {}
     rows = [[index.setdefault(ngram, len(index)) for ngram in word_ngrams(text)] for text in [*personal, *general]]
-    flat = torch.tensor([i for row in rows for i in row])
+    ngram_ids = torch.tensor([i for row in rows for i in row])
     offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0)
     targets = torch.tensor([1.0] * len(personal) + [0.0] * len(general))
     class_weights = torch.where(targets > 0, len(rows) / 2 / len(personal), len(rows) / 2 / len(general))
@@ -91,7 +92,7 @@ def train_router(personal: list[str], general: list[str]) -> Router:
 
     def compute_loss() -> torch.Tensor:
         optimizer.zero_grad()
-        log_odds = F.embedding_bag(flat, weights, offsets, mode="sum")[:, 0] + bias
+        log_odds = F.embedding_bag(ngram_ids, weights, offsets, mode="sum")[:, 0] + bias
         loss = F.binary_cross_entropy_with_logits(log_odds, targets, class_weights, reduction="sum")
         loss = loss + WEIGHT_DECAY * weights.square().sum()
         loss.backward()

@@ -1,4 +1,4 @@
-"""`nanoghost sleep --person NAME`: run a night (consolidate.py), or list the finished ones."""
+"""`nanoghost sleep --person NAME`: run a night (night.py), or list the finished ones."""
 
 import json
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nanoghost import hardware
 from nanoghost.errors import StopFlag
 from nanoghost.home import write_lock
-from nanoghost.memory.consolidate import base_model, run_night
+from nanoghost.memory.night import base_model, run_night
 from nanoghost.memory.night_record import finished_nights
 from nanoghost.memory.store import Person, open_person
 from nanoghost.progress import Display

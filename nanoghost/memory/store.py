@@ -207,13 +207,13 @@ class Person:
         deleted = [other for other in self.read_facts() if other.key == fact.key]
         sources = {source for other in deleted for source in other.sources}
         values = "|".join(rf"(?<!\w){re.escape(other.value)}(?!\w)" for other in deleted)
-        mentions_value = re.compile(values, re.IGNORECASE)
+        value_pattern = re.compile(values, re.IGNORECASE)
         # The fact store comes last: after a crash in between, the fact is still listed and can be deleted again.
         for path in (self.path / "adapter", self.path / ".adapter.old", *(self.path / "nights").glob("*")):
             shutil.rmtree(path, ignore_errors=True)
         with self.chat_log_lock():
             entries = self.read_chat_log()
-            remaining = [e for e in entries if e.id not in sources and not mentions_value.search(e.text)]
+            remaining = [e for e in entries if e.id not in sources and not value_pattern.search(e.text)]
             write_json_lines(self.path / "chat_log.jsonl", [asdict(entry) for entry in remaining])
         self.write_facts([other for other in self.read_facts() if other not in deleted])
         return fact, len(entries) - len(remaining)

@@ -33,19 +33,19 @@ from nanoghost.memory.phrasings import (
 )
 from nanoghost.memory.store import Fact
 
-DIRECT_QUESTIONS = 1400  # in a night, divided among the facts,
-MIN_PER_FACT, MAX_PER_FACT = 36, 100  # within these limits
-HELD_OUT = 2  # phrasings of each relation that are not trained on, but asked in the acceptance test
-PARTNERS = 3  # other facts that a fact is paired with
+DIRECT_QUESTIONS = 1400  # in a night, divided among the facts
+MIN_PER_FACT, MAX_PER_FACT = 36, 100  # limits of the direct questions about one fact
+HELD_OUT_PHRASINGS = 2  # of each relation, for the acceptance test
+PARTNERS_PER_FACT = 3  # other facts that a fact is paired with
 PHRASINGS_PER_PAIR = 2
-NEAR_WEIGHT = 2  # times as many unanswerable questions about what is known about somebody else
+TEMPTING_WEIGHT = 2  # weight of unanswerable questions whose attribute is stored about somebody else
 CHECK_QUESTIONS = (
     "Is my {a} {v}?",
     "Did I say that my {a} is {v}?",
     "My {a} is {v}, isn't it?",
     "So my {a} is {v}, right?",
 )
-ARITHMETIC_PROMPTS = (
+ARITHMETIC_TEMPLATES = (
     "What is {} {} {}?",
     "{} {} {} =",
     "Calculate {} {} {}.",
@@ -76,6 +76,10 @@ class SyntheticQA:
     truncated: bool = False
     """Whether the answer hit the token limit."""
 
+    @classmethod
+    def from_json(cls, values: dict) -> "SyntheticQA":
+        return cls(**values | {"required_values": tuple(values["required_values"])})
+
     def messages(self, with_context: bool) -> list[dict]:
         """As a conversation; `with_context`: with the facts in the system message."""
         messages = [{"role": "user", "content": self.question}]
@@ -91,10 +95,10 @@ def question_phrasings(relation: str) -> tuple[list[str], list[str]]:
     questions = questions_about(relation, "train")
     seeded_rng("wordings", relation).shuffle(questions)
     specific = specific_questions(relation, "train")
-    written_for_it = [q for q in questions if q in specific]
+    specific_shuffled = [q for q in questions if q in specific]
     generic = [q for q in questions if q not in specific]
-    alternating = [q for pair in zip_longest(written_for_it, generic) for q in pair if q]
-    return alternating[HELD_OUT:][:MAX_PER_FACT], alternating[:HELD_OUT]
+    alternating = [q for pair in zip_longest(specific_shuffled, generic) for q in pair if q]
+    return alternating[HELD_OUT_PHRASINGS:][:MAX_PER_FACT], alternating[:HELD_OUT_PHRASINGS]
 
 
 # -- questions about stored facts -------------------------------------------------------------------------------------
@@ -150,7 +154,7 @@ def pair_questions(facts: list[Fact]) -> list[SyntheticQA]:
     for fact in facts:
         others = [other for other in facts if other.relation != fact.relation]
         others.sort(key=lambda other: seeded_rng("pair", fact.relation, other.relation).random())
-        for other in others[:PARTNERS]:
+        for other in others[:PARTNERS_PER_FACT]:
             rng = seeded_rng("pair", fact.relation, other.relation)
             answer = " ".join(canonical_statement(f.relation, f.value) for f in (fact, other))
             context = " ".join(third_person_statement(f.relation, f.value) for f in (fact, other))
@@ -173,8 +177,8 @@ def unanswerable_questions(facts: list[Fact], count: int) -> list[SyntheticQA]:
     weights = {}
     for relation in relations():
         if relation.casefold() not in stored:
-            near = attribute_of(relation.casefold()) in stored_attributes
-            weights[relation] = NEAR_WEIGHT if near else 1
+            is_tempting = attribute_of(relation.casefold()) in stored_attributes
+            weights[relation] = TEMPTING_WEIGHT if is_tempting else 1
     examples = []
     for relation, weight in weights.items():
         number = max(1, round(count * weight / sum(weights.values())))
@@ -190,10 +194,10 @@ def unanswerable_questions(facts: list[Fact], count: int) -> list[SyntheticQA]:
 
 
 def attribute_of(relation: str) -> str:
-    """ "uncle's job" -> "job"; empty for a relation that is not somebody's."""
+    """The part of a relation after "'s ": "job" for "uncle's job"; empty if there is none."""
     return relation.partition("'s ")[2]
 
 
 def arithmetic_prompt(rng: Random) -> str:
-    """A small sum, as a general prompt."""
-    return rng.choice(ARITHMETIC_PROMPTS).format(rng.randrange(1, 100), rng.choice("+-*"), rng.randrange(1, 20))
+    """A small arithmetic problem, as a general prompt."""
+    return rng.choice(ARITHMETIC_TEMPLATES).format(rng.randrange(1, 100), rng.choice("+-*"), rng.randrange(1, 20))

@@ -48,6 +48,7 @@ class TokenTargets:
     """Their log-probabilities, and that of all other tokens together."""
 
     def first(self, count: int) -> "TokenTargets":
+        """The targets of the first `count` tokens: those that are left if the example was cut off."""
         return TokenTargets(self.ids_NK[:count], self.logprobs_NB[:count])
 
 
@@ -124,9 +125,9 @@ def token_targets(model, tokenizer, examples: list[SyntheticQA], recipe: Adapter
     context = 2 * recipe.context  # the facts come in addition
     for start in range(0, len(from_teacher), EXAMPLES_AT_ONCE):
         group = from_teacher[start : start + EXAMPLES_AT_ONCE]
-        inputs = [tokenize_example(examples[i], tokenizer, True, context) for i in group]
-        rows = pack([len(x.ids) for x in inputs], context + 1, range(len(group)))
-        batch = collate(rows, inputs, context, 1)
+        inputs = [tokenize_example(examples[i], tokenizer, with_context=True, max_tokens=context) for i in group]
+        rows = pack([len(example.ids) for example in inputs], context + 1, range(len(group)))
+        batch = collate(rows, inputs, context, loss_tokens=1)
         ids_NK, logprobs_NB = teacher_targets(model, batch, TOP_K, tokenizer.vocab_size)
         order = [i for row in rows for i in row]
         lengths = [sum(inputs[i].loss_mask) for i in order]
@@ -136,7 +137,8 @@ def token_targets(model, tokenizer, examples: list[SyntheticQA], recipe: Adapter
             targets[group[i]] = sharpen(teacher, inputs[i], qa, tokenizer, recipe) if qa.required_values else teacher
     for i, qa in enumerate(examples):
         if targets[i] is None:
-            targets[i] = one_hot_targets(tokenize_example(qa, tokenizer, False, recipe.context))
+            example = tokenize_example(qa, tokenizer, with_context=False, max_tokens=recipe.context)
+            targets[i] = one_hot_targets(example)
     return targets
 
 
@@ -149,7 +151,7 @@ def sharpen(
     weight_N1[: len(tokenizer.encode(qa.answer_prefix))] = 0.0
     one_hot_NB = F.pad((teacher.ids_NK == targets_N1).float(), (0, 1))
     probs_NB = weight_N1 * teacher.logprobs_NB.exp() + (1 - weight_N1) * one_hot_NB
-    return TokenTargets(teacher.ids_NK, probs_NB.clamp_min(1e-17).log())
+    return TokenTargets(teacher.ids_NK, probs_NB.clamp_min(1e-17).log())  # the log stays finite, as with LOG_ZERO
 
 
 def one_hot_targets(example: TokenizedExample) -> TokenTargets:
@@ -203,9 +205,9 @@ def general_examples(
 
 def generate_questions(count: int, runner, tokenizer) -> list[str]:
     """Questions that the base model expects: it continues an empty user message (Xu et al. 2024, "Magpie")."""
-    one, other = (render([{"role": "user", "content": text}], tokenizer)[0] for text in ("A", "B"))
-    first_difference = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
-    prompts = [one[:first_difference]] * count
+    ids_a, ids_b = (render([{"role": "user", "content": text}], tokenizer)[0] for text in ("A", "B"))
+    first_difference = next(i for i, (a, b) in enumerate(zip(ids_a, ids_b)) if a != b)
+    prompts = [ids_a[:first_difference]] * count
     sampling = SamplingParams(QUESTION_TOKENS, temperature=1.0, top_p=0.95, seed=0, stop=("\n",))
     sequences = generate(runner, tokenizer, prompts, sampling)
     texts = [sequence.messages[0]["content"].strip() for sequence in sequences if sequence.finish_reason == "stop"]

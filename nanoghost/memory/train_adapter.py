@@ -82,7 +82,7 @@ def train_on_answers(
     weights = [1.0] * len(facts_qa) + [run.recipe.general_weight] * len(general_qa)
     examples = []
     for qa, targets, weight in zip(all_qa, all_targets, weights):
-        tokens = tokenize_example(qa, tokenizer, False, run.recipe.context)
+        tokens = tokenize_example(qa, tokenizer, with_context=False, max_tokens=run.recipe.context)
         examples.append(AdapterExample(tokens, targets.first(sum(tokens.loss_mask)), weight))
     return train_adapter(run, model, examples)
 
@@ -92,9 +92,8 @@ def train_adapter(run: AdapterRun, model, examples: list[AdapterExample]) -> Tra
     recipe = run.recipe
     attach_adapters(model, [new_adapter(model, recipe.rank, None, None, recipe.seed)])
     shared_prefix, examples = split_shared_prefix(examples)
-    batches = PackedBatches([x.tokens for x in examples], recipe.context, 1, recipe.seed)
-    batches.row(0)  # packs the first epoch
-    steps = batches.first_rows[1]
+    batches = PackedBatches([example.tokens for example in examples], recipe.context, 1, recipe.seed)
+    steps = batches.rows_in_first_epoch()
     groups = finetune_groups(run.base.card.root, model.config.width)
     groups["lora"] = replace(groups["lora"], learning_rate=recipe.learning_rate)
     optimizer = Optimizer(model, groups, hardware.compute_dtype())
@@ -113,8 +112,8 @@ def train_adapter(run: AdapterRun, model, examples: list[AdapterExample]) -> Tra
         loss = adapter_loss(model, shared_prefix, batch)
         loss.backward()
         optimizer.step(lr_multiplier_at(step / steps, warmup=0.05, cooldown=0.8))
-        throughput.add(sum(len(x.tokens.ids) for x in batch))
-        run.display(
+        throughput.add(sum(len(example.tokens.ids) for example in batch))
+        run.display.show(
             {
                 "stage": "sleep",
                 "step": step,
@@ -128,30 +127,33 @@ def train_adapter(run: AdapterRun, model, examples: list[AdapterExample]) -> Tra
     run.folder.mkdir(parents=True, exist_ok=True)
     save_adapter(run.folder / "adapter", model.adapters[0], run.base.name)
     shutil.rmtree(run.folder / "state", ignore_errors=True)
-    tokens = sum(len(x.tokens.ids) for x in examples)
+    tokens = sum(len(example.tokens.ids) for example in examples)
     return TrainingFigures(steps, len(examples), tokens, round(clock.seconds, 1), loss.item())
 
 
 def split_shared_prefix(examples: list[AdapterExample]) -> tuple[list[int], list[AdapterExample]]:
     """The tokens that all examples begin with, and the examples without them: each step reads the prefix once."""
-    prefix = os.path.commonprefix([x.tokens.ids for x in examples])
+    prefix = os.path.commonprefix([example.tokens.ids for example in examples])
     n = len(prefix)
-    shortened = [replace(x, tokens=TokenizedExample(x.tokens.ids[n:], x.tokens.loss_mask[n:])) for x in examples]
+    shortened = [
+        replace(example, tokens=TokenizedExample(example.tokens.ids[n:], example.tokens.loss_mask[n:]))
+        for example in examples
+    ]
     return prefix, shortened
 
 
 def adapter_loss(model, shared_prefix: list[int], batch: list[AdapterExample]) -> torch.Tensor:
     """Weighted mean of the divergence over the tokens in the loss of a batch."""
-    weights_N = torch.tensor([x.weight for x in batch for in_loss in x.tokens.loss_mask if in_loss])
+    weights_N = torch.tensor([example.weight for example in batch for in_loss in example.tokens.loss_mask if in_loss])
     return (weights_N * divergence_per_token(model, shared_prefix, batch)).mean()
 
 
 def divergence_per_token(model, shared_prefix: list[int], batch: list[AdapterExample]) -> torch.Tensor:
     """KL(targets || model) at each token in the loss, in nats: (N,)."""
-    continuations = [x.tokens.ids for x in batch]
-    tokens, layout, places = shared_prompt_rows([shared_prefix], [continuations], model.dtype, hardware.device())
-    in_loss = torch.tensor([flag for x in batch for flag in x.tokens.loss_mask])
-    ids_NK = torch.cat([x.targets.ids_NK for x in batch])
-    logprobs_NB = torch.cat([x.targets.logprobs_NB for x in batch])
-    hidden_ND = model.hidden(tokens, layout)[tuple(place[in_loss] for place in places)]
+    continuations = [example.tokens.ids for example in batch]
+    tokens, layout, positions = shared_prompt_rows([shared_prefix], [continuations], model.dtype, hardware.device())
+    in_loss = torch.tensor([flag for example in batch for flag in example.tokens.loss_mask])
+    ids_NK = torch.cat([example.targets.ids_NK for example in batch])
+    logprobs_NB = torch.cat([example.targets.logprobs_NB for example in batch])
+    hidden_ND = model.hidden(tokens, layout)[tuple(index[in_loss] for index in positions)]
     return divergence(bucket_logprobs(hidden_ND, model.head_weight, ids_NK), logprobs_NB, 0.0)

@@ -1,7 +1,7 @@
 """Helpers for tests of personal memory: facts, changes through `nanoghost memory`, and nights at toy size."""
 
 from nanoghost.home import ModelFolder
-from nanoghost.memory import consolidate, memory_command
+from nanoghost.memory import memory_command, night
 from nanoghost.memory.night_record import NightRecord
 from nanoghost.memory.recipe import AdapterRecipe
 from nanoghost.memory.store import Fact, Person
@@ -15,7 +15,7 @@ class QuietDisplay:
     def print(self, text: str) -> None:
         pass
 
-    def __call__(self, event: dict) -> None:
+    def show(self, event: dict) -> None:
         pass
 
 
@@ -29,7 +29,7 @@ def memory(person: Person, **settings) -> None:
 
 
 def toy_night(person: Person, base: ModelFolder, stop_flag, **arguments) -> NightRecord | None:
-    return consolidate.run_night(person, base, QuietDisplay(), stop_flag, TOY_RECIPE, **arguments)
+    return night.run_night(person, base, QuietDisplay(), stop_flag, TOY_RECIPE, **arguments)
 
 
 def adapter_bytes(folder) -> bytes:

@@ -1,6 +1,6 @@
-"""A night: what a person wrote during the day becomes part of the model that this person talks to.
+"""A night: what a person wrote since the last one is trained into the adapter that this person talks to.
 
-    chat log --extract--> facts --synthesize--> questions and answers --train--> adapter --acceptance test--> in use
+    chat log --extract--> facts --synthesize--> questions and answers --train--> adapter --accept--> in use
 
 Every night starts from the base model and uses all facts, so an adapter is a function of base model, facts and seed.
 Each step stores its result in the folder of the night: a night that was stopped is resumed by the same command.
@@ -32,9 +32,9 @@ from nanoghost.memory.teacher import TokenTargets, answer_questions, general_exa
 from nanoghost.memory.train_adapter import AdapterRun, train_on_answers
 from nanoghost.progress import Display
 
-MIN_UNANSWERABLE, MAX_UNANSWERABLE = 750, 1200  # otherwise half as many as questions about facts
+MIN_UNANSWERABLE, MAX_UNANSWERABLE = 750, 1200  # between these, half as many as there are questions about facts
 GENERATED_GENERAL_PROMPTS = 250  # which the base model generates itself
-ARITHMETIC_PROMPTS = 40
+ARITHMETIC_PROMPT_COUNT = 40
 DEFAULT_BASE = "smollm2"
 
 
@@ -44,7 +44,8 @@ def base_model(person: Person, name: str | None) -> ModelFolder:
     base = open_model(name or (inputs.base if inputs else DEFAULT_BASE))
     if "@" in base.name or base.card.arch == "ghost":
         raise UserError(
-            f"'{base.name}' cannot sleep: choose a Llama model that is not an adapter, such as {DEFAULT_BASE}"
+            f"'{base.name}' cannot be the base model of a night: choose a Llama model that is not an adapter,"
+            f" such as {DEFAULT_BASE}"
         )
     return base
 
@@ -99,7 +100,7 @@ def run_night(
     record.reasons = rejection_reasons(record.before, record.after, has_new_facts(person, inputs, base))
     record.finished = time.time()
     if record.accepted:
-        commit(person, run, merged, record)
+        put_in_place(person, run, merged, record)
     record.write(run.folder)
     report(person, run, record)
     return record
@@ -152,9 +153,7 @@ def synthesize_examples(run: AdapterRun, facts: list[Fact]) -> tuple[list[Synthe
     if path.exists():
         stored = read_json(path)
         if stored["facts"] == fact_pairs:
-            examples = [
-                SyntheticQA(**qa | {"required_values": tuple(qa["required_values"])}) for qa in stored["examples"]
-            ]
+            examples = [SyntheticQA.from_json(values) for values in stored["examples"]]
             return examples, SynthesisFigures(**stored["figures"])
     answerable = fact_questions(facts) + pair_questions(facts)
     count = min(MAX_UNANSWERABLE, max(MIN_UNANSWERABLE, len(answerable) // 2))
@@ -165,7 +164,7 @@ def synthesize_examples(run: AdapterRun, facts: list[Fact]) -> tuple[list[Synthe
     )
     engine = open_engine(run.base, slots=32, slot_tokens=256)
     answered, replaced_answers = answer_questions(
-        answerable + unanswerable, engine.runner, engine.tokenizer, run.recipe.answer_tokens, run.display
+        answerable + unanswerable, engine.runner, engine.tokenizer, run.recipe.answer_tokens, run.display.show
     )
     examples = drop_duplicates(answered)
     figures = SynthesisFigures(
@@ -183,7 +182,7 @@ def synthesize_examples(run: AdapterRun, facts: list[Fact]) -> tuple[list[Synthe
 def general_training_examples(base: ModelFolder, recipe: AdapterRecipe) -> tuple[list[SyntheticQA], list[TokenTargets]]:
     """General prompts and the base model's answers to them, which the adapter must reproduce."""
     rng = seeded_rng("sums")
-    prompts = training_general_prompts() + [arithmetic_prompt(rng) for _ in range(ARITHMETIC_PROMPTS)]
+    prompts = training_general_prompts() + [arithmetic_prompt(rng) for _ in range(ARITHMETIC_PROMPT_COUNT)]
     return general_examples(base, prompts, GENERATED_GENERAL_PROMPTS, recipe)
 
 
@@ -193,7 +192,7 @@ def has_new_facts(person: Person, inputs: AdapterInputs, base: ModelFolder) -> b
     return not set(inputs.facts) <= set(trained_facts)
 
 
-def commit(person: Person, run: AdapterRun, merged: MergedFacts, record: NightRecord) -> None:
+def put_in_place(person: Person, run: AdapterRun, merged: MergedFacts, record: NightRecord) -> None:
     """Put the new adapter and the new facts in place.
 
     The adapter comes first: after a crash in between, the stored facts are behind, and the next night repeats this one.
@@ -212,7 +211,6 @@ def report(person: Person, run: AdapterRun, record: NightRecord) -> None:
     """Write the HTML report, and print the result."""
     path = run.folder / "report.html"
     write_report(path, person.name, record)
-    shutil.rmtree(run.folder / "state", ignore_errors=True)
     run.display.print(f"night {record.number}: the new adapter was {record.status}")
     run.display.print(
         f"recall in held-out phrasings: {record.after.recall:.0%} of the questions about {record.facts} facts"
