@@ -13,7 +13,10 @@ class UserError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """The command stopped on request and everything is saved: the program exits with 0."""
+    """The command stopped on request and everything is saved: the program exits with 0.
+
+    It is a KeyboardInterrupt, so that code that catches ordinary exceptions does not catch it.
+    """
 
 
 class StopFlag:

@@ -213,7 +213,7 @@ def test_an_adapter_is_trained_and_loaded_by_its_full_name(toy_llama, tmp_path):
     figures = api.train("sft", **settings)
     assert figures["name"] == "toy@odd"
     assert api.train("sft", **settings) is None
-    assert ModelFolder("toy@odd").finished
+    assert ModelFolder("toy@odd").is_finished
     adapted, base = api.load("toy@odd").score(SENTENCE), api.load("toy").score(SENTENCE)
     assert adapted.bits_per_byte != base.bits_per_byte
 

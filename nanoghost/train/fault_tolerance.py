@@ -69,9 +69,8 @@ class StepGuard:
         """
         if self.watchdog:
             self.watchdog.reset()
-        rollback_target = (
-            step == 0 and self.bad_loss_action == "roll-back"
-        )  # the first rollback needs something to go back to
+        # The first rollback needs a checkpoint to go back to.
+        rollback_target = step == 0 and self.bad_loss_action == "roll-back"
         flags = (self.run.stop_flag.requested, clock.checkpoint_due() or rollback_target, self.checkpoints.is_saving)
         # A flag that is set in one process counts for all of them, so that they decide alike.
         stop, due, is_saving = (mean > 0 for mean in distributed.all_reduce_mean(*flags))
