@@ -193,7 +193,7 @@ GROUPS = {
         "lab ledger": Command(
             "lab.ablations", "LedgerSettings", "command",
             "ablations of the pretraining recipe, in seconds of training",
-            ("nanoghost lab ledger", "nanoghost lab ledger --rungs muon,bigram --seeds 1"),
+            ("nanoghost lab ledger", "nanoghost lab ledger --recipes muon,bigram --seeds 1"),
         ),
         "lab dial": Command(
             "lab.depth_sweep", "DialSettings", "command",
@@ -208,7 +208,7 @@ GROUPS = {
         "lab lecun1989": Command(
             "lab.lecun1989", "Lecun1989Settings", "command",
             "the digit network of LeCun et al. (1989), modernized step by step",
-            ("nanoghost lab lecun1989", "nanoghost lab lecun1989 --rungs 1989,dropout --seeds 1"),
+            ("nanoghost lab lecun1989", "nanoghost lab lecun1989 --recipes 1989,dropout --seeds 1"),
         ),
         "lab sleep": Command(
             "lab.sleep", "LabSleepSettings", "command",
@@ -236,8 +236,8 @@ GROUPS = {
             ("nanoghost bench prefill smollm2 --tokens 512",),
         ),
         "bench quantization": Command(
-            "bench.decode", "PackingSettings", "packing",
-            "speed and quality at 4, 8 and 16 bits",
+            "bench.quantization", "QuantizationSettings", "command",
+            "quality at 4, 8 and 16 bits",
             ("nanoghost bench quantization smollm2",),
         ),
         "bench pretrain": Command(
@@ -246,7 +246,7 @@ GROUPS = {
             ("nanoghost bench pretrain", "nanoghost bench pretrain --depths 4 --batches 8,16,32 --json"),
         ),
         "bench train": Command(
-            "bench.train", "TrainSettings", "train",
+            "bench.train", "TrainBenchSettings", "command",
             "fine-tuning speed",
             ("nanoghost bench train smollm2 --lora 8", "nanoghost bench train smollm2 --against transformers --json"),
         ),

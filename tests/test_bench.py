@@ -1,4 +1,4 @@
-"""bench and the machine it runs on: figures beside limits, clear words for what cannot be measured, and no compiler."""
+"""`nanoghost bench` on toy models: figures next to the limits of the machine, and clear errors for what cannot be measured."""
 
 import json
 
@@ -15,12 +15,15 @@ from nanoghost.home import ModelFolder
 from nanoghost.model.llama import Llama
 from nanoghost.model.llama_config import LlamaConfig
 
+LIMITS = table.MachineLimits("bfloat16", matrix_gflops_per_second=100.0, bandwidth_gb_per_second=10.0)
+
 
 @pytest.fixture
 def llama(nanoghost, toy_base):
-    """A toy Llama with heads as wide as the kernels want them."""
-    code, _, err = nanoghost("pretrain", "--tokenizer", toy_base, "--data", ModelFolder(toy_base).card.settings["data"],
-                             "--name", "small", "--arch", "llama", "--steps", 1, "--depth", 2, "--context", 64)  # fmt: skip
+    """A toy Llama whose heads have a width that the kernels support."""
+    data = ModelFolder(toy_base).card.settings["data"]
+    flags = ("--arch", "llama", "--steps", 1, "--depth", 2, "--context", 64)
+    code, _, err = nanoghost("pretrain", "--tokenizer", toy_base, "--data", data, "--name", "small", *flags)
     assert code == 0, err
     folder = ModelFolder("small")
     model = Llama(LlamaConfig(320, 512, 2, 64, 1, 1, 96))
@@ -32,114 +35,118 @@ def llama(nanoghost, toy_base):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, toy_file):
+    """Toy text instead of the plays, and limits that are not measured."""
     monkeypatch.setattr(table, "open_source", lambda _: open_local(toy_file))
-    limits = {"dtype": "bfloat16", "matrix_gflops_per_second": 100.0, "bandwidth_gb_per_second": 10.0}
     for module in (decode, train, rl, pretrain):
-        monkeypatch.setattr(module, "limits", lambda: limits)
+        monkeypatch.setattr(module, "measure_limits", lambda: LIMITS)
 
 
-def test_figures_stand_beside_limits(nanoghost, toy_base, llama):
-    for name in (toy_base, llama):
-        code, out, err = nanoghost("bench", "prefill", name, "--tokens", 20, "--rounds", 1, "--json")
-        assert code == 0, err
-        [row] = json.loads(out)["rows"]
-        assert row["work"] == "prefill" and row["tokens_per_second"] > 0 and row["limit"] > 0
-        code, out, err = nanoghost("bench", "decode", name, "--streams", "1,3", "--tokens", 4, "--rounds", 1, "--json")
-        assert code == 0, err
-        rows = json.loads(out)["rows"]
-        assert [row["streams"] for row in rows[:2]] == [1, 3]
-
-
-def test_a_step_of_pretraining_stands_beside_its_limit(nanoghost, toy_file, tmp_path):
-    words = (
-        "bench",
-        "pretrain",
-        "--data",
-        toy_file,
-        "--vocab-size",
-        320,
-        "--context",
-        32,
-        "--steps",
-        1,
-        "--rounds",
-        1,
-        "--json",
-    )
-    for arch in ("ghost", "llama"):
-        picture = tmp_path / f"{arch}.svg"
-        code, out, err = nanoghost(*words, "--arch", arch, "--depths", "1,2", "--batches", "2,4", "--out", picture)
-        assert code == 0, err
-        assert [picture.read_text().count(mark) for mark in ("<polyline", "<circle", "2 rows", "4 rows")] == [
-            2,
-            4,
-            1,
-            1,
-        ]
-        rows = json.loads(out)["rows"]
-        assert [(row["work"][:7], row["streams"]) for row in rows] == [
-            ("depth 1", 2),
-            ("depth 1", 4),
-            ("depth 2", 2),
-            ("depth 2", 4),
-        ]
-        assert rows[0]["limit"] > rows[2]["limit"] > 0 and all(row["share"] > 0 for row in rows)
-    code, _, err = nanoghost(*words, "--depths", "2,x")
-    assert code == 2 and "--depths" in err
-
-
-def test_training_stands_beside_its_limit(nanoghost, toy_base, llama):
-    few = ("--rounds", 1, "--batch", 2, "--steps", 1, "--json")
-    for name, lora in ((toy_base, 0), (llama, 2)):
-        code, out, err = nanoghost("bench", "train", name, "--lora", lora, *few)
-        assert code == 0, err
-        rows = json.loads(out)["rows"]
-        assert [row["work"] for row in rows] == ["text", "conversations"]
-        assert all(row["tokens_per_second"] > 0 and row["limit"] > 0 for row in rows)
-    code, _, err = nanoghost("bench", "train", toy_base, "--lora", 2, *few)
-    assert code == 2 and "--lora 0" in err
-
-
-def test_practice_is_counted_in_attempts(nanoghost, llama):
-    code, out, err = nanoghost("bench", "rl", llama, "--problems", 2, "--attempts", 2, "--rounds", 1, "--json")
+def bench_rows(nanoghost, *words) -> list[dict]:
+    code, out, err = nanoghost("bench", *words, "--json")
     assert code == 0, err
-    [row] = json.loads(out)["rows"]
-    assert row["attempts_per_minute"] > 0 and "limit" not in row
+    return json.loads(out)["rows"]
+
+
+@pytest.mark.parametrize("arch", ["ghost", "llama"])
+def test_prefill_reports_throughput_and_limit(nanoghost, toy_base, llama, arch):
+    name = {"ghost": toy_base, "llama": llama}[arch]
+    [row] = bench_rows(nanoghost, "prefill", name, "--tokens", 20, "--rounds", 1)
+    assert row["workload"] == "prefill"
+    assert row["tokens_per_second"] > 0
+    assert row["limit"] > 0
+
+
+@pytest.mark.parametrize("arch", ["ghost", "llama"])
+def test_decode_measures_each_number_of_streams(nanoghost, toy_base, llama, arch):
+    name = {"ghost": toy_base, "llama": llama}[arch]
+    rows = bench_rows(nanoghost, "decode", name, "--streams", "1,3", "--tokens", 4, "--rounds", 1)
+    assert [row["streams"] for row in rows[:2]] == [1, 3]
+
+
+PRETRAIN = ("pretrain", "--vocab-size", 320, "--context", 32, "--steps", 1, "--rounds", 1)
+
+
+@pytest.mark.parametrize("arch", ["ghost", "llama"])
+def test_pretrain_reports_mfu_and_draws_it(nanoghost, toy_file, tmp_path, arch):
+    picture = tmp_path / "mfu.svg"
+    flags = ("--data", toy_file, "--arch", arch, "--depths", "1,2", "--batches", "2,4", "--out", picture)
+    rows = bench_rows(nanoghost, *PRETRAIN, *flags)
+    workloads = [(row["workload"][:7], row["streams"]) for row in rows]
+    assert workloads == [("depth 1", 2), ("depth 1", 4), ("depth 2", 2), ("depth 2", 4)]
+    assert rows[0]["limit"] > rows[2]["limit"] > 0
+    assert all(row["fraction"] > 0 for row in rows)
+    svg = picture.read_text()
+    assert [svg.count(mark) for mark in ("<polyline", "<circle", "2 rows", "4 rows")] == [2, 4, 1, 1]
+
+
+def test_pretrain_refuses_a_depth_that_is_not_a_number(nanoghost, toy_file):
+    code, _, err = nanoghost("bench", *PRETRAIN, "--data", toy_file, "--depths", "2,x")
+    assert code == 2
+    assert "--depths" in err
+
+
+TRAIN = ("--rounds", 1, "--batch", 2, "--steps", 1)
+
+
+@pytest.mark.parametrize(("arch", "lora"), [("ghost", 0), ("llama", 2)])
+def test_train_measures_text_and_conversations(nanoghost, toy_base, llama, arch, lora):
+    name = {"ghost": toy_base, "llama": llama}[arch]
+    rows = bench_rows(nanoghost, "train", name, "--lora", lora, *TRAIN)
+    assert [row["workload"] for row in rows] == ["text", "conversations"]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert all(row["limit"] > 0 for row in rows)
+
+
+def test_train_refuses_lora_for_a_ghost(nanoghost, toy_base):
+    code, _, err = nanoghost("bench", "train", toy_base, "--lora", 2, *TRAIN)
+    assert code == 2
+    assert "--lora 0" in err
+
+
+def test_rl_counts_rollouts(nanoghost, llama):
+    [row] = bench_rows(nanoghost, "rl", llama, "--problems", 2, "--rollouts", 2, "--rounds", 1)
+    assert row["rollouts_per_minute"] > 0
+    assert "limit" not in row
+
+
+def test_rl_refuses_an_unknown_task(nanoghost, llama):
     assert nanoghost("bench", "rl", llama, "--task", "chess")[0] == 2
 
 
 @pytest.mark.skipif(bool(kernels.unavailable_reason()), reason="no kernels here")
-def test_fewer_bits_cost_more(nanoghost, llama, toy_base):
-    code, out, err = nanoghost("bench", "packing", llama, "--tokens", 120, "--json")
-    assert code == 0, err
-    rows = {row["work"]: row for row in json.loads(out)["rows"]}
-    assert (
-        rows["fp32"]["megabytes"]
-        > rows["16 bits"]["megabytes"]
-        > rows["8 bits"]["megabytes"]
-        > rows["4 bits"]["megabytes"]
-    )
-    assert abs(rows["16 bits"]["more"]) < 0.02 and abs(rows["8 bits"]["more"]) < 0.05
-    code, _, err = nanoghost("bench", "packing", toy_base)
-    assert code == 2 and "not packed" in err
+def test_fewer_bits_take_less_memory_and_lose_little(nanoghost, llama):
+    rows = {row["weights"]: row for row in bench_rows(nanoghost, "quantization", llama, "--tokens", 120)}
+    megabytes = [rows[name]["megabytes"] for name in ("fp32", "16 bits", "8 bits", "4 bits")]
+    assert megabytes == sorted(set(megabytes), reverse=True)
+    assert abs(rows["16 bits"]["increase"]) < 0.02
+    assert abs(rows["8 bits"]["increase"]) < 0.05
+
+
+def test_quantization_refuses_a_model_that_runs_in_pytorch(nanoghost, toy_base):
+    code, _, err = nanoghost("bench", "quantization", toy_base)
+    assert code == 2
+    assert "not quantized" in err
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    ("words", "message"),
     [
         (("decode", "--streams", "two"), "--streams"),
         (("decode", "--streams", "0"), "--streams"),
         (("decode", "--tokens", "1"), "--tokens"),
         (("prefill", "--rounds", "0"), "--rounds"),
-        (("prefill", "--against", "vllm"), "runs only here"),
+        (("prefill", "--against", "vllm"), "only nanoghost can run"),
     ],
 )
-def test_mistakes_get_a_line(nanoghost, toy_base, words, said):
+def test_an_invalid_flag_gives_one_line(nanoghost, toy_base, words, message):
     code, _, err = nanoghost("bench", *words)
-    assert code == 2 and said in err and err.count("\n") == 1
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
 
 
-def test_without_a_compiler_everything_works_and_the_reason_is_known(llama, monkeypatch, home):
+def test_without_a_compiler_a_llama_runs_in_pytorch(llama, monkeypatch, home):
+    """The reason is known, and the engine falls back to PyTorch."""
     monkeypatch.setenv("CXX", "/bin/false")
     assert "compiler" in kernels.unavailable_reason.__wrapped__() or kernels.unavailable_reason()
     monkeypatch.setattr(quantized_llama.kernels, "unavailable_reason", lambda: "there is no C++ compiler")

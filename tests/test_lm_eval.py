@@ -1,4 +1,4 @@
-"""lm-eval asks our server about local files of tasks, over HTTP, and comes to the scores that our own evaluation comes to.
+"""lm-eval evaluates local task files through our server and gets the same scores as our own evaluation.
 
     make api     # installs lm-eval and runs this
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nanoghost import hardware
-from nanoghost.bench import serve as bench
+from nanoghost.bench.http_client import running_server
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.task_accuracy import accuracy
 from nanoghost.formats.model_folder import load_model
@@ -24,24 +24,28 @@ from nanoghost.lab.retention import GENERAL_KNOWLEDGE
 from nanoghost.memory.answers import RoutedModel, contains_values
 from nanoghost.tasks.base import distinct_problems
 from nanoghost.tasks.registry import all_tasks
-from tests.support.serving import Running, make_home
+from tests.support.serving import ServerProcess, make_home
 from tests.support.toys import toy_text
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: make api")
 pytest.importorskip("transformers", reason="transformers is not installed: make api")
 
-HOME = home()  # of whoever runs the tests
+HOME = home()  # of the user who runs the tests
 NAMES, COMMON = (
     "ANNA BEN CARL DORA".split(),
     "dataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {file}}}}}\n",
 )
-BITS = "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: bits_per_byte}]\n"
+BITS = (
+    "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+    "metric_list: [{metric: bits_per_byte}]\n"
+)
 CHOICE = (
     "output_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\n"
     "target_delimiter: ''\nmetric_list: [{metric: acc}]\n"
 )
 SKILL = (
-    "output_type: generate_until\ndoc_to_text: '{{text}}'\ndoc_to_target: '{{answer}}'\nprocess_results: !function scoring.score\n"
+    "output_type: generate_until\ndoc_to_text: '{{text}}'\ndoc_to_target: '{{answer}}'\n"
+    "process_results: !function scoring.score\n"
     "generation_kwargs: {until: ['<|im_end|>'], max_gen_toks: LONGEST, temperature: 0}\nmetric_list: [{metric: acc}]\n"
 )
 SCORING = """
@@ -65,26 +69,45 @@ def knows(doc, results):
 def lm_eval(
     folder: Path, tasks: dict[str, tuple[str, list[dict]]], port: int, model: ModelFolder, context: int, *more: str
 ) -> dict:
-    """What `lm_eval` says of tasks, each a (form, items): task -> metric -> score."""
+    """The results of `lm_eval` for tasks, each a (form, items): task -> metric -> score."""
     for name, (form, items) in tasks.items():
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(item) + "\n" for item in items))
         (folder / f"{name}.yaml").write_text(f"task: {name}\n" + COMMON.format(file=file) + form)
-    asked = f"model={model.name},base_url=http://127.0.0.1:{port}/v1/completions,tokenizer_backend=huggingface,tokenizer={model.path},max_length={context + 1}"
+    model_args = (
+        f"model={model.name},base_url=http://127.0.0.1:{port}/v1/completions,"
+        f"tokenizer_backend=huggingface,tokenizer={model.path},max_length={context + 1}"
+    )
     command = [
-        sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", f"{asked},num_concurrent=16",
-        "--tasks", ",".join(tasks), "--include_path", folder, "--output_path", folder / "out", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "local-completions",
+        "--model_args",
+        f"{model_args},num_concurrent=16",
+        "--tasks",
+        ",".join(tasks),
+        "--include_path",
+        folder,
+        "--output_path",
+        folder / "out",
+        *more,
+    ]
     alone = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(list(map(str, command)), env=os.environ | alone, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    [found] = (folder / "out").rglob("results_*.json")
-    return json.loads(found.read_text())["results"]
+    [results_file] = (folder / "out").rglob("results_*.json")
+    return json.loads(results_file.read_text())["results"]
 
 
 @pytest.mark.parametrize("name", ["plain", "toy"])
-def test_text_and_choices_score_as_our_own(name, tmp_path, monkeypatch):
-    """Bits per byte of texts, and which of four continuations is the likeliest. Packed weights round what they multiply to 8 bits."""
+def test_bits_per_byte_and_choices_equal_our_own_evaluation(name, tmp_path, monkeypatch):
+    """Bits per byte of texts, and the likeliest of four continuations.
+
+    The tolerance for "toy" is larger: its weights are quantized, and its activations are rounded to 8 bits.
+    """
     monkeypatch.setenv("NANOGHOST_HOME", str(make_home(tmp_path / "served")))
     folder, context = ModelFolder(name), 64
     model, tokenizer = load_model(folder.path, torch.float32)
@@ -93,38 +116,39 @@ def test_text_and_choices_score_as_our_own(name, tmp_path, monkeypatch):
         {"text": line.partition("\n")[2], "choices": [f"\n{who}." for who in NAMES], "answer": i % 4}
         for i, line in enumerate(lines[:24])
     ]
-    running = Running(Path(os.environ["NANOGHOST_HOME"]), name)
+    running = ServerProcess(Path(os.environ["NANOGHOST_HOME"]), name)
     try:
         tasks = {"text": (BITS, [{"text": line} for line in lines]), "choice": (CHOICE, choices)}
-        found = lm_eval(tmp_path, tasks, running.port, folder, context)
+        results = lm_eval(tmp_path, tasks, running.port, folder, context)
     finally:
         running.stop()
     beginning = tokenizer.special_id("<|endoftext|>")
     ids = [torch.tensor([beginning, *tokenizer.encode(line)]) for line in lines]
     sizes = [len(line.encode()) for line in lines]
-    own = sum(bits_per_byte(model, some, context, size) * size for some, size in zip(ids, sizes)) / sum(sizes)
-    assert found["text"]["bits_per_byte,none"] == pytest.approx(own, rel=1e-5 if name == "plain" else 0.02)
+    expected = sum(bits_per_byte(model, some, context, size) * size for some, size in zip(ids, sizes)) / sum(sizes)
+    assert results["text"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5 if name == "plain" else 0.02)
 
     def likely(text: str, choice: str) -> float:
         head, whole = tokenizer.encode(text), tokenizer.encode(text + choice)
         return model.logprobs(torch.tensor([whole[:-1]]), torch.tensor([whole[1:]]))[0, len(head) - 1 :].sum().item()
 
     right = [max(range(4), key=lambda i, c=c: likely(c["text"], c["choices"][i])) == c["answer"] for c in choices]
-    assert found["choice"]["acc,none"] == pytest.approx(sum(right) / len(right)) and 0 < sum(right) < len(right)
+    assert results["choice"]["acc,none"] == pytest.approx(sum(right) / len(right))
+    assert 0 < sum(right) < len(right)
 
 
 @pytest.mark.skipif(
     not (HOME / "models" / "smollm2" / "card.json").exists(), reason="smollm2 is not adopted: nanoghost adopt smollm2"
 )
-def test_smollm2_knows_and_solves_as_much(tmp_path, monkeypatch):
-    """Of general knowledge (`nanoghost lab sleep` asks it) and held-out problems (`nanoghost eval`), through the chat template, by the same rules."""
+def test_smollm2_scores_equal_our_own_evaluation(tmp_path, monkeypatch):
+    """General knowledge (as in `nanoghost lab sleep`) and test problems (as in `nanoghost eval`), as chats."""
     monkeypatch.setenv("NANOGHOST_HOME", str(HOME))
     folder = ModelFolder("smollm2")
     model, tokenizer = load_model(folder.path, hardware.compute_dtype())
     counting = all_tasks(folder.card, "smollm2")["counting"]
     problems = distinct_problems(counting, 60)
     (tmp_path / "scoring.py").write_text(SCORING)
-    asked = {
+    tasks = {
         "knowledge": (
             SKILL.replace("LONGEST", "48").replace("scoring.score", "scoring.knows"),
             [{"text": q, "answer": a} for q, a in GENERAL_KNOWLEDGE],
@@ -134,14 +158,17 @@ def test_smollm2_knows_and_solves_as_much(tmp_path, monkeypatch):
             [{"text": p.messages[-1]["content"], "answer": p.answer} for p in problems],
         ),
     }
-    with bench.server("smollm2", 16) as (port, _):
-        found = lm_eval(tmp_path, asked, port, folder, 2047, "--apply_chat_template")
+    with running_server("smollm2", 16) as (port, _):
+        results = lm_eval(tmp_path, tasks, port, folder, 2047, "--apply_chat_template")
     answers = RoutedModel(folder, None, None).answer([question for question, _ in GENERAL_KNOWLEDGE])
-    known = sum(contains_values(a, [word]) for a, (_, word) in zip(answers, GENERAL_KNOWLEDGE)) / len(GENERAL_KNOWLEDGE)
+    knowledge = sum(contains_values(a, [word]) for a, (_, word) in zip(answers, GENERAL_KNOWLEDGE)) / len(
+        GENERAL_KNOWLEDGE
+    )
     solved, _ = accuracy(model, tokenizer, counting, problems)
-    theirs = {name: found[name]["acc,none"] for name in asked}
-    print(f"lm-eval {theirs}, our own: knowledge {known}, counting {solved['accuracy']}")
-    assert theirs["knowledge"] == pytest.approx(known) and 0.3 < known < 1
-    assert theirs["counting"] == pytest.approx(
+    scores = {name: results[name]["acc,none"] for name in tasks}
+    print(f"lm-eval {scores}, our own: knowledge {knowledge}, counting {solved['accuracy']}")
+    assert scores["knowledge"] == pytest.approx(knowledge)
+    assert 0.3 < knowledge < 1
+    assert scores["counting"] == pytest.approx(
         solved["accuracy"], abs=0.02
-    )  # there in floating point, here in packed weights
+    )  # here in floating point, in the server with quantized weights

@@ -1,4 +1,4 @@
-"""The API of `nanoghost serve`, by a client's eyes: a real server, its engine in a process of its own, a toy model."""
+"""The API of `nanoghost serve` as clients use it: a real server process with its engine process and a toy model."""
 
 import asyncio
 import json
@@ -16,30 +16,36 @@ import pytest
 
 from nanoghost.bench import load
 from nanoghost.memory.store import Person
-from tests.support.serving import ABOUT_MAYA, LEARNED, NOTE, Running, crowded, make_home
+from tests.support.serving import ABOUT_MAYA, MEMORIZED, NOTE, ServerProcess, crowded, make_home
 
-KING = LEARNED[0][1]["content"]
+KING = MEMORIZED[0][1]["content"]
 LONG = {"type": "json_schema", "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 3000}}}
 FOREVER = {
     "messages": [{"role": "user", "content": "x"}],
     "max_tokens": 200,
     "n": 8,
     "response_format": LONG,
-}  # as long as it gets
+}  # generates until the context is full
 WEATHER = {
     "type": "function",
-    "function": {"name": "weather", "parameters": {
-        "type": "object", "properties": {"town": {"type": "string", "maxLength": 8}, "days": {"$ref": "#/$defs/days"}},
-        "required": ["town", "days"], "additionalProperties": False, "$defs": {"days": {"enum": [1, 2, 7]}},
-    }},
-}  # fmt: skip
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"town": {"type": "string", "maxLength": 8}, "days": {"$ref": "#/$defs/days"}},
+            "required": ["town", "days"],
+            "additionalProperties": False,
+            "$defs": {"days": {"enum": [1, 2, 7]}},
+        },
+    },
+}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     documents = tmp_path_factory.mktemp("documents")
     (documents / "notes.md").write_text(NOTE)
-    running = Running(
+    running = ServerProcess(
         make_home(tmp_path_factory.mktemp("served")), "toy", "--slots", 24, "--queue", 8, "--documents", documents
     )
     yield running
@@ -60,143 +66,165 @@ def ask(text: str = "Good morrow", **fields) -> dict:
 # ── the openai client, unmodified ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_models(client, server):
+def test_models_are_listed_with_their_adapters_and_context(client, server):
     entries = {model.id: model for model in client.models.list()}
     assert set(entries) == {"toy", "plain", "toy@odd"}
-    assert entries["toy"].adapters == ["odd"] and entries["toy"].context == 512 and entries["plain"].context == 64
+    assert entries["toy"].adapters == ["odd"]
+    assert entries["toy"].context == 512
+    assert entries["plain"].context == 64
 
 
-def test_chat_whole_and_streamed_say_the_same(client):
+def test_a_streamed_reply_equals_the_complete_one(client):
     whole = client.chat.completions.create(**ask())
-    assert whole.choices[0].message.content == KING and whole.choices[0].finish_reason == "stop"
+    assert whole.choices[0].message.content == KING
+    assert whole.choices[0].finish_reason == "stop"
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens > 20
     chunks = list(client.chat.completions.create(**ask(), stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == KING
-    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == "stop"
-    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage == whole.usage
+    assert not chunks[-1].choices
     short = client.chat.completions.create(**ask(max_completion_tokens=3))
-    assert short.choices[0].finish_reason == "length" and KING.startswith(short.choices[0].message.content)
+    assert short.choices[0].finish_reason == "length"
+    assert KING.startswith(short.choices[0].message.content)
 
 
-def test_stop_texts_are_cut_wherever_tokens_end(client):
+def test_stop_texts_are_cut_even_inside_a_token(client):
     for stop in ("queen", ["sword.", "een s"], " sees the qu"):
         for stream in (False, True):
-            said = client.chat.completions.create(**ask(stop=stop), stream=stream)
+            response = client.chat.completions.create(**ask(stop=stop), stream=stream)
             text = (
-                "".join(c.choices[0].delta.content or "" for c in said) if stream else said.choices[0].message.content
+                "".join(c.choices[0].delta.content or "" for c in response)
+                if stream
+                else response.choices[0].message.content
             )
             first = min(KING.index(s) for s in ([stop] if isinstance(stop, str) else stop))
             assert text == KING[:first]
 
 
-def test_n_and_seed(client):
-    def some(seed):
-        said = client.chat.completions.create(
+def test_samples_differ_and_a_seed_repeats_them(client):
+    def sample(seed):
+        response = client.chat.completions.create(
             **ask("Tell me more", temperature=1.5, n=3, seed=seed, max_tokens=12, response_format=LONG)
         )
-        return [choice.message.content for choice in said.choices]
+        return [choice.message.content for choice in response.choices]
 
-    first = some(7)
-    assert first == some(7) != some(8) and len(set(first)) == 3
+    first = sample(7)
+    assert first == sample(7) != sample(8)
+    assert len(set(first)) == 3
 
 
-def test_logprobs_are_of_the_tokens_that_were_said(client):
-    said = client.chat.completions.create(**ask(logprobs=True, top_logprobs=3, temperature=0.7, seed=1)).choices[0]
-    assert b"".join(bytes(t.bytes) for t in said.logprobs.content).decode() == said.message.content
-    for token in said.logprobs.content:
-        assert len(token.top_logprobs) == 3 and token.logprob <= token.top_logprobs[0].logprob <= 0
+def test_logprobs_cover_exactly_the_tokens_of_the_text(client):
+    response = client.chat.completions.create(**ask(logprobs=True, top_logprobs=3, temperature=0.7, seed=1)).choices[0]
+    assert b"".join(bytes(t.bytes) for t in response.logprobs.content).decode() == response.message.content
+    for token in response.logprobs.content:
+        assert len(token.top_logprobs) == 3
+        assert token.logprob <= token.top_logprobs[0].logprob <= 0
     streamed = client.chat.completions.create(**ask(logprobs=True, stop=" queen"), stream=True)
     tokens = [t for chunk in streamed for t in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else ())]
-    assert "".join(t.token for t in tokens) == "The king sees the", "what was cut off has no probabilities either"
+    assert "".join(t.token for t in tokens) == "The king sees the", "no log-probabilities for the text that was cut off"
 
 
 @pytest.mark.parametrize("model", ["toy", "plain"])
-def test_json_schemas_hold_whatever_the_model_would_say(client, model):
+def test_replies_follow_a_json_schema(client, model):
     schema = {
-        "type": "object", "additionalProperties": False, "required": ["name", "age", "tags"],
-        "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "minimum": 1, "maximum": 99},
-                       "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}},
-    }  # fmt: skip
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["name", "age", "tags"],
+        "properties": {
+            "name": {"type": "string", "maxLength": 6},
+            "age": {"type": "integer", "minimum": 1, "maximum": 99},
+            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2},
+        },
+    }
     shape = {"type": "json_schema", "json_schema": {"name": "p", "schema": schema}}
     if model == "toy":
         for seed in range(4):
-            said = client.chat.completions.create(**ask(temperature=1, seed=seed, n=2), response_format=shape)
-            for choice in said.choices:
-                found = json.loads(choice.message.content)
-                assert (
-                    choice.finish_reason == "stop" and set(found) == {"name", "age", "tags"} and 1 <= found["age"] <= 99
-                )
+            response = client.chat.completions.create(**ask(temperature=1, seed=seed, n=2), response_format=shape)
+            for choice in response.choices:
+                value = json.loads(choice.message.content)
+                assert choice.finish_reason == "stop"
+                assert set(value) == {"name", "age", "tags"}
+                assert 1 <= value["age"] <= 99
     shape = {"type": "json_schema", "json_schema": {"name": "p", "schema": {"enum": ["yes", "no"]}}}
     assert client.chat.completions.create(**ask("?", model=model), response_format=shape).choices[
         0
     ].message.content in ('"yes"', '"no"')
-    some = client.chat.completions.create(
+    json_object = client.chat.completions.create(
         **ask(model="toy", temperature=1, max_tokens=20), response_format={"type": "json_object"}
     )
-    assert some.choices[0].message.content.startswith("{")
+    assert json_object.choices[0].message.content.startswith("{")
 
 
-def test_forced_calls_have_the_arguments_that_the_tool_wants(client):
+def test_forced_calls_follow_the_schema_of_the_function(client):
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
         for stream in (False, True):
-            said = client.chat.completions.create(
+            response = client.chat.completions.create(
                 **ask(temperature=1), tools=[WEATHER], tool_choice=choice, stream=stream
             )
             if stream:
-                chunks = list(said)
+                chunks = list(response)
                 [call] = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
                 reason = chunks[-1].choices[0].finish_reason
             else:
-                [call], reason = said.choices[0].message.tool_calls, said.choices[0].finish_reason
-                assert said.choices[0].message.content is None
+                [call], reason = response.choices[0].message.tool_calls, response.choices[0].finish_reason
+                assert response.choices[0].message.content is None
             arguments = json.loads(call.function.arguments)
-            assert reason == "tool_calls" and call.function.name == "weather" and arguments["days"] in (1, 2, 7)
+            assert reason == "tool_calls"
+            assert call.function.name == "weather"
+            assert arguments["days"] in (1, 2, 7)
             assert len(arguments["town"]) <= 8
 
 
-def test_a_call_that_the_model_makes_goes_to_the_client(server, client):
-    """The whole round: a call, its answer from the client, what the model makes of it."""
-    messages = [LEARNED[1][0]]
+def test_a_tool_call_can_be_run_by_the_server_or_by_the_client(server, client):
+    """The server runs the calculator; or the client sends the result as a tool message."""
+    messages = [MEMORIZED[1][0]]
     body = {"model": "toy", "messages": messages, "temperature": 0, "tools": [], "server_tools": ["calculator"]}
-    said = server.http.post("/v1/chat/completions", json=body).json()
-    assert (
-        said["choices"][0]["message"]["content"] == "Let me see. It is 42."
-        and said["tool_results"][0]["content"] == "42"
-    )
-    asked = LEARNED[1][:3]
-    said = client.chat.completions.create(model="toy", messages=asked, temperature=0)
-    assert said.choices[0].message.content == "It is 42."
+    response = server.http.post("/v1/chat/completions", json=body).json()
+    assert response["choices"][0]["message"]["content"] == "Let me see. It is 42."
+    assert response["tool_results"][0]["content"] == "42"
+    messages_with_result = MEMORIZED[1][:3]
+    response = client.chat.completions.create(model="toy", messages=messages_with_result, temperature=0)
+    assert response.choices[0].message.content == "It is 42."
 
 
-def test_the_servers_own_tools_are_shown_in_the_stream(server):
-    events = server.events(messages=[LEARNED[1][0]], server_tools=["calculator"], timings=True)
+def test_a_stream_contains_tool_calls_and_their_results(server):
+    events = server.events(messages=[MEMORIZED[1][0]], server_tools=["calculator"], timings=True)
     kinds = [
         "result" if "tool_result" in e else "end" if not e["choices"] else next(iter(e["choices"][0]["delta"]), "done")
         for e in events
     ]
     calls, results = kinds.index("tool_calls"), kinds.index("result")
-    assert calls < results and "content" in kinds[results:] and kinds[-2:] == ["done", "end"]
+    assert calls < results
+    assert "content" in kinds[results:]
+    assert kinds[-2:] == ["done", "end"]
     [call] = events[calls]["choices"][0]["delta"]["tool_calls"]
-    assert call["index"] == 0 and call["function"] == {"name": "calculator", "arguments": '{"expression": "12 + 30"}'}
+    assert call["index"] == 0
+    assert call["function"] == {"name": "calculator", "arguments": '{"expression": "12 + 30"}'}
     result = events[results]["tool_result"]
-    assert events[results]["choices"] == [] and result["tool_call_id"] == call["id"] and result["content"] == "42"
+    assert events[results]["choices"] == []
+    assert result["tool_call_id"] == call["id"]
+    assert result["content"] == "42"
     assert events[-2]["choices"][0]["finish_reason"] == "stop"
     assert set(events[-1]["timings"]) == {"first_token_seconds", "tokens_per_second", "context_used", "context"}
     assert server.chat(server_tools=["rm"]).status_code == 400
 
 
-def test_what_was_looked_up_is_shown_with_its_source(server):
-    events = server.events(messages=[LEARNED[2][0]], server_tools=["lookup", "calculator"])
+def test_lookup_results_include_their_passages(server):
+    events = server.events(messages=[MEMORIZED[2][0]], server_tools=["lookup", "calculator"])
     [result] = [event["tool_result"] for event in events if "tool_result" in event]
-    assert result["name"] == "lookup" and result["passages"] == [{"n": 1, "source": "notes.md", "text": NOTE}]
-    said = "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
-    assert said == "In the sea [1]."
+    assert result["name"] == "lookup"
+    assert result["passages"] == [{"n": 1, "source": "notes.md", "text": NOTE}]
+    response = "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
+    assert response == "In the sea [1]."
 
 
-def test_errors_are_the_clients_own_exceptions(client):
+def test_errors_become_exceptions_of_the_openai_client(client):
     with pytest.raises(openai.NotFoundError) as e:
         client.chat.completions.create(**ask(model="../../etc/passwd"))
-    assert e.value.code == "model_not_found" and e.value.param == "model"
+    assert e.value.code == "model_not_found"
+    assert e.value.param == "model"
     with pytest.raises(openai.BadRequestError, match="top_k"):
         client.chat.completions.create(**ask(), extra_body={"top_k": 3})
     with pytest.raises(openai.BadRequestError) as e:
@@ -204,12 +232,12 @@ def test_errors_are_the_clients_own_exceptions(client):
     assert e.value.code == "context_length_exceeded"
 
 
-def test_cancel_frees_the_engine_at_once(server, client):
+def test_disconnecting_cancels_generation(server, client):
     before = server.figure("nanoghost_cancelled_total")
-    said = client.chat.completions.create(model="toy", stream=True, **FOREVER | {"max_tokens": 480})
-    next(iter(said))
+    response = client.chat.completions.create(model="toy", stream=True, **FOREVER | {"max_tokens": 480})
+    next(iter(response))
     assert server.figure("nanoghost_sequences") > 0
-    said.close()
+    response.close()
     server.wait(lambda: server.figure("nanoghost_sequences") == 0, 2)
 
     async def leave():
@@ -224,7 +252,7 @@ def test_cancel_frees_the_engine_at_once(server, client):
     assert server.figure("nanoghost_cancelled_total") >= before + 1
 
 
-# ── plain completions, as lm-eval asks for them ───────────────────────────────────────────────────────────────────────
+# ── plain completions, as lm-eval uses them ───────────────────────────────────────────────────────────────────────────
 
 
 def test_echo_gives_the_log_probability_of_every_token(server, monkeypatch, tmp_path):
@@ -239,62 +267,68 @@ def test_echo_gives_the_log_probability_of_every_token(server, monkeypatch, tmp_
     tokenizer = load_tokenizer(ModelFolder("toy").path)
     texts = ["The king sees the queen.", "ANNA.\nThe ghost"]
     ids = [tokenizer.encode(text) for text in texts]
-    asked = {"model": "toy", "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
+    body = {"model": "toy", "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
     by_text, by_ids = (
-        server.http.post("/v1/completions", json=asked | {"prompt": prompt}).json()["choices"]
-        for prompt in (texts, ids)
+        server.http.post("/v1/completions", json=body | {"prompt": prompt}).json()["choices"] for prompt in (texts, ids)
     )
     engine = open_engine(ModelFolder("toy"))
     model, _ = load_model(ModelFolder("toy").path, torch.float32)
-    for choice, other, own in zip(by_text, by_ids, ids):
-        found = choice["logprobs"]
-        assert choice["text"] == other["text"] and found == other["logprobs"]
-        assert len(found["tokens"]) == len(own) + 1 and found["token_logprobs"][0] is None
-        expected = [likely for part in prompt_logprobs(engine.runner, own, "", 1) for likely in part]
-        assert found["token_logprobs"][1:-1] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
-        exact = model.logprobs(torch.tensor([own[:-1]]), torch.tensor([own[1:]]))[0].tolist()
-        assert sum(found["token_logprobs"][1:-1]) == pytest.approx(sum(exact), rel=0.1)
+    for choice, other, token_ids in zip(by_text, by_ids, ids):
+        logprobs = choice["logprobs"]
+        assert choice["text"] == other["text"]
+        assert logprobs == other["logprobs"]
+        assert len(logprobs["tokens"]) == len(token_ids) + 1
+        assert logprobs["token_logprobs"][0] is None
+        expected = [logprob for part in prompt_logprobs(engine.runner, token_ids, "", 1) for logprob in part]
+        assert logprobs["token_logprobs"][1:-1] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
+        exact = model.logprobs(torch.tensor([token_ids[:-1]]), torch.tensor([token_ids[1:]]))[0].tolist()
+        assert sum(logprobs["token_logprobs"][1:-1]) == pytest.approx(sum(exact), rel=0.1)
         greedy = [
             logprob == max(table.values())
-            for logprob, table in zip(found["token_logprobs"][1:-1], found["top_logprobs"][1:-1])
+            for logprob, table in zip(logprobs["token_logprobs"][1:-1], logprobs["top_logprobs"][1:-1])
         ]
         assert greedy == [logprob == top[0][1] for logprob, top in expected]
-    nothing = server.http.post("/v1/completions", json=asked | {"prompt": ids[0], "max_tokens": 0}).json()["choices"][0]
-    assert (
-        nothing["text"] == texts[0]
-        and nothing["logprobs"]["token_logprobs"] == by_text[0]["logprobs"]["token_logprobs"][:-1]
+    echo_only = server.http.post("/v1/completions", json=body | {"prompt": ids[0], "max_tokens": 0}).json()["choices"][
+        0
+    ]
+    assert echo_only["text"] == texts[0]
+    assert echo_only["logprobs"]["token_logprobs"] == by_text[0]["logprobs"]["token_logprobs"][:-1]
+
+
+def test_plain_completions_of_several_prompts(client):
+    response = client.completions.create(
+        model="toy", prompt=["The king", "The queen"], max_tokens=8, temperature=0, n=2
     )
-
-
-def test_plain_completions(client):
-    said = client.completions.create(model="toy", prompt=["The king", "The queen"], max_tokens=8, temperature=0, n=2)
-    assert [c.index for c in said.choices] == [0, 1, 2, 3] and said.choices[0].text == said.choices[1].text
+    assert [c.index for c in response.choices] == [0, 1, 2, 3]
+    assert response.choices[0].text == response.choices[1].text
     streamed = list(
         client.completions.create(model="toy", prompt="The king", max_tokens=8, temperature=0, stream=True, echo=True)
     )
-    assert "".join(c.choices[0].text for c in streamed if c.choices) == "The king" + said.choices[0].text
+    assert "".join(c.choices[0].text for c in streamed if c.choices) == "The king" + response.choices[0].text
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="toy", prompt=[[10**6]])
 
 
-# ── many at once ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── concurrency ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_conversations_at_once_say_what_each_says_alone(server):
-    """With equal and nearly equal beginnings: nothing of one gets into another."""
+def test_concurrent_requests_get_the_same_text_as_alone(server):
+    """The prompts share prefixes: no request may see keys and values of another one's tokens."""
     prompts = [
         "The king " + "sees the queen. " * (i % 4) + name for i in range(6) for name in ("ANNA", "BEN", "CARL", "DORA")
     ]
 
-    def said(prompt):
+    def complete(prompt):
         answer = server.http.post(
             "/v1/completions", json={"model": "toy", "prompt": prompt, "temperature": 0, "max_tokens": 24}
         )
         return answer.json()["choices"][0]["text"]
 
-    alone = {prompt: said(prompt) for prompt in set(prompts)}
+    alone = {prompt: complete(prompt) for prompt in set(prompts)}
     together: dict[int, str] = {}
-    threads = [threading.Thread(target=lambda i=i, p=p: together.update({i: said(p)})) for i, p in enumerate(prompts)]
+    threads = [
+        threading.Thread(target=lambda i=i, p=p: together.update({i: complete(p)})) for i, p in enumerate(prompts)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -302,130 +336,140 @@ def test_conversations_at_once_say_what_each_says_alone(server):
     assert [together[i] for i in range(len(prompts))] == [alone[prompt] for prompt in prompts]
 
 
-def test_when_all_places_are_taken_one_is_told_to_come_back(server):
+def test_a_full_queue_gets_status_429(server):
     statuses = []
-    hold = [threading.Thread(target=lambda: statuses.append(server.chat(**FOREVER).status_code)) for _ in range(4)]
-    for thread in hold:
+    threads = [threading.Thread(target=lambda: statuses.append(server.chat(**FOREVER).status_code)) for _ in range(4)]
+    for thread in threads:
         thread.start()
     server.wait(lambda: server.figure("nanoghost_sequences") == 32)
-    refused = server.chat()
-    assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
-    assert refused.json()["error"]["type"] == "rate_limit_error"
-    for thread in hold:
+    rejected = server.chat()
+    assert rejected.status_code == 429
+    assert int(rejected.headers["retry-after"]) > 0
+    assert rejected.json()["error"]["type"] == "rate_limit_error"
+    for thread in threads:
         thread.join()
-    assert statuses == [200] * 4, "those who wait are answered"
+    assert statuses == [200] * 4, "waiting requests are completed"
 
 
 # ── people ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_person_is_heard_and_their_adapter_speaks_where_it_is_about_them(server, monkeypatch):
+def test_a_person_gets_their_adapter_only_for_questions_about_themselves(server, monkeypatch):
     monkeypatch.setenv("NANOGHOST_HOME", str(server.home))
     maya = Person("maya")
     assert server.http.get("/people").json() == {"data": [{"name": "maya", "base": "toy"}]}
     about = {"text": ABOUT_MAYA[0]["content"]}
     anybody = server.chat(**about).json()["choices"][0]["message"]["content"]
     odd = server.chat(**about, model="toy@odd").json()["choices"][0]["message"]["content"]
-    own = server.chat(**about, person="maya").json()["choices"][0]["message"]["content"]
-    assert own == odd == ABOUT_MAYA[1]["content"] != anybody, "the same adapter under both names"
+    personal = server.chat(**about, person="maya").json()["choices"][0]["message"]["content"]
+    assert personal == odd == ABOUT_MAYA[1]["content"] != anybody, "the same adapter under both names"
     assert server.chat(person="maya").json()["choices"][0]["message"]["content"] == KING, (
-        "what anybody may ask, the base answers"
+        "a general question is answered by the base model"
     )
-    assert server.chat(**about).json()["choices"][0]["message"]["content"] == anybody, "nobody else hears it"
+    assert server.chat(**about).json()["choices"][0]["message"]["content"] == anybody, (
+        "requests without the person are unaffected"
+    )
     server.wait(lambda: len(maya.read_chat_log()) == 4, 2)
     assert [(e.id, e.role, e.text) for e in maya.read_chat_log()] == [
-        (1, "user", about["text"]), (2, "assistant", own), (3, "user", "Good morrow"), (4, "assistant", KING)]  # fmt: skip
+        (1, "user", about["text"]),
+        (2, "assistant", personal),
+        (3, "user", "Good morrow"),
+        (4, "assistant", KING),
+    ]
     server.chat(person="maya")
     server.wait(lambda: len(maya.read_chat_log()) == 5, 2)
-    assert maya.read_chat_log()[-1].role == "assistant", "who wants another answer has asked once"
-    assert server.chat(person="nobody").status_code == 404 and not (server.home / "people" / "nobody").exists()
+    assert maya.read_chat_log()[-1].role == "assistant", "a repeated message is logged once"
+    assert server.chat(person="nobody").status_code == 404
+    assert not (server.home / "people" / "nobody").exists()
 
 
-# ── what else is there ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── other routes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_echo_alone_leaves_the_engine_asleep(server):
-    asked = {"model": "toy", "prompt": "The king", "max_tokens": 0, "echo": True}
-    assert server.http.post("/v1/completions", json=asked).json()["choices"][0]["text"] == "The king"
+def test_echo_without_generation_does_not_wake_the_engine(server):
+    body = {"model": "toy", "prompt": "The king", "max_tokens": 0, "echo": True}
+    assert server.http.post("/v1/completions", json=body).json()["choices"][0]["text"] == "The king"
     time.sleep(0.3)
     before = server.figure("nanoghost_engine_process_cpu_seconds_total")
     time.sleep(0.7)
     assert server.figure("nanoghost_engine_process_cpu_seconds_total") - before < 0.2
 
 
-def test_a_damaged_model_hinders_no_other(server):
+def test_a_damaged_model_does_not_affect_others(server):
     folder = server.home / "models" / "damaged"
     shutil.copytree(server.home / "models" / "toy", folder)
     (folder / "config.json").write_text("{")
-    time.sleep(1.1)  # for which the list of models holds
+    time.sleep(1.1)  # until the list of models is read again
     assert "damaged" not in {m["id"] for m in server.http.get("/v1/models").json()["data"]}
     assert server.chat().json()["choices"][0]["message"]["content"] == KING
     shutil.rmtree(folder)
 
 
-def test_a_load_test_sees_what_is_right_and_what_is_wrong(server):
+def test_the_load_test_detects_wrong_replies(server):
     async def run(conversation):
-        seen, until = load.Seen(), time.monotonic() + 1.5
+        seen, until = load.LoadStats(), time.monotonic() + 1.5
         await asyncio.gather(
-            *(load.client(server.port, "toy", [conversation], until, random.Random(i), seen) for i in range(4))
+            *(load.run_client(server.port, "toy", [conversation], until, random.Random(i), seen) for i in range(4))
         )
         return seen
 
-    seen = asyncio.run(run(LEARNED[0]))
-    assert (
-        not seen.wrong
-        and not seen.otherwise
-        and all(seen.counts[kind] for kind in ("answered", "malformed", "given up"))
-    ), (seen.wrong, seen.counts)
-    assert asyncio.run(run([LEARNED[0][0], LEARNED[1][3]])).otherwise[0][1] == KING
+    seen = asyncio.run(run(MEMORIZED[0]))
+    assert not seen.errors
+    assert not seen.mismatches
+    assert all(seen.counts[kind] for kind in ("complete", "malformed", "cancelled")), (seen.errors, seen.counts)
+    assert asyncio.run(run([MEMORIZED[0][0], MEMORIZED[1][3]])).mismatches[0][1] == KING
     tie = [
-        asyncio.run(load.is_a_tie(server.port, "toy", LEARNED[0][:1], text))
+        asyncio.run(load.is_tie(server.port, "toy", MEMORIZED[0][:1], text))
         for text in (KING, KING[:20] + "sword", "It is 42.")
     ]
     assert tie == [True, False, False]
 
 
-def test_side_routes(server):
+def test_status_routes(server):
     http = server.http
-    assert http.get("/health").json() == {"status": "ok"} and http.get("/ready").json() == {"status": "ready"}
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/ready").json() == {"status": "ready"}
     tokens = http.post("/tokenize", json={"model": "toy", "content": "The king<|im_end|>"}).json()
     assert tokens["count"] == len(tokens["tokens"]) > 5
     tools = {tool["name"]: tool["description"] for tool in http.get("/tools").json()["data"]}
-    assert {"calculator", "lookup"} <= set(tools) <= {"calculator", "lookup", "python"} and all(tools.values())
+    assert {"calculator", "lookup"} <= set(tools) <= {"calculator", "lookup", "python"}
+    assert all(tools.values())
     runs = {run["name"]: run for run in http.get("/runs").json()["data"]}
-    assert (
-        runs["toy"] == {"name": "toy", "stage": "sft", "finished": True, "report": True} and not runs["plain"]["report"]
-    )
+    assert runs["toy"] == {"name": "toy", "stage": "sft", "finished": True, "report": True}
+    assert not runs["plain"]["report"]
     assert http.get("/runs/toy/events").json() == {"data": [{"stage": "sft", "step": 1, "loss": 2.5}], "next": 1}, (
-        "no half line"
+        "an incomplete last line is not returned"
     )
     assert http.get("/runs/toy/events", params={"after": 1}).json() == {"data": [], "next": 1}
     report = http.get("/runs/toy/report")
-    assert "report" in report.text and "sandbox" in report.headers["content-security-policy"]
-    assert http.get("/runs/plain/report").status_code == 404 and http.get("/runs/x/events").status_code == 404
+    assert "report" in report.text
+    assert "sandbox" in report.headers["content-security-policy"]
+    assert http.get("/runs/plain/report").status_code == 404
+    assert http.get("/runs/x/events").status_code == 404
     assert "nanoghost_sequences 0.0" in http.get("/metrics").text
     described = http.get("/openapi.json").json()
-    assert "/v1/chat/completions" in described["paths"] and "422" not in json.dumps(described["paths"])
+    assert "/v1/chat/completions" in described["paths"]
+    assert "422" not in json.dumps(described["paths"])
 
 
-# ── when the engine dies, and when the server is told to stop ─────────────────────────────────────────────────────────
+# ── engine failures, shutdown and start ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the engine process in /proc")
-def test_a_killed_engine_is_an_error_for_the_open_and_comes_back(server):
+def test_a_killed_engine_fails_open_requests_and_restarts(server):
     starts = server.figure("nanoghost_engine_starts")
     with server.http.stream("POST", "/v1/chat/completions", json={"model": "toy", "stream": True} | FOREVER) as answer:
         lines = answer.iter_lines()
         next(lines)
         os.kill(server.engine(), signal.SIGKILL)
-        told = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
-    assert told[-1]["error"]["code"] == "engine_stopped"
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
+    assert chunks[-1]["error"]["code"] == "engine_stopped"
     server.wait(lambda: server.http.get("/ready").status_code == 200, 5)
     assert server.chat().json()["choices"][0]["message"]["content"] == KING
     assert server.figure("nanoghost_engine_starts") == starts + 1
 
 
-def test_told_to_stop_it_lets_open_answers_finish(server):
+def test_stopping_the_server_completes_open_requests(server):
     with server.http.stream("POST", "/v1/chat/completions", json={"model": "toy", "stream": True} | FOREVER) as answer:
         lines = answer.iter_lines()
         first = next(lines)
@@ -434,22 +478,36 @@ def test_told_to_stop_it_lets_open_answers_finish(server):
         server.wait(lambda: other.get("/ready").status_code == 503, 2)
         assert other.post("/v1/chat/completions", json=ask()).status_code == 503
         rest = [line for line in lines if line]
-    assert "delta" in first and rest[-1] == "data: [DONE]" and sum('"finish_reason":"' in line for line in rest) == 8
+    assert "delta" in first
+    assert rest[-1] == "data: [DONE]"
+    assert sum('"finish_reason":"' in line for line in rest) == 8
     assert server.process.wait(10 * crowded()) == 0
 
 
-def test_what_is_wrong_at_the_start_is_one_line(nanoghost, tmp_path, monkeypatch):
+def test_bad_settings_are_one_line_errors(nanoghost, tmp_path, monkeypatch):
     monkeypatch.delenv("NANOGHOST_API_KEY", raising=False)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         code, _, err = nanoghost("serve", "--port", taken.getsockname()[1])
-    assert code == 2 and "in use" in err and err.count("\n") == 1
+    assert code == 2
+    assert "in use" in err
+    assert err.count("\n") == 1
     for host in ("0.0.0.0", "::", "192.168.0.1", "localhost.example.org"):
         code, _, err = nanoghost("serve", "--host", host)
-        assert code == 2 and "--api-key-file" in err and err.count("\n") == 1
+        assert code == 2
+        assert "--api-key-file" in err
+        assert err.count("\n") == 1
     (tmp_path / "key").write_text("short\n")
-    for words in (("--api-key-file", tmp_path / "key"), ("--api-key-file", tmp_path / "none"), ("--port", 99999), ("--slots", 0),
-                  ("--documents", tmp_path / "no"), ("nobody", "--port", 0)):  # fmt: skip
+    for words in (
+        ("--api-key-file", tmp_path / "key"),
+        ("--api-key-file", tmp_path / "none"),
+        ("--port", 99999),
+        ("--slots", 0),
+        ("--documents", tmp_path / "no"),
+        ("nobody", "--port", 0),
+    ):
         code, _, err = nanoghost("serve", *words)
-        assert code == 2 and err.startswith("nanoghost: ") and err.count("\n") == 1, err
+        assert code == 2
+        assert err.startswith("nanoghost: ")
+        assert err.count("\n") == 1, err

@@ -1,231 +1,197 @@
-"""How fast a model reads and writes here, beside what memory and arithmetic of this machine allow.
+"""`nanoghost bench decode` and `bench prefill`: the engine's speed, compared with the machine's limits and with
+baselines.
 
-What is read is natural text, another one for each row; what is written is sampled.
+Prompts are natural text, a different one for each stream; completions are sampled.
 """
 
-import importlib
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
-
-import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
+from functools import partial
 
 from nanoghost import hardware
-from nanoghost.bench.table import limits, peers, tell, texts
-from nanoghost.commands.arguments import parse_numbers
+from nanoghost.bench.llama_cpp_baseline import LlamaCpp
+from nanoghost.bench.table import (
+    MachineLimits,
+    Workload,
+    measure_and_report,
+    measure_limits,
+    requested_baselines,
+    validation_texts,
+)
+from nanoghost.bench.transformers_baseline import Transformers
+from nanoghost.commands.arguments import ModelArgument, parse_numbers
 from nanoghost.engine.engine import open_engine
-from nanoghost.engine.quantized_llama import QuantizedLlama, quantize_model, supports_quantization
+from nanoghost.engine.quantized_llama import QuantizedLlama
 from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
-from nanoghost.evals.bits_per_byte import bits_per_byte
-from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, open_model
+from nanoghost.progress import JsonFlag
 from nanoghost.tokenizer.chat_format import render
 
-KINDS = {  # what a person may ask for; guessing ahead helps where a text repeats what stands before it
+QUESTIONS = {  # kinds of requests: speculative decoding helps where the answer repeats the prompt or itself
     "story": "Write a story about {word}.",
     "explanation": "Explain to a child what {word} is.",
     "code": "Write a Python class for {word}, and tests for it.",
     "copy": "Repeat this text word for word:\n\n{text}",
 }
-LONGEST = 500  # tokens of a prompt
 WORDS = ("a lighthouse", "rain", "the moon", "a library", "bread")
+MAX_PROMPT_TOKENS = 500
 
 
 @dataclass(frozen=True)
-class DecodeSettings:
-    model: Annotated[str | None, tyro.conf.Positional] = None
-    """Name of the model; default: the one finished last."""
+class DecodeSettings(ModelArgument, JsonFlag):
     streams: str = "1,16,64"
-    """How many conversations are written at once; several numbers with commas."""
+    """Numbers of sequences to decode at once, comma-separated."""
     tokens: int = 128
-    """Tokens that each writes."""
+    """Tokens to decode in each sequence."""
     rounds: int = 3
-    """Times that everything is measured."""
+    """Number of measurements."""
     against: str = ""
-    """Peers that are measured in turn with us, if they are installed: transformers, llama.cpp, or both with a comma."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
+    """Baselines, comma-separated: transformers, llama.cpp. They must be installed."""
 
 
 @dataclass(frozen=True)
-class PrefillSettings:
-    model: Annotated[str | None, tyro.conf.Positional] = None
-    """Name of the model; default: the one finished last."""
+class PrefillSettings(ModelArgument, JsonFlag):
     tokens: int = 512
-    """Length of the text that is read."""
+    """Length of the prompt."""
     rounds: int = 5
-    """Times that everything is measured."""
+    """Number of measurements."""
     against: str = ""
-    """Peers that are measured in turn with us, if they are installed: transformers, llama.cpp, or both with a comma."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
+    """Baselines, comma-separated: transformers, llama.cpp. They must be installed."""
 
 
-@dataclass(frozen=True)
-class PackingSettings:
-    model: Annotated[str | None, tyro.conf.Positional] = None
-    """Name of the model; default: the one finished last."""
-    tokens: int = 4096
-    """How much text is scored."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
-
-
-class Ours:
-    def __init__(self, folder: ModelFolder, seats: int, room: int):
-        self.engine = open_engine(folder, seats, room)
+class Nanoghost:
+    def __init__(self, folder: ModelFolder, slots: int, slot_tokens: int):
+        self.engine = open_engine(folder, slots, slot_tokens)
         self.model = self.engine.runner.model
 
-    def write(self, prompts: list[list[int]], tokens: int, guess: bool = False, temperature: float = 0.8) -> float:
-        """Tokens a second of all rows together, from when every prompt is read until the last row is done."""
-        self.engine.runner.speculative = guess
-        rows = []
+    def decode(
+        self, prompts: list[list[int]], tokens: int, speculative: bool = False, temperature: float = 0.8
+    ) -> float:
+        """Tokens per second of all sequences together, from when all prompts are computed to the last token."""
+        engine = self.engine
+        engine.runner.speculative = speculative
+        sequences = []
         for i, prompt in enumerate(prompts):
-            rows += self.engine.add(prompt, SamplingParams(tokens, temperature, seed=i, ignore_eos=True))
-        while any(not row.completion_ids for row in rows):
-            self.engine.step()
-        start, before = time.perf_counter(), sum(len(row.completion_ids) for row in rows)
-        while self.engine.has_unfinished:
-            self.engine.step()
-        return (sum(len(row.completion_ids) for row in rows) - before) / (time.perf_counter() - start)
+            sequences += engine.add(prompt, SamplingParams(tokens, temperature, seed=i, ignore_eos=True))
+        while any(not sequence.completion_ids for sequence in sequences):
+            engine.step()
+        start, tokens_before = time.perf_counter(), sum(len(sequence.completion_ids) for sequence in sequences)
+        while engine.has_unfinished:
+            engine.step()
+        tokens_decoded = sum(len(sequence.completion_ids) for sequence in sequences) - tokens_before
+        return tokens_decoded / (time.perf_counter() - start)
 
-    def read(self, prompt: list[int]) -> float:
-        """Tokens a second from a text nobody has seen to the first word after it."""
+    def prefill(self, prompt: list[int]) -> float:
+        """Tokens per second of a prompt that is not in the prefix cache, to the first token after it."""
         start = time.perf_counter()
-        [row] = self.engine.add(prompt, SamplingParams(1, 0.0))
-        while not row.finish_reason:
+        [sequence] = self.engine.add(prompt, SamplingParams(1, 0.0))
+        while not sequence.finish_reason:
             self.engine.step()
         return len(prompt) / (time.perf_counter() - start)
 
 
-class Transformers:
-    """The model folder as `transformers` runs it, in bf16, eager; whole calls of `generate`, as people use it."""
+def throughput_limit(model, limits: MachineLimits, streams: int, context: int, tokens: int = 1) -> float:
+    """Tokens per second if a step takes only the time to read its bytes from memory, or to compute its matmuls.
 
-    def __init__(self, folder: ModelFolder):
-        auto = importlib.import_module("transformers").AutoModelForCausalLM
-        self.model = auto.from_pretrained(folder.path, dtype=torch.bfloat16)
-
-    def write(self, prompts: list[list[int]], tokens: int) -> float:
-        shortest = min(map(len, prompts))  # one length, so that it needs no padding: that is to its favour
-        ids = torch.tensor([p[:shortest] for p in prompts])
-        start = time.perf_counter()
-        self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=True, eos_token_id=None, pad_token_id=0
-        )  # fmt: skip
-        return len(prompts) * tokens / (time.perf_counter() - start)
-
-    @torch.inference_mode()
-    def read(self, prompt: list[int]) -> float:
-        start = time.perf_counter()
-        self.model(torch.tensor([prompt]), logits_to_keep=1)
-        return len(prompt) / (time.perf_counter() - start)
-
-
-def most(model, measured: dict, streams: int, context: int, tokens: int = 1) -> float:
-    """Tokens a second if a step took only as long as memory needs to deliver what it reads, or arithmetic to multiply it.
-
-    A step reads every weight once, and each row's keys and values; products of 8 bits are twice as fast as those of bf16.
-    `tokens`: how many each row reads; the head works on the last one only.
+    A step reads every weight once, and the keys and values of each sequence (`context` tokens); 8-bit matmuls are twice
+    as fast as bf16. `tokens`: tokens of each sequence in the step; the head computes only the last.
     """
     c = model.config
-    packed = isinstance(model, QuantizedLlama)
-    head = c.vocab_size * c.width
-    body = model.matmul_weights() - head if packed else model.parameter_counts()["matrices"]
-    weights = model.weight_bytes() if packed else (body + head) * model.head_weight.element_size()
-    heads = getattr(c, "key_value_heads", None) or c.heads
-    kept = streams * context * c.depth * heads * c.head_width * 2 * 2  # keys and values, 16 bits each
-    peak = measured["matrix_gflops_per_second"] * 1e9 * (2 if packed else 1)
-    by_memory = (weights + kept) / (measured["bandwidth_gb_per_second"] * 1e9)
-    by_arithmetic = 2 * streams * (body * tokens + head) / peak
-    return streams * tokens / max(by_memory, by_arithmetic)
+    head_weights = c.vocab_size * c.width
+    if isinstance(model, QuantizedLlama):
+        layer_weights, weight_bytes = model.matmul_weights() - head_weights, model.weight_bytes()
+        flops_per_second = 2 * limits.flops_per_second
+    else:
+        layer_weights = model.parameter_counts()["matrices"]
+        weight_bytes = (layer_weights + head_weights) * model.head_weight.element_size()
+        flops_per_second = limits.flops_per_second
+    kv_heads = getattr(c, "key_value_heads", None) or c.heads
+    kv_bytes = streams * context * c.depth * kv_heads * c.head_width * 2 * 2  # keys and values, 2 bytes each
+    memory_seconds = (weight_bytes + kv_bytes) / limits.bytes_per_second
+    compute_seconds = 2 * streams * (layer_weights * tokens + head_weights) / flops_per_second
+    return streams * tokens / max(memory_seconds, compute_seconds)
 
 
-def check(settings) -> None:
+def check(settings: DecodeSettings | PrefillSettings) -> None:
     if settings.tokens < 2 or settings.rounds < 1:
-        raise UserError("--tokens is at least 2 and --rounds at least 1")
+        raise UserError("--tokens must be at least 2, and --rounds at least 1")
 
 
-def contenders(settings, seats: int, room: int) -> dict:
-    """By name; each has room for `seats` conversations of `room` tokens."""
+def open_systems(settings: DecodeSettings | PrefillSettings, slots: int, slot_tokens: int) -> dict:
+    """nanoghost and the requested baselines by name, each with memory for `slots` sequences of `slot_tokens` tokens."""
     hardware.prepare()
     folder = open_model(settings.model)
-    asked = peers(settings.against, folder, ["transformers", "llama.cpp"])
-    found = {"nanoghost": Ours(folder, seats, room)}
-    if "transformers" in asked:
-        found["transformers, bf16"] = Transformers(folder)
-    if "llama.cpp" in asked:
-        peer = importlib.import_module("nanoghost.bench.llama_cpp_baseline").LlamaCpp
-        found |= {f"llama.cpp, {quant}": peer(folder, seats, quant, room) for quant in ("q4_0", "q4_1", "q8_0", "bf16")}
-    return found
+    baselines = requested_baselines(settings.against, folder, ["transformers", "llama.cpp"])
+    systems = {"nanoghost": Nanoghost(folder, slots, slot_tokens)}
+    if "transformers" in baselines:
+        systems["transformers, bf16"] = Transformers(folder)
+    if "llama.cpp" in baselines:
+        for quant in ("q4_0", "q4_1", "q8_0", "bf16"):
+            systems[f"llama.cpp, {quant}"] = LlamaCpp(folder, slots, quant, slot_tokens)
+    return systems
 
 
 def decode(settings: DecodeSettings) -> None:
-    """Writing: one conversation and many, then one that guesses ahead, by kind of text."""
+    """Batches of sequences, then a single one with and without speculative decoding, by kind of request."""
     streams = parse_numbers("--streams", settings.streams)
     check(settings)
-    rivals = contenders(settings, max(streams), LONGEST + settings.tokens)
-    ours, tokenizer = rivals["nanoghost"], rivals["nanoghost"].engine.tokenizer
-    works: list[tuple[str, str, int, Callable]] = []
+    systems = open_systems(settings, max(streams), MAX_PROMPT_TOKENS + settings.tokens)
+    nanoghost = systems["nanoghost"]
+    limits = measure_limits()
+    workloads = []
     for n in streams:
-        prompts = [p[: 24 + i % 17] for i, p in enumerate(texts(tokenizer, n, 40))]
-        for name, rival in rivals.items():
-            works.append(
-                (name, "decode", n, lambda rival=rival, prompts=prompts: rival.write(prompts, settings.tokens))
-            )
-    if ours.engine.runner.speculative:
-        text = tokenizer.decode(texts(tokenizer, 1, 120)[0])
-        for kind, question in KINDS.items():
-            asked = [[{"role": "user", "content": question.format(word=word, text=text)}] for word in WORDS]
-            prompts = [render(messages, tokenizer, generation=True)[0] for messages in asked]
-            for guess in (False, True):
-                work = f"{kind}, guessing" if guess else kind
-                run = lambda prompts=prompts, guess=guess: statistics.median(  # noqa: E731
-                    ours.write([p], settings.tokens, guess, 0.0) for p in prompts
-                )
-                works.append(("nanoghost", work, 1, run))
-    measured = limits()
-    tell(settings, measured, works, lambda _, n: most(ours.model, measured, n, 32 + settings.tokens // 2))
+        texts = validation_texts(nanoghost.engine.tokenizer, n, 40)
+        prompts = [text[: 24 + i % 17] for i, text in enumerate(texts)]  # of different lengths
+        for name, system in systems.items():
+            run = partial(system.decode, prompts, settings.tokens)
+            workloads.append(Workload(name, "decode", n, run, decode_limit(nanoghost, limits, n, settings.tokens)))
+    if nanoghost.engine.runner.speculative:
+        limit = decode_limit(nanoghost, limits, 1, settings.tokens)
+        for name, run in speculative_workloads(nanoghost, settings.tokens):
+            workloads.append(Workload("nanoghost", name, 1, run, limit))
+    measure_and_report(workloads, settings.rounds, settings.json, limits)
+
+
+def decode_limit(nanoghost: Nanoghost, limits: MachineLimits, streams: int, tokens: int) -> float:
+    return throughput_limit(nanoghost.model, limits, streams, context=32 + tokens // 2)
+
+
+def speculative_workloads(nanoghost: Nanoghost, tokens: int) -> list[tuple[str, Callable[[], float]]]:
+    """(name, run) for each kind of request, without and with speculative decoding."""
+    tokenizer = nanoghost.engine.tokenizer
+    text = tokenizer.decode(validation_texts(tokenizer, 1, 120)[0])
+    workloads = []
+    for kind, question in QUESTIONS.items():
+        prompts = []
+        for word in WORDS:
+            messages = [{"role": "user", "content": question.format(word=word, text=text)}]
+            prompts.append(render(messages, tokenizer, generation=True)[0])
+        workloads.append((kind, partial(median_decode, nanoghost, prompts, tokens, False)))
+        workloads.append((f"{kind}, speculative", partial(median_decode, nanoghost, prompts, tokens, True)))
+    return workloads
+
+
+def median_decode(nanoghost: Nanoghost, prompts: list[list[int]], tokens: int, speculative: bool) -> float:
+    """Greedy, one prompt at a time."""
+    return statistics.median(nanoghost.decode([prompt], tokens, speculative, temperature=0.0) for prompt in prompts)
 
 
 def prefill(settings: PrefillSettings) -> None:
-    """Reading: one text, to the first word after it."""
     check(settings)
-    rivals = contenders(settings, 1, settings.tokens + 16)
-    pieces = iter(texts(rivals["nanoghost"].engine.tokenizer, (settings.rounds + 1) * len(rivals), settings.tokens))
-    works = [(name, "prefill", 1, lambda rival=rival: rival.read(next(pieces))) for name, rival in rivals.items()]
-    measured = limits()
-    ours = rivals["nanoghost"].model
-    tell(settings, measured, works, lambda _, n: most(ours, measured, n, settings.tokens, settings.tokens))
+    systems = open_systems(settings, 1, settings.tokens + 16)
+    nanoghost = systems["nanoghost"]
+    count = (settings.rounds + 1) * len(systems)
+    texts = iter(validation_texts(nanoghost.engine.tokenizer, count, settings.tokens))  # none is read twice
+    limits = measure_limits()
+    limit = throughput_limit(nanoghost.model, limits, 1, settings.tokens, settings.tokens)
+    workloads = []
+    for name, system in systems.items():
+        workloads.append(Workload(name, "prefill", 1, partial(prefill_next, system, texts), limit))
+    measure_and_report(workloads, settings.rounds, settings.json, limits)
 
 
-def packing(settings: PackingSettings) -> None:
-    """What it costs to speak in fewer bits: bits per byte of the validation plays, beside plain PyTorch in fp32."""
-    hardware.prepare()
-    folder = open_model(settings.model)
-    model, tokenizer = load_model(folder.path, torch.float32)
-    if not supports_quantization(model.config):
-        raise UserError(f"'{folder.name}' is not packed on this machine: it runs as PyTorch has it")
-    [tokens] = texts(tokenizer, 1, settings.tokens)
-    size, window = len(tokenizer.decode(tokens[1:]).encode()), min(512, model.config.context)
-    plain = bits_per_byte(model, tokens, window, size)
-    rows = [{"work": "fp32", "bpb": plain, "megabytes": 4 * sum(model.parameter_counts().values()) / 1e6, "more": 0.0}]
-    for bits in (16, 8, 4, None):
-        packed = quantize_model(model, bits)
-        bpb = bits_per_byte(packed, tokens, window, size)
-        work = f"{bits} bits" if bits else "few bits, as chat has it"
-        rows.append({"work": work, "bpb": bpb, "megabytes": packed.weight_bytes() / 1e6, "more": bpb / plain - 1})
-    table = Table()
-    for column in ("weights", "MB", "bits per byte", "more"):
-        table.add_column(column, justify="left" if column == "weights" else "right")
-    for r in rows:
-        table.add_row(r["work"], f"{r['megabytes']:.0f}", f"{r['bpb']:.4f}", f"{r['more']:+.2%}")
-    Console(stderr=True).print(table)
-    if settings.json:
-        print(json.dumps({"rows": rows}))
+def prefill_next(system, texts) -> float:
+    return system.prefill(next(texts))

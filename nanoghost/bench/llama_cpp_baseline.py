@@ -1,62 +1,76 @@
-"""llama.cpp as a contender of `nanoghost bench`, through llama-cpp-python's low-level functions.
+"""The baseline `llama.cpp` of `bench decode` and `bench prefill`, through llama-cpp-python's low-level functions.
 
-Only its decode calls are timed, without sampling, which is to its favour.
+Only its decode calls are timed, without sampling, which favors it.
 """
 
 import tempfile
 import time
 from pathlib import Path
 
-import llama_cpp
-
 from nanoghost import hardware
 from nanoghost.commands import export
 from nanoghost.home import ModelFolder
 
+BATCH_TOKENS = 512  # tokens of a prompt in one call
+
 
 class LlamaCpp:
-    def __init__(self, folder: ModelFolder, seats: int, quant: str, room: int):
-        """`room`: tokens that each of `seats` conversations may come to."""
+    def __init__(self, folder: ModelFolder, slots: int, quant: str, slot_tokens: int):
+        """A copy of the model in the format `quant`, with memory for `slots` sequences of `slot_tokens` tokens."""
+        import llama_cpp
+
+        self.library = llama_cpp
+        self.silent_log = llama_cpp.llama_log_callback(ignore_log)  # the library keeps a pointer to it
+        llama_cpp.llama_log_set(self.silent_log, None)
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.gguf"
             export.main(export.ExportSettings(folder.name, quant=quant, out=path))
-            llama_cpp.llama_log_set(_silent, None)
-            settings = llama_cpp.llama_model_default_params()
-            settings.use_mmap = False
-            self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
-        c = llama_cpp.llama_context_default_params()
-        c.n_ctx, c.n_batch, c.n_ubatch, c.n_seq_max = seats * room, max(512, seats), 512, seats
-        c.n_threads = c.n_threads_batch = hardware.threads()
-        self.context = llama_cpp.llama_init_from_model(self.model, c)
-        self.batch = llama_cpp.llama_batch_init(max(512, seats), 0, 1)
+            model_settings = llama_cpp.llama_model_default_params()
+            model_settings.use_mmap = False
+            self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_settings)
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = slots * slot_tokens
+        settings.n_batch = max(BATCH_TOKENS, slots)
+        settings.n_ubatch = BATCH_TOKENS
+        settings.n_seq_max = slots
+        settings.n_threads = settings.n_threads_batch = hardware.threads()
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        self.batch = llama_cpp.llama_batch_init(max(BATCH_TOKENS, slots), 0, 1)
 
-    def decode(self, tokens: list[tuple[int, int, int]], all_logits: bool) -> None:
-        """Read (token, position, sequence) in one call."""
-        b = self.batch
-        b.n_tokens = len(tokens)
-        for i, (token, position, sequence) in enumerate(tokens):
-            b.token[i], b.pos[i], b.n_seq_id[i], b.seq_id[i][0] = token, position, 1, sequence
-            b.logits[i] = all_logits or i == len(tokens) - 1
-        assert llama_cpp.llama_decode(self.context, b) == 0
+    def forward(self, tokens: list[tuple[int, int, int]], all_logits: bool) -> None:
+        """Compute (token id, position, sequence) in one call; logits after all tokens, or only after the last."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for i, (token_id, position, sequence) in enumerate(tokens):
+            batch.token[i] = token_id
+            batch.pos[i] = position
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = sequence
+            batch.logits[i] = all_logits or i == len(tokens) - 1
+        assert self.library.llama_decode(self.context, batch) == 0
 
-    def forget(self) -> None:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+    def clear_cache(self) -> None:
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
 
-    def write(self, prompts: list[list[int]], tokens: int) -> float:
-        self.forget()
+    def decode(self, prompts: list[list[int]], tokens: int) -> float:
+        """Tokens per second. The tokens are those of the prompts again: which ones does not matter for the time."""
+        self.clear_cache()
         for i, prompt in enumerate(prompts):
-            self.decode([(token, at, i) for at, token in enumerate(prompt)], False)
+            self.forward([(token_id, position, i) for position, token_id in enumerate(prompt)], all_logits=False)
         start = time.perf_counter()
         for t in range(tokens - 1):
-            self.decode([(p[t % len(p)], len(p) + t, i) for i, p in enumerate(prompts)], True)
+            step = [(prompt[t % len(prompt)], len(prompt) + t, i) for i, prompt in enumerate(prompts)]
+            self.forward(step, all_logits=True)
         return len(prompts) * (tokens - 1) / (time.perf_counter() - start)
 
-    def read(self, prompt: list[int]) -> float:
-        self.forget()
+    def prefill(self, prompt: list[int]) -> float:
+        self.clear_cache()
         start = time.perf_counter()
-        for at in range(0, len(prompt), 512):
-            self.decode([(token, at + i, 0) for i, token in enumerate(prompt[at : at + 512])], False)
+        for first in range(0, len(prompt), BATCH_TOKENS):
+            chunk = prompt[first : first + BATCH_TOKENS]
+            self.forward([(token_id, first + i, 0) for i, token_id in enumerate(chunk)], all_logits=False)
         return len(prompt) / (time.perf_counter() - start)
 
 
-_silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+def ignore_log(level, text, data) -> None:
+    pass

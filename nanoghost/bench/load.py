@@ -1,8 +1,9 @@
-"""How a server bears many clients at once, some of them bad, and what happens when its engine is killed under them.
+"""`nanoghost bench load`: a server under many clients at once, some of them misbehaving, and after its engine is
+killed.
 
-What an honest client is answered must be, to the letter, what it was answered in peace: so no error, and nothing of one
-conversation in another, goes unseen. Only where two tokens are as good as equally probable may rounding, which follows what is
-multiplied together, choose the other (it never does with packed weights).
+Every complete reply is compared with the reply to the same request without load, so that no error, and no text of
+another conversation, goes unnoticed. The two may differ only at ties: where two tokens are almost equally probable,
+rounding can choose the other, since it depends on what is multiplied together (with quantized weights it never does).
 """
 
 import asyncio
@@ -12,272 +13,302 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost.bench.decode import KINDS, WORDS
-from nanoghost.bench.serve import answered, events, request, send, server
+from nanoghost.bench.decode import QUESTIONS, WORDS
+from nanoghost.bench.http_client import chat_request, complete_chat, post, running_server, stream_events
+from nanoghost.bench.processes import memory_megabytes, process_tree
+from nanoghost.commands.arguments import ModelArgument
 from nanoghost.errors import UserError
 from nanoghost.home import open_model
+from nanoghost.progress import JsonFlag
 
-TOKENS = 16  # of an answer
-PEACE = 8  # conversations at once while nobody does harm
-TIE = 0.01  # nats by which two tokens are as good as equally probable
-NEVER_READ = 2  # clients that ask and do not read
-MEMORY_EVERY = 2.0  # seconds
-FOLLOW = "Say that in one sentence."
-LONG = {
+SLOTS = 64
+MAX_TOKENS = 16  # in a reply
+REFERENCE_CLIENTS = 8  # conversations at once while the expected replies are collected
+TIE_NATS = 0.01  # two tokens whose log-probabilities differ by less are a tie
+STALLED_CLIENTS = 2  # clients that send a request and do not read the response
+MEMORY_SECONDS = 2.0  # between two measurements of memory
+FOLLOW_UP = "Say that in one sentence."
+LONG_REPLY = {  # forces a long reply, whatever the model would say
     "type": "json_schema",
     "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 5000}},
-}  # whatever the model would say
-ESTABLISHED = 1  # of a TCP connection
+}
+TCP_ESTABLISHED = 1  # state of a TCP connection in Linux
 
 
 @dataclass(frozen=True)
-class LoadSettings:
-    model: Annotated[str | None, tyro.conf.Positional] = None
-    """Name of the model; default: the one finished last."""
+class LoadSettings(ModelArgument, JsonFlag):
     clients: int = 32
-    """How many ask at the same time."""
+    """Number of clients at once."""
     conversations: int = 200
-    """How many different ones, of two questions each, they have."""
+    """Number of different conversations, of two questions each."""
     minutes: float = 5.0
-    """For how long."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
+    """Duration."""
 
 
 @dataclass
-class Seen:
-    """What the clients met."""
-
-    firsts: list[float] = field(default_factory=list)
+class LoadStats:
+    first_token_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
     counts: Counter = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    otherwise: list[tuple[list[dict], str]] = field(default_factory=list)
-    """Conversations to their answer in peace, and what was answered instead."""
+    errors: list[str] = field(default_factory=list)
+    mismatches: list[tuple[list[dict], str]] = field(default_factory=list)
+    """(conversation up to the expected reply, the reply that came instead)."""
     megabytes: list[float] = field(default_factory=list)
-    recovered: float = 0.0
+    recovery_seconds: float = 0.0
 
 
-def malformed(model: str, rng) -> tuple[bytes, str]:
-    good = request(model, "Hello!", 4)
-    whole = json.dumps(good).encode()
-    return rng.choice([
-        (whole[:-9], "application/json"), (b"\xff\xfe{}", "application/json"), (b"[" * 5000, "application/json"),
-        (whole, "text/plain"), (json.dumps(good | {"surprise": 1}).encode(), "application/json"),
-        (json.dumps(good | {"model": "../../etc/passwd"}).encode(), "application/json"),
-        (json.dumps(good | {"max_tokens": -1}).encode(), "application/json"),
-        (json.dumps(good | {"messages": []}).encode(), "application/json"),
-        (json.dumps(good | {"messages": [{"role": "user", "content": "word " * 40_000}]}).encode(), "application/json"),
-    ])  # fmt: skip
+# -- replies without load ---------------------------------------------------------------------------------------------
 
 
-def opening(number: int) -> str:
-    """The first question of a conversation: another one for each number."""
+def first_question(number: int) -> str:
+    """The first question of a conversation, different for each number."""
     word = WORDS[number % len(WORDS)]
-    kind = list(KINDS.values())[number // len(WORDS) % len(KINDS)]
+    kind = list(QUESTIONS.values())[number // len(WORDS) % len(QUESTIONS)]
     return kind.format(word=word, text=f"the words of {word}") + f" ({number})"
 
 
-async def in_peace(port: int, model: str, count: int) -> list[list[dict]]:
-    """What each conversation is, asked among a few others, while nobody does harm."""
-    places = asyncio.Semaphore(PEACE)
+async def reference_conversations(port: int, model: str, count: int) -> list[list[dict]]:
+    """Conversations with the replies that are expected under load."""
+    semaphore = asyncio.Semaphore(REFERENCE_CLIENTS)
 
-    async def one(number: int) -> list[dict]:
-        said: list[dict] = []
-        async with places:
-            for question in (opening(number), FOLLOW):
-                said.append({"role": "user", "content": question})
-                said.append({"role": "assistant", "content": (await answered(port, request(model, said, TOKENS)))[0]})
-        return said
+    async def converse(number: int) -> list[dict]:
+        messages: list[dict] = []
+        async with semaphore:
+            for question in (first_question(number), FOLLOW_UP):
+                messages.append({"role": "user", "content": question})
+                reply = await complete_chat(port, chat_request(model, messages, MAX_TOKENS))
+                messages.append({"role": "assistant", "content": reply.text})
+        return messages
 
-    return list(await asyncio.gather(*map(one, range(count))))
+    return list(await asyncio.gather(*map(converse, range(count))))
 
 
-async def is_a_tie(port: int, model: str, messages: list[dict], said: str) -> bool:
-    """Whether an answer leaves that which the model gives alone only where another token was as good as equally probable."""
+async def is_tie(port: int, model: str, messages: list[dict], reply: str) -> bool:
+    """Whether a reply leaves the model's reply at a token that was almost as probable."""
+    request = chat_request(model, messages, MAX_TOKENS) | {"logprobs": True, "top_logprobs": 5}
+    tokens = []
+    async with contextlib.aclosing(stream_events(port, request)) as events:
+        async for event in events:
+            for choice in event.get("choices", ()):
+                tokens += (choice["logprobs"] or {}).get("content", ())
     text = ""
-    asked = request(model, messages, TOKENS) | {"logprobs": True, "top_logprobs": 5}
-    async with contextlib.aclosing(events(port, asked)) as stream:
-        tokens = [
-            t
-            async for event in stream
-            for choice in event.get("choices", ())
-            for t in (choice["logprobs"] or {}).get("content", ())
-        ]
     for token in tokens:
-        if not said.startswith(text + token["token"]):
-            others = [o for o in token["top_logprobs"] if o["logprob"] > token["logprob"] - TIE]
+        if not reply.startswith(text + token["token"]):
             return any(
-                said.startswith(text + o["token"]) or (said == text and o["token"].startswith("<|")) for o in others
+                reply.startswith(text + other["token"]) or (reply == text and other["token"].startswith("<|"))
+                for other in token["top_logprobs"]
+                if other["logprob"] > token["logprob"] - TIE_NATS
             )
         text += token["token"]
-    return said == text
+    return reply == text
 
 
-async def client(port: int, model: str, conversations: list[list[dict]], until: float, rng, seen: Seen) -> None:
-    """One after the other: mostly honest questions, a tenth given up, a tenth malformed."""
+# -- clients ----------------------------------------------------------------------------------------------------------
+
+
+async def run_client(
+    port: int, model: str, conversations: list[list[dict]], until: float, rng: random.Random, stats: LoadStats
+) -> None:
+    """One request after the other: a tenth are malformed, a tenth are cancelled, the others are regular."""
     while time.monotonic() < until:
-        kind, whole = rng.random(), rng.choice(conversations)
-        if kind < 0.1:
-            reader, writer = await send(port, *malformed(model, rng))
-            status = (await reader.readline()).split()[1:2]
-            seen.counts["malformed"] += 1
-            if not status or not status[0].startswith(b"4"):
-                seen.wrong.append(f"malformed: answered {status}")
-            writer.close()
-        elif kind < 0.2:
-            async with contextlib.aclosing(events(port, request(model, whole[:1], TOKENS))) as stream:
-                for _ in range(rng.randrange(1, 12)):
-                    await anext(stream, None)
-            seen.counts["given up"] += 1
+        draw, conversation = rng.random(), rng.choice(conversations)
+        if draw < 0.1:
+            await send_malformed(port, model, rng, stats)
+        elif draw < 0.2:
+            await cancel_early(port, model, conversation, rng, stats)
         else:
-            for turn in range(0, len(whole), 2):
-                try:
-                    said, tokens, first = await answered(port, request(model, whole[: turn + 1], TOKENS))
-                except ConnectionError as e:
-                    seen.wrong.append(f"honest: {e}")
-                    break
-                seen.counts["answered"] += 1
-                seen.tokens += tokens
-                seen.firsts.append(first)
-                if said != whole[turn + 1]["content"]:
-                    seen.otherwise.append((whole[: turn + 2], said))
+            await hold_conversation(port, model, conversation, stats)
 
 
-async def never_reads(port: int, model: str, until: float, seen: Seen) -> None:
-    """Asks for more than the buffers of both sides hold, and waits to be thrown out (Linux tells)."""
-    body = request(model, "Write a very long story.", 400) | {
-        "stream": True,
-        "logprobs": True,
-        "top_logprobs": 20,
-        "response_format": LONG,
-    }
-    content = json.dumps(body).encode()
+def malformed_request(model: str, rng: random.Random) -> tuple[bytes, str]:
+    """(body, content type)."""
+    request = chat_request(model, "Hello!", 4)
+    long_message = {"role": "user", "content": "word " * 40_000}
+    invalid_fields = [
+        {"surprise": 1},
+        {"model": "../../etc/passwd"},
+        {"max_tokens": -1},
+        {"messages": []},
+        {"messages": [long_message]},
+    ]
+    body = json.dumps(request).encode()
+    requests = [(body, "text/plain")]
+    for content in (body[:-9], b"\xff\xfe{}", b"[" * 5000):
+        requests.append((content, "application/json"))
+    for fields in invalid_fields:
+        requests.append((json.dumps(request | fields).encode(), "application/json"))
+    return rng.choice(requests)
+
+
+async def send_malformed(port: int, model: str, rng: random.Random, stats: LoadStats) -> None:
+    reader, writer = await post(port, *malformed_request(model, rng))
+    status = (await reader.readline()).split()[1:2]
+    stats.counts["malformed"] += 1
+    if not status or not status[0].startswith(b"4"):
+        stats.errors.append(f"a malformed request got status {status}")
+    writer.close()
+
+
+async def cancel_early(port: int, model: str, conversation: list[dict], rng: random.Random, stats: LoadStats) -> None:
+    """Disconnect after a few events."""
+    request = chat_request(model, conversation[:1], MAX_TOKENS)
+    async with contextlib.aclosing(stream_events(port, request)) as events:
+        for _ in range(rng.randrange(1, 12)):
+            await anext(events, None)
+    stats.counts["cancelled"] += 1
+
+
+async def hold_conversation(port: int, model: str, conversation: list[dict], stats: LoadStats) -> None:
+    """Ask both questions, and compare the replies with those without load."""
+    for turn in range(0, len(conversation), 2):
+        try:
+            reply = await complete_chat(port, chat_request(model, conversation[: turn + 1], MAX_TOKENS))
+        except ConnectionError as e:
+            stats.errors.append(f"a regular request failed: {e}")
+            break
+        stats.counts["complete"] += 1
+        stats.tokens += reply.tokens
+        stats.first_token_seconds.append(reply.first_token_seconds)
+        if reply.text != conversation[turn + 1]["content"]:
+            stats.mismatches.append((conversation[: turn + 2], reply.text))
+
+
+async def stall(port: int, model: str, until: float, stats: LoadStats) -> None:
+    """Request more than the buffers of both sides hold, and do not read until the server disconnects (Linux)."""
+    request = chat_request(model, "Write a very long story.", 400) | {"response_format": LONG_REPLY}
+    request |= {"stream": True, "logprobs": True, "top_logprobs": 20}
+    body = json.dumps(request).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
     while time.monotonic() < until:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", port))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-        connection.sendall(head.encode() + content)
-        seen.counts["never read"] += 1
-        while (
-            connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED and time.monotonic() < until
-        ):
+        connection.sendall(head.encode() + body)
+        stats.counts["stalled"] += 1
+        while is_connected(connection) and time.monotonic() < until:
             await asyncio.sleep(0.5)
-        seen.counts["never read, thrown out"] += (
-            connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != ESTABLISHED
-        )
+        if not is_connected(connection):
+            stats.counts["stalled, disconnected"] += 1
         connection.close()
 
 
-async def killed(port: int, model: str, process, clients: int, seen: Seen) -> None:
-    """The engine is killed while all are being answered: each must be told so, and the next must be answered soon."""
-    write_lock, told = asyncio.Semaphore(0), []
+def is_connected(connection: socket.socket) -> bool:
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_ESTABLISHED
 
-    async def one(number: int) -> None:
+
+# -- the engine is killed ---------------------------------------------------------------------------------------------
+
+
+async def kill_engine(port: int, model: str, server: subprocess.Popen, clients: int, stats: LoadStats) -> None:
+    """Kill the engine during open requests: each must get an error event, and the server must soon reply again."""
+    first_event = asyncio.Semaphore(0)
+    messages: list[str] = []
+
+    async def request(number: int) -> None:
+        body = chat_request(model, first_question(number), 400) | {"response_format": LONG_REPLY}
         try:
-            async with contextlib.aclosing(
-                events(port, request(model, opening(number), 400) | {"response_format": LONG})
-            ) as stream:
-                await anext(stream)
-                writing.release()
-                async for _ in stream:
+            async with contextlib.aclosing(stream_events(port, body)) as events:
+                await anext(events)
+                first_event.release()
+                async for _ in events:
                     pass
-            seen.wrong.append("killed: an answer went on to its end")
+            stats.errors.append("a reply was completed although the engine was killed")
         except ConnectionError as e:
-            told.append(str(e))
+            messages.append(str(e))
 
-    open_ones = [asyncio.create_task(one(number)) for number in range(clients)]
-    with contextlib.suppress(TimeoutError):  # those who wait for a seat have not begun
-        for _ in open_ones:
-            await asyncio.wait_for(writing.acquire(), 5)
-    engine = family(process.pid)[-1]  # a child of the helper that forks it
+    requests = [asyncio.create_task(request(number)) for number in range(clients)]
+    with contextlib.suppress(TimeoutError):  # requests that wait for a slot have not begun
+        for _ in requests:
+            await asyncio.wait_for(first_event.acquire(), 5)
+    engine = process_tree(server.pid)[-1]  # forked by a helper process
     os.kill(engine, signal.SIGKILL)
     start = time.monotonic()
-    await asyncio.gather(*open_ones)
-    seen.counts["killed under, and told so"] = sum("engine stopped" in text for text in told)
-    seen.wrong += [f"killed: told {text!r}" for text in told if "engine stopped" not in text]
-    while not seen.recovered:
+    await asyncio.gather(*requests)
+    for message in messages:
+        if "engine stopped" in message:
+            stats.counts["open when the engine was killed"] += 1
+        else:
+            stats.errors.append(f"after the engine was killed, a request failed with {message!r}")
+    while not stats.recovery_seconds:
         with contextlib.suppress(ConnectionError):
-            await answered(port, request(model, "Hello!", 2))
-            seen.recovered = time.monotonic() - start
+            await complete_chat(port, chat_request(model, "Hello!", 2))
+            stats.recovery_seconds = time.monotonic() - start
         await asyncio.sleep(0.1)
 
 
-async def watch(process, until: float, seen: Seen) -> None:
+# -- all of it --------------------------------------------------------------------------------------------------------
+
+
+async def measure_memory(server: subprocess.Popen, until: float, stats: LoadStats) -> None:
     while time.monotonic() < until:
-        seen.megabytes.append(sum(map(resident, family(process.pid))))
-        await asyncio.sleep(MEMORY_EVERY)
+        stats.megabytes.append(sum(map(memory_megabytes, process_tree(server.pid))))
+        await asyncio.sleep(MEMORY_SECONDS)
 
 
-def family(pid: int) -> list[int]:
-    """A process and its descendants (Linux)."""
-    parents = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as f:
-            parents[int(name)] = int(f.read().rpartition(")")[2].split()[1])
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
+async def run_load(port: int, server: subprocess.Popen, model: str, settings: LoadSettings) -> LoadStats:
+    stats = LoadStats()
+    conversations = await reference_conversations(port, model, settings.conversations)
+    until = time.monotonic() + 60 * settings.minutes
+    tasks = [measure_memory(server, until, stats)]
+    for i in range(settings.clients):
+        tasks.append(run_client(port, model, conversations, until, random.Random(i), stats))
+    for _ in range(STALLED_CLIENTS):
+        tasks.append(stall(port, model, until, stats))
+    await asyncio.gather(*tasks)
+    for conversation, reply in stats.mismatches:
+        question, expected = conversation[-2]["content"], conversation[-1]["content"]
+        if await is_tie(port, model, conversation[:-1], reply):
+            stats.counts["different at a tie"] += 1
+        else:
+            stats.errors.append(f"the reply to {question!r} was {reply!r}, without load it was {expected!r}")
+    await kill_engine(port, model, server, settings.clients, stats)
+    return stats
 
 
-def resident(pid: int) -> float:
-    """Megabytes of memory in use."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    return 0.0
+def summarize(stats: LoadStats, minutes: float) -> dict:
+    first_token = sorted(stats.first_token_seconds) or [0.0]
+    after_a_minute = stats.megabytes[int(60 / MEMORY_SECONDS) :] or stats.megabytes
+    return dict(stats.counts) | {
+        "tokens_per_second": round(stats.tokens / (60 * minutes), 1),
+        "first_token_median_seconds": round(first_token[len(first_token) // 2], 3),
+        "first_token_p95_seconds": round(first_token[len(first_token) * 95 // 100], 3),
+        "megabytes_after_a_minute": round(after_a_minute[0]),
+        "megabytes_min_after_a_minute": round(min(after_a_minute)),
+        "megabytes_max_after_a_minute": round(max(after_a_minute)),
+        "recovery_seconds": round(stats.recovery_seconds, 2),
+        "errors": len(stats.errors),
+    }
 
 
 def command(settings: LoadSettings) -> None:
     if settings.clients < 1 or settings.conversations < 1 or settings.minutes <= 0:
-        raise UserError("--clients and --conversations are at least 1, --minutes above 0")
+        raise UserError("--clients and --conversations must be at least 1, --minutes above 0")
     if sys.platform != "linux":
-        raise UserError("bench load looks at processes and connections as Linux shows them")
-    model, seen = open_model(settings.model).name, Seen()
-
-    async def run(port: int, process) -> None:
-        conversations = await in_peace(port, model, settings.conversations)
-        until = time.monotonic() + 60 * settings.minutes
-        clients = [client(port, model, conversations, until, random.Random(i), seen) for i in range(settings.clients)]
-        silent = [never_reads(port, model, until, seen) for _ in range(NEVER_READ)]
-        await asyncio.gather(*clients, *silent, watch(process, until, seen))
-        for whole, said in seen.otherwise:
-            tie = await is_a_tie(port, model, whole[:-1], said)
-            seen.counts["at a tie answered otherwise"] += tie
-            if not tie:
-                seen.wrong.append(
-                    f"honest: {whole[-2]['content']!r} was answered {said!r}, in peace it was {whole[-1]['content']!r}"
-                )
-        await killed(port, model, process, settings.clients, seen)
-
-    with server(model, 64) as (port, process):
-        asyncio.run(run(port, process))
-    firsts = sorted(seen.firsts) or [0.0]
-    later = seen.megabytes[int(60 / MEMORY_EVERY) :] or seen.megabytes
-    figures = dict(seen.counts) | {
-        "tokens_per_second": round(seen.tokens / (60 * settings.minutes), 1),
-        "first_token_median_seconds": round(firsts[len(firsts) // 2], 3), "first_token_p95_seconds": round(firsts[len(firsts) * 95 // 100], 3),
-        "megabytes_after_a_minute": round(later[0]), "megabytes_least_then": round(min(later)), "megabytes_most_then": round(max(later)),
-        "recovered_seconds": round(seen.recovered, 2), "wrong": len(seen.wrong),
-    }  # fmt: skip
-    table = Table("what", "")
+        raise UserError("bench load needs Linux: it reads /proc and the state of TCP connections")
+    model = open_model(settings.model).name
+    with running_server(model, SLOTS) as (port, server):
+        stats = asyncio.run(run_load(port, server, model, settings))
+    figures = summarize(stats, settings.minutes)
+    table = Table("figure", "")
     for name, value in figures.items():
         table.add_row(name.replace("_", " "), f"{value:,}")
-    Console(stderr=True).print(table)
-    for text in seen.wrong[:10]:
-        Console(stderr=True).print(text, markup=False)
+    console = Console(stderr=True)
+    console.print(table)
+    for error in stats.errors[:10]:
+        console.print(error, markup=False)
     if settings.json:
-        print(json.dumps(figures | {"examples": seen.wrong[:20]}))
-    if seen.wrong:
+        print(json.dumps(figures | {"examples": stats.errors[:20]}))
+    if stats.errors:
         sys.exit(1)

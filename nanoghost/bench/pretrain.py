@@ -1,15 +1,17 @@
-"""`nanoghost bench pretrain`: how near a whole step of pretraining comes to the matrix peak of this machine, by size and batch.
+"""`nanoghost bench pretrain`: speed and MFU (model FLOPs utilization) of pretraining steps, by model size and batch
+size.
 
-A step is what the stage does: a batch, forward, backward, the optimizer with its Newton-Schulz iterations. Operations count as in
-`flops_per_token`: matrix products and causal attention, nothing else, so the optimizer's time counts and its operations do not.
+A step is that of the stage: fetch a batch, forward, backward, the optimizer with its Newton-Schulz iterations. FLOPs
+are those of `flops_per_token` (matmuls and causal attention), so the time of the optimizer counts and its FLOPs do not.
 """
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nanoghost import hardware
-from nanoghost.bench.table import limits, tell
+from nanoghost.bench.table import Workload, measure_and_report, measure_limits
 from nanoghost.commands.arguments import parse_numbers
 from nanoghost.data.batches import Batches
 from nanoghost.data.registry import open_source
@@ -19,77 +21,71 @@ from nanoghost.evals.svg import log_x_line_chart
 from nanoghost.home import write_atomic
 from nanoghost.model.registry import check_arch, config_for_depth
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.progress import Display
+from nanoghost.progress import Display, JsonFlag
 from nanoghost.tasks.sft_mix import example_texts
 from nanoghost.train.hyperparameters import pretrain_groups
 from nanoghost.train.pretrain import accumulate_gradients, make_model
 
 
 @dataclass(frozen=True)
-class PretrainBenchSettings:
+class PretrainBenchSettings(JsonFlag):
     depths: str = "2,4,6,8"
-    """Layers of the models; the dial sets the rest."""
+    """Depths of the models in layers, comma-separated. The depth sets all other sizes."""
     batches: str = "16"
-    """Rows in a step."""
+    """Numbers of rows in a step, comma-separated."""
     arch: str = "ghost"
-    """ghost or llama."""
+    """Architecture: ghost or llama."""
     data: str = "plays"
     """Text, as in `pretrain`."""
     vocab_size: int = 4096
-    """Tokens of the tokenizer."""
+    """Vocabulary size of the tokenizer."""
     context: int = 256
     """Tokens in a row."""
     steps: int = 4
     """Steps in a measurement."""
     rounds: int = 3
-    """Times that everything is measured."""
+    """Number of measurements."""
     out: Path | None = None
-    """Draw the shares into this SVG file."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
+    """Write a chart of MFU by model size to this SVG file."""
 
 
 def command(settings: PretrainBenchSettings) -> None:
     hardware.prepare()
     check_arch(settings.arch)
-    depths, rows = parse_numbers("--depths", settings.depths), parse_numbers("--batches", settings.batches)
+    depths = parse_numbers("--depths", settings.depths)
+    batch_sizes = parse_numbers("--batches", settings.batches)
     if min(settings.steps, settings.rounds) < 1:
-        raise UserError("--steps and --rounds are at least 1")
+        raise UserError("--steps and --rounds must be at least 1")
     source = open_source(settings.data)
     tokenizer = load_or_train_tokenizer(source, settings.vocab_size, Display().print, example_texts())
     text = tokenize_source(source, tokenizer).tokens("train")
-    works, operations, millions = [], {}, {}
+    limits = measure_limits()
+    workloads = []
+    matmul_millions = {}  # name of a workload -> millions of parameters in matmuls
     for depth in depths:
         model = make_model(config_for_depth(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
         optimizer = Optimizer(model, pretrain_groups(model.config.width), hardware.compute_dtype())
         counts = model.parameter_counts()
-        in_products = (counts["matrices"] + counts["head"]) / 1e6
-        name = f"depth {depth}: {in_products:.1f}M of {sum(counts.values()) / 1e6:.1f}M in products"
-        operations[name], millions[name] = model.flops_per_token(settings.context), in_products
-        works += [
-            (settings.arch, name, n, step_of(model, optimizer, Batches(text, settings.context, n, 0), settings.steps))
-            for n in rows
-        ]
-    measured = limits()
-    figures = tell(
-        settings, measured, works, lambda work, _: measured["matrix_gflops_per_second"] * 1e9 / operations[work]
-    )
+        in_matmuls = (counts["matrices"] + counts["head"]) / 1e6
+        name = f"depth {depth}: {in_matmuls:.1f}M of {sum(counts.values()) / 1e6:.1f}M in matmuls"
+        matmul_millions[name] = in_matmuls
+        limit = limits.flops_per_second / model.flops_per_token(settings.context)
+        for rows in batch_sizes:
+            run = partial(run_steps, model, optimizer, Batches(text, settings.context, rows, 0), settings.steps)
+            workloads.append(Workload(settings.arch, name, rows, run, limit))
+    results = measure_and_report(workloads, settings.rounds, settings.json, limits)
     if settings.out:
-        lines = {
-            f"{n} rows": [(millions[f["work"]], 100 * f["share"]) for f in figures if f["streams"] == n] for n in rows
-        }
-        title = f"Percent of the peak in {measured['dtype']}, by parameters in products"
+        lines = {f"{rows} rows": [] for rows in batch_sizes}
+        for row in results:
+            lines[f"{row['streams']} rows"].append((matmul_millions[row["workload"]], 100 * row["fraction"]))
+        title = f"MFU in {limits.dtype} (%), by parameters in matmuls"
         write_atomic(settings.out, log_x_line_chart(title, lines, "M"))
 
 
-def step_of(model, optimizer: Optimizer, batches: Batches, steps: int):
-    """Tokens a second of so many steps; nothing is learned, so that sizes stay what they are at the start."""
-
-    def run() -> float:
-        start = time.perf_counter()
-        for step in range(steps):
-            accumulate_gradients(model, *batches.at(step), batches.rows)
-            optimizer.step(0.0)
-        return steps * batches.rows * batches.context / (time.perf_counter() - start)
-
-    return run
+def run_steps(model, optimizer: Optimizer, batches: Batches, steps: int) -> float:
+    """Tokens per second. The learning rate is 0, so that the weights stay as at initialization."""
+    start = time.perf_counter()
+    for step in range(steps):
+        accumulate_gradients(model, *batches.at(step), batches.rows)
+        optimizer.step(0.0)
+    return steps * batches.rows * batches.context / (time.perf_counter() - start)

@@ -1,13 +1,14 @@
-"""What every `nanoghost bench` shares: natural text, the limits of the machine, and a table of medians.
+"""What all benchmarks share: texts to read, limits of the machine, baselines, and a table of medians.
 
-Contenders are measured in turn, so that a slow moment of the machine meets all of them, and a figure is the median of
-its rounds.
+Systems are measured in turn, so that a slow moment of the machine meets all of them, and a figure is the median over
+rounds.
 """
 
 import importlib.util
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -17,75 +18,123 @@ from nanoghost.data.registry import open_source
 from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder
 
-PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp", "trl": "trl"}  # and their modules
+BASELINE_MODULES = {"transformers": "transformers", "llama.cpp": "llama_cpp", "trl": "trl"}
 
 
-def texts(tokenizer, count: int, tokens: int) -> list[list[int]]:
-    """`count` different pieces of the validation plays, all as long."""
-    ids = [i for d in open_source("plays").documents() if d.split == "val" for i in tokenizer.encode(d.text)]
+@dataclass(frozen=True)
+class MachineLimits:
+    dtype: str
+    """Compute dtype, in which the matmul speed is measured."""
+    matrix_gflops_per_second: float
+    bandwidth_gb_per_second: float
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.matrix_gflops_per_second * 1e9
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.bandwidth_gb_per_second * 1e9
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the table."""
+
+    system: str
+    """nanoghost, or a baseline."""
+    name: str
+    streams: int
+    """Sequences, rows or rollouts at once."""
+    run: Callable[[], float]
+    """Does the work once and returns its throughput."""
+    limit: float | None = None
+    """Throughput that the machine allows, where it is known."""
+
+
+def validation_texts(tokenizer, count: int, tokens: int) -> list[list[int]]:
+    """`count` different texts of `tokens` tokens from the validation plays."""
+    ids = []
+    for document in open_source("plays").documents():
+        if document.split == "val":
+            ids += tokenizer.encode(document.text)
     if count * tokens > len(ids):
-        raise UserError(f"{count} texts of {tokens} tokens are more than the validation plays have ({len(ids)})")
+        raise UserError(f"the validation plays have {len(ids)} tokens, too few for {count} texts of {tokens}")
     return [ids[i * tokens : (i + 1) * tokens] for i in range(count)]
 
 
-def limits() -> dict:
+def measure_limits() -> MachineLimits:
     dtype = hardware.compute_dtype()
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "matrix_gflops_per_second": round(hardware.matmul_gflops_per_second(dtype), 1),
-        "bandwidth_gb_per_second": round(hardware.bandwidth_gb_per_second(), 1),
-    }
+    return MachineLimits(
+        str(dtype).removeprefix("torch."),
+        round(hardware.matmul_gflops_per_second(dtype), 1),
+        round(hardware.bandwidth_gb_per_second(), 1),
+    )
 
 
-def peers(against: str, folder: ModelFolder, known, beside=()) -> list[str]:
-    """The peers that are asked for, of those that can be; they and the modules `beside` must be there, and able to run the model."""
-    asked = [name for name in against.split(",") if name]
-    if asked and (folder.card.arch == "ghost" or "@" in folder.name):
-        raise UserError(f"'{folder.name}' runs only here: --against is for whole models of the Llama family")
-    for name in asked:
-        if name not in known:
-            raise UserError(f"--against knows {' and '.join(known)}, not '{name}'")
-        for module in (PEERS[name], *beside):
+def requested_baselines(
+    against: str, folder: ModelFolder, available: list[str], modules: Iterable[str] = ()
+) -> list[str]:
+    """The baselines in the comma-separated list of --against.
+
+    Raises UserError unless they, and the `modules` that they need, are installed and can run the model.
+    """
+    names = [name for name in against.split(",") if name]
+    if names and (folder.card.arch == "ghost" or "@" in folder.name):
+        raise UserError(f"--against needs a complete model of the Llama family: only nanoghost can run '{folder.name}'")
+    for name in names:
+        if name not in available:
+            raise UserError(f"--against accepts {' and '.join(available)}, not '{name}'")
+        for module in (BASELINE_MODULES[name], *modules):
             if not importlib.util.find_spec(module):
-                raise UserError(
-                    f"{module} is not installed: pip install 'nanoghost[{'trl' if name == 'trl' else 'parity'}]'"
-                )
-    return asked
+                extra = "trl" if name == "trl" else "parity"
+                raise UserError(f"{module} is not installed: pip install 'nanoghost[{extra}]'")
+    return names
 
 
-def tell(
-    settings, measured: dict, works: list, limit: Callable[[str, int], float] | None, unit: str = "tokens/s"
+def measure(workloads: list[Workload], rounds: int) -> list[list[float]]:
+    """The throughputs of each workload: all run in turn, once to warm up and then `rounds` times."""
+    throughputs = [[] for _ in workloads]
+    for i in range(rounds + 1):
+        for workload, values in zip(workloads, throughputs):
+            value = workload.run()
+            if i > 0:
+                values.append(value)
+    return throughputs
+
+
+def measure_and_report(
+    workloads: list[Workload], rounds: int, as_json: bool, limits: MachineLimits | None = None, unit: str = "tokens/s"
 ) -> list[dict]:
-    """Run everything in turn, once to warm up, and print medians, beside the limits of (work, streams) where these are known; the rows of that table."""
-    rates = [[] for _ in works]
-    for i in range(settings.rounds + 1):
-        for found, (_, _, _, run) in zip(rates, works):
-            rate = run()
-            found += [rate] if i else []
+    """Measure, print the table, with --json print its rows as JSON; returns them."""
     key = unit.replace("/s", "_per_second").replace("/min", "_per_minute")
-    columns = {"at once": "streams", unit: key, "from": "lowest", "to": "highest"}
-    columns |= {"limit": "limit", "share": "share"} if limit else {}
     rows = []
-    for (engine, work, streams, _), found in zip(works, rates):
-        rate = statistics.median(found)
-        row = {"engine": engine, "work": work, "streams": streams, key: round(rate, 1)}
-        row |= {"lowest": round(min(found), 1), "highest": round(max(found), 1)}
-        if limit:
-            most = limit(work, streams)
-            row |= {"limit": round(most, 1), "share": round(rate / most, 3)}
+    for workload, values in zip(workloads, measure(workloads, rounds)):
+        median = statistics.median(values)
+        row = {"system": workload.system, "workload": workload.name, "streams": workload.streams}
+        row |= {key: round(median, 1), "lowest": round(min(values), 1), "highest": round(max(values), 1)}
+        if workload.limit is not None:
+            row |= {"limit": round(workload.limit, 1), "fraction": round(median / workload.limit, 3)}
         rows.append(row)
-    table = Table("engine", "work")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for r in rows:
-        figures = (f"{r[k]:.0%}" if k == "share" else f"{r[k]:,.0f}" for k in columns.values())
-        table.add_row(r["engine"], r["work"], *figures)
-    Console(stderr=True).print(table)
-    if limit:
-        gflops, bandwidth = measured["matrix_gflops_per_second"], measured["bandwidth_gb_per_second"]
+    print_table(rows, {"streams": "streams", unit: key, "min": "lowest", "max": "highest"})
+    if limits:
         Console(stderr=True).print(
-            f"limits: {gflops:.0f} GFLOP/s in {measured['dtype']}, twice that in 8 bits; {bandwidth:.0f} GB/s"
+            f"limits of this machine: {limits.matrix_gflops_per_second:.0f} GFLOP/s in {limits.dtype}, twice that in 8"
+            f" bits; {limits.bandwidth_gb_per_second:.0f} GB/s"
         )
-    if settings.json:
-        print(json.dumps({"limits": measured, "rows": rows}))
+    if as_json:
+        print(json.dumps({"limits": asdict(limits) if limits else {}, "rows": rows}))
     return rows
+
+
+def print_table(rows: list[dict], columns: dict[str, str]) -> None:
+    """`columns`: title -> key of the figures."""
+    if "limit" in rows[0]:
+        columns = columns | {"limit": "limit", "of limit": "fraction"}
+    table = Table("system", "workload")
+    for title in columns:
+        table.add_column(title, justify="right")
+    for row in rows:
+        figures = [f"{row[key]:.0%}" if key == "fraction" else f"{row[key]:,.0f}" for key in columns.values()]
+        table.add_row(row["system"], row["workload"], *figures)
+    Console(stderr=True).print(table)

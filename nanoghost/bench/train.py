@@ -1,25 +1,32 @@
-"""`nanoghost bench train`: how fast finetuning is here, beside what arithmetic allows and a plain loop over transformers.
+"""`nanoghost bench train`: speed of fine-tuning, compared with the limit of this machine and a plain loop over
+transformers.
 
-A token counts once, whether or not something is learned from it; padding does not count.
+Each token counts once, whether or not it is in the loss; padding does not count.
 """
 
-import importlib
 import itertools
 import random
 import time
 from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
 
 import torch
-import tyro
 
 from nanoghost import hardware
-from nanoghost.bench.table import limits, peers, tell, texts
+from nanoghost.bench.table import (
+    Workload,
+    measure_and_report,
+    measure_limits,
+    requested_baselines,
+    validation_texts,
+)
+from nanoghost.commands.arguments import ModelArgument
 from nanoghost.errors import UserError
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, open_model
 from nanoghost.model.lora import attach_adapters, new_adapter
 from nanoghost.optim.optimizer import Optimizer
+from nanoghost.progress import JsonFlag
 from nanoghost.tasks.sft_mix import builtin_conversations
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
 from nanoghost.train.packing import PackedBatches, TokenizedExample, tokenize_conversations
@@ -27,101 +34,114 @@ from nanoghost.train.sft import accumulate_packed_gradients
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    model: Annotated[str | None, tyro.conf.Positional] = None
-    """Name of the model; default: the one finished last."""
+class TrainBenchSettings(ModelArgument, JsonFlag):
     lora: int = 0
-    """Rank of the adapter that is trained; 0 trains the whole model."""
+    """LoRA rank (0 = train all weights)."""
     batch: int = 8
     """Rows in a step."""
     steps: int = 4
     """Steps in a measurement."""
     rounds: int = 3
-    """Times that everything is measured."""
+    """Number of measurements."""
     against: str = ""
-    """transformers: a plain loop over it, with peft for adapters, measured in turn with us."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
+    """Baseline: transformers (a plain loop, with peft for LoRA). It must be installed."""
 
 
-class Ours:
-    def __init__(self, folder: ModelFolder, settings: TrainSettings):
-        base = folder.card.root
-        self.model, _ = load_model(folder.path, hardware.compute_dtype())
+class Nanoghost:
+    def __init__(self, folder: ModelFolder, settings: TrainBenchSettings):
+        self.model, self.tokenizer = load_model(folder.path, hardware.compute_dtype())
         if settings.lora:
             attach_adapters(self.model, [new_adapter(self.model, settings.lora, None, None, 0)])
-        rates = finetune_groups(base, self.model.config.width, 1.0)
-        self.optimizer = Optimizer(self.model, rates, hardware.compute_dtype(), 0, 1)
+        groups = finetune_groups(folder.card.root, self.model.config.width, 1.0)
+        self.optimizer = Optimizer(self.model, groups, hardware.compute_dtype(), 0, 1)
         self.rows = settings.batch
 
-    def train(self, lessons: list[TokenizedExample], context: int, steps: int) -> float:
-        """Tokens a second."""
-        batches = PackedBatches(lessons, context, self.rows, seed=0)
+    def train(self, examples: list[TokenizedExample], context: int, steps: int) -> float:
+        """Tokens per second."""
+        batches = PackedBatches(examples, context, self.rows, seed=0)
         start, tokens = time.perf_counter(), 0
         for step in range(steps):
-            tokens += sum(len(lessons[i].ids) for row in range(self.rows) for i in batches.row(step * self.rows + row))
+            for row in range(self.rows):
+                tokens += sum(len(examples[i].ids) for i in batches.row(step * self.rows + row))
             accumulate_packed_gradients(self.model, batches.at(step), 1)
             self.optimizer.step(1e-3)
         return tokens / (time.perf_counter() - start)
 
 
 class Transformers:
-    """The loop that people write first: bf16, eager, rows padded to the longest of their batch, AdamW."""
+    """The loop that one writes first: bf16, eager, rows padded to the longest of their batch, AdamW."""
 
-    def __init__(self, folder: ModelFolder, settings: TrainSettings):
-        auto = importlib.import_module("transformers").AutoModelForCausalLM
-        self.model = auto.from_pretrained(folder.path, dtype=torch.bfloat16).train()
+    def __init__(self, folder: ModelFolder, settings: TrainBenchSettings):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.bfloat16).train()
         if settings.lora:
-            peft = importlib.import_module("peft")
-            adapter = peft.LoraConfig(
-                r=settings.lora, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-            )
-            self.model = peft.get_peft_model(self.model, adapter)
+            import peft
+
+            lora = {"r": settings.lora, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+            self.model = peft.get_peft_model(self.model, peft.LoraConfig(**lora))
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-6)
         self.rows = settings.batch
 
-    def train(self, lessons: list[TokenizedExample], context: int, steps: int) -> float:
-        endless = itertools.cycle(lessons)
+    def train(self, examples: list[TokenizedExample], context: int, steps: int) -> float:
+        """Tokens per second."""
+        endless_examples = itertools.cycle(examples)
         start, tokens = time.perf_counter(), 0
         for _ in range(steps):
-            rows = list(itertools.islice(endless, self.rows))
-            longest = max(len(lesson.ids) for lesson in rows)
-            ids, labels, there = (torch.full((len(rows), longest), fill) for fill in (0, -100, 0))
-            for i, lesson in enumerate(rows):
-                own = torch.tensor(lesson.ids)
-                ids[i, : len(own)], there[i, : len(own)] = own, 1
-                labels[i, : len(own)] = torch.where(torch.tensor(lesson.loss_mask), own, -100)
-            self.model(input_ids=ids, attention_mask=there, labels=labels).loss.backward()
+            ids, labels, mask = pad(list(itertools.islice(endless_examples, self.rows)))
+            self.model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            tokens += int(there.sum())
+            tokens += int(mask.sum())
         return tokens / (time.perf_counter() - start)
 
 
-def train(settings: TrainSettings) -> None:
-    """Finetuning, on rows that are full of text and on conversations of all lengths."""
+def pad(examples: list[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids, labels, attention mask) of one example a row; labels are -100 where there is no loss."""
+    shape = len(examples), max(len(example.ids) for example in examples)
+    ids, labels, mask = torch.full(shape, 0), torch.full(shape, -100), torch.full(shape, 0)
+    for row, example in enumerate(examples):
+        example_ids = torch.tensor(example.ids)
+        length = len(example_ids)
+        ids[row, :length] = example_ids
+        labels[row, :length] = torch.where(torch.tensor(example.loss_mask), example_ids, -100)
+        mask[row, :length] = 1
+    return ids, labels, mask
+
+
+def command(settings: TrainBenchSettings) -> None:
+    """Two workloads: rows full of text, and conversations of all lengths."""
     hardware.prepare()
     folder = open_model(settings.model)
-    if min(settings.batch, settings.steps, settings.rounds) < 1 or settings.lora < 0:
-        raise UserError("--batch, --steps and --rounds are at least 1, and --lora not negative")
-    if "@" in folder.name or (settings.lora and folder.card.arch == "ghost"):
-        raise UserError(f"--lora is for whole models of the Llama family, and '{folder.name}' is none: --lora 0")
-    rivals = {"nanoghost": Ours(folder, settings)}
-    if peers(settings.against, folder, ["transformers"], ["peft"] if settings.lora else []):
-        rivals["transformers, bf16"] = Transformers(folder, settings)
+    check(settings, folder)
+    nanoghost = Nanoghost(folder, settings)
+    systems = {"nanoghost": nanoghost}
+    if requested_baselines(settings.against, folder, ["transformers"], ["peft"] if settings.lora else []):
+        systems["transformers, bf16"] = Transformers(folder, settings)
 
-    ours, tokenizer = rivals["nanoghost"].model, load_model(folder.path, hardware.compute_dtype())[1]
-    context = finetune_context(ours.config.context)
-    needed = settings.batch * settings.steps
-    text = [TokenizedExample(ids, [True] * context) for ids in texts(tokenizer, needed, context)]
-    conversations = builtin_conversations("builtin", folder.card.root, folder.name, 40 * needed, 0)
+    context = finetune_context(nanoghost.model.config.context)
+    count = settings.batch * settings.steps
+    texts = validation_texts(nanoghost.tokenizer, count, context)
+    conversations = builtin_conversations("builtin", folder.card.root, folder.name, 40 * count, 0)
     random.Random(0).shuffle(conversations)
-    lessons, _ = tokenize_conversations(conversations, tokenizer, context)
-    works = [
-        (name, work, settings.batch, lambda rival=rival, of=of: rival.train(of, context, settings.steps))
-        for work, of in (("text", text), ("conversations", lessons))
-        for name, rival in rivals.items()
-    ]
-    measured = limits()
-    operations = ours.flops_per_token(context)
-    tell(settings, measured, works, lambda *_: measured["matrix_gflops_per_second"] * 1e9 / operations)
+    conversation_examples, _ = tokenize_conversations(conversations, nanoghost.tokenizer, context)
+    examples = {
+        "text": [TokenizedExample(ids, [True] * context) for ids in texts],
+        "conversations": conversation_examples,
+    }
+
+    limits = measure_limits()
+    limit = limits.flops_per_second / nanoghost.model.flops_per_token(context)
+    workloads = []
+    for workload, workload_examples in examples.items():
+        for name, system in systems.items():
+            run = partial(system.train, workload_examples, context, settings.steps)
+            workloads.append(Workload(name, workload, settings.batch, run, limit))
+    measure_and_report(workloads, settings.rounds, settings.json, limits)
+
+
+def check(settings: TrainBenchSettings, folder: ModelFolder) -> None:
+    if min(settings.batch, settings.steps, settings.rounds) < 1 or settings.lora < 0:
+        raise UserError("--batch, --steps and --rounds must be at least 1, and --lora at least 0")
+    if "@" in folder.name or (settings.lora and folder.card.arch == "ghost"):
+        raise UserError(f"'{folder.name}' is not a complete model of the Llama family: choose another, or --lora 0")

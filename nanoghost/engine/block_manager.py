@@ -1,10 +1,10 @@
 """Blocks of the KV cache: who uses which, and which prefixes of earlier sequences are still there (prefix caching).
 
-The cache is divided into blocks of BLOCK_SIZE tokens. A sequence has a list of blocks, its row of the block table. A full
-block is identified by its tokens and by the block before it (the first one by adapter and owner), so a chain of blocks
-identifies a prefix exactly. A sequence with the same prefix shares these blocks: the next turn of a conversation, or
-another conversation with the same system prompt. Blocks that no sequence uses stay cached until their memory is needed;
-the least recently used go first.
+The cache is divided into blocks of BLOCK_SIZE tokens. A sequence has a list of blocks, its row of the block table. A
+full block is identified by its tokens and by the block before it (the first one by adapter and owner), so a chain of
+blocks identifies a prefix exactly. A sequence with the same prefix shares these blocks: the next turn of a
+conversation, or another conversation with the same system prompt. Blocks that no sequence uses stay cached until their
+memory is needed; the least recently used go first.
 """
 
 import math
@@ -41,7 +41,7 @@ class BlockManager:
         """Key of a full block -> block. The key is (prefix id of the block before, tokens) itself: a hash of it could
         collide, and then somebody would read the text of another."""
         self.block_key: list[tuple[tuple, int] | None] = [None] * num_blocks
-        """(key, prefix id) of each full block. A prefix id is never reused, so a key cannot refer to an evicted block."""
+        """(key, prefix id) of each full block. No prefix id is used twice, so no key refers to an evicted block."""
         self.next_prefix_id = count(1)
         self.block_table = torch.zeros(num_slots, math.ceil(max_len / BLOCK_SIZE), dtype=torch.int32)
         self.free_slots = deque(range(num_slots))

@@ -1,7 +1,7 @@
 """The engine: prompts in, tokens out. A step is schedule, run, postprocess.
 
-The tokens of a sequence depend only on its prompt, its settings and its seed, not on the other sequences that are served
-at the same time. tests/test_engine.py holds the engine to this contract.
+The tokens of a sequence depend only on its prompt, its settings and its seed, not on the other sequences that are
+served at the same time. tests/test_engine.py holds the engine to this contract.
 """
 
 from pathlib import Path

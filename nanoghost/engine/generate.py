@@ -15,7 +15,14 @@ from nanoghost.engine.torch_runner import TorchRunner
 
 
 def generate(
-    model, tokenizer, prompts: list[list[int]], sampling: SamplingParams, samples: int = 1, run_tool=None, rank=0, world=1
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    sampling: SamplingParams,
+    samples: int = 1,
+    run_tool=None,
+    rank=0,
+    world=1,
 ) -> list[Sequence]:
     """The finished sequences of all prompts; arguments as for `generate_steps`."""
     every_step = generate_steps(model, tokenizer, prompts, sampling, samples, run_tool, rank, world)
@@ -23,7 +30,14 @@ def generate(
 
 
 def generate_steps(
-    model, tokenizer, prompts: list[list[int]], sampling: SamplingParams, samples: int = 1, run_tool=None, rank=0, world=1
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    sampling: SamplingParams,
+    samples: int = 1,
+    run_tool=None,
+    rank=0,
+    world=1,
 ) -> Iterator[list[Sequence]]:
     """Complete every prompt `samples` times; yields all sequences after each step.
 
@@ -46,7 +60,7 @@ def generate_steps(
 
 
 def runner_for(model: torch.nn.Module, slots: int, slot_tokens: int) -> ModelRunner:
-    """A runner for a model in memory. A Llama in bf16 (RL on a CPU) is copied into the kernels' layout where they run."""
+    """A runner for a model in memory. A Llama in bf16 (RL on a CPU) is copied into the layout of the kernels."""
     runner = None
     if model.dtype == torch.bfloat16:
         runner = paged_runner_for(model, slots, slot_tokens)

@@ -1,4 +1,4 @@
-"""The C++ operators of kernels.cpp: compiled once for this machine, stored in the home folder, loaded into torch.ops."""
+"""The C++ operators of kernels.cpp: compiled once for this machine, stored in the home folder."""
 
 import hashlib
 import subprocess
@@ -22,7 +22,7 @@ INSTRUCTION_SETS = (  # that lanes.h has code for, the fastest first; names as i
 
 @cache
 def unavailable_reason() -> str:
-    """Load the operators, and compile them first if necessary. Returns why they are not available; empty if they are."""
+    """Load the operators, compiled first if necessary. Returns why they are not available; empty if they are."""
     instructions = best_instruction_set(torch.cpu.get_capabilities())
     if not instructions:
         return f"this processor lacks {', '.join(INSTRUCTION_SETS[-1])}"
@@ -52,7 +52,7 @@ def version(instructions: tuple[str, ...]) -> str:
 
 
 def build(library: Path, instructions: tuple[str, ...]) -> str:
-    """Compile, which takes about 20 seconds. Returns the first line of the compiler's errors; empty if there are none."""
+    """Compile (about 20 seconds). Returns the first line of the compiler's errors; empty if there are none."""
     from torch.utils.cpp_extension import include_paths, library_paths  # a quarter of a second, and rarely needed
 
     flags = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp"]

@@ -11,13 +11,13 @@ TopLogprobs = tuple[float, list[tuple[int, float]]]
 
 class LogitsProcessor:
     def __init__(self, matcher=None, top: int | None = None):
-        """`matcher`: the state of a grammar (llguidance.LLMatcher); `top`: how many of the likeliest tokens to record for
-        each token (None: record nothing)."""
+        """`matcher`: the state of a grammar (llguidance.LLMatcher); `top`: how many of the likeliest tokens to record
+        for each token (None: record nothing)."""
         self.matcher = matcher
         self.top = top
         self.recorded: list[TopLogprobs] = []
         self.logprobs_V: torch.Tensor | None = None
-        """Of the next token; set by `process` for `accept`."""
+        """Log-probabilities of the next token; set by `process` for `accept`."""
 
     def process(self, logits_V: torch.Tensor) -> None:
         """Before a token is sampled: tokens that the grammar forbids get -inf, in place."""

@@ -24,7 +24,7 @@ class ModelRunner(Protocol):
         """
 
     def fork(self, sequence: Sequence, siblings: list[Sequence]) -> int:
-        """Admit siblings with the tokens of `sequence` in their cache; returns how many of them there was memory for."""
+        """Admit siblings with the tokens of `sequence` in their cache; returns for how many there was memory."""
 
     def release(self, sequence: Sequence) -> None:
         """Free the slot and the memory of a sequence."""
@@ -40,4 +40,4 @@ class ModelRunner(Protocol):
         """The adapters that sequences can use."""
 
     def single_sequence(self, num_tokens: int, adapter: str = "") -> Callable[[list[int], int], torch.Tensor]:
-        """A function (token ids, position of the first) -> logits (T, V) with a KV cache of its own for one sequence."""
+        """A function (token ids, position of the first) -> logits (T, V), with a separate KV cache for one sequence."""

@@ -21,8 +21,8 @@ def accept_tokens(
 ) -> None:
     """Append sampled tokens (id, log-probability): the first, and the next as long as the draft predicted them.
 
-    Token i was sampled from the logits after i draft tokens, with the random number of its position. It is the token that
-    decoding without a draft gives if and only if these i draft tokens are right.
+    Token i was sampled from the logits after i draft tokens, with the random number of its position. It is the token
+    that decoding without a draft gives if and only if these i draft tokens are right.
     """
     for num_accepted, (token_id, logprob) in enumerate(sampled):
         sequence.append([token_id], [logprob], sampled=True)

@@ -5,8 +5,8 @@
   8     a signed integer times the scale of its group (Q8_0)                 the same
   16    bf16                                                                 bf16
 
-A group is GROUP neighboring inputs of one output, as in GGUF's blocks of the types in parentheses. A tile is LANES outputs,
-which the kernels compute side by side.
+A group is GROUP neighboring inputs of one output, as in GGUF's blocks of the types in parentheses. A tile is LANES
+outputs, which the kernels compute side by side.
 
 M outputs, K inputs, G groups, N selected outputs.
 """

@@ -4,8 +4,8 @@ To decode one sequence, a step reads every weight once and computes little with 
 half the bits, twice the speed. Many sequences share that read, and then arithmetic counts: 8-bit integers multiply
 twice as fast as bf16.
 
-N tokens of any sequences, T tokens of one sequence, D width, M and K outputs and inputs of a matrix, R rank of an adapter,
-L logits, V vocabulary.
+N tokens of any sequences, T tokens of one sequence, D width, M and K outputs and inputs of a matrix, R rank of an
+adapter, L logits, V vocabulary.
 """
 
 import json
@@ -56,7 +56,7 @@ def supports_quantization(config) -> bool:
 
 
 class QuantizedLlama:
-    """Computes the function of llama.Llama for tokens of any sequences at any positions in one pass; cannot be trained."""
+    """Computes what llama.Llama computes, for tokens of any sequences at any positions in one pass."""
 
     def __init__(self, config: LlamaConfig, weights: dict[str, torch.Tensor | QuantizedMatrix]):
         if reason := kernels.unavailable_reason():
@@ -126,7 +126,7 @@ class QuantizedLlama:
         return self.linear(x_LD, head, logits_LV, norm=self.weights["final_norm"])
 
     def adapted_layer(self, i: int, x_ND, layer_cache, where, adapter_slices: AdapterSlices) -> None:
-        """Layer i, in place: what the kernel `layers` does in one call, step by step, with the LoRA updates in between."""
+        """Layer i, in place: the steps of the kernel `layers` one by one, with the LoRA updates in between."""
         c, layer, N = self.config, self.layers[i], len(x_ND)
         cos_sin = (self.cos, self.sin) if self.rotary[i] else (EMPTY, EMPTY)
         qk_norms = (layer.get("q_norm", EMPTY), layer.get("k_norm", EMPTY))
@@ -156,7 +156,7 @@ class QuantizedLlama:
         return out
 
     def add_lora(self, y_NM, x_NK, i: int, fused: str, adapter_slices: AdapterSlices) -> None:
-        """Add the LoRA updates of the matrices in `fused`, whose outputs are next to each other in y; x is as in `linear`."""
+        """Add the LoRA updates of the matrices in `fused`, whose outputs are concatenated in y; x is as in `linear`."""
         for part, adapter in adapter_slices:
             updates = [adapter.updates.get((i, name)) for name in FUSED[fused]]
             if not any(updates):
@@ -178,7 +178,9 @@ class QuantizedLlama:
             return F.silu(x_NK[:, : c.mlp_width]) * x_NK[:, c.mlp_width :]
         return x_NK
 
-    def forward_one(self, token_ids, start: int, kv_cache: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:
+    def forward_one(
+        self, token_ids, start: int, kv_cache: torch.Tensor, adapter: Adapter | None = None
+    ) -> torch.Tensor:
         """Logits (T, V) of the next T tokens, from position `start` on, of the only sequence in a KV cache."""
         T, num_blocks = len(token_ids), kv_cache.size(1)
         return self.forward(

@@ -1,7 +1,7 @@
 """The scheduler: which sequences run, and how many tokens of each one step computes (continuous batching).
 
-Sequences join and leave at every step. Those that decode get one token each; prompts are computed in chunks next to them
-(chunked prefill), as far as the runner's token budget goes.
+Sequences join and leave at every step. Those that decode get one token each; prompts are computed in chunks next to
+them (chunked prefill), as far as the runner's token budget goes.
 """
 
 from collections import deque

@@ -100,7 +100,7 @@ class TorchRunner:
         return self.adapter_names.index(name) if name else -1
 
     def compact(self) -> None:
-        """If many slots are free, move the last sequences to the front: copying costs less than computing free slots."""
+        """If many slots are free, move the last sequences to the front: computing free slots costs more."""
         used = [i for i, sequence in enumerate(self.slots) if sequence is not None]
         if used and len(used) <= 0.7 * (used[-1] + 1):
             free = [i for i in range(len(used)) if self.slots[i] is None]

@@ -1,7 +1,10 @@
-"""Pictures of the page, every view and state of it, with answers written beforehand: python -m tests.support.page_screenshots FOLDER
+"""Screenshots of all views and states of the page, with prepared replies:
 
-With the name of a model and questions for it, the page in both themes with what that model answers, which takes what is most
-probable: python -m tests.support.page_screenshots FOLDER MODEL QUESTION ...
+    python -m tests.support.page_screenshots FOLDER
+
+With a model and questions: the page in both themes with the greedy replies of that model.
+
+    python -m tests.support.page_screenshots FOLDER MODEL QUESTION ...
 """
 
 import base64
@@ -11,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from nanoghost.bench import serve as bench
+from nanoghost.bench.http_client import running_server
 from tests.support import page_browser
 from tests.support.page_server import Server, call, text
 
@@ -24,7 +27,9 @@ FOUND = [
     },
     {"n": 2, "source": "notes/house.md", "text": "Built 1911. New roof after the storm of 1953, windows in 1988."},
 ]
-ANSWER = """You planted the pear tree in the **spring of 1974**, at the south wall [1]. The house was built in 1911 [2], so it was 63 years old by then.
+ANSWER = """\
+You planted the pear tree in the **spring of 1974**, at the south wall [1]. The house was built in 1911 [2], \
+so it was 63 years old by then.
 
 | | year | age of the house |
 |---|--:|--:|
@@ -83,7 +88,7 @@ def main(folder: Path, model: str = "", *questions: str):
         browser = page_browser.start(place)
         try:
             if model:
-                with bench.server(model, 4) as (port, _):
+                with running_server(model, 4) as (port, _):
                     take_real(browser, f"http://127.0.0.1:{port}", questions, folder)
             else:
                 take_states(browser, server, folder)
@@ -113,7 +118,7 @@ def take_real(browser, address, questions, folder):
 
 
 def take_states(browser, server, folder):
-    """What a conversation goes through."""
+    """The states of a conversation."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -145,7 +150,8 @@ def take_states(browser, server, folder):
     click(".assistant [aria-label='Regenerate reply']")
     wait(
         browser,
-        "return document.querySelector('.assistant .count')?.textContent === '2 / 2' && !document.querySelector('.writing')",
+        "return document.querySelector('.assistant .count')?.textContent === '2 / 2'"
+        " && !document.querySelector('.writing')",
     )
     picture("branches")
     browser.refresh()
@@ -210,7 +216,7 @@ def take_all(browser, server, folder):
             go(address)
             picture(f"{name}-{theme}")
         go(here)
-    for theme in ("light", "dark"):  # last: a browser that was a phone has forgotten its mouse
+    for theme in ("light", "dark"):  # last: after the phone mode, the browser has no mouse
         page_browser.theme(browser, theme)
         page_browser.resize(browser, 375, 780, phone=True, scale=2)
         picture(f"phone-{theme}")
