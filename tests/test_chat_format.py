@@ -1,4 +1,4 @@
-"""Conversations to tokens and back: one text for us and for the Jinja template, one mask, and nobody types a mark."""
+"""Conversations to tokens and back: rendering equals the Jinja template, the loss mask, special tokens in user text."""
 
 import json
 from functools import cache
@@ -27,7 +27,7 @@ def toy() -> Tokenizer:
 
 @cache
 def template():
-    """The template as transformers compiles it (utils/chat_template_utils.py), with its filter that escapes nothing."""
+    """The template as transformers compiles it (utils/chat_template_utils.py). Its tojson filter escapes nothing."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     return environment.from_string(CHAT_TEMPLATE)
@@ -78,24 +78,28 @@ CONVERSATIONS = st.lists(SYSTEM | USER | TOOL | ASSISTANT, min_size=1, max_size=
 
 
 def written(message):
-    """What an assistant message makes the model write, spelt out once more."""
+    """The text that the model writes for an assistant message: a second implementation."""
     calls = [c["function"] for c in message.get("tool_calls", [])]
     return (
         text_of(message)
         + "".join(
             "<tool_call>\n"
-            + '{"name": ' + json.dumps(c["name"], ensure_ascii=False) + ', "arguments": ' + c["arguments"] + "}"
+            + '{"name": '
+            + json.dumps(c["name"], ensure_ascii=False)
+            + ', "arguments": '
+            + c["arguments"]
+            + "}"
             + "\n</tool_call>"
             for c in calls
         )
         + "<|im_end|>"
-    )  # fmt: skip
+    )
 
 
 @FAST
 @given(CONVERSATIONS, st.booleans())
 @example([{"role": "assistant", "content": None, "tool_calls": [call("é'<&>", {"é": "<'"})]}], True)
-def test_tokens_text_and_template_say_the_same(messages, generation):
+def test_tokens_text_and_jinja_template_agree(messages, generation):
     ids, learned = render(messages, toy(), generation)
     assert len(ids) == len(learned)
     text = render_text(messages, generation)
@@ -119,7 +123,7 @@ def test_the_documented_example():
 
 @FAST
 @given(CONVERSATIONS, st.booleans())
-def test_exactly_what_the_assistant_writes_is_learned(messages, generation):
+def test_the_loss_mask_covers_exactly_what_the_assistant_writes(messages, generation):
     ids, learned = render(messages, toy(), generation)
     runs = [[i for i, _ in run] for is_learned, run in groupby(zip(ids, learned), lambda pair: pair[1]) if is_learned]
     expected = [written(m) for m in messages if m["role"] == "assistant"]
@@ -128,7 +132,7 @@ def test_exactly_what_the_assistant_writes_is_learned(messages, generation):
 
 @FAST
 @given(CONVERSATIONS)
-def test_nobody_types_a_mark(messages):
+def test_special_token_text_stays_text(messages):
     names = {toy().special_id(name): name for name in SPECIAL_TOKENS}
     expected = []
     for message in messages:
@@ -161,7 +165,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("body", MALFORMED, ids=lambda body: body[:20])
-def test_a_malformed_call_stays_in_the_text(body):
+def test_an_invalid_call_stays_in_the_text(body):
     opening, closing, end = map(toy().special_id, ("<tool_call>", "</tool_call>", "<|im_end|>"))
     ids = [*toy().encode("Well: "), opening, *toy().encode(body), closing]
     assert parse_reply([*ids, end], toy()) == {"role": "assistant", "content": "Well: " + body}
@@ -173,22 +177,22 @@ def test_a_malformed_call_stays_in_the_text(body):
 @FAST
 @given(st.lists(SYSTEM | USER | ASSISTANT, min_size=1, max_size=8), st.integers(0, 200), st.booleans())
 @example([{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Hi."}], 200, False)
-def test_shortening_drops_the_oldest_turns_and_no_more(messages, room, generation):
+def test_truncation_drops_the_oldest_turns_and_no_more(messages, room, generation):
     def size(some):
         return len(render(some, toy(), generation)[0])
 
-    kept = truncate_oldest_turns(messages, toy(), room, generation)
-    assert [m for m in kept if m["role"] == "system"] == [m for m in messages if m["role"] == "system"]
+    remaining = truncate_oldest_turns(messages, toy(), room, generation)
+    assert [m for m in remaining if m["role"] == "system"] == [m for m in messages if m["role"] == "system"]
     others = [m for m in messages if m["role"] != "system"]
-    turns = [m for m in kept if m["role"] != "system"]
+    turns = [m for m in remaining if m["role"] != "system"]
     assert turns == others[len(others) - len(turns) :]
     if size(messages) <= room:
-        assert kept == messages
+        assert remaining == messages
     elif len(turns) < len(others):
         starts = [i for i, m in enumerate(others) if m["role"] == "user"]
         first = len(others) - len(turns)
         assert first in starts, "what is left begins with a user message"
-        assert size(kept) <= room or first == starts[-1], "too long although older turns could still go"
+        assert size(remaining) <= room or first == starts[-1], "too long although older turns could be dropped"
         system = [m for m in messages if m["role"] == "system"]
         one_more = max((i for i in starts if i < first), default=0)
         assert size(system + others[one_more:]) > room, "one more turn would have fitted"
@@ -202,7 +206,7 @@ def test_shortening_drops_the_oldest_turns_and_no_more(messages, room, generatio
         [{"function": {"name": "calculator", "arguments": {"expression": "1"}}}],
     ],
 )
-def test_a_file_with_unreadable_calls_is_refused_by_line(tmp_path, tool_calls):
+def test_a_file_with_invalid_calls_is_rejected(tmp_path, tool_calls):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "assistant", "content": None, "tool_calls": tool_calls}]}))
     with pytest.raises(UserError, match="tool_calls"):

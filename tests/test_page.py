@@ -1,6 +1,6 @@
-"""The chat page in a real browser, against a server with answers written beforehand.
+"""The chat page in a real browser, against a test server with prepared replies.
 
-`make page` installs what it needs; where Chromium or selenium is absent, all of it is skipped by name.
+`make page` installs what it needs; without Chromium or selenium, all tests are skipped.
 """
 
 import json
@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(missing, reason="Chromium and its driver are not
 
 WATCH = """
 window.violations = [];
-document.addEventListener('securitypolicyviolation', (e) => window.violations.push(e.violatedDirective + ' ' + e.blockedURI));
+const record = (e) => window.violations.push(e.violatedDirective + ' ' + e.blockedURI);
+document.addEventListener('securitypolicyviolation', record);
 window.problems = [];
 addEventListener('error', (e) => window.problems.push(String(e.message)));
 addEventListener('unhandledrejection', (e) => window.problems.push(String(e.reason)));
@@ -47,14 +48,14 @@ def browser(tmp_path_factory):
 
 
 class Page:
-    """What a person does with the page."""
+    """Actions of a user on the page."""
 
     def __init__(self, browser, server):
         self.browser, self.server = browser, server
 
     def open(self, path="/", ready="return document.querySelectorAll('#model option').length"):
         if self.browser.current_url.startswith(f"{self.server.address}/#"):
-            self.browser.get("about:blank")  # another address with # alone would load nothing
+            self.browser.get("about:blank")  # changing only the fragment would not load the page
         self.browser.get(self.server.address + path)
         self.wait(ready)
 
@@ -62,9 +63,11 @@ class Page:
         return self.browser.execute_script(script, *arguments)
 
     def later(self, script, *arguments):
-        """The value of an async function's body."""
+        """Runs the body of an async function; returns its value."""
         done = self.browser.execute_async_script(
-            f"const done = arguments[arguments.length - 1]; (async (...given) => {{ {script} }})(...arguments).then((value) => done({{value}}), (e) => done({{error: String(e.stack)}}))",
+            "const done = arguments[arguments.length - 1];"
+            f"(async (...given) => {{ {script} }})(...arguments)"
+            ".then((value) => done({value}), (e) => done({error: String(e.stack)}))",
             *arguments,
         )
         assert "error" not in done, done["error"]
@@ -92,7 +95,8 @@ class Page:
 
     def idle(self, seconds=30):
         self.wait(
-            "return document.querySelector('.message') && !document.querySelector('.writing') && document.getElementById('send').ariaLabel === 'Send'",
+            "return document.querySelector('.message') && !document.querySelector('.writing')"
+            " && document.getElementById('send').ariaLabel === 'Send'",
             seconds=seconds,
         )
 
@@ -115,7 +119,7 @@ class Page:
 
 @pytest.fixture
 def empty(browser, server):
-    """A page of the same origin, for the modules by themselves."""
+    """An empty page of the same origin, for tests of single modules."""
     page = Page(browser, server)
     page.open("/empty", "return true")
     return page
@@ -130,26 +134,28 @@ def page(browser, server):
     page.open("/empty", "return true")
     page.js("localStorage.clear(); sessionStorage.clear()")
     page.later(
-        "await new Promise((done) => { const request = indexedDB.deleteDatabase('nanoghost'); request.onsuccess = request.onerror = done; });"
+        "await new Promise((done) => { const request = indexedDB.deleteDatabase('nanoghost');"
+        " request.onsuccess = request.onerror = done; });"
     )
     page.open()
     yield page
     page.healthy()
 
 
-# ── talking ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── chat ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_message_is_answered_and_kept_over_a_reload(page):
+def test_a_reply_survives_a_reload(page):
     page.send("Hello there, ghost")
     assert page.texts() == ["Hello there, ghost", "You said: Hello there, ghost"]
-    assert "187 tokens/s" in page.one(".figures").text and "context 412 of 2,048" in page.one(".figures").text
+    assert "187 tokens/s" in page.one(".figures").text
+    assert "context 412 of 2,048" in page.one(".figures").text
     body = page.server.bodies[0]
-    assert (
-        body["messages"] == [{"role": "user", "content": "Hello there, ghost"}] and body["stream"] and body["timings"]
-    )
-    known = {"model", "messages", "stream", "timings", "stream_options", "temperature", "top_p", "max_tokens"}
-    assert set(body) == known, "unknown fields would be refused, and what was not chosen is not sent"
+    assert body["messages"] == [{"role": "user", "content": "Hello there, ghost"}]
+    assert body["stream"]
+    assert body["timings"]
+    fields = {"model", "messages", "stream", "timings", "stream_options", "temperature", "top_p", "max_tokens"}
+    assert set(body) == fields, "the server rejects unknown fields"
     assert page.titles() == ["Hello there, ghost"]
     page.send("And now?")
     assert [m["role"] for m in page.server.bodies[1]["messages"]] == ["user", "assistant", "user"]
@@ -159,33 +165,35 @@ def test_a_message_is_answered_and_kept_over_a_reload(page):
     assert page.js("return document.title").startswith("Hello there")
 
 
-def test_stopping_keeps_what_was_said_and_stops_the_server(page):
+def test_stopping_keeps_the_text_and_cancels_the_request(page):
     page.send("forever", wait=False)
     page.wait("return document.querySelector('.assistant .content').textContent.includes('Word 5')")
     page.press(Keys.ESCAPE)
     page.idle()
-    kept = page.texts()[1]
-    assert kept.startswith("I begin. Word 1.") and "stopped" in page.one(".figures").text
+    text_so_far = page.texts()[1]
+    assert text_so_far.startswith("I begin. Word 1.")
+    assert "stopped" in page.one(".figures").text
     until = time.time() + 20
     while not page.server.stopped:
-        assert time.time() < until, "the server was not told"
+        assert time.time() < until, "the request was not cancelled"
         time.sleep(0.02)
     page.browser.refresh()
     page.wait("return document.querySelectorAll('.message').length === 2")
-    assert page.texts()[1] == kept
+    assert page.texts()[1] == text_so_far
     page.send("go on")
-    assert page.server.bodies[-1]["messages"][1]["content"].strip() == kept.strip()
+    assert page.server.bodies[-1]["messages"][1]["content"].strip() == text_so_far.strip()
 
 
-def test_leaving_in_mid_answer_keeps_it(page):
+def test_reloading_during_a_reply_keeps_its_text(page):
     page.send("forever", wait=False)
     page.wait("return document.querySelector('.assistant .content').textContent.includes('Word 20')")
     page.browser.refresh()
     page.wait("return document.querySelectorAll('.message').length === 2")
-    assert "Word 8" in page.texts()[1] and page.js("return !document.querySelector('.writing')")
+    assert "Word 8" in page.texts()[1]
+    assert page.js("return !document.querySelector('.writing')")
 
 
-def test_another_conversation_can_be_read_while_one_is_written(page):
+def test_another_conversation_can_be_shown_during_a_reply(page):
     page.send("a quiet one")
     page.click("#new-chat")
     page.send("forever", wait=False)
@@ -202,7 +210,7 @@ def test_another_conversation_can_be_read_while_one_is_written(page):
     page.idle()
 
 
-def test_answering_again_and_editing_make_branches(page):
+def test_regenerating_and_editing_create_branches(page):
     page.send("first")
     page.send("second")
     page.click(".message:last-child [aria-label='Regenerate reply']")
@@ -218,7 +226,8 @@ def test_answering_again_and_editing_make_branches(page):
     assert page.server.bodies[-1]["messages"] == [{"role": "user", "content": "another"}]
     page.click(".user [aria-label='Previous version']")
     page.wait("return document.querySelectorAll('.message').length === 4")
-    assert page.texts()[0] == "first" and page.one(".message:last-child .count").text == "2 / 2"
+    assert page.texts()[0] == "first"
+    assert page.one(".message:last-child .count").text == "2 / 2"
     page.click(".message:last-child [aria-label='Previous version']")
     page.wait("return document.querySelector('.message:last-child .count').textContent === '1 / 2'")
     page.browser.refresh()
@@ -228,48 +237,59 @@ def test_answering_again_and_editing_make_branches(page):
     assert [m["content"] for m in page.server.bodies[-1]["messages"]][::2] == ["first", "second", "third"]
 
 
-def test_settings_belong_to_a_conversation(page):
+def test_each_conversation_has_its_own_settings(page):
     page.click("#settings")
     page.one("#system").send_keys("Be brief.")
-    page.js("""for (const [id, value] of [['temperature', 0.2], ['top_p', 0.5], ['max_tokens', 99], ['person', 'maya']]) {
-        const field = document.getElementById(id); field.value = value; field.dispatchEvent(new Event('input', {bubbles: true})); }""")
+    page.js("""
+        for (const [id, value] of [['temperature', 0.2], ['top_p', 0.5], ['max_tokens', 99], ['person', 'maya']]) {
+          const field = document.getElementById(id);
+          field.value = value;
+          field.dispatchEvent(new Event('input', {bubbles: true}));
+        }""")
     page.click("[name=tools][value=lookup]")
     page.press(Keys.ESCAPE)
     page.js("const m = document.getElementById('model'); m.value = 'smollm2@me'; m.dispatchEvent(new Event('change'))")
     page.send("who am I")
     body = page.server.bodies[0]
-    assert body["model"] == "smollm2@me" and body["person"] == "maya" and body["server_tools"] == ["lookup"]
+    assert body["model"] == "smollm2@me"
+    assert body["person"] == "maya"
+    assert body["server_tools"] == ["lookup"]
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.2, 0.5, 99)
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert "as maya" in page.one("#settings-summary").text
     page.click("#new-chat")
     page.js("const m = document.getElementById('model'); m.value = 'ghost'; m.dispatchEvent(new Event('change'))")
-    assert page.js("return document.getElementById('tools').disabled"), "this model knows no tools"
+    assert page.js("return document.getElementById('tools').disabled"), "this model was not trained to use tools"
     page.send("hello")
     body = page.server.bodies[1]
-    assert body["model"] == "ghost" and "server_tools" not in body and body["messages"][0]["role"] == "user"
+    assert body["model"] == "ghost"
+    assert "server_tools" not in body
+    assert body["messages"][0]["role"] == "user"
     page.js("document.querySelectorAll('#conversations a')[1].click()")
     page.wait("return document.getElementById('model').value === 'smollm2@me'")
     assert page.js("return document.getElementById('system').value") == "Be brief."
 
 
-def test_tools_fold_out_and_passages_are_notes(page):
+def test_tool_calls_and_passages_expand(page):
     page.send("tool")
     line = page.one(".call summary")
-    assert line.text == "Calculated 17 * 23 → 391" and not page.one(".call pre").is_displayed()
+    assert line.text == "Calculated 17 * 23 → 391"
+    assert not page.one(".call pre").is_displayed()
     line.click()
     assert "expression: 17 * 23" in page.one(".call").text
     page.send("next")
     roles = page.server.bodies[-1]["messages"]
     assert [m["role"] for m in roles] == ["user", "assistant", "tool", "assistant", "user"]
-    assert roles[1]["tool_calls"][0]["id"] == roles[2]["tool_call_id"] and roles[2]["content"] == "391"
+    assert roles[1]["tool_calls"][0]["id"] == roles[2]["tool_call_id"]
+    assert roles[2]["content"] == "391"
     page.send("lookup")
     assert [e.text for e in page.browser.find_elements(By.CSS_SELECTOR, ".passages summary")] == [
         "1notes/garden.mdThe pear tree was planted in 1974.",
         "2notes/house.mdThe roof is from 1911.",
     ]
     cites = page.browser.find_elements(By.CSS_SELECTOR, ".cite")
-    assert [e.text for e in cites] == ["1", "2"] and "[7]" in page.texts()[-1]
+    assert [e.text for e in cites] == ["1", "2"]
+    assert "[7]" in page.texts()[-1]
     cites[0].click()
     assert "1974" in page.one(".passages details[open] blockquote").text
     page.browser.refresh()
@@ -277,7 +297,7 @@ def test_tools_fold_out_and_passages_are_notes(page):
 
 
 @pytest.mark.parametrize(
-    ("words", "said", "kept"),
+    ("message", "error", "partial_text"),
     [
         ("restart", "engine is restarting", ""),
         ("busy", "at capacity. Try again in 2 s", ""),
@@ -288,19 +308,20 @@ def test_tools_fold_out_and_passages_are_notes(page):
         ("cut", "ended early", "Until here"),
     ],
 )
-def test_errors_are_said_and_can_be_tried_again(page, words, said, kept):
-    page.send(words)
-    assert said in page.one(".foot .problem").text and page.texts()[1] == kept
+def test_errors_are_shown_and_can_be_retried(page, message, error, partial_text):
+    page.send(message)
+    assert error in page.one(".foot .problem").text
+    assert page.texts()[1] == partial_text
     page.server.healed = True
     page.server.answers.clear()
     page.click(".retry")
     page.idle()
     page.wait("return !document.querySelector('.foot .problem')")
-    assert page.texts()[1] == f"You said: {words}"
-    assert bool(kept) == page.js("return Boolean(document.querySelector('.branches'))")
+    assert page.texts()[1] == f"You said: {message}"
+    assert bool(partial_text) == page.js("return Boolean(document.querySelector('.branches'))")
 
 
-def test_a_server_that_is_gone_is_said(page):
+def test_an_unreachable_server_is_reported(page):
     page.send("hello")
     page.browser.execute_cdp_cmd("Network.enable", {})
     page.browser.execute_cdp_cmd(
@@ -318,7 +339,7 @@ def test_a_server_that_is_gone_is_said(page):
     assert page.texts()[-1] == "You said: anyone?"
 
 
-def test_the_key_is_asked_for_and_kept_for_the_session(page):
+def test_the_api_key_is_prompted_for_and_stored_for_the_session(page):
     page.server.key = "open sesame"
     page.open("/", "return document.getElementById('key-sheet').open")
     page.press("wrong", Keys.ENTER)
@@ -333,10 +354,10 @@ def test_the_key_is_asked_for_and_kept_for_the_session(page):
     page.open("/#/runs/ghost", "return Boolean(document.querySelector('iframe')?.contentDocument.querySelector('h1'))")
 
 
-# ── the list ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the list of conversations ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def three(page):
+def start_three_conversations(page):
     for words in ("Pears in the garden", "A roof of slate", "Salt and the sea"):
         page.click("#new-chat")
         page.send(words)
@@ -344,10 +365,11 @@ def three(page):
 
 
 def test_search_rename_delete_and_undo(page):
-    three(page)
+    start_three_conversations(page)
     page.one("#search").send_keys("SAID: A ROOF")
     page.wait("return document.querySelectorAll('#conversations a').length === 1")
-    assert page.one("mark").text.lower() == "said: a roof" and page.titles() == ["A roof of slate"]
+    assert page.one("mark").text.lower() == "said: a roof"
+    assert page.titles() == ["A roof of slate"]
     page.press(Keys.ENTER)
     page.wait("return document.querySelector('.content').textContent === 'A roof of slate'")
     page.one("#search").send_keys("xyzzy")
@@ -362,16 +384,18 @@ def test_search_rename_delete_and_undo(page):
     page.click("#more summary")
     page.click("[data-do=delete]")
     page.wait(
-        "return document.querySelectorAll('#conversations a').length === 2 && document.querySelectorAll('.message').length === 0"
+        "return document.querySelectorAll('#conversations a').length === 2"
+        " && document.querySelectorAll('.message').length === 0"
     )
     page.click(".toast button")
     page.wait(
-        "return document.querySelectorAll('#conversations a').length === 3 && document.querySelectorAll('.message').length === 2"
+        "return document.querySelectorAll('#conversations a').length === 3"
+        " && document.querySelectorAll('.message').length === 2"
     )
     assert "The old roof" in page.titles()
 
 
-def test_deleting_or_renaming_in_mid_answer(page):
+def test_renaming_and_deleting_during_a_reply(page):
     page.send("forever", wait=False)
     page.wait("return document.querySelectorAll('#conversations a').length === 1")
     page.click("#more summary")
@@ -385,12 +409,12 @@ def test_deleting_or_renaming_in_mid_answer(page):
     page.click("[data-do=delete]")
     page.wait("return !document.querySelector('.message')")
     time.sleep(0.6)
-    assert page.stored() == [], "what still comes does not bring it back"
+    assert page.stored() == [], "the rest of the reply does not save it again"
     page.click(".toast button")
     page.wait("return document.querySelectorAll('.message').length === 2 && !document.querySelector('.writing')")
 
 
-def test_two_tabs_show_the_same(page):
+def test_two_tabs_stay_in_sync(page):
     page.send("here")
     first = page.browser.current_window_handle
     address = page.browser.current_url
@@ -413,8 +437,8 @@ def downloaded(page, name):
     return folder / name
 
 
-def test_what_is_exported_can_be_imported_and_is_the_same(page):
-    three(page)
+def test_export_and_import_restore_conversations(page):
+    start_three_conversations(page)
     page.send("tool")
     page.send("lookup")
     page.click(".message:last-child [aria-label='Regenerate reply']")
@@ -425,27 +449,32 @@ def test_what_is_exported_can_be_imported_and_is_the_same(page):
     file = downloaded(page, "conversations.json")
     assert len(json.loads(file.read_text())["conversations"]) == 3
     page.later(
-        "const store = await import('/static/store.js'); for (const one of await store.loadAll()) await store.remove(one.id);"
+        "const store = await import('/static/store.js');"
+        " for (const one of await store.loadAll()) await store.remove(one.id);"
     )
     page.open()
     page.wait("return document.getElementById('search-status').textContent === 'No conversations yet.'")
-    for said in ("3 conversations imported.", "0 conversations imported; 3 already up to date."):
+    for notification in ("3 conversations imported.", "0 conversations imported; 3 already up to date."):
         page.one("#file").send_keys(str(file))
-        page.wait("return document.getElementById('toast').textContent === arguments[0]", said)
+        page.wait("return document.getElementById('toast').textContent === arguments[0]", notification)
     assert page.stored() == before
     page.js("document.querySelector('#conversations a').click()")
     page.wait("return document.querySelectorAll('.message').length === 6")
     page.click("#more summary")
     page.click("[data-do=markdown]")
     written = downloaded(page, "Salt and the sea.md").read_text()
-    assert written.startswith("# Salt and the sea\n\n**You**\n\nSalt and the sea") and "It is **391**." in written
+    assert written.startswith("# Salt and the sea\n\n**You**\n\nSalt and the sea")
+    assert "It is **391**." in written
     page.click("#more summary")
     page.click("[data-do=json]")
     assert len(json.loads(downloaded(page, "Salt and the sea.json").read_text())["conversations"]) == 1
 
 
-def test_files_of_others_are_taken_field_by_field(empty):
-    read = "const store = await import('/static/store.js'); try { return store.fromJson(given[0]); } catch (e) { return e.message; }"
+def test_imported_files_are_validated_field_by_field(empty):
+    read = (
+        "const store = await import('/static/store.js');"
+        " try { return store.fromJson(given[0]); } catch (e) { return e.message; }"
+    )
     assert "not JSON" in empty.later(read, "{")
     assert "no nanoghost conversations" in empty.later(read, "[]")
     nodes = {
@@ -469,29 +498,30 @@ def test_files_of_others_are_taken_field_by_field(empty):
         "conversations": [{"id": 7, "tree": {"nodes": nodes}, "settings": {"temperature": "hot"}}, None],
     }
     first, second = empty.later(read, json.dumps(file))
-    assert {"a", "b"} <= set(first["tree"]["nodes"]) <= {"a", "b", "__proto__"} and "extra" not in first["tree"][
-        "nodes"
-    ]["a"]
-    assert first["settings"]["temperature"] == 0.7 and isinstance(first["id"], str)
-    assert second["title"] == "Untitled" and second["tree"] == {"nodes": {}, "chosen": {}}
+    assert {"a", "b"} <= set(first["tree"]["nodes"]) <= {"a", "b", "__proto__"}
+    assert "extra" not in first["tree"]["nodes"]["a"]
+    assert first["settings"]["temperature"] == 0.7
+    assert isinstance(first["id"], str)
+    assert second["title"] == "Untitled"
+    assert second["tree"] == {"nodes": {}, "chosen": {}}
 
 
-# ── how it looks and sounds ───────────────────────────────────────────────────────────────────────────────────────────
+# ── appearance and accessibility ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_dark_by_the_system_or_by_the_switch(page):
-    colour = "return getComputedStyle(document.body).backgroundColor"
-    light = page.js(colour)
+def test_the_theme_follows_the_system_or_the_button(page):
+    color = "return getComputedStyle(document.body).backgroundColor"
+    light = page.js(color)
     page_browser.theme(page.browser, "dark")
-    dark = page.js(colour)
+    dark = page.js(color)
     assert dark != light
     page.click("#theme")
-    assert page.js(colour) == light
+    assert page.js(color) == light
     page.browser.refresh()
-    assert page.js(colour) == light, "the choice is kept"
+    assert page.js(color) == light, "the choice is stored"
 
 
-def test_a_phone_scrolls_in_one_direction(page):
+def test_a_phone_never_scrolls_sideways(page):
     page_browser.resize(page.browser, 375, 720, phone=True)
     page.server.answers["wide"] = lambda: text(
         "```\n"
@@ -507,13 +537,18 @@ def test_a_phone_scrolls_in_one_direction(page):
     )
     page.send("wide")
     page.send("w" * 300)
-    width = "return Math.max(document.documentElement.scrollWidth, document.getElementById('scroller').scrollWidth, ...[...document.querySelectorAll('.message, #composer')].map((e) => e.getBoundingClientRect().right))"
+    width = (
+        "const right = (e) => e.getBoundingClientRect().right;"
+        " return Math.max(document.documentElement.scrollWidth, document.getElementById('scroller').scrollWidth,"
+        " ...[...document.querySelectorAll('.message, #composer')].map(right))"
+    )
     assert page.js(width) <= 375
     side = "return document.getElementById('sidebar').getBoundingClientRect().right"
     assert page.js(side) <= 0
     page.click("#menu")
     page.wait(side + " > 200")
-    assert page.js("return document.getElementById('main').inert") and page.js(width) <= 375
+    assert page.js("return document.getElementById('main').inert")
+    assert page.js(width) <= 375
     page.press(Keys.ESCAPE)
     page.wait(side + " <= 0")
     for address in ("#/runs", "#/runs/ghost-new", "#/runs/ghost"):
@@ -523,7 +558,7 @@ def test_a_phone_scrolls_in_one_direction(page):
         assert page.js("const e = document.getElementById('runs-view'); return e.scrollWidth <= e.clientWidth")
 
 
-def test_everything_by_keyboard_alone(page):
+def test_everything_works_with_the_keyboard_alone(page):
     page.press("first", Keys.SHIFT, Keys.ENTER, Keys.SHIFT, "line two", Keys.ENTER)
     page.idle()
     assert page.texts()[0] == "first\nline two"
@@ -550,11 +585,12 @@ def test_everything_by_keyboard_alone(page):
         page.browser.switch_to.active_element.send_keys(Keys.TAB)
         reached.append(page.js("const e = document.activeElement; return e.id || e.ariaLabel || e.textContent.trim()"))
         ring = page.js(
-            "const e = document.activeElement; const s = getComputedStyle(e); return e === document.body || s.outlineStyle !== 'none' || e.closest('.box') !== null || s.outlineWidth"
+            "const e = document.activeElement; const s = getComputedStyle(e); return e === document.body"
+            " || s.outlineStyle !== 'none' || e.closest('.box') !== null || s.outlineWidth"
         )
         assert ring
     assert reached[0] == "skip"
-    wanted = {
+    expected = {
         "new-chat",
         "search",
         "models",
@@ -570,15 +606,18 @@ def test_everything_by_keyboard_alone(page):
         "Regenerate reply",
         "Copy reply",
     }
-    assert wanted <= set(reached), wanted - set(reached)
+    assert expected <= set(reached), expected - set(reached)
     page.js("document.getElementById('skip').focus()")
     page.press(Keys.ENTER)
     assert page.js("return document.activeElement.id") == "message"
 
 
-def test_listeners_hear_sentences(page):
-    page.js("""window.heard = []; new MutationObserver((all) => all.forEach((one) => one.addedNodes.forEach((node) => window.heard.push(node.textContent))))
-        .observe(document.getElementById('live'), {childList: true})""")
+def test_screen_readers_get_whole_sentences(page):
+    page.js("""
+        window.heard = [];
+        const record = (node) => window.heard.push(node.textContent);
+        new MutationObserver((mutations) => mutations.forEach(({ addedNodes }) => addedNodes.forEach(record)))
+          .observe(document.getElementById('live'), {childList: true})""")
     page.send("sentences")
     assert page.js("return window.heard") == [
         "smollm2 is replying.",
@@ -589,7 +628,7 @@ def test_listeners_hear_sentences(page):
     assert page.one("#live").get_attribute("aria-live") == "polite"
 
 
-def test_the_end_is_followed_only_by_those_who_are_there(page):
+def test_scrolling_follows_a_reply_only_at_the_end(page):
     end = "const e = document.getElementById('scroller'); return e.scrollHeight - e.scrollTop - e.clientHeight"
     page.server.answers["verse"] = lambda: text(*(f"line {n}\n\n" for n in range(400)), pause=0.01)
     page.send("verse", wait=False)
@@ -605,21 +644,24 @@ def test_the_end_is_followed_only_by_those_who_are_there(page):
     page.click("#send")
 
 
-def test_a_long_answer_is_drawn_block_by_block(page):
-    page.js("""window.built = 0; new MutationObserver((all) => all.forEach((one) => window.built += one.addedNodes.length))
-        .observe(document.getElementById('thread'), {childList: true, subtree: true})""")
+def test_a_long_reply_is_drawn_block_by_block(page):
+    page.js("""
+        window.built = 0;
+        const count = ({ addedNodes }) => window.built += addedNodes.length;
+        new MutationObserver((mutations) => mutations.forEach(count))
+          .observe(document.getElementById('thread'), {childList: true, subtree: true})""")
     page.send("long", wait=False)
     page.idle()
     assert page.js("return document.querySelectorAll('.assistant h4').length") == 400
-    assert page.js("return window.built") < 12 * 400, "each block is built about once, not at every piece"
+    assert page.js("return window.built") < 12 * 400, "each block is built about once, not for every delta"
     page.js("document.querySelector('.assistant').marked = true; document.querySelector('.user').marked = true")
     page.send("short")
     page.js("document.querySelector('.message:last-child [aria-label=\"Regenerate reply\"]').click()")
     page.wait("return document.querySelector('.message:last-child .count')?.textContent === '2 / 2'")
-    assert page.js("return document.querySelector('.user').marked"), "what did not change keeps its elements"
+    assert page.js("return document.querySelector('.user').marked"), "unchanged messages keep their elements"
 
 
-def test_copying(page):
+def test_code_and_replies_can_be_copied(page):
     page.browser.execute_cdp_cmd(
         "Browser.grantPermissions",
         {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page.server.address},
@@ -634,7 +676,7 @@ def test_copying(page):
 # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_models_their_reports_and_curves_that_grow(page):
+def test_reports_and_growing_training_curves_of_models(page):
     page.server.report += "<img src=x onerror='parent.ranScript = true'>"
     page.click("#models")
     page.wait("return document.querySelectorAll('.runs li').length === 3")
@@ -644,21 +686,21 @@ def test_models_their_reports_and_curves_that_grow(page):
     titles = page.js("return [...document.querySelectorAll('.chart figcaption')].map((e) => e.firstChild.textContent)")
     assert {"Loss", "Reward", "Tokens per second", "Pass rate"} <= set(titles)
     assert "step 60 of 73" in page.one("#runs [role=status]").text
-    colour = "return getComputedStyle(document.querySelector('.chart .line')).stroke"
-    light = page.js(colour)
+    color = "return getComputedStyle(document.querySelector('.chart .line')).stroke"
+    light = page.js(color)
     page_browser.theme(page.browser, "dark")
-    assert page.js(colour) != light
+    assert page.js(color) != light
     page.server.events["ghost-new"] = events(70)
     page.wait("return document.querySelector('#runs [role=status]').textContent.includes('step 70 of 73')")
     page.server.runs[0] |= {"finished": True, "report": True}
     page.wait("return Boolean(document.querySelector('iframe')?.contentDocument.querySelector('h1'))")
     frame = "const d = document.querySelector('iframe').contentDocument; "
     assert page.js(frame + "return getComputedStyle(d.querySelector('h1')).color") == "rgb(74, 91, 212)", (
-        "its style works"
+        "the style of the report is applied"
     )
     assert page.js(frame + "return getComputedStyle(d.querySelector('p')).letterSpacing") == "3px"
     assert page.js("return window.ranScript") is None
-    assert page.js("return window.violations.splice(0)") == ["script-src-attr inline"], "what tried to run was stopped"
+    assert page.js("return window.violations.splice(0)") == ["script-src-attr inline"], "the policy blocked the script"
     assert "allow-scripts" not in page.one("iframe").get_attribute("sandbox")
     page.click(".back")
     page.wait("return document.querySelectorAll('.runs li').length === 3")
@@ -667,16 +709,14 @@ def test_models_their_reports_and_curves_that_grow(page):
     page.wait("return !document.getElementById('chat').hidden")
     time.sleep(2.2)
     assert not [path for _, path in page.server.seen[before:] if "events" in path], (
-        "nobody asks for curves that nobody sees"
+        "curves that are not shown are not requested"
     )
     page.open("/#/runs/nobody", "return document.querySelector('#runs .problem')")
-    page.open(
-        "/#/runs/smollm2", "return document.querySelector('#runs').textContent.includes('No training curves')"
-    )
+    page.open("/#/runs/smollm2", "return document.querySelector('#runs').textContent.includes('No training curves')")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_serious(page, theme):
+def test_axe_finds_no_serious_accessibility_problem(page, theme):
     package = pytest.importorskip("axe_core_python", reason="axe-core-python is not installed: make page")
     axe = (Path(package.__file__).parent / "axe.min.js").read_text()
     page_browser.theme(page.browser, theme)
@@ -687,7 +727,7 @@ def test_axe_finds_nothing_serious(page, theme):
     ]
 
     def check(where):
-        time.sleep(0.3)  # until nothing fades any more
+        time.sleep(0.3)  # until transitions have ended
         page.js(axe + "; window.axe = axe")
         found = page.later("return (await window.axe.run()).violations;")
         serious = [
@@ -714,27 +754,42 @@ def test_axe_finds_nothing_serious(page, theme):
         check(address)
 
 
-# ── hostile answers ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── hostile replies ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def requests_of(browser):
-    """Addresses of all requests since the last time, from Chromium's own log."""
+    """Addresses of all requests since the last call, from Chromium's log."""
     seen = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [m["params"]["request"]["url"] for m in seen if m["method"] == "Network.requestWillBeSent"]
 
 
 ALLOWED = re.compile(r"/(static/[a-z]+\.(js|css|svg)|v1/(models|chat/completions)|people|tools|runs|empty)?(#.*)?")
 
+ALLOWED_TAGS = set(
+    "A ARTICLE BLOCKQUOTE BR BUTTON CODE DEL DETAILS DIV EM H3 H4 H5 H6 HR LI OL P PRE SPAN STRONG SUMMARY"
+    " TABLE TBODY TD TH THEAD TR UL".split()
+)
 
-def test_hostile_answers_send_nothing_run_nothing_and_do_not_stop_the_page(page):
+
+def test_hostile_replies_cause_no_request_no_script_and_no_hang(page):
     requests_of(page.browser)
     del page.server.seen[:]
     slowest = {}
     for number in range(len(HOSTILE)):
         page.click("#new-chat")
         page.wait("return !document.querySelector('.message')")
-        page.js("""window.longest = 0; let last = performance.now(); const mine = window.round = {};
-            const look = () => { if (window.round !== mine) return; const now = performance.now(); window.longest = Math.max(window.longest, now - last); last = now; setTimeout(look, 10); }; look();""")
+        page.js("""
+            window.longest = 0;
+            let last = performance.now();
+            const mine = window.round = {};
+            const look = () => {
+              if (window.round !== mine) return;
+              const now = performance.now();
+              window.longest = Math.max(window.longest, now - last);
+              last = now;
+              setTimeout(look, 10);
+            };
+            look();""")
         started = time.time()
         page.send(f"hostile {number}", wait=False)
         page.idle()
@@ -747,19 +802,21 @@ def test_hostile_answers_send_nothing_run_nothing_and_do_not_stop_the_page(page)
             re.match(r"(https?://|mailto:)", href) and rel == "noopener noreferrer" and target == "_blank"
             for href, rel, target in links
         )
-        strange = page.js(
-            "return [...document.querySelectorAll('.content *')].filter((e) => !'A ARTICLE BLOCKQUOTE BR BUTTON CODE DEL DETAILS DIV EM H3 H4 H5 H6 HR LI OL P PRE SPAN STRONG SUMMARY TABLE TBODY TD TH THEAD TR UL'.split(' ').includes(e.tagName)).map((e) => e.tagName)"
-        )
+        tags = page.js("return [...document.querySelectorAll('.content *')].map((e) => e.tagName)")
+        strange = set(tags) - ALLOWED_TAGS
         attributes = page.js(
-            "return [...document.querySelectorAll('.content *')].flatMap((e) => e.getAttributeNames()).filter((n) => n.startsWith('on') || n === 'style' || n === 'src')"
+            "return [...document.querySelectorAll('.content *')].flatMap((e) => e.getAttributeNames())"
+            ".filter((n) => n.startsWith('on') || n === 'style' || n === 'src')"
         )
-        assert not strange and not attributes, number
+        assert not strange
+        assert not attributes, number
     assert page.js("return window.ran") is None
     crowd = crowded()
     slow = {number: times for number, times in slowest.items() if times[0] > 10 * crowd or times[1] > 2500 * crowd}
-    assert not slow, f"(seconds until it stood, longest time without an answer to the reader): {slow}"
-    asked = {url.removeprefix(page.server.address) for url in requests_of(page.browser)}
-    assert asked and all(ALLOWED.fullmatch(url) for url in asked), asked
+    assert not slow, f"(seconds to draw, longest time in which the page did not respond): {slow}"
+    requested = {url.removeprefix(page.server.address) for url in requests_of(page.browser)}
+    assert requested
+    assert all(ALLOWED.fullmatch(url) for url in requested), requested
     assert all(ALLOWED.fullmatch(path) for _, path in page.server.seen), page.server.seen
     page.open()
     page.one("#search").send_keys("window.ran")
@@ -767,31 +824,40 @@ def test_hostile_answers_send_nothing_run_nothing_and_do_not_stop_the_page(page)
     assert page.js("return window.ran") is None
 
 
-def test_nothing_on_the_page_is_made_from_strings():
+def test_the_page_creates_no_markup_from_strings():
     for file in PAGE.glob("*.*"):
         source = file.read_text()
         assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacent|document\.write|createContextualFragment|setHTML|\beval\(|new Function|javascript:",
+            r"innerHTML|outerHTML|insertAdjacent|document\.write|createContextualFragment|setHTML"
+            r"|\beval\(|new Function|javascript:",
             source,
         ), file.name
-        assert not re.search(r"https?://(?!www\.w3\.org)[a-z]", source), f"{file.name} names another host"
+        assert not re.search(r"https?://(?!www\.w3\.org)[a-z]", source), (
+            f"{file.name} contains the address of another host"
+        )
         if file.suffix == ".html":
             assert not re.search(r"<style|\sstyle=|\son[a-z]+=|<script(?! [^>]*src=)", source)
 
 
-# ── modules by themselves ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── single modules ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 PIECES = """
 const { Markdown } = await import('/static/markdown.js');
 let state = given[0];
-const random = (n) => { state = (state * 1664525 + 1013904223) % 4294967296; return Math.floor(state / 4294967296 * n); };
+const random = (n) => {
+  state = (state * 1664525 + 1013904223) % 4294967296;
+  return Math.floor(state / 4294967296 * n);
+};
 const pick = (all) => all[random(all.length)];
 let words = 0;
 const word = () => `w${words++}w`;
-const marks = ['*', '**', '_', '__', '~~', '`', '``', '[', ']', '](', '(', ')', '](https://a.b/c)', '!', '$', '\\\\', '<b>', '&amp;', '|', '\\n', '  \\n', ' ', '\\n\\n', ' ', ': '];
-const starts = ['# ', '### ', '- ', '  - ', '    - ', '1. ', '   2) ', '> ', '>> ', '```js\\n', '```\\n', '~~~\\n', '---\\n', '| ', '|---|---|\\n', '$$', '\\\\[', '\\t', '\\r\\n', '***\\n', '-', '=', ''];
-const line = () => pick(starts) + Array.from({length: 1 + random(8)}, () => word() + pick(marks)).join('') + pick(['\\n', '\\n\\n', ' ']);
+const marks = ['*', '**', '_', '__', '~~', '`', '``', '[', ']', '](', '(', ')', '](https://a.b/c)',
+  '!', '$', '\\\\', '<b>', '&amp;', '|', '\\n', '  \\n', ' ', '\\n\\n', ' ', ': '];
+const starts = ['# ', '### ', '- ', '  - ', '    - ', '1. ', '   2) ', '> ', '>> ', '```js\\n',
+  '```\\n', '~~~\\n', '---\\n', '| ', '|---|---|\\n', '$$', '\\\\[', '\\t', '\\r\\n', '***\\n', '-', '=', ''];
+const line = () => pick(starts) + Array.from({length: 1 + random(8)}, () => word() + pick(marks)).join('')
+  + pick(['\\n', '\\n\\n', ' ']);
 const write = () => Array.from({length: 1 + random(12)}, line).join('');
 const draw = (text, sizes) => {
   const box = document.createElement('div');
@@ -803,19 +869,28 @@ const draw = (text, sizes) => {
 """
 
 
-def test_markdown_in_pieces_is_the_same_as_at_once(empty):
-    wrong = empty.later(PIECES + """
+def test_incremental_markdown_equals_markdown_at_once(empty):
+    wrong = empty.later(
+        PIECES
+        + """
         for (let n = 0; n < 400; n++) {
           const text = write();
           const whole = draw(text, 0).outerHTML;
-          for (const sizes of [1, 7]) if (draw(text, sizes).outerHTML !== whole) return [text, draw(text, sizes).outerHTML, whole];
+          for (const sizes of [1, 7]) {
+            const pieces = draw(text, sizes).outerHTML;
+            if (pieces !== whole) return [text, pieces, whole];
+          }
         }
-        return null;""", 7)  # fmt: skip
+        return null;""",
+        7,
+    )
     assert wrong is None, "\n".join(wrong)
 
 
-def test_markdown_loses_no_word_and_no_order(empty):
-    wrong = empty.later(PIECES + """
+def test_markdown_keeps_all_words_in_order(empty):
+    wrong = empty.later(
+        PIECES
+        + """
         for (let n = 0; n < 1500; n++) {
           const text = write();
           const shown = draw(text, 0);
@@ -824,45 +899,76 @@ def test_markdown_loses_no_word_and_no_order(empty):
           const asked = (text.replace(/^ *(```|~~~)[^`\\n]*$/gm, '').match(/w\\d+w/g) ?? []).join(' ');
           if (found !== asked && !/```|~~~/.test(text)) return [text, found, asked];
         }
-        return null;""", 11)  # fmt: skip
+        return null;""",
+        11,
+    )
     assert wrong is None, "\n".join(wrong)
 
 
 CASES = [
-    ("a *b* **c** ***d*** ~~e~~ `f*` _g_ h_i_j", "<p>a <em>b</em> <strong>c</strong> <em><strong>d</strong></em> <del>e</del> <code>f*</code> <em>g</em> h_i_j</p>"),
+    (
+        "a *b* **c** ***d*** ~~e~~ `f*` _g_ h_i_j",
+        "<p>a <em>b</em> <strong>c</strong> <em><strong>d</strong></em> <del>e</del> <code>f*</code> <em>g</em>"
+        " h_i_j</p>",
+    ),
     ("**a *b* c** 2 * 3 * 4 \\*x\\*", "<p><strong>a <em>b</em> c</strong> 2 * 3 * 4 *x*</p>"),
     ("# A `b` #\ntext\n***", "<h3>A <code>b</code></h3><p>text</p><hr>"),
-    ("- a\n  - b\n    1. c\n- d\n\n  more", "<ul><li>a<ul><li>b<ol><li>c</li></ol></li></ul></li><li>d<p>more</p></li></ul>"),
+    (
+        "- a\n  - b\n    1. c\n- d\n\n  more",
+        "<ul><li>a<ul><li>b<ol><li>c</li></ol></li></ul></li><li>d<p>more</p></li></ul>",
+    ),
     ("3. a\n4. b\ntext", '<ol start="3"><li>a</li><li>b<br>text</li></ol>'),
     ("> a\n> > b\n\nc", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>"),
     ("one\ntwo<br>three", "<p>one<br>two<br>three</p>"),
     ("in the year\n1984. it was", "<p>in the year<br>1984. it was</p>"),
-    ("it costs $5 and $6, $x^2$ and \\(y\\)", '<p>it costs $5 and $6, <code class="formula">x^2</code> and <code class="formula">y</code></p>'),
+    (
+        "it costs $5 and $6, $x^2$ and \\(y\\)",
+        '<p>it costs $5 and $6, <code class="formula">x^2</code> and <code class="formula">y</code></p>',
+    ),
     ("<b>not bold</b> &lt;", "<p>&lt;b&gt;not bold&lt;/b&gt; &amp;lt;</p>"),
-    ("so [1] and [2] [x](y)", '<p>so<button type="button" class="cite" data-passage="1" aria-label="Passage 1">1</button> and [2] [x](y)</p>'),
-    ("see https://a.b/c_d_(e). *https://a.b*", '<p>see <L="https://a.b/c_d_(e)">https://a.b/c_d_(e)</a>. <em><L="https://a.b/">https://a.b</a></em></p>'),
-    ("[*t*](https://a.b/) ![p](https://a.b/) [m](mailto:x@y.z)", '<p><L="https://a.b/"><em>t</em></a> <L="https://a.b/">Image: p</a> <L="mailto:x@y.z">m</a></p>'),
-]  # fmt: skip
+    (
+        "so [1] and [2] [x](y)",
+        '<p>so<button type="button" class="cite" data-passage="1" aria-label="Passage 1">1</button> and [2] [x](y)</p>',
+    ),
+    (
+        "see https://a.b/c_d_(e). *https://a.b*",
+        '<p>see <L="https://a.b/c_d_(e)">https://a.b/c_d_(e)</a>. <em><L="https://a.b/">https://a.b</a></em></p>',
+    ),
+    (
+        "[*t*](https://a.b/) ![p](https://a.b/) [m](mailto:x@y.z)",
+        '<p><L="https://a.b/"><em>t</em></a> <L="https://a.b/">Image: p</a> <L="mailto:x@y.z">m</a></p>',
+    ),
+]
 
 
 def test_markdown(empty):
-    made = empty.later("""
+    markup = empty.later(
+        """
         const { Markdown } = await import('/static/markdown.js');
-        return given[0].map((source) => { const box = document.createElement('div'); new Markdown(box, new Set([1])).update(source, true); return box.innerHTML; });""",
-        [source for source, _ in CASES])  # fmt: skip
+        return given[0].map((source) => {
+          const box = document.createElement('div');
+          new Markdown(box, new Set([1])).update(source, true);
+          return box.innerHTML;
+        });""",
+        [source for source, _ in CASES],
+    )
     short = [
         re.sub(r'<a href="([^"]*)" title="\1" target="_blank" rel="noopener noreferrer">', r'<L="\1">', html)
-        for html in made
+        for html in markup
     ]
     assert short == [expected for _, expected in CASES]
 
 
-def test_marks_that_are_not_yet_closed_do_not_flicker(empty):
+def test_unclosed_marks_are_not_shown_while_text_arrives(empty):
     shown = empty.later("""
         const { Markdown } = await import('/static/markdown.js');
         const seen = [];
         const text = 'It is **very bold** and `code` [link](https://a.b/c)';
-        for (let n = 1; n <= text.length; n++) { const box = document.createElement('div'); new Markdown(box).update(text.slice(0, n)); seen.push(box.textContent); }
+        for (let n = 1; n <= text.length; n++) {
+          const box = document.createElement('div');
+          new Markdown(box).update(text.slice(0, n));
+          seen.push(box.textContent);
+        }
         return seen;""")
     assert not [words for words in shown if re.search(r"[*`(]|\]", words)], shown
 
@@ -875,19 +981,34 @@ def test_trees(empty):
         const ids = (one) => tree.path(one).map((node) => node.id).join('');
         const frozen = (one) => Object.freeze({nodes: Object.freeze(one.nodes), chosen: Object.freeze(one.chosen)});
         let one = frozen(tree.emptyTree());
-        for (const node of [user('a', tree.ROOT), answer('b', 'a'), user('c', 'b'), answer('d', 'c'), answer('e', 'c'), user('f', 'b')]) one = frozen(tree.add(one, node));
+        const nodes = [
+          user('a', tree.ROOT), answer('b', 'a'), user('c', 'b'), answer('d', 'c'), answer('e', 'c'), user('f', 'b'),
+        ];
+        for (const node of nodes) one = frozen(tree.add(one, node));
         const back = frozen(tree.showSibling(one, 'f', -1));
         const call = {id: 'n', name: 'calculator', arguments: '{}', content: '2'};
-        const called = {role: 'assistant', parts: [{text: 'so'}, {call}, {text: 'two'}, {call: {...call, content: undefined}}]};
+        const stopped = {...call, content: undefined};
+        const called = {role: 'assistant', parts: [{text: 'so'}, {call}, {text: 'two'}, {call: stopped}]};
         return {
-          shown: ids(one), siblings: tree.siblings(one, 'c'), back: ids(back), further: ids(tree.showSibling(back, 'e', -1)),
-          ends: [ids(tree.showSibling(one, 'f', 5)), ids(tree.showSibling(one, 'f', -9))], line: tree.ancestry(one, 'd').map((node) => node.id).join(''),
+          shown: ids(one), siblings: tree.siblings(one, 'c'), back: ids(back),
+          further: ids(tree.showSibling(back, 'e', -1)),
+          ends: [ids(tree.showSibling(one, 'f', 5)), ids(tree.showSibling(one, 'f', -9))],
+          line: tree.ancestry(one, 'd').map((node) => node.id).join(''),
           without: ids(tree.without(back, 'e')), onlyChild: ids(tree.without(tree.without(back, 'e'), 'd')),
           roles: tree.messages([called], 'S', true).map((m) => m.role), plain: tree.messages([called], '', false),
           title: tree.titleFrom('  A title\\nmore'), long: [...tree.titleFrom('word '.repeat(40))].length,
         };""")
     assert results == {
-        "shown": "abf", "siblings": ["c", "f"], "back": "abce", "further": "abcd", "ends": ["abf", "abce"], "line": "abcd",
-        "without": "abcd", "onlyChild": "abc", "roles": ["system", "assistant", "tool", "assistant"],
-        "plain": [{"role": "assistant", "content": "so\n\ntwo"}], "title": "A title", "long": 45,
-    }  # fmt: skip
+        "shown": "abf",
+        "siblings": ["c", "f"],
+        "back": "abce",
+        "further": "abcd",
+        "ends": ["abf", "abce"],
+        "line": "abcd",
+        "without": "abcd",
+        "onlyChild": "abc",
+        "roles": ["system", "assistant", "tool", "assistant"],
+        "plain": [{"role": "assistant", "content": "so\n\ntwo"}],
+        "title": "A title",
+        "long": 45,
+    }

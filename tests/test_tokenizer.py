@@ -1,4 +1,4 @@
-"""The fast tokenizer against the slow one, and the promises both make about any text."""
+"""The tokenizer against the reference implementation, and properties that hold for any text."""
 
 import json
 from functools import cache
@@ -60,26 +60,26 @@ def assert_same_training(texts, vocab_size):
         assert fast.encode(text) == reference_encode(text, merges)
 
 
-def test_training_is_the_reference_on_mixed_text():
+def test_training_equals_the_reference_on_mixed_text():
     assert_same_training(MIXED * 2, 420)
 
 
 @given(st.lists(st.text("ab", max_size=40), max_size=6), st.integers(263, 400))
-@example(["ab cd ef gh"] * 2, 400)  # all pairs tie
+@example(["ab cd ef gh"] * 2, 400)  # all pairs are equally frequent
 @example(["a" * n for n in range(50)], 400)
 @settings(max_examples=150, deadline=None)
-def test_training_is_the_reference_on_repeats_and_ties(texts, vocab_size):
+def test_training_equals_the_reference_on_repeats_and_ties(texts, vocab_size):
     assert_same_training(texts, vocab_size)
 
 
 @given(st.lists(ANY_TEXT, max_size=4))
 @settings(max_examples=50, deadline=None)
-def test_training_is_the_reference_on_any_text(texts):
+def test_training_equals_the_reference_on_any_text(texts):
     assert_same_training([*texts, *texts], 300)
 
 
-def test_words_are_the_librarys_whatever_the_character():
-    """Also for those that Unicode has added since the library's tables were made. All of planes 0 and 1; a sample."""
+def test_words_equal_those_of_the_library_for_every_character():
+    """Also for characters newer than the tables of the library: all of planes 0 and 1, and a sample of the rest."""
     split = toy()._backend.pre_tokenizer[0]
     codes = [c for c in [*range(0x20000), *range(0x20000, 0x110000, 50)] if not 0xD800 <= c < 0xE000]
     for i in range(0, len(codes), 1000):
@@ -90,7 +90,7 @@ def test_words_are_the_librarys_whatever_the_character():
 @given(ANY_TEXT)
 @example("\u0558l'\u0558")
 @settings(max_examples=300, deadline=None)
-def test_any_text_encodes_as_the_reference_and_comes_back(text):
+def test_encoding_equals_the_reference_and_decoding_inverts_it(text):
     ids = toy().encode(text)
     assert ids == reference_encode(text, toy_merges())
     assert toy().decode(ids) == text
@@ -100,17 +100,17 @@ def test_any_text_encodes_as_the_reference_and_comes_back(text):
 
 @given(st.dictionaries(st.binary(max_size=30), st.integers(1, 9), max_size=8), st.binary(max_size=60))
 @settings(max_examples=100, deadline=None)
-def test_the_reference_carries_any_bytes(words, unseen):
+def test_the_reference_encodes_any_bytes(words, unseen):
     merges = reference_merges(words, 300)
     tokens = reference_tokens(merges)[len(SPECIAL_TOKENS) :]
-    assert len(set(tokens)) == len(tokens) <= 300 - len(SPECIAL_TOKENS)  # each spelling is one token
+    assert len(set(tokens)) == len(tokens) <= 300 - len(SPECIAL_TOKENS)  # no two tokens have the same bytes
     for word in [*words, unseen]:
         assert reference_decode(reference_encode_words([word], merges), merges) == word
 
 
 @given(ANY_TEXT, st.sampled_from(SPECIAL_TOKENS), ANY_TEXT)
 @settings(max_examples=100, deadline=None)
-def test_text_never_makes_a_special_token(before, special, after):
+def test_text_never_encodes_to_a_special_token(before, special, after):
     text = before + special + after
     assert min(toy().encode(text)) >= len(SPECIAL_TOKENS)
     assert min(toy().encode_batch([text])[0]) >= len(SPECIAL_TOKENS)
@@ -119,21 +119,21 @@ def test_text_never_makes_a_special_token(before, special, after):
 
 @given(st.lists(st.integers(0, 419)))
 @settings(max_examples=200, deadline=None)
-def test_a_stream_is_the_decoded_whole(ids):
+def test_stream_decoding_equals_decoding_at_once(ids):
     ids = [i % toy().vocab_size for i in ids]
     stream = StreamDecoder(toy())
     assert "".join([stream.feed(i) for i in ids] + [stream.flush()]) == toy().decode(ids)
-    assert toy()._backend.decode(ids) == toy().decode(ids)  # what others show for the same ids
+    assert toy()._backend.decode(ids) == toy().decode(ids)  # other programs decode the same text
 
 
-def test_a_stream_holds_back_unfinished_characters():
+def test_stream_decoding_holds_back_incomplete_characters():
     byte_tokens = Tokenizer.train([], 263)
     stream = StreamDecoder(byte_tokens)
     assert [stream.feed(i) for i in byte_tokens.encode("é東")] == ["", "é", "", "", "東"]
     assert (stream.feed(byte_tokens.encode("東")[0]), stream.flush()) == ("", "\ufffd")
 
 
-def test_special_tokens_are_asked_for_by_name():
+def test_special_tokens_have_ids_by_name_and_no_bytes():
     assert [toy().special_id(name) for name in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
     assert {toy().token_bytes(i) for i in range(len(SPECIAL_TOKENS))} == {b""}
     ids = [toy().special_id("<|im_start|>"), *toy().encode("user"), toy().special_id("<|im_end|>")]
@@ -141,7 +141,7 @@ def test_special_tokens_are_asked_for_by_name():
     assert toy().decode(ids, skip_special=False) == "<|im_start|>user<|im_end|>"
 
 
-def test_a_saved_vocabulary_is_the_same_vocabulary(tmp_path):
+def test_a_saved_vocabulary_is_the_same_after_loading(tmp_path):
     toy().save(tmp_path / "new")
     loaded = Tokenizer.load(tmp_path / "new")
     text = "".join(MIXED) + "".join(SPECIAL_TOKENS)
@@ -154,7 +154,7 @@ def test_a_saved_vocabulary_is_the_same_vocabulary(tmp_path):
     assert elsewhere.decode(list(range(len(SPECIAL_TOKENS)))) == ""
 
 
-def test_little_text_makes_a_small_vocabulary():
+def test_a_short_text_gives_a_small_vocabulary():
     assert Tokenizer.train([], 4096).vocab_size == 263
     assert Tokenizer.train(["abab"], 4096).vocab_size == 264
     assert toy().vocab_size == 420
@@ -164,7 +164,7 @@ def test_lone_surrogates_become_replacement_characters():
     assert toy().decode(toy().encode("a\ud800b")) == "a\ufffdb"
 
 
-def test_mistakes_are_explained_in_one_line(tmp_path):
+def test_errors_are_one_line(tmp_path):
     with pytest.raises(UserError, match="tokenizer.json does not exist"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
@@ -178,7 +178,7 @@ def test_mistakes_are_explained_in_one_line(tmp_path):
         Tokenizer.train(["text"], 100)
 
 
-def test_the_commands_keep_a_vocabulary_and_measure_it(tmp_path, monkeypatch, capsys):
+def test_the_commands_save_and_evaluate_a_tokenizer(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOGHOST_HOME", str(tmp_path / "home"))
     (tmp_path / "notes.txt").write_text("\n\n".join(MIXED * 3))
     train_command(TokenizerTrainSettings(data=str(tmp_path / "notes.txt"), vocab_size=300, name="notes"))
@@ -193,5 +193,5 @@ def test_the_commands_keep_a_vocabulary_and_measure_it(tmp_path, monkeypatch, ca
 
     with pytest.raises(UserError, match="nothing.*does not exist"):
         eval_command(TokenizerEvalSettings(name="nothing"))
-    with pytest.raises(UserError, match="not a tokenizer's name"):
+    with pytest.raises(UserError, match="not a tokenizer name"):
         train_command(TokenizerTrainSettings(name="../elsewhere"))

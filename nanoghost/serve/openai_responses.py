@@ -116,8 +116,9 @@ class ChatResponse(ResponseBase):
                 service.chat_log_thread.submit(self.person.log_message, "assistant", reply)
 
     def count_tool_call(self, name: str) -> None:
-        known = name in self.generation.server_tools  # other names are the model's invention
-        self.service.metrics.tool_calls.labels(name if known else "unknown").inc()
+        if name not in self.generation.server_tools:
+            name = "unknown"  # the model invented it: it must not become a label of a metric
+        self.service.metrics.tool_calls.labels(name).inc()
 
     def logprobs(self, tokens: list[tuple[int, TopLogprobs]]) -> dict | None:
         return chat_logprobs(self.model.tokenizer, tokens) if self.request.logprobs else None

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests and pictures of the page."""
+"""Headless Chromium for the tests and screenshots of the page."""
 
 import shutil
 
@@ -7,7 +7,8 @@ DRIVER = shutil.which("chromedriver") or shutil.which("chromium.chromedriver")
 FLAGS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
     " disable-sync disable-dev-shm-usage window-size=1280,900"
-    " blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4"  # it has a mouse
+    # the settings of a computer with a mouse
+    " blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4"
 )
 
 
@@ -33,7 +34,7 @@ def start(folder, *flags):
 def resize(browser, width, height, phone=False, scale=1):
     size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": phone}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    if phone:  # switching it off would take the mouse away, too
+    if phone:  # turning it off again would also remove the mouse
         browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
 
 

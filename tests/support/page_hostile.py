@@ -1,4 +1,4 @@
-"""Forty answers that a page must survive: each takes the test server's address, to which nothing may be sent, and gives pieces of text."""
+"""Forty hostile replies: functions from the address of the test server, which must get no request, to deltas."""
 
 
 def one(template: str):
@@ -16,12 +16,14 @@ HOSTILE = [
     one("[![nested](ADDRESS/beacon)](ADDRESS/beacon)"),
     one("[click](javascript:window.ran=1) [click](JaVaScRiPt:window.ran=1)"),
     one(
-        "[click](java\tscript:window.ran=1) [click](java\u200bscript:window.ran=1) [click](\u0001javascript:window.ran=1)"
+        "[click](java\tscript:window.ran=1) [click](java\u200bscript:window.ran=1)"
+        " [click](\u0001javascript:window.ran=1)"
     ),
     one("[click](data:text/html,<script>window.ran=1</script>) ![x](data:image/svg+xml,<svg onload=window.ran=1>)"),
     one("[click](vbscript:msgbox(1)) [click](file:///etc/passwd) [click](blob:ADDRESS/1)"),
     one(
-        "[click](javascript&#58;window.ran=1) [click](&#x6A;avascript:window.ran=1) &lt;script&gt;window.ran=1&lt;/script&gt;"
+        "[click](javascript&#58;window.ran=1) [click](&#x6A;avascript:window.ran=1)"
+        " &lt;script&gt;window.ran=1&lt;/script&gt;"
     ),
     one("[click](//ADDRESS/beacon) [click](/v1/models) [click](#/runs) [click](http:/x) [click](https:evil)"),
     one("<svg onload='window.ran=1'><use href='ADDRESS/beacon#x'/><script>window.ran=1</script></svg>"),
@@ -30,13 +32,16 @@ HOSTILE = [
     one("<link rel=stylesheet href='ADDRESS/beacon'><style>body{background:url(ADDRESS/beacon)}</style>"),
     one("<form action='ADDRESS/beacon'><input name=q autofocus onfocus='window.ran=1'><button>Go</button></form>"),
     one(
-        "<video src='ADDRESS/beacon' autoplay></video><audio src='ADDRESS/beacon'></audio><object data='ADDRESS/beacon'></object><embed src='ADDRESS/beacon'>"
+        "<video src='ADDRESS/beacon' autoplay></video><audio src='ADDRESS/beacon'></audio>"
+        "<object data='ADDRESS/beacon'></object><embed src='ADDRESS/beacon'>"
     ),
     one(
-        "<a href='ADDRESS/beacon' ping='ADDRESS/beacon'>x</a> <details open ontoggle='window.ran=1'><summary>x</summary></details>"
+        "<a href='ADDRESS/beacon' ping='ADDRESS/beacon'>x</a>"
+        " <details open ontoggle='window.ran=1'><summary>x</summary></details>"
     ),
     one(
-        "<!-- <script>window.ran=1</script> --> <![CDATA[<script>window.ran=1</script>]]> <?xml-stylesheet href='ADDRESS/beacon'?>"
+        "<!-- <script>window.ran=1</script> --> <![CDATA[<script>window.ran=1</script>]]>"
+        " <?xml-stylesheet href='ADDRESS/beacon'?>"
     ),
     one("```html\n<script>window.ran=1</script>\n``` \n`<img src=x onerror=window.ran=1>`"),
     one('```"onclick=window.ran=1 <img/src=x/onerror=window.ran=1>\nunclosed <script>window.ran=1</script>'),
@@ -59,7 +64,8 @@ HOSTILE = [
         "{{constructor.constructor('window.ran=1')()}} ${window.ran=1} <%= window.ran=1 %> __proto__ [1] [constructor]"
     ),
     one(
-        "<textarea></textarea><script>window.ran=1</script><template><script>window.ran=1</script></template><noscript><img src=ADDRESS/beacon>"
+        "<textarea></textarea><script>window.ran=1</script>"
+        "<template><script>window.ran=1</script></template><noscript><img src=ADDRESS/beacon>"
     ),
     one("<math><mtext></form><form><mglyph><style></math><img src onerror=window.ran=1>"),
     one("[a](https://user:pass@example.com/) [https://bank.example](https://evil.example) <mailto:a@b.c?bcc=d@e.f>"),

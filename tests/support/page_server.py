@@ -1,6 +1,6 @@
-"""A small real HTTP server that speaks the API of `nanoghost serve` with answers written beforehand, for the tests of the page alone.
+"""An HTTP server with the API of `nanoghost serve` and prepared replies, for the tests of the page.
 
-What the last message says chooses the answer (ANSWERS); anything else is echoed. Every request is written down.
+The last message selects the reply (ANSWERS); any other message is echoed. All requests are recorded.
 """
 
 import json
@@ -14,15 +14,16 @@ from tests.support.page_hostile import HOSTILE
 
 PAGE = Path(__file__).parents[2] / "nanoghost" / "serve" / "page"
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; frame-src 'self';"
-    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
+    " frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 KINDS = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 TIMINGS = {"first_token_seconds": 0.21, "tokens_per_second": 187.3, "context_used": 412, "context": 2048}
 REPORT = (
     "<!doctype html><html lang=en><meta charset=utf-8><title>ghost: report</title>"
-    "<style>:root{color-scheme:light dark}body{margin:0;font:17px/1.6 Palatino,P052,serif;background:light-dark(#fdfdfb,#15171b);"
-    "color:light-dark(#22252b,#e6e8ee)}main{max-width:780px;margin:auto;padding:40px 22px}h1{color:rgb(74, 91, 212)}</style>"
+    "<style>:root{color-scheme:light dark}body{margin:0;font:17px/1.6 Palatino,P052,serif;"
+    "background:light-dark(#fdfdfb,#15171b);color:light-dark(#22252b,#e6e8ee)}"
+    "main{max-width:780px;margin:auto;padding:40px 22px}h1{color:rgb(74, 91, 212)}</style>"
     "<main><h1>ghost</h1><p style='letter-spacing:3px'>3.9 million parameters.</p>"
     "<script>parent.ranScript = true</script></main></html>"
 )
@@ -122,8 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.allowed():
             return
         if path.endswith("/report"):
-            own = "default-src 'none'; style-src 'unsafe-inline'"
-            return self.answer(200, self.server.report.encode(), KINDS[".html"], {"Content-Security-Policy": own})
+            policy = "default-src 'none'; style-src 'unsafe-inline'"
+            return self.answer(200, self.server.report.encode(), KINDS[".html"], {"Content-Security-Policy": policy})
         if path.endswith("/events"):
             after = int(query.removeprefix("after="))
             events = self.server.events.get(path.split("/")[2], [])
@@ -147,15 +148,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(404, "there is nothing here")
         body = json.loads(raw)
         self.server.bodies.append(body)
-        said = body["messages"][-1]["content"]
-        if said in ERRORS and not self.server.healed:
-            return self.error(*ERRORS[said])
-        if said.startswith("hostile "):
-            stream = text(*HOSTILE[int(said.split()[1])](self.server.address))
-        elif said in self.server.answers:
-            stream = self.server.answers[said]()
+        message = body["messages"][-1]["content"]
+        if message in ERRORS and not self.server.healed:
+            return self.error(*ERRORS[message])
+        if message.startswith("hostile "):
+            stream = text(*HOSTILE[int(message.split()[1])](self.server.address))
+        elif message in self.server.answers:
+            stream = self.server.answers[message]()
         else:
-            stream = text("You said: ", said)
+            stream = text("You said: ", message)
         self.stream(stream)
 
     def stream(self, chunks):
@@ -205,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves on a free port from the moment it is made, until `close`."""
+    """Serves on a free port until `close`."""
 
     daemon_threads = True
 
@@ -244,11 +245,11 @@ class Server(ThreadingHTTPServer):
 
 
 def events(steps: int) -> list[dict]:
-    """A finished pretraining and `steps` steps of RL, roughly as they look."""
-    made = []
+    """Events of a complete pretraining and of `steps` steps of RL."""
+    result = []
     for step in range(0, 340, 2):
         loss = 2.2 + 4 / (1 + step / 12) + 0.06 * ((step * 7919) % 13 - 6) / 6
-        made.append(
+        result.append(
             {
                 "time": step,
                 "stage": "pretrain",
@@ -260,14 +261,23 @@ def events(steps: int) -> list[dict]:
             }
         )
         if step % 34 == 0 and step:
-            made.append(
+            result.append(
                 {"time": step, "stage": "pretrain", "step": step + 0.5, "validation_bpb": 1.9 + 1.2 / (1 + step / 30)}
             )
     for step in range(steps):
         learned = 1 - 1 / (1 + step / 20)
-        made.append({
-            "time": 400 + step, "stage": "rl", "step": step, "steps": 73, "reward": 0.2 + 0.7 * learned + 0.04 * ((step * 31) % 7 - 3) / 3,
-            "pass_rate_chain_sum": 0.48 + 0.3 * learned + 0.05 * ((step * 17) % 5 - 2) / 2, "pass_rate_spell_backward": min(1, 0.3 + 0.7 * learned),
-            "entropy": 0.6 - 0.3 * learned, "tokens_per_second": 3100 + (step * 131) % 400, "seconds_left": 2.6 * (73 - step),
-        })  # fmt: skip
-    return made
+        result.append(
+            {
+                "time": 400 + step,
+                "stage": "rl",
+                "step": step,
+                "steps": 73,
+                "reward": 0.2 + 0.7 * learned + 0.04 * ((step * 31) % 7 - 3) / 3,
+                "pass_rate_chain_sum": 0.48 + 0.3 * learned + 0.05 * ((step * 17) % 5 - 2) / 2,
+                "pass_rate_spell_backward": min(1, 0.3 + 0.7 * learned),
+                "entropy": 0.6 - 0.3 * learned,
+                "tokens_per_second": 3100 + (step * 131) % 400,
+                "seconds_left": 2.6 * (73 - step),
+            }
+        )
+    return result

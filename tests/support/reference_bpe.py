@@ -1,4 +1,4 @@
-"""Byte-pair encoding, the whole algorithm, to be read; `tokenizer.Tokenizer` is the fast one and gives the same ids."""
+"""Byte-pair encoding: the whole algorithm in readable form, the reference that `Tokenizer` is compared with."""
 
 import heapq
 from collections import Counter, defaultdict
@@ -12,31 +12,33 @@ from tokenizers import normalizers
 
 from nanoghost.tokenizer.tokenizer import BYTE_ORDER, FIRST_BYTE, FIRST_MERGE, PATTERN, SPECIAL_TOKENS
 
-Pair = tuple[int, int]  # ids of two neighbours
+Pair = tuple[int, int]  # ids of two adjacent tokens
 
 
 def reference_split(text: str) -> list[bytes]:
-    """The words of a text, as UTF-8. Together they are the text."""
-    # `regex` and the library carry tables of different Unicode years. A character that the library's does not know yet
-    # is no letter to it: let it be none here, by a stand-in that no year will assign.
+    """The words of a text as UTF-8. Joined, they are the text."""
+    # `regex` and the tokenizers library have tables of different Unicode versions. A character that is too new for the
+    # library is not a letter for it, so it is replaced here by a code point that is never assigned.
     same_age = normalizers.Replace(tokenizers.Regex(r"\p{Cn}"), "\uffff").normalize_str(text)
     return [text[m.start() : m.end()].encode() for m in regex.finditer(PATTERN, same_age)]
 
 
 def reference_train(texts: Iterable[str], vocab_size: int) -> list[Pair]:
-    """Merges learned from texts, in order."""
+    """The merges learned from texts, in order."""
     return reference_merges(Counter(word for text in texts for word in reference_split(text)), vocab_size)
 
 
 def reference_merges(words: Mapping[bytes, int], vocab_size: int) -> list[Pair]:
-    """Merges learned from words and how often each occurs: always the most frequent pair, of equals the smallest ids.
+    """The merges learned from words and their counts: always the most frequent pair; in a tie, the smallest ids.
 
     It ends before `vocab_size` when no pair occurs twice.
     """
     spellings = [[FIRST_BYTE + BYTE_ORDER.index(b) for b in word] for word in words]
     times = list(words.values())
     counts: Counter[Pair] = Counter()
-    places: defaultdict[Pair, set[int]] = defaultdict(set)  # pair -> words it was seen in: a merge visits only those
+    places: defaultdict[Pair, set[int]] = defaultdict(
+        set
+    )  # pair -> words that may contain it: a merge visits only these
     for i, spelling in enumerate(spellings):
         for pair in pairwise(spelling):
             counts[pair] += times[i]
@@ -48,7 +50,7 @@ def reference_merges(words: Mapping[bytes, int], vocab_size: int) -> list[Pair]:
     while queue and FIRST_MERGE + len(merges) < vocab_size:
         minus_count, pair = heapq.heappop(queue)
         if -minus_count != counts[pair]:
-            continue  # an old count; the present one is in the queue too
+            continue  # an outdated count; the current one is also in the queue
         if counts[pair] < 2:
             break
         new = FIRST_MERGE + len(merges)
@@ -70,12 +72,12 @@ def reference_merges(words: Mapping[bytes, int], vocab_size: int) -> list[Pair]:
 
 
 def _replace(ids: list[int], pair: Pair, new: int) -> list[int]:
-    """Each occurrence of the pair by the new id, from left to right: aaa becomes (aa)a."""
+    """Replace each occurrence of the pair by the new id, from left to right: aaa becomes (aa)a."""
     replaced, i = [], 0
     while i < len(ids):
-        found = tuple(ids[i : i + 2]) == pair
-        replaced.append(new if found else ids[i])
-        i += 2 if found else 1
+        is_match = tuple(ids[i : i + 2]) == pair
+        replaced.append(new if is_match else ids[i])
+        i += 2 if is_match else 1
     return replaced
 
 
@@ -85,7 +87,7 @@ def reference_encode(text: str, merges: Sequence[Pair]) -> list[int]:
 
 
 def reference_encode_words(words: Iterable[bytes], merges: Sequence[Pair]) -> list[int]:
-    """The ids of words of any bytes: within a word the merge that was learned first goes first."""
+    """The ids of words of any bytes: merges are applied in the order in which they were learned."""
     ids_of_pairs = {pair: FIRST_MERGE + i for i, pair in enumerate(merges)}
     encoded = []
     for word in words:
@@ -100,7 +102,7 @@ def reference_encode_words(words: Iterable[bytes], merges: Sequence[Pair]) -> li
 
 
 def reference_tokens(merges: Sequence[Pair]) -> list[bytes]:
-    """The bytes of each id; none for the special tokens."""
+    """The bytes of each id; empty for special tokens."""
     tokens = [b""] * len(SPECIAL_TOKENS) + [bytes([b]) for b in BYTE_ORDER]
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
@@ -108,6 +110,6 @@ def reference_tokens(merges: Sequence[Pair]) -> list[bytes]:
 
 
 def reference_decode(ids: Iterable[int], merges: Sequence[Pair]) -> bytes:
-    """The bytes that ids stand for."""
+    """The bytes of a list of ids."""
     tokens = reference_tokens(merges)
     return b"".join(tokens[i] for i in ids)

@@ -1,4 +1,4 @@
-"""For tests of the server: a toy model that has learned a few conversations by heart, and a server in a process of its own."""
+"""For tests of the server: a toy model that has memorized a few conversations, and a server process with a client."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.toys import toy_text
 
 NO_KERNELS = kernels.unavailable_reason()
-KERNELS = home() / "kernels"  # of whoever runs the tests: compiling them anew takes longer than all tests here
+KERNELS = home() / "kernels"  # of the user who runs the tests: compiling them again takes longer than all these tests
 
 
 def call(name: str, arguments: str) -> list[dict]:
@@ -37,7 +37,7 @@ def call(name: str, arguments: str) -> list[dict]:
 
 
 NOTE = "The sword lies in the sea, and the crown beside it."
-LEARNED = [
+MEMORIZED = [
     [
         {"role": "user", "content": "Good morrow"},
         {"role": "assistant", "content": "The king sees the queen, and the queen sees the sword."},
@@ -62,20 +62,20 @@ ABOUT_MAYA = [
 
 
 @cache
-def taught() -> tuple[Llama, Tokenizer, Adapter]:
-    """A Llama that has LEARNED by heart, and babbles otherwise; and an adapter of it that knows ABOUT_MAYA."""
+def trained_models() -> tuple[Llama, Tokenizer, Adapter]:
+    """A Llama that has memorized MEMORIZED (it writes nonsense otherwise), and an adapter for ABOUT_MAYA."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer.train([toy_text(300), *map(json.dumps, LEARNED * 20)], 400)
+    tokenizer = Tokenizer.train([toy_text(300), *map(json.dumps, MEMORIZED * 20)], 400)
     model = Llama(LlamaConfig(tokenizer.vocab_size, 512, 2, 64, 1, 1, 96))
-    learn(model, tokenizer, LEARNED, list(model.parameters()), 120, 0.01)
+    train(model, tokenizer, MEMORIZED, list(model.parameters()), 120, 0.01)
     adapter = new_adapter(model, 4, 4.0, None, 1)
     attach_adapters(model, [adapter])
-    learn(model, tokenizer, [ABOUT_MAYA], adapter.tensors(), 40, 0.003)
+    train(model, tokenizer, [ABOUT_MAYA], adapter.tensors(), 40, 0.003)
     attach_adapters(model, [])
     return model, tokenizer, adapter
 
 
-def learn(model: Llama, tokenizer: Tokenizer, conversations: list, parameters: list, steps: int, rate: float) -> None:
+def train(model: Llama, tokenizer: Tokenizer, conversations: list, parameters: list, steps: int, rate: float) -> None:
     rows = [render(c, tokenizer) for c in conversations]
     longest = max(len(ids) for ids, _ in rows)
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
@@ -90,19 +90,19 @@ def learn(model: Llama, tokenizer: Tokenizer, conversations: list, parameters: l
 
 
 def make_home(path: Path) -> Path:
-    """A home folder with the model "toy", one that runs as PyTorch has it ("plain"), an adapter and a person."""
+    """A home folder with the model "toy", a model that runs in PyTorch ("plain"), an adapter and a person."""
     if not NO_KERNELS:
         shutil.copytree(KERNELS, path / "kernels")
-    model, tokenizer, adapter = taught()
+    model, tokenizer, adapter = trained_models()
     wide = Llama(
         LlamaConfig(tokenizer.vocab_size, 64, 1, 64, 2, 2, 64)
-    )  # its heads are not of a width that can be packed
+    )  # the kernels do not support the width of its heads
     facts = {"stage": "sft", "arch": "llama", "steps": 1}
-    for name, made in (("toy", model), ("plain", wide)):
+    for name, saved_model in (("toy", model), ("plain", wide)):
         folder = path / "models" / name
         folder.mkdir(parents=True)
-        save_model(folder, made, tokenizer)
-        count = sum(p.numel() for p in made.parameters())
+        save_model(folder, saved_model, tokenizer)
+        count = sum(p.numel() for p in saved_model.parameters())
         write_json(
             folder / "card.json",
             ModelCard(name=name, parameters=count, finished=2.0 if name == "toy" else 1.0, **facts).to_json(),
@@ -125,37 +125,37 @@ def make_home(path: Path) -> Path:
 
 
 def crowded() -> float:
-    """How many times longer everything takes here at this moment than it would with the processors to ourselves."""
-    start, own = time.perf_counter(), time.process_time()
-    while time.process_time() - own < 0.1:
+    """How many times longer work takes at the moment than on an idle machine."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    while time.process_time() - cpu_start < 0.1:
         pass
     return max(1.0, (time.perf_counter() - start) / 0.1)
 
 
-class Running:
-    """A server process and a client of it."""
+class ServerProcess:
+    """A server process with a client."""
 
     def __init__(self, home: Path, *words, before: str = "", environment: dict | None = None):
-        """`before`: Python that is run in the process first."""
+        """`before`: Python code that runs in the process first."""
         self.home = home
         code = f"import sys\n{before}\nfrom nanoghost.cli import main\nmain(sys.argv[1:])"
         command = [sys.executable, "-c", code, "serve", "--port", "0", *map(str, words)]
         environment = os.environ | {"NANOGHOST_HOME": str(home), "OMP_NUM_THREADS": "1"} | (environment or {})
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.said = self.process.stderr.readline()
-        found = re.search(r"http://127.0.0.1:(\d+)", self.said)
-        assert found, self.said + self.process.stderr.read()
-        self.port = int(found[1])
+        first_line = self.process.stderr.readline()
+        match = re.search(r"http://127.0.0.1:(\d+)", first_line)
+        assert match, first_line + self.process.stderr.read()
+        self.port = int(match[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         self.wait(lambda: self.http.get("/ready").status_code in (200, 401), 60)
 
-    def wait(self, true, seconds: float = 10) -> float:
-        """Until something holds; how long that took. Others may be at work on this machine: then it may take longer."""
+    def wait(self, condition, seconds: float = 10) -> float:
+        """Wait until a condition holds; returns how long that took. On a busy machine it may take longer."""
         start = time.perf_counter()
-        while not true():
+        while not condition():
             late = time.perf_counter() - start
-            assert late < seconds or late < seconds * crowded(), f"it did not come to pass within {late:.1f} s"
+            assert late < seconds or late < seconds * crowded(), f"the condition did not hold within {late:.1f} s"
             time.sleep(0.02)
         return time.perf_counter() - start
 
@@ -164,7 +164,7 @@ class Running:
         return self.http.post("/v1/chat/completions", json=body)
 
     def events(self, **fields) -> list[dict]:
-        """What a stream says."""
+        """The events of a streamed reply."""
         with self.http.stream(
             "POST", "/v1/chat/completions", json={"model": "toy", "temperature": 0, "stream": True} | fields
         ) as answer:
@@ -174,12 +174,12 @@ class Running:
         return [json.loads(line) for line in lines]
 
     def figure(self, name: str) -> float:
-        """Of /metrics."""
-        found = re.search(rf"^{name} (\S+)$", self.http.get("/metrics").text, re.M)
-        return float(found[1])
+        """The value of a metric."""
+        match = re.search(rf"^{name} (\S+)$", self.http.get("/metrics").text, re.M)
+        return float(match[1])
 
     def engine(self) -> int:
-        """Number of the engine process: a child of the helper that forks it."""
+        """Process id of the engine: a child of the helper process that forks it."""
 
         def children(pid):
             return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -192,6 +192,6 @@ class Running:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
         self.process.kill()
-        print(self.process.stderr.read())  # shown where a test has failed
+        print(self.process.stderr.read())  # pytest shows this if a test fails
         self.process.stderr.close()
         return self.process.wait()
