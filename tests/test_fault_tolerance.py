@@ -101,7 +101,7 @@ def test_a_nan_loss_on_one_rank_stops_all_ranks_and_the_run_can_be_resumed(tmp_p
 def test_with_skip_the_batch_is_skipped_and_the_fourth_in_a_row_stops_the_run(tmp_path):
     result = in_new_process("nan_loss", tmp_path, [4, 5, 6, 7], "skip")
     assert result["codes"] == [2, 2]
-    assert "as at the 3 steps before" in result["stderr"]
+    assert "as at the previous 3 steps" in result["stderr"]
     skipped = [e for e in result["events"] if "bad_loss" in e]
     assert [e["step"] for e in skipped] == [4, 5, 6, 7]
     assert list(skipped[0]["examples"]) == ["1"], "only rank 1 had a NaN"
