@@ -1,4 +1,4 @@
-"""`nanoghost bench` on toy models: figures next to the limits of the machine, and clear errors for what cannot be measured."""
+"""`nanoghost bench` on toy models: figures next to the limits of the machine, and errors of one line."""
 
 import json
 

@@ -15,7 +15,8 @@ from nanoghost.errors import UserError
 from nanoghost.serve.conversation import Conversation, stream_fragments
 from nanoghost.serve.terminal import run_slash_command
 from nanoghost.tokenizer.chat_format import render
-from tests.test_generate import Scripted, run_tool, tokenizer  # noqa: F401
+from tests.support.engine_toys import ScriptedModel
+from tests.test_generate import run_tool, tokenizer  # noqa: F401
 
 QUESTION = {"role": "user", "content": "?"}
 CALL = '\n{"name": "calculator", "arguments": {"expression": "1+1"}}\n'
@@ -38,8 +39,7 @@ def shown(tokenizer, *script):  # noqa: F811
 
 def fragments_of_script(tokenizer, ids):  # noqa: F811
     prompt, _ = render([QUESTION], tokenizer, generation=True)
-    model = Scripted(tokenizer, ids)
-    model.start = len(prompt)
+    model = ScriptedModel(tokenizer, prompt, ids)
     engine = Engine(TorchRunner(model, 1, 512), tokenizer)
     [sequence] = engine.add(prompt, SamplingParams(max_tokens=300, temperature=0), run_tool=run_tool)
     fragments = [fragment for fragment in stream_fragments(engine, sequence) if fragment.text]

@@ -18,7 +18,8 @@ from nanoghost.tasks.tool_use import Lookup, Programs, search_synthetic, tool_ru
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tools import sandbox
 from nanoghost.tools.registry import TOOLS, lookup_tool, run_tool
-from tests.test_generate import Scripted, tokenizer  # noqa: F401
+from tests.support.engine_toys import ScriptedModel
+from tests.test_generate import tokenizer  # noqa: F401
 from tests.test_tools import call
 
 WORDS = "sword possess banana letter ghost crown castle brother sister water mirror summer winter silver golden happy"
@@ -149,8 +150,8 @@ def test_a_tool_call_in_a_rollout_is_answered_and_scored(tokenizer):  # noqa: F8
     task = Lookup()
     problem = task.problem(random.Random(3), "train")
     prompt = render(list(problem.messages), tokenizer, generation=True)[0]
-    script = Scripted(tokenizer, render([*problem.messages, *problem.solution], tokenizer)[0][len(prompt) :])
-    script.start = len(prompt)
+    solution = render([*problem.messages, *problem.solution], tokenizer)[0][len(prompt) :]
+    script = ScriptedModel(tokenizer, prompt, solution)
     sampling = SamplingParams(300, temperature=0)
     [sequence] = generate(script, tokenizer, [prompt], sampling, run_tool=tool_runner({"lookup"}))
     assert task.score(problem, sequence.messages) == 1.0

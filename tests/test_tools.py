@@ -15,7 +15,8 @@ from nanoghost.tokenizer.jinja_template import ChatTemplate
 from nanoghost.tools import sandbox
 from nanoghost.tools.registry import TOOLS, available_tools, run_tool, tools_for_model
 from tests.support.toys import TOY_FLAGS
-from tests.test_generate import Scripted, tokenizer  # noqa: F401
+from tests.support.engine_toys import ScriptedModel
+from tests.test_generate import tokenizer  # noqa: F401
 
 MESSAGES = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -179,8 +180,7 @@ def test_documents_in_the_terminal(nanoghost, toy_file, documents):
         {"role": "tool", "tool_call_id": "call_1", "content": result},
         assistant("In the blue hive [1]."),
     ]
-    script = Scripted(tokenizer, render(messages + reply, tokenizer)[0][len(prompt) :])
-    script.start = len(prompt)
+    script = ScriptedModel(tokenizer, prompt, render(messages + reply, tokenizer)[0][len(prompt) :])
     conversation.engine.runner.model = script
     fragments = list(conversation.answer())
     assert [fragment.text for fragment in fragments if fragment.is_tool_call] == [f"lookup(queen live) → {result}"]

@@ -1,6 +1,6 @@
 // Three operators for inference with quantized weights and a paged KV cache: `linear` (a matmul), `attend` (attention), and
-// `layers` (all layers of a Llama, made of the two). For x86 with AVX-512 or AVX2 (lanes.h). tests/test_engine.py compares
-// them with plain PyTorch.
+// `layers` (all layers of a Llama, made of the two). For x86 with AVX-512 or AVX2 (lanes.h). tests/test_kernels.py
+// compares them with plain PyTorch.
 //
 // N tokens, H query heads, J KV heads, D width of a head.
 //
