@@ -1,8 +1,9 @@
-"""The ledger: its model is the ghost and GPT-2 at its two ends, every switch does something, and the book-keeping adds up."""
+"""The ablations: their model equals the ghost and GPT-2 at both ends, every switch matters, and the figures add up."""
 
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from nanoghost import hardware
 from nanoghost.data.registry import open_source
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
-from nanoghost.lab import ablation_recipes, ablation_training, ablations, depth_sweep
+from nanoghost.lab import ablation_recipes, ablation_runs, ablation_training, ablations, depth_sweep
 from nanoghost.lab.ablation_model import AblationModel
 from nanoghost.lab.ablation_recipes import Recipe
-from nanoghost.lab.ablation_report import factors_of
+from nanoghost.lab.ablation_report import cumulative_speedups
 from nanoghost.lab.ablation_training import AblationOptimizer
 from nanoghost.model import character_features
 from nanoghost.model.ghost import Ghost, GhostConfig
@@ -26,10 +27,10 @@ from tests.support.toys import toy_text
 TOY = {"vocab_size": 320, "width": 64, "depth": 2, "context": 32, "rows": 4}
 
 
-def toy(rung: Recipe) -> Recipe:
+def toy(recipe: Recipe) -> Recipe:
     """The same switches at toy size; what differs from today's size stays different."""
-    changed = {key: TOY[key] for key in TOY if getattr(rung, key) == getattr(Recipe(), key)}
-    return replace(rung, **changed, bigram_rows=rung.bigram_rows // 256, head_width=rung.head_width // 2)
+    changed = {key: TOY[key] for key in TOY if getattr(recipe, key) == getattr(Recipe(), key)}
+    return replace(recipe, **changed, bigram_rows=recipe.bigram_rows // 256, head_width=recipe.head_width // 2)
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,14 @@ def with_character_features(model, tokenizer):
 
 
 def test_with_all_switches_on_it_is_the_ghost(tokenizer, text):
-    rung, models = toy(Recipe()), []
-    for make in (lambda: Ghost(GhostConfig(320, 32, 2, 64, 32, bigram_rows=128)), lambda: AblationModel(rung)):
+    recipe, models = toy(Recipe()), []
+    for make in (lambda: Ghost(GhostConfig(320, 32, 2, 64, 32, bigram_rows=128)), lambda: AblationModel(recipe)):
         torch.manual_seed(1)
         model = with_character_features(make(), tokenizer).cast(hardware.compute_dtype())
         optimizer = (
             AblationOptimizer(model, 1.0)
             if isinstance(model, AblationModel)
-            else Optimizer(model, ablation_training.update_rules(rung, 1.0), hardware.compute_dtype())
+            else Optimizer(model, ablation_training.update_rules(recipe, 1.0), hardware.compute_dtype())
         )
         for step in range(3):
             loss = -model.logprobs(*step_of(text, 4, 32, step)).mean()
@@ -81,8 +82,8 @@ def layer_norm(x, module):
 
 
 def test_with_all_switches_off_it_is_gpt2(text):
-    rung = toy(ablation_recipes.GPT2)
-    model = AblationModel(rung)
+    recipe = toy(ablation_recipes.GPT2)
+    model = AblationModel(recipe)
     for p in model.parameters():  # nothing is 0 or 1 any more
         p.data.add_(torch.randn_like(p) * 0.1)
     tokens, targets = step_of(text, 4, 32)
@@ -100,23 +101,24 @@ def test_with_all_switches_off_it_is_gpt2(text):
     torch.testing.assert_close(model.logprobs(tokens, targets), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_ladder_ends_at_todays_recipe():
-    assert list(ablation_recipes.cumulative().values())[-1] == Recipe()
-    assert list(ablation_recipes.cumulative().values())[0] == ablation_recipes.GPT2
+def test_the_cumulative_recipes_lead_from_gpt2_to_todays_recipe():
+    recipes = list(ablation_recipes.cumulative().values())
+    assert recipes[0] == ablation_recipes.GPT2
+    assert recipes[-1] == Recipe()
 
 
-def lessons(rung: Recipe, tokenizer, text) -> torch.Tensor:
+def losses_of(recipe: Recipe, tokenizer, text) -> torch.Tensor:
     """Losses of four steps, and of scoring afterwards."""
     torch.manual_seed(0)
-    model = with_character_features(AblationModel(rung), tokenizer).cast(getattr(torch, rung.dtype))
+    model = with_character_features(AblationModel(recipe), tokenizer).cast(getattr(torch, recipe.dtype))
     optimizer, losses = AblationOptimizer(model, 1.0), []
     for step in range(4):
-        loss = -model.logprobs(*step_of(text, *ablation_training.batch_shape(rung, step / 4), step)).mean()
+        loss = -model.logprobs(*step_of(text, *ablation_training.batch_shape(recipe, step / 4), step)).mean()
         loss.backward()
         for group in model.parameter_groups().values():
             assert all(p.grad is not None for p in group)
-        optimizer.set_momentum(ablation_training.momentum(rung, step / 4))
-        optimizer.step(ablation_training.lr_multiplier(rung, step / 4))
+        optimizer.set_momentum(ablation_training.momentum(recipe, step / 4))
+        optimizer.step(ablation_training.lr_multiplier(recipe, step / 4))
         losses.append(loss.item())
     with torch.no_grad():
         return torch.tensor([*losses, -model.logprobs(*step_of(text, 4, 32, 9)).mean().item()])
@@ -129,140 +131,182 @@ def lessons(rung: Recipe, tokenizer, text) -> torch.Tensor:
         *(name for name in ablation_recipes.alternatives() if name != "average of the weights"),
     ],
 )
-def test_every_switch_changes_what_is_learned(name, tokenizer, text):
-    found = lessons(toy({**ablation_recipes.leave_one_out(), **ablation_recipes.alternatives()}[name]), tokenizer, text)
-    usual = lessons(toy(Recipe()), tokenizer, text)
-    assert found.isfinite().all() and not torch.equal(found, usual)
+def test_every_switch_changes_the_losses(name, tokenizer, text):
+    changed = losses_of(
+        toy({**ablation_recipes.leave_one_out(), **ablation_recipes.alternatives()}[name]), tokenizer, text
+    )
+    today = losses_of(toy(Recipe()), tokenizer, text)
+    assert changed.isfinite().all()
+    assert not torch.equal(changed, today)
     if name in ("without bf16 matmuls", "without chunked loss"):
-        torch.testing.assert_close(found, usual, rtol=2e-2, atol=2e-2)  # the same lessons, up to rounding
+        torch.testing.assert_close(changed, today, rtol=2e-2, atol=2e-2)  # the same up to rounding
 
 
-class Lawful(ablations.Runs):
-    """Runs that follow a law instead: each rung has its own bits per byte at a token, and seconds for it."""
+class PowerLawRuns(ablations.Runs):
+    """Runs whose bits per byte follow a formula: each recipe has an offset, and seconds per token."""
 
     def __init__(self, laws):
         self.laws = laws
-        self.scale = lambda name, rung: 1.0
-        self.rate = lambda name, rung: laws[name][1]
+        self.lr_scale = lambda name, recipe: 1.0
+        self.seconds_per_token = lambda name, recipe: laws[name][1]
 
-    def run(self, name, rung, tokens, scale, seed, split="test"):
+    def run(self, name, recipe, tokens, lr_scale, seed, split="test"):
         return {"bpb": self.laws[name][0] - 0.2 * math.log(tokens) + 0.01 * seed, "tokens": tokens}
 
 
-def test_time_to_a_level_is_found_between_two_lengths():
-    runs = Lawful({"today": (4.0, 1e-4)})
-    for tokens in (40_000, 150_000, 380_000):
-        bpb = 4.0 - 0.2 * math.log(tokens) + 0.01
-        assert math.isclose(runs.tokens_to(bpb, "today", Recipe(), 1), tokens, rel_tol=1e-6)
-    assert (
-        runs.tokens_to(4.0 - 0.2 * math.log(700_000), "today", Recipe(), 0, runs.longest("today", Recipe())) is None
-    ), "that takes 70 s"
+@pytest.mark.parametrize("tokens", [40_000, 150_000, 380_000])
+def test_tokens_to_a_target_are_interpolated_between_two_lengths(tokens):
+    runs = PowerLawRuns({"today": (4.0, 1e-4)})
+    bpb = 4.0 - 0.2 * math.log(tokens) + 0.01
+    assert math.isclose(runs.tokens_to(bpb, "today", Recipe(), 1), tokens, rel_tol=1e-6)
 
 
-def test_a_part_that_saves_half_of_the_tokens_counts_twice():
-    law = 0.2 * math.log(2)
-    runs = Lawful({"today": (4.0, 1e-4), "without x": (4.0 + law, 1e-4), "without y": (4.0, 1.5e-4)})
+def test_a_target_beyond_the_longest_run_gives_none():
+    runs = PowerLawRuns({"today": (4.0, 1e-4)})
+    target = 4.0 - 0.2 * math.log(700_000)  # takes 70 s
+    assert runs.tokens_to(target, "today", Recipe(), 0, runs.longest("today", Recipe())) is None
+
+
+def test_relative_time_of_twice_the_tokens_and_of_slower_steps():
+    law = 0.2 * math.log(2)  # a recipe that is worse by this needs twice the tokens
+    runs = PowerLawRuns({"today": (4.0, 1e-4), "without x": (4.0 + law, 1e-4), "without y": (4.0, 1.5e-4)})
     x, y = replace(Recipe(), qk_norm=False), replace(Recipe(), rotary=False)
-    found = ablations.compared(runs, {"without x": x, "without y": y}, [1, 2, 3])
-    assert math.isclose(found["without x"]["times"]["mean"], 2.0, rel_tol=1e-6)
-    assert math.isclose(found["without x"]["more_bpb"]["mean"], law, rel_tol=1e-6)
-    assert math.isclose(found["without y"]["times"]["mean"], 1.5, rel_tol=1e-6)
+    figures = ablations.relative_figures(runs, {"without x": x, "without y": y}, [1, 2, 3])
+    assert math.isclose(figures["without x"]["relative_time"]["mean"], 2.0, rel_tol=1e-6)
+    assert math.isclose(figures["without x"]["bpb_difference"]["mean"], law, rel_tol=1e-6)
+    assert math.isclose(figures["without y"]["relative_time"]["mean"], 1.5, rel_tol=1e-6)
 
 
-def test_the_ladder_counts_from_its_first_rung():
-    whole = ablation_recipes.cumulative()
-    laws = {name: (5.0 - 0.1 * i, 5e-5) for i, name in enumerate(whole)}
+@pytest.fixture
+def power_law_figures():
+    """(targets, figures) of the cumulative recipes: each needs exp(-0.5) times the tokens of the previous one."""
+    recipes = ablation_recipes.cumulative()
+    laws = {name: (5.0 - 0.1 * i, 5e-5) for i, name in enumerate(recipes)}
     laws |= dict.fromkeys(ablation_recipes.SPEED_ONLY, (laws[ablations.FIRST][0], 1e-4))
-    marks, climb = ablations.climbed(Lawful(laws), whole, [1, 2])
-    first = climb[ablations.FIRST]["seconds"][0]["mean"]
-    assert first <= ablations.LONGEST and math.isclose(climb["2019"]["seconds"][0]["mean"], 2 * first, rel_tol=1e-6), (
-        "its step takes twice as long"
-    )
-    half = list(whole).index(ablations.HALF)
-    for i, r in enumerate(climb.values()):
-        assert [s is not None for s in r["seconds"]] == [i <= half, i >= half]
-    assert marks[1] < marks[0] and marks[1] == climb[ablations.HALF]["bpb"]["mean"]
-    assert "+ zero init" in factors_of(climb) and "+ zero init" not in factors_of(
-        {n: r for n, r in climb.items() if n != "+ Muon"}
-    )
-    # by the law a rung saves as many tokens everywhere, so the factors multiply to the whole, but for the mean over two seeds
-    steps = math.exp(0.5 * (len(whole) - 1 - list(whole).index(ablations.FIRST)))
-    assert math.isclose(math.prod(factors_of(climb).values()), 2 * steps, rel_tol=1e-3)
+    return ablations.cumulative_figures(PowerLawRuns(laws), recipes, [1, 2])
 
 
-def test_other_layers_are_asked_only_of_what_has_todays_size():
-    asked = {"today": Recipe()} | ablation_recipes.leave_one_out() | ablation_recipes.alternatives()
-    for depth in (1, 3, 4):
-        found = ablations.resized(asked, depth)
-        assert (
-            "without rotary positions" in found
-            and "4 layers of 128" not in found
-            and ("one head of 128" in found) == (depth == 4)
-        )
-        assert all(
-            (rung.depth, rung.width, rung.width % rung.head_width) == (depth, 64 * depth, 0) for rung in found.values()
-        )
+def test_a_recipe_with_half_the_speed_takes_twice_the_time_to_the_first_target(power_law_figures):
+    _, figures = power_law_figures
+    first = figures[ablations.FIRST]["seconds"][0]["mean"]
+    assert first <= ablation_runs.MAX_SECONDS
+    assert math.isclose(figures["2019"]["seconds"][0]["mean"], 2 * first, rel_tol=1e-6)
 
 
-def test_the_command_makes_each_run_once(nanoghost, toy_file, tmp_path, monkeypatch, home):
-    small = {
+def test_the_second_target_is_for_the_second_half_of_the_recipes(power_law_figures):
+    targets, figures = power_law_figures
+    middle = list(figures).index(ablations.MIDDLE)
+    for i, r in enumerate(figures.values()):
+        assert [seconds is not None for seconds in r["seconds"]] == [i <= middle, i >= middle]
+    assert targets[1] < targets[0]
+    assert targets[1] == figures[ablations.MIDDLE]["bpb"]["mean"]
+
+
+def test_speedups_multiply_to_the_total(power_law_figures):
+    """By the law a recipe saves the same factor everywhere; the tolerance is for the mean over two seeds."""
+    _, figures = power_law_figures
+    factor = math.exp(0.5 * (len(figures) - 1 - list(figures).index(ablations.FIRST)))
+    assert math.isclose(math.prod(cumulative_speedups(figures).values()), 2 * factor, rel_tol=1e-3)
+
+
+def test_a_speedup_needs_the_previous_recipe(power_law_figures):
+    _, figures = power_law_figures
+    assert "+ zero init" in cumulative_speedups(figures)
+    without_previous = {name: r for name, r in figures.items() if name != "+ Muon"}
+    assert "+ zero init" not in cumulative_speedups(without_previous)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4])
+def test_another_depth_is_for_recipes_of_todays_size(depth):
+    recipes = {"today": Recipe()} | ablation_recipes.leave_one_out() | ablation_recipes.alternatives()
+    resized = ablations.with_depth(recipes, depth)
+    assert "without rotary positions" in resized
+    assert "4 layers of 128" not in resized
+    assert ("one head of 128" in resized) == (depth == 4)
+    for recipe in resized.values():
+        assert (recipe.depth, recipe.width, recipe.width % recipe.head_width) == (depth, 64 * depth, 0)
+
+
+@pytest.fixture
+def toy_ledger(nanoghost, toy_file, monkeypatch):
+    """Run `lab ledger` with few recipes of toy size: (exit code, standard output, standard error)."""
+    recipes = {
         ablations.FIRST: toy(ablation_recipes.cumulative()[ablations.FIRST]),
-        ablations.HALF: toy(ablation_recipes.cumulative()[ablations.HALF]),
+        ablations.MIDDLE: toy(ablation_recipes.cumulative()[ablations.MIDDLE]),
         "today": toy(Recipe()),
     }
-    monkeypatch.setattr(ablations, "cumulative", lambda: small)
-    monkeypatch.setattr(
-        ablations, "leave_one_out", lambda: {"without values": replace(small["today"], value_embeddings=False)}
-    )
-    monkeypatch.setattr(
-        ablations, "alternatives", lambda: {"growing batch": replace(small["today"], row_ramp=True, rows=8)}
-    )
+    without_values = {"without values": replace(recipes["today"], value_embeddings=False)}
+    growing_batch = {"growing batch": replace(recipes["today"], row_ramp=True, rows=8)}
+    for module in (ablations, ablation_runs):
+        monkeypatch.setattr(module, "cumulative", lambda: recipes)
+    monkeypatch.setattr(ablations, "leave_one_out", lambda: without_values)
+    monkeypatch.setattr(ablations, "alternatives", lambda: growing_batch)
+    monkeypatch.setattr(ablation_runs, "example_texts", list)
     step = TOY["rows"] * TOY["context"]
-    monkeypatch.setattr(ablations, "example_texts", list)
-    for name, value in {
+    sizes = {
         "LENGTHS": tuple(step * n for n in (2, 4, 8, 16)),
-        "LENGTH": step * 8,
-        "SLOW": step * 16,
-        "TUNING": step * 4,
-    }.items():
-        monkeypatch.setattr(ablations, name, value)
-    words = ("lab", "ledger", "--data", toy_file, "--seeds", 2, "--json")
-    code, out, err = nanoghost(*words, "--out", tmp_path / "ledger.md")
+        "DEFAULT_LENGTH": step * 8,
+        "TUNING_LENGTH": step * 4,
+        "TUNING_LENGTH_FIRST": step * 16,
+    }
+    for name, value in sizes.items():
+        for module in (ablations, ablation_runs):
+            monkeypatch.setattr(module, name, value, raising=False)
+    return partial(nanoghost, "lab", "ledger", "--data", toy_file, "--seeds", 2, "--json")
+
+
+def test_the_ledger_command_runs_each_run_once(toy_ledger, toy_file, tmp_path, home):
+    code, out, err = toy_ledger("--out", tmp_path / "ledger.md")
     assert code == 0, err
     figures = json.loads(out)
-    assert figures["ladder"]["today"]["bpb"]["mean"] < figures["ladder"][ablations.FIRST]["bpb"]["mean"]
-    assert set(figures["left_out"]) == {"without values"} and set(figures["tried"]) == {"growing batch"}
+    assert figures["cumulative"]["today"]["bpb"]["mean"] < figures["cumulative"][ablations.FIRST]["bpb"]["mean"]
+    assert set(figures["leave_one_out"]) == {"without values"}
+    assert set(figures["alternatives"]) == {"growing batch"}
+
     text = (tmp_path / "ledger.md").read_text()
-    counted = kneser_ney_bpb(
-        *([d.text for d in open_source(str(toy_file)).documents() if d.split == part] for part in ("train", "test"))
-    )
-    assert figures["counting"] == counted and text.count(f"{counted:.3f}") >= 3, "counting stands in every table"
-    assert (
-        "ledger.svg" in text and "without values" in text and (tmp_path / "ledger.svg").read_text().startswith("<svg")
-    )
-    made = {path: path.stat().st_mtime_ns for path in (home / "lab" / "ledger").iterdir()}
-    code, again, err = nanoghost(*words)
-    assert code == 0 and json.loads(again) == figures
-    assert made == {path: path.stat().st_mtime_ns for path in (home / "lab" / "ledger").iterdir()}
-    code, out, err = nanoghost(*words, "--steps", 12, "--depth", 3, "--out", tmp_path / "again.md")
+    documents = list(open_source(str(toy_file)).documents())
+    train, test = ([d.text for d in documents if d.split == split] for split in ("train", "test"))
+    baseline = kneser_ney_bpb(train, test)
+    assert figures["kneser_ney_bpb"] == baseline
+    assert text.count(f"{baseline:.3f}") >= 3, "the baseline is in every table"
+    assert "ledger.svg" in text
+    assert "without values" in text
+    assert (tmp_path / "ledger.svg").read_text().startswith("<svg")
+
+    folder = home / "lab" / "ledger"
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    code, out, err = toy_ledger()
+    assert code == 0, err
+    assert json.loads(out) == figures
+    assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    code, out, err = toy_ledger("--recipes", "values", "--force")
     assert code == 0, err
     assert (
-        "without values" in (tmp_path / "again.svg").read_text()
-        and "validation bpb" in (tmp_path / "again.md").read_text()
+        json.loads(out)["leave_one_out"]["without values"]["bpb"] == figures["leave_one_out"]["without values"]["bpb"]
     )
-    again = json.loads(out)["again"]
-    assert list(again) == ["today", "without values", "growing batch"]
-    assert again["today"]["more_bpb"] == {"mean": 0, "spread": 0} and again["without values"]["more_bpb"]["mean"] != 0
-    code, _, err = nanoghost(*words, "--rungs", "nonsense")
-    assert code == 2 and "nonsense" in err
-    code, _, err = nanoghost(*words, "--depth", 3)
-    assert code == 2 and "--steps" in err
-    code, out, err = nanoghost(*words, "--rungs", "values", "--force")
-    again = json.loads(out)["left_out"]["without values"]["bpb"]
-    assert code == 0 and again == figures["left_out"]["without values"]["bpb"] and "timing without values" in err
+    assert "timing without values" in err
 
 
-def test_the_dial_is_measured_among_its_neighbours(nanoghost, toy_file, home, monkeypatch):
+def test_longer_runs_of_another_depth(toy_ledger, tmp_path):
+    code, out, err = toy_ledger("--steps", 12, "--depth", 3, "--out", tmp_path / "longer.md")
+    assert code == 0, err
+    assert "without values" in (tmp_path / "longer.svg").read_text()
+    assert "validation bpb" in (tmp_path / "longer.md").read_text()
+    figures = json.loads(out)["longer_runs"]
+    assert list(figures) == ["today", "without values", "growing batch"]
+    assert figures["today"]["bpb_difference"] == {"mean": 0, "spread": 0}
+    assert figures["without values"]["bpb_difference"]["mean"] != 0
+
+
+@pytest.mark.parametrize("flags, problem", [(("--recipes", "nonsense"), "nonsense"), (("--depth", 3), "--steps")])
+def test_wrong_flags_of_the_ledger_are_named(toy_ledger, flags, problem):
+    code, _, err = toy_ledger(*flags)
+    assert code == 2
+    assert problem in err
+
+
+def test_the_dial_is_compared_with_its_neighbors(nanoghost, toy_file, home, monkeypatch):
     for module in (pretrain, depth_sweep):
         monkeypatch.setattr(module, "example_texts", list)
     words = ("lab", "dial", "--data", toy_file, "--minutes", "0.03", "--choices", "1x320", "--json")

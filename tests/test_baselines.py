@@ -1,8 +1,10 @@
-"""The race hands its text over whole, and reads from its peers what they say; the peers here are toys that count letters."""
+"""`nanoghost lab baselines` with toy programs in place of nanochat and nanoGPT: they count characters."""
 
 import json
 import math
 from collections import Counter
+
+import pytest
 
 from nanoghost.data.registry import open_source
 from nanoghost.lab import baselines
@@ -19,8 +21,8 @@ NANOGPT = (
     COUNTS
     + """
 import numpy as np, pickle
-train, test = (np.fromfile(f"data/race/{n}.bin", dtype=np.uint16) for n in ("train", "val"))
-meta = pickle.load(open("data/race/meta.pkl", "rb"))
+train, test = (np.fromfile(f"data/nanoghost/{n}.bin", dtype=np.uint16) for n in ("train", "val"))
+meta = pickle.load(open("data/nanoghost/meta.pkl", "rb"))
 assert set(train) | set(test) <= set(meta["itos"]) and len(meta["stoi"]) == meta["vocab_size"]
 nats = bits(train.tolist(), test.tolist()) * math.log(2)
 steps = next(int(w.split("=")[1]) for w in sys.argv if w.startswith("--max_iters"))
@@ -36,7 +38,8 @@ NANOCHAT = (
 import os, pyarrow.parquet as pq
 folder = os.environ["NANOCHAT_BASE_DIR"]
 assert os.path.exists(f"{folder}/tokenizer/token_bytes.pt")
-train, test = ("".join(pq.read_table(f"{folder}/base_data_climbmix/shard_0000{i}.parquet")["text"].to_pylist()) for i in (0, 1))
+tables = (pq.read_table(f"{folder}/base_data_climbmix/shard_0000{i}.parquet") for i in (0, 1))
+train, test = ("".join(table["text"].to_pylist()) for table in tables)
 print("Step 00000 | Validation bpb: 9.0")
 print("step 00000/00002 (0.00%) | loss: 9.0 | lrm: 1.00 | dt: 1500.00ms | tok/sec: 1")
 print("step 00001/00002 (50.00%) | loss: 8.0 | lrm: 1.00 | dt: 500.00ms | tok/sec: 1")
@@ -55,19 +58,30 @@ def bits(train: str, test: str) -> float:
     return -sum(math.log2(seen[c] / len(train)) for c in test) / len(test)
 
 
-def test_peers_get_the_same_text_and_their_words_are_read(nanoghost, toy_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "example_texts", list)
-    for name, text in {
+@pytest.fixture
+def clones(tmp_path):
+    """Folders with toy programs in place of nanoGPT and nanochat."""
+    programs = {
         "gpt/train.py": NANOGPT,
         "chat/scripts/tok_train.py": TOKENIZER,
         "chat/scripts/base_train.py": NANOCHAT,
-    }.items():
+    }
+    for name, program in programs.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(program)
     (tmp_path / "gpt" / "data").mkdir()
-    words = ("lab", "race", "--data", toy_file, "--minutes", "0.05", "--nanogpt", tmp_path / "gpt", "--nanogpt-steps", 5,
-             "--nanochat", tmp_path / "chat", "--nanochat-steps", 2, "--out", tmp_path / "race.svg", "--json")  # fmt: skip
-    code, out, err = nanoghost(*words)
+    return tmp_path
+
+
+def test_baselines_get_the_whole_text_and_their_logs_are_parsed(nanoghost, toy_file, clones, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "example_texts", list)
+    arguments = [
+        *("lab", "baselines", "--data", toy_file, "--minutes", "0.05"),
+        *("--nanogpt", clones / "gpt", "--nanogpt-steps", 5),
+        *("--nanochat", clones / "chat", "--nanochat-steps", 2),
+        *("--out", tmp_path / "baselines.svg", "--json"),
+    ]
+    code, out, err = nanoghost(*arguments)
     assert code == 0, err
     points = json.loads(out)["points"]
     texts = {
@@ -79,15 +93,20 @@ def test_peers_get_the_same_text_and_their_words_are_read(nanoghost, toy_file, t
     assert math.isclose(seconds, 0.24, abs_tol=0.1), "four steps of 10 ms, and two that also evaluated"
     assert points["nanochat"] == [[2.0, round(bits(**texts), 8)]]
     [[seconds, bpb]] = points["nanoghost"]
-    assert 0 < seconds < 60 and 0 < bpb < 8
-    assert (tmp_path / "race.svg").read_text().count("<circle") == 3
-    assert nanoghost(*words)[1] == out, "what was run is not run again"
-    code, _, err = nanoghost(*words[:-1], "--nanogpt", tmp_path)
-    assert code == 2 and "no clone" in err
+    assert 0 < seconds < 60
+    assert 0 < bpb < 8
+    assert (tmp_path / "baselines.svg").read_text().count("<circle") == 3
+    assert nanoghost(*arguments)[1] == out, "a finished run is not repeated"
 
 
-def test_pieces_are_the_text(toy_file):
+def test_a_folder_that_is_no_clone_is_an_error(nanoghost, toy_file, tmp_path):
+    code, _, err = nanoghost("lab", "baselines", "--data", toy_file, "--nanogpt", tmp_path)
+    assert code == 2
+    assert "is not a clone" in err
+
+
+def test_chunks_are_the_text(toy_file):
     source = open_source(str(toy_file))
-    found = baselines.pieces(source, "train")
-    assert "".join(found) == "".join(d.text for d in source.documents() if d.split == "train")
-    assert max(map(len, found)) <= baselines.PIECE
+    chunks = baselines.chunks(source, "train")
+    assert "".join(chunks) == "".join(d.text for d in source.documents() if d.split == "train")
+    assert max(map(len, chunks)) <= baselines.CHUNK

@@ -1,6 +1,7 @@
-"""The ledger for eyes: tables, and a picture of charts of bars (for ledger.py)."""
+"""Tables and figures of `nanoghost lab ledger` (ablations.py): in the terminal, as Markdown, and as SVG."""
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -9,133 +10,170 @@ from rich.table import Table
 from nanoghost.evals.svg import bar_charts
 from nanoghost.home import write_atomic
 
-COUNTING = "counting bytes (Kneser-Ney of order 6)"
-SPREAD = "± is the standard deviation over seeds."
-NOISE = (
-    "Learning rates are chosen between factors of 1.6, with one seed and in shorter runs, and that moves "
-    "bits per byte by some thousandths, too: differences under 0.005 mean nothing."
+NGRAM_BASELINE = "6-gram baseline (Kneser-Ney)"
+SPREAD_NOTE = "± is the standard deviation over seeds."
+NOISE_NOTE = (
+    "Learning rates are chosen with a resolution of 1.6, with one seed and in shorter runs. That changes bits per byte"
+    " by some thousandths: differences below 0.005 are not significant."
 )
+RUN_COLUMNS = ("tokens", "microseconds per token", "learning rate multiplier")
 
 
-def tables_of(figures: dict) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(what it shows, heads, rows) of each group that was run."""
-    found, climb, counted = [], figures["ladder"], f"{figures['counting']:.3f}"
-    if climb:
-        factors = factors_of(climb)
-        whole = sum(map(math.log, factors.values()))
-        rows = [
-            [
-                name, *("" if s is None else number(s, ".1f") for s in r["seconds"]), f"{factors[name]:.2f}" if name in factors else "",
-                f"{math.log(factors[name]) / whole:.0%}" if name in factors else "", number(r["bpb"], ".3f"), *of_run(r),
-            ]
-            for name, r in climb.items()
-        ]  # fmt: skip
-        rows.append([COUNTING, *[""] * (2 + len(figures["marks"])), counted, "", "", ""])
-        marks = (f"seconds to {mark:.3f} bpb" for mark in figures["marks"])
-        heads = ["on top of the one before", *marks, "times as fast", "share", "bpb", *OF_RUN]
-        found.append(("The ladder", heads, rows))
-    for group, title in (("left_out", "Today's recipe without"), ("tried", "Today's recipe with")):
-        rows = [
-            [
-                name,
-                number(r["times"], ".2f", "off the scale"),
-                number(r["more_bpb"], "+.3f"),
-                number(r["bpb"], ".3f"),
-                *of_run(r),
-            ]
-            for name, r in figures[group].items()
-        ]
-        if rows:
-            rows.append([COUNTING, "", "", counted, "", "", ""])
-            heads = ["", "times as long", "more bpb", "bpb", *OF_RUN]
-            found.append((title, heads, rows))
-    if again := figures["again"]:
-        rows = [
-            [name, number(r["more_bpb"], "+.4f"), number(r["bpb"], ".4f"), f"{r['rate'] * 1e6:.0f}"]
-            for name, r in again.items()
-        ]
-        rows.append([COUNTING, "", counted, ""])
-        found.append(("Asked again", ["", "more bpb", "validation bpb", "microseconds a token"], rows))
-    return found
+@dataclass
+class LedgerFigures:
+    """Figures of `nanoghost lab ledger`, each group by recipe name. Means and spreads are {"mean", "spread"}."""
+
+    kneser_ney_bpb: float
+    targets: list[float] = field(default_factory=list)
+    """The two targets of the cumulative group, bits per byte."""
+    cumulative: dict[str, dict] = field(default_factory=dict)
+    leave_one_out: dict[str, dict] = field(default_factory=dict)
+    alternatives: dict[str, dict] = field(default_factory=dict)
+    longer_runs: dict[str, dict] = field(default_factory=dict)
+    """The comparison of --steps."""
 
 
-OF_RUN = ("after tokens", "microseconds a token", "factor on learning rates")
+@dataclass(frozen=True)
+class ReportTable:
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
 
 
-def of_run(r: dict) -> tuple[str, ...]:
-    return f"{r['length']:,}", f"{r['rate'] * 1e6:.0f}", f"{r['scale']:.2f}"
+def tables(figures: LedgerFigures) -> list[ReportTable]:
+    """A table for each group that was run."""
+    baseline = f"{figures.kneser_ney_bpb:.3f}"
+    result = []
+    if figures.cumulative:
+        result.append(cumulative_table(figures, baseline))
+    for title, group in (
+        ("Leave-one-out: today's recipe without", figures.leave_one_out),
+        ("Alternatives: today's recipe with", figures.alternatives),
+    ):
+        if group:
+            result.append(relative_table(title, group, baseline))
+    if figures.longer_runs:
+        result.append(longer_runs_table(figures.longer_runs, baseline))
+    return result
 
 
-def factors_of(climb: dict) -> dict[str, float]:
-    """How many times as fast as the one before each rung is, to the later mark that both reach; of rungs without that one, none."""
-    found = {}
-    for name, after in climb.items():
-        seconds = climb[after["before"]]["seconds"] if after["before"] in climb else ()
-        both = [b["mean"] / a["mean"] for b, a in zip(seconds, after["seconds"]) if b and a]
-        if both:
-            found[name] = both[-1]
-    return found
+def cumulative_table(figures: LedgerFigures, baseline: str) -> ReportTable:
+    speedups = cumulative_speedups(figures.cumulative)
+    log_total = sum(math.log(speedup) for speedup in speedups.values())
+    rows = []
+    for name, r in figures.cumulative.items():
+        seconds = ["" if s is None else number(s, ".1f") for s in r["seconds"]]
+        speedup, fraction = "", ""
+        if name in speedups:
+            speedup = f"{speedups[name]:.2f}"
+            fraction = f"{math.log(speedups[name]) / log_total:.0%}"
+        rows.append([name, *seconds, speedup, fraction, number(r["bpb"], ".3f"), *run_cells(r)])
+    rows.append([NGRAM_BASELINE, *[""] * (2 + len(figures.targets)), baseline, "", "", ""])
+    targets = [f"seconds to {target:.3f} bpb" for target in figures.targets]
+    columns = ["added to the previous recipe", *targets, "speedup", "fraction of the log speedup", "bpb", *RUN_COLUMNS]
+    return ReportTable("Cumulative", columns, rows)
 
 
-def number(value: dict | None, form: str, missing: str = "over 45 s") -> str:
+def relative_table(title: str, group: dict[str, dict], baseline: str) -> ReportTable:
+    rows = []
+    for name, r in group.items():
+        relative_time = number(r["relative_time"], ".2f", "too long to measure")
+        rows.append([name, relative_time, number(r["bpb_difference"], "+.3f"), number(r["bpb"], ".3f"), *run_cells(r)])
+    rows.append([NGRAM_BASELINE, "", "", baseline, "", "", ""])
+    return ReportTable(title, ["", "relative time", "bpb difference", "bpb", *RUN_COLUMNS], rows)
+
+
+def longer_runs_table(group: dict[str, dict], baseline: str) -> ReportTable:
+    rows = []
+    for name, r in group.items():
+        microseconds = f"{r['seconds_per_token'] * 1e6:.0f}"
+        rows.append([name, number(r["bpb_difference"], "+.4f"), number(r["bpb"], ".4f"), microseconds])
+    rows.append([NGRAM_BASELINE, "", baseline, ""])
+    return ReportTable("Longer runs", ["", "bpb difference", "validation bpb", "microseconds per token"], rows)
+
+
+def run_cells(r: dict) -> tuple[str, str, str]:
+    """Cells of RUN_COLUMNS."""
+    return f"{r['length']:,}", f"{r['seconds_per_token'] * 1e6:.0f}", f"{r['lr_scale']:.2f}"
+
+
+def cumulative_speedups(group: dict[str, dict]) -> dict[str, float]:
+    """Speedup of each recipe over the previous one, to the later target that both reach; no entry without one."""
+    speedups = {}
+    for name, r in group.items():
+        if r["previous"] not in group:
+            continue
+        pairs = zip(group[r["previous"]]["seconds"], r["seconds"])
+        ratios = [before["mean"] / after["mean"] for before, after in pairs if before and after]
+        if ratios:
+            speedups[name] = ratios[-1]
+    return speedups
+
+
+def number(value: dict | None, number_format: str, missing: str = "over 45 s") -> str:
     if not value:
         return missing
-    spread = "" if value["spread"] is None else f" ±{value['spread']:{form.removeprefix('+')}}"
-    return f"{value['mean']:{form}}{spread}"
+    spread = "" if value["spread"] is None else f" ±{value['spread']:{number_format.removeprefix('+')}}"
+    return f"{value['mean']:{number_format}}{spread}"
 
 
-def summary(figures: dict) -> list[str]:
-    """What follows from the tables, in sentences."""
-    climb, left, said = figures["ladder"], figures["left_out"], []
-    factors, names = factors_of(climb), list(climb)
-    times = [r["times"]["mean"] for r in left.values() if r["times"]]
-    total = math.prod(factors.values()) if factors and len(factors) == len(names) - 1 else None
-    product = math.prod(times) if times and len(times) == len(left) else None
-    if total:
-        said.append(f"From '{names[0]}' to '{names[-1]}': {total:.0f} times as fast.")
-    if product:
-        said.append(f"The product of what is lost by leaving out one part each: {product:.1f}.")
+def summary(figures: LedgerFigures) -> list[str]:
+    """Totals of complete groups, in sentences."""
+    sentences = []
+    names, speedups = list(figures.cumulative), cumulative_speedups(figures.cumulative)
+    relative_times = [r["relative_time"]["mean"] for r in figures.leave_one_out.values() if r["relative_time"]]
+    total = product = None
+    if speedups and len(speedups) == len(names) - 1:
+        total = math.prod(speedups.values())
+        sentences.append(f"'{names[-1]}' is {total:.0f} times as fast as '{names[0]}'.")
+    if relative_times and len(relative_times) == len(figures.leave_one_out):
+        product = math.prod(relative_times)
+        sentences.append(f"The product of the relative times without one part each is {product:.1f}.")
     if total and product:
-        said.append(f"Counted in doublings, that product is {math.log(product) / math.log(total):.0%} of the total.")
-    return said
+        sentences.append(f"Its logarithm is {math.log(product) / math.log(total):.0%} of that of the total speedup.")
+    return sentences
 
 
-def tell(figures: dict) -> None:
-    for title, heads, rows in tables_of(figures):
-        table = Table(*heads, title=title)
-        for row in rows:
-            table.add_row(*row)
-        Console(stderr=True).print(table)
+def print_tables(figures: LedgerFigures) -> None:
+    console = Console(stderr=True)
+    for table in tables(figures):
+        rich_table = Table(*table.columns, title=table.title)
+        for row in table.rows:
+            rich_table.add_row(*row)
+        console.print(rich_table)
     for sentence in summary(figures):
-        Console(stderr=True).print(sentence, highlight=False)
+        console.print(sentence, highlight=False)
 
 
-def write(path: Path, figures: dict, command: str) -> None:
-    """The tables as Markdown, and the picture as an SVG of the same name beside it."""
+def write_report(path: Path, figures: LedgerFigures, command: str) -> None:
+    """Write the tables as Markdown, and a figure as an SVG of the same name."""
     parts = [
         "# Ledger: what each part of the recipe is worth",
         f"Made by `{command}`.",
         *summary(figures),
-        SPREAD if figures["again"] else f"{SPREAD} {NOISE}",
+        SPREAD_NOTE if figures.longer_runs else f"{SPREAD_NOTE} {NOISE_NOTE}",
+        f"![Bars of the same figures]({path.stem}.svg)",
     ]
-    parts.append(f"![Bars of the same figures]({path.stem}.svg)")
-    for title, heads, rows in tables_of(figures):
-        lines = [heads, ["---"] * len(heads), *rows]
-        parts.append(f"## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+    for table in tables(figures):
+        lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+        markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append(f"## {table.title}\n\n{markdown}")
     write_atomic(path, "\n\n".join(parts) + "\n")
-    write_atomic(path.with_suffix(".svg"), picture(figures))
+    write_atomic(path.with_suffix(".svg"), bar_charts(panels(figures), columns=2))
 
 
-def picture(figures: dict) -> str:
-    charts = []
-    for i, mark in enumerate(figures["marks"]):
-        seconds = {name: r["seconds"][i] for name, r in figures["ladder"].items() if r["seconds"][i]}
+def panels(figures: LedgerFigures) -> list[tuple[str, dict[str, dict], float, str]]:
+    """Bar charts: (title, values, start of the scale, number format)."""
+    result = []
+    for i, target in enumerate(figures.targets):
+        seconds = {name: r["seconds"][i] for name, r in figures.cumulative.items() if r["seconds"][i]}
         if seconds:
-            charts.append((f"Seconds to {mark:.2f} bits per byte", seconds, 1.0, "{:.1f}"))
-    for group, title in (("left_out", "Times as long as today's recipe"), ("tried", "Times as long as today's recipe")):
-        times = {name: r["times"] for name, r in figures[group].items() if r["times"]}
+            result.append((f"Seconds to {target:.2f} bits per byte", seconds, 1.0, "{:.1f}"))
+    for group in (figures.leave_one_out, figures.alternatives):
+        times = {name: r["relative_time"] for name, r in group.items() if r["relative_time"]}
         if times:
-            charts.append((title, times, 0.8, "{:.2f}"))
-    if again := figures["again"]:
-        charts.append(("Bits per byte", {name: r["bpb"] for name, r in again.items()}, math.inf, "{:.4f}"))
-    return bar_charts(charts, columns=2)
+            result.append(("Time relative to today's recipe", times, 0.8, "{:.2f}"))
+    if figures.longer_runs:
+        bpbs = {name: r["bpb"] for name, r in figures.longer_runs.items()}
+        result.append(("Bits per byte", bpbs, math.inf, "{:.4f}"))
+    return result
