@@ -15,14 +15,14 @@ from nanoghost import distributed, hardware
 from nanoghost.evals.evaluate import evaluate
 from nanoghost.evals.report import print_report, write_report
 from nanoghost.home import ModelFolder
-from nanoghost.progress import Display
+from nanoghost.progress import Display, JsonFlag
 from nanoghost.train import pretrain, rl, sft
 
 BASE, SFT, FINAL = "ghost-base", "ghost-sft", "ghost"  # names of the models of pretraining, SFT and RL
 
 
 @dataclass(frozen=True)
-class SpeedrunSettings:
+class SpeedrunSettings(JsonFlag):
     minutes: float = 9.1
     """Minutes of training in total: 18% pretraining, 57% SFT, 25% RL."""
     data: str = "plays"
@@ -33,8 +33,6 @@ class SpeedrunSettings:
     """Random seed."""
     force: bool = False
     """Start again, replacing ghost-base, ghost-sft and ghost."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 def main(settings: SpeedrunSettings) -> dict:

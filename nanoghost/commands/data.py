@@ -15,19 +15,18 @@ from nanoghost.data.registry import open_source
 from nanoghost.data.shards import Shards
 from nanoghost.data.sources import Source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
+from nanoghost.progress import JsonFlag
 from nanoghost.tasks.sft_mix import example_texts
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(JsonFlag):
     data: Annotated[str, tyro.conf.Positional] = "plays"
     """plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, refined data, or NAME=0.7,NAME=0.3."""
     vocab_size: int = 4096
     """Size of the tokenizer's vocabulary."""
     context: int = 256
     """Tokens in a row, for the measurement of the loader."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 def command(settings: DataSettings) -> None:

@@ -7,11 +7,10 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 
+from nanoghost.commands.arguments import ModelArgument
 from nanoghost.errors import UserError
 from nanoghost.formats.gguf_writer import QUANTIZATIONS, Provenance, write_gguf
 from nanoghost.formats.licenses import copy_license_files
@@ -19,12 +18,11 @@ from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
 from nanoghost.home import open_model, rename_on_success
 from nanoghost.model.lora import merge_adapter
+from nanoghost.progress import JsonFlag
 
 
 @dataclass(frozen=True)
-class ExportSettings:
-    model: Annotated[str | None, tyro.conf.Positional] = None
-    """Name of the model; default: the one finished last."""
+class ExportSettings(ModelArgument, JsonFlag):
     gguf: bool = False
     """Write a GGUF file. This is the default and the only format."""
     quant: str = "f16"
@@ -33,8 +31,6 @@ class ExportSettings:
     """File to write; default: NAME.QUANT.gguf in the current folder."""
     force: bool = False
     """Replace the file if it exists."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 def main(settings: ExportSettings) -> dict:

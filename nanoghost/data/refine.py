@@ -28,12 +28,13 @@ from nanoghost.data.registry import open_source
 from nanoghost.data.sources import Source
 from nanoghost.errors import UserError
 from nanoghost.home import exclusive_lock, home, read_json, write_json
+from nanoghost.progress import JsonFlag
 
 RESERVED_NAMES = ("plays", "tokenizers", "cache")
 
 
 @dataclass(frozen=True)
-class RefineSettings:
+class RefineSettings(JsonFlag):
     data: Annotated[str, tyro.conf.Positional]
     """Text to refine: everything that `nanoghost data` reads."""
     name: str
@@ -46,8 +47,6 @@ class RefineSettings:
     """Evaluation text to remove, comma-separated: plays (held-out ones), tasks (held-out problems), files; or none."""
     workers: int = os.cpu_count() or 1
     """Number of processes. The output does not depend on it."""
-    json: bool = False
-    """Print the manifest as JSON on standard output."""
 
 
 def command(settings: RefineSettings) -> None:

@@ -19,19 +19,17 @@ from nanoghost.home import open_model
 from nanoghost.memory.extract import extract_facts, open_fact_extractor
 from nanoghost.memory.extractor_data import RelationValue, synthetic_message
 from nanoghost.memory.phrasings import relations, seeded_rng
-from nanoghost.progress import Display
+from nanoghost.progress import Display, JsonFlag
 
 MAX_ERRORS = 200  # wrongly processed messages in the JSON output
 
 
 @dataclass(frozen=True)
-class LabExtractionSettings:
+class LabExtractionSettings(JsonFlag):
     model: Annotated[str, tyro.conf.Positional] = "smollm2"
     """Base model."""
     messages: int = 1000
     """Number of messages."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`nanoghost lab lecun1989`: the network of LeCun et al. 1989, which reads handwritten digits, modernized step by step.
 
 LeCun et al., "Backpropagation Applied to Handwritten Zip Code Recognition" (1989): 9,760 weights, tanh, squared error,
-one digit per step. Two details are not in the paper and are guesses of ours: which 8 of 12 maps a map of the second
+one digit per step. Two details are not in the paper and are our assumption: which 8 of 12 maps a map of the second
 layer sees (its own and the next seven), and initial weights within 2.4 / sqrt(fan-in) (without the root, nine in ten
 digits are wrong after an epoch).
 

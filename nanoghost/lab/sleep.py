@@ -55,7 +55,7 @@ from nanoghost.memory.router import load_router
 from nanoghost.memory.store import Fact, current_facts, search_facts
 from nanoghost.memory.synthesize import SyntheticQA, direct_questions
 from nanoghost.memory.train_adapter import AdapterRun, train_on_answers
-from nanoghost.progress import Display
+from nanoghost.progress import Display, JsonFlag
 
 DELETED_FACTS = 3
 CHAT_LOG_EPOCHS = 16  # of the arm chat-log-lm
@@ -92,7 +92,7 @@ ARMS = {
 
 
 @dataclass(frozen=True)
-class LabSleepSettings:
+class LabSleepSettings(JsonFlag):
     model: Annotated[str, tyro.conf.Positional] = "smollm2"
     """Base model."""
     nights: int = 1
@@ -109,8 +109,6 @@ class LabSleepSettings:
     """Where the stored facts come from: truth (as stated) or extraction (by the fact extractor, as in a night)."""
     general: bool = True
     """Whether general ability is measured too: general prompts and knowledge, reasoning-gym, bits per byte."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from nanoghost.memory.extract import unprocessed_messages
 from nanoghost.memory.night import base_model, run_night
 from nanoghost.memory.phrasings import statement
 from nanoghost.memory.store import Person, current_facts, merge_facts, open_person, search_facts
-from nanoghost.progress import Display
+from nanoghost.progress import Display, JsonFlag
 
 ACTIONS = ("search", "add", "correct", "forget", "export", "delete")
 
 
 @dataclass(frozen=True)
-class MemorySettings:
+class MemorySettings(JsonFlag):
     person: str
     """Name of the person."""
     search: str | None = None
@@ -52,8 +52,6 @@ class MemorySettings:
     """Do not ask for confirmation before --delete."""
     model: str | None = None
     """Base model of the night after --forget; default: that of the last night, or smollm2."""
-    json: bool = False
-    """Print the facts as JSON on standard output."""
 
 
 def command(settings: MemorySettings) -> None:

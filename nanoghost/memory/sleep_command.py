@@ -10,11 +10,11 @@ from nanoghost.home import write_lock
 from nanoghost.memory.night import base_model, run_night
 from nanoghost.memory.night_record import finished_nights
 from nanoghost.memory.store import Person, open_person
-from nanoghost.progress import Display
+from nanoghost.progress import Display, JsonFlag
 
 
 @dataclass(frozen=True)
-class SleepSettings:
+class SleepSettings(JsonFlag):
     person: str
     """Name of the person."""
     model: str | None = None
@@ -23,8 +23,6 @@ class SleepSettings:
     """Extract and show the facts, store and learn nothing. The first time trains the fact extractor (10 minutes)."""
     log: bool = False
     """List the finished nights."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 def command(settings: SleepSettings) -> None:

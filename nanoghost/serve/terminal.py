@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from nanoghost import hardware
+from nanoghost.commands.arguments import ModelArgument
 from nanoghost.engine.sampler import SamplingParams, check_sampling
 from nanoghost.errors import UserError
 from nanoghost.home import home, write_atomic
@@ -29,9 +27,7 @@ NOT_UTF8 = "standard input is not UTF-8 text"
 
 
 @dataclass(frozen=True)
-class ChatSettings:
-    model: Annotated[str | None, tyro.conf.Positional] = None
-    """Name of the model; default: the one finished last."""
+class ChatSettings(ModelArgument):
     prompt: str | None = None
     """Answer this prompt on standard output and exit; - reads the prompt from standard input."""
     system: str | None = None

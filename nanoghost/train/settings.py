@@ -7,6 +7,7 @@ from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder
 from nanoghost.model.names import MATRIX_MODULES
 from nanoghost.model.registry import LLAMA_FAMILY
+from nanoghost.progress import JsonFlag
 
 DEFAULT_FINETUNE_MINUTES = 2.5
 
@@ -38,7 +39,7 @@ MUST_BE_POSITIVE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageSettings:
+class StageSettings(JsonFlag):
     """Settings of every stage."""
 
     minutes: float | None = None
@@ -57,8 +58,6 @@ class StageSettings:
     """With several processes: if a step takes longer, dump the stacks and exit, so that torchrun restarts the job."""
     force: bool = False
     """Replace an existing model of the same name."""
-    json: bool = False
-    """Print the figures as JSON on standard output."""
 
 
 @dataclass(frozen=True, kw_only=True)
