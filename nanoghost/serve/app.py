@@ -38,8 +38,8 @@ def make_app(service: Service) -> FastAPI:
     for exception in HANDLED_EXCEPTIONS:
         app.add_exception_handler(exception, handle_exception)
     for router in (openai_routes.router, status_routes.router):
-        # Not include_router: new versions of FastAPI evaluate it lazily, so app.routes would not list all routes, and the
-        # test that every route requires the key would miss some.
+        # Not include_router: new versions of FastAPI evaluate it lazily, so app.routes would not list all routes, and
+        # the test that every route requires the key would miss some.
         app.router.routes.extend(router.routes)
     if service.page.is_dir():
         app.mount("/static", status_routes.PageFiles(directory=service.page), name="static")

@@ -30,7 +30,7 @@ class Conversation:
     """A model, the messages so far, and how replies are sampled."""
 
     def __init__(self, model: str | None, sampling: SamplingParams, system: str | None, documents: Path | None = None):
-        """`model`: default is the one finished last; `system`: system message; `documents`: folder that `lookup` searches."""
+        """`model`: default is the one finished last; `documents`: the folder that the tool `lookup` searches."""
         self.folder = open_model(model)
         self.engine = open_engine(self.folder, adapter=self.extra_adapter())
         self.tokenizer = self.engine.tokenizer

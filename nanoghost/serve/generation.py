@@ -165,7 +165,7 @@ async def generate_sample(
             forced_call=request.forced_call and tool_round == 0,
             keep_stop_token=request.is_plain_text,
         )
-        message = Message(parser)
+        message = GeneratedMessage(parser)
         try:
             deltas = message_deltas(handle, engine_sample, message, usage, len(prompt_ids))
             async with contextlib.aclosing(deltas):
@@ -200,7 +200,7 @@ async def generate_sample(
 
 
 @dataclass
-class Message:
+class GeneratedMessage:
     """One message of a sample while it is generated."""
 
     parser: ReplyParser
@@ -210,7 +210,7 @@ class Message:
 
 
 async def message_deltas(
-    handle: RequestHandle, engine_sample: int, message: Message, usage: Usage, num_prompt_tokens: int
+    handle: RequestHandle, engine_sample: int, message: GeneratedMessage, usage: Usage, num_prompt_tokens: int
 ) -> AsyncIterator[ReplyDelta]:
     """Generate one message: yields what is new and fills `message`."""
     async for tokens in handle.deltas(engine_sample):

@@ -132,7 +132,7 @@ class Function(Part):
         return schema and check_schema_limits(schema)
 
 
-class Tool(Part):
+class ToolDefinition(Part):
     type: Literal["function"]
     function: Function
 
@@ -208,7 +208,7 @@ class ChatRequest(CommonRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     person: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
