@@ -16,6 +16,7 @@ from nanoghost.evals.task_accuracy import generate_replies
 from nanoghost.model.layout import shared_prompt_rows
 from nanoghost.tasks.base import Problem, Task
 from nanoghost.train.policy_loss import advantages, denominators, policy_loss
+from nanoghost.train.settings import sampling_seed
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def sample_rollouts(model, tokenizer, tasks: dict[str, Task], settings, step: in
     """Sample `settings.rollouts` replies to each problem of a step with the engine, and score them."""
     rank, world_size = distributed.rank_and_world_size()
     problems = problems_of_step(tasks, settings, step, rank, world_size)
-    sampling = SamplingParams(max_tokens=settings.max_tokens, temperature=1.0, seed=settings.seed * 1_000_003 + step)
+    sampling = SamplingParams(max_tokens=settings.max_tokens, temperature=1.0, seed=sampling_seed(settings.seed, step))
     sequences = generate_replies(model, tokenizer, problems, sampling, settings.rollouts, rank, world_size)
     local_results = []
     for i, sequence in enumerate(sequences):
