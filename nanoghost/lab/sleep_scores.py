@@ -157,7 +157,7 @@ def measure_leaks(base: ModelFolder, users: list[tuple[Path, list[Fact]]], split
     leaks = []
     for probe, text in zip(probes, answers):
         fact = probe.foreign_fact
-        values_of_user = [own.value for own in users[probe.user][1]]
+        values_of_user = [user_fact.value for user_fact in users[probe.user][1]]
         if fact and contains_values(text, [fact.value]) and fact.value not in values_of_user:
             leaks.append([probe.question, text, fact.value])
     foreign_questions = sum(probe.foreign_fact is not None for probe in probes)
