@@ -14,7 +14,7 @@ from nanoghost import hardware
 from nanoghost.bench.table import Workload, measure_and_report, measure_limits
 from nanoghost.commands.arguments import parse_numbers
 from nanoghost.data.batches import Batches
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.errors import UserError
 from nanoghost.evals.svg import log_x_line_chart
@@ -56,7 +56,7 @@ def command(settings: PretrainBenchSettings) -> None:
     batch_sizes = parse_numbers("--batches", settings.batches)
     if min(settings.steps, settings.rounds) < 1:
         raise UserError("--steps and --rounds must be at least 1")
-    source = open_source(settings.data)
+    source = open_data_source(settings.data)
     tokenizer = load_or_train_tokenizer(source, settings.vocab_size, Display().print, example_texts())
     text = tokenize_source(source, tokenizer).tokens("train")
     limits = measure_limits()

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost import hardware
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder
 
@@ -55,7 +55,7 @@ class Workload:
 def validation_texts(tokenizer, count: int, tokens: int) -> list[list[int]]:
     """`count` different texts of `tokens` tokens from the validation plays."""
     ids = []
-    for document in open_source("plays").documents():
+    for document in open_data_source("plays").documents():
         if document.split == "val":
             ids += tokenizer.encode(document.text)
     if count * tokens > len(ids):

@@ -14,7 +14,8 @@
         |                   block_manager.py        blocks of the KV cache, prefix caching
         |                   quantized_llama.py      the forward pass
         |                   quantization.py         weights in 4, 8 or 16 bits
-        |                   kernels.py, .cpp        C++ for AVX-512 and AVX2 (lanes.h), compiled at first use
+        |                   kernels.py              compiles kernels.cpp at first use: C++ for AVX-512 and AVX2
+        |                                           (matmul.h, attention.h, workspace.h, lanes.h)
         `-- postprocess   logits_processors.py  grammars (grammar.py), top log-probabilities
                           sampler.py            temperature, top-k, top-p, a counter-based random generator
                           output_processor.py   accept drafts, stop conditions, tool calls, messages

@@ -25,8 +25,8 @@ from nanoghost.home import read_json, write_atomic
 from nanoghost.model.llama import Llama
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.model.lora import Adapter
-from nanoghost.model.names import MATRIX_MODULES, huggingface_name
 from nanoghost.model.rope import rope_table
+from nanoghost.model.tensor_names import MATRIX_MODULES, huggingface_name
 
 EMPTY = torch.empty(0)  # for the kernels: a tensor that a model does not have
 FUSED = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
