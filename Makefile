@@ -34,7 +34,7 @@ soak: .venv/installed  ## kill a toy run 200 times and check that nothing is los
 
 page: .venv/installed  ## test the chat page in Chromium and take screenshots (skipped if Chromium or its driver is missing)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[page]'
-	$(BIN)/python -m pytest -q -rs tests/test_page.py
+	$(BIN)/python -m pytest -q -rs tests/page
 	$(BIN)/python -m tests.support.page_screenshots pictures
 
 api: .venv/installed  ## test the API with lm-eval and schemathesis (installs them; minutes)
