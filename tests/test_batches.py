@@ -18,7 +18,7 @@ def test_targets_are_one_ahead():
     assert inputs.shape == targets.shape == (4, 16)
     assert inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(inputs + 1, targets)
-    assert torch.equal(inputs[:, 0], torch.from_numpy(Batches(TOKENS, 16, 4, 0).positions(0)))
+    assert torch.equal(inputs[:, 0], torch.from_numpy(Batches(TOKENS, 16, 4, 0).row_starts(0)))
 
 
 def test_batches_are_a_pure_function_of_seed_and_step():
@@ -29,14 +29,14 @@ def test_batches_are_a_pure_function_of_seed_and_step():
     assert not torch.equal(Batches(TOKENS, 16, 4, seed=4).at(0)[0], ahead[0])
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_number_of_ranks_does_not_change_the_batch(world):
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_number_of_ranks_does_not_change_the_batch(world_size):
     whole = Batches(TOKENS, 16, 8, seed=1)
-    ranks = [Batches(TOKENS, 16, 8, seed=1, rank=rank, world=world) for rank in range(world)]
+    ranks = [Batches(TOKENS, 16, 8, seed=1, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in range(20):  # epochs end in the middle of a batch
         parts = torch.empty(8, 16, dtype=torch.int64)
         for rank, batches in enumerate(ranks):
-            parts[rank::world] = batches.at(step)[0]
+            parts[rank::world_size] = batches.at(step)[0]
         assert torch.equal(parts, whole.at(step)[0])
 
 
@@ -44,7 +44,7 @@ def test_epochs_in_a_number_of_steps():
     batches = Batches(TOKENS, context=16, rows=4, seed=0)
     for epoch in (1, 2, 5):
         steps = round(epoch * batches.rows_per_epoch / 4)
-        seen = np.concatenate([batches.positions(step) // 16 for step in range(steps)])
+        seen = np.concatenate([batches.row_starts(step) // 16 for step in range(steps)])
         assert batches.epochs_in(steps) == pytest.approx(epoch, abs=0.05)
         assert np.bincount(seen)[1:-1].mean() == pytest.approx(epoch, abs=0.1)
     parts = [{"tokens": 200, "weight": 1.0}, {"tokens": 803, "weight": 1.0}]
@@ -56,7 +56,7 @@ def test_epochs_in_a_number_of_steps():
 def test_an_epoch_visits_each_window_once():
     batches = Batches(TOKENS, context=16, rows=1, seed=0)
     n = batches.rows_per_epoch
-    epochs = [np.array([batches.positions(step)[0] for step in range(e * n, (e + 1) * n)]) for e in range(40)]
+    epochs = [np.array([batches.row_starts(step)[0] for step in range(e * n, (e + 1) * n)]) for e in range(40)]
     for starts in epochs:
         assert np.array_equal(np.sort(starts), starts.min() + 16 * np.arange(n))
         assert starts.max() + 16 < len(TOKENS)

@@ -36,7 +36,7 @@ def llama(nanoghost, toy_base):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, toy_file):
     """Toy text instead of the plays, and limits that are not measured."""
-    monkeypatch.setattr(table, "open_source", lambda _: open_local(toy_file))
+    monkeypatch.setattr(table, "open_data_source", lambda _: open_local(toy_file))
     for module in (decode, train, rl, pretrain):
         monkeypatch.setattr(module, "measure_limits", lambda: LIMITS)
 

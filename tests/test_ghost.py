@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from nanoghost.model.character_features import (
-    CHARACTERS,
+    NUM_CHARACTERS,
     END_OF_WORD,
     NO_FEATURE,
     POSITIONS_PER_END,
@@ -97,9 +97,9 @@ def test_character_features_are_those_of_a_loop_over_bytes(tokenizer):
         word = word + characters if continues else characters
         last_class = byte_class(token_text[-1])
         for half, spelled in ((row[:POSITIONS_PER_END], word), (row[POSITIONS_PER_END:], word[::-1])):
-            found = [feature % CHARACTERS for feature in half if feature != NO_FEATURE]
+            found = [feature % NUM_CHARACTERS for feature in half if feature != NO_FEATURE]
             assert found == [*spelled, END_OF_WORD][:POSITIONS_PER_END]
-        assert all(feature // CHARACTERS == p for p, feature in enumerate(row) if feature != NO_FEATURE)
+        assert all(feature // NUM_CHARACTERS == p for p, feature in enumerate(row) if feature != NO_FEATURE)
 
 
 # ── embedding-row dropout ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,7 +23,7 @@ def test_reading_in_chunks_equals_reading_at_once(model, chunks):
     cache = model.new_cache(3, 20)
     scores = torch.cat([model(x, cache) for x in x_BT.split(chunks, 1)], 1)
     assert_close(scores, model(x_BT), rtol=1e-4, atol=1e-5)
-    assert cache.next_slots_B.tolist() == [12] * 3
+    assert cache.next_index_B.tolist() == [12] * 3
 
 
 @pytest.mark.parametrize("cached", [False, True])

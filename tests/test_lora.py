@@ -14,7 +14,7 @@ from nanoghost.home import ModelFolder
 from nanoghost.model.llama import Llama
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.model.lora import attach_adapters, merge_adapter, new_adapter
-from nanoghost.model.names import MATRIX_MODULES
+from nanoghost.model.tensor_names import MATRIX_MODULES
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.train.hyperparameters import LORA_GROUP

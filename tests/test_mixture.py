@@ -8,7 +8,7 @@ import pytest
 from nanoghost.data.batches import Batches
 from nanoghost.data.local import open_local
 from nanoghost.data.mixed_batches import BLOCK, MixedBatches, rows_per_block
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.data.tokenize_source import tokenize_source
 from nanoghost.errors import UserError
 from tests.support.toys import TOY_FLAGS, toy_text
@@ -16,10 +16,10 @@ from tests.test_data import ByteTokenizer
 from tests.test_remote import write
 
 
-def mixed_batches(lengths=(5000, 900, 3000), weights=(0.7, 0.2, 0.1), context=8, rows=16, seed=3, rank=0, world=1):
+def mixed_batches(lengths=(5000, 900, 3000), weights=(0.7, 0.2, 0.1), context=8, rows=16, seed=3, rank=0, world_size=1):
     tokens = np.concatenate([np.arange(n) + 10_000 * i for i, n in enumerate(lengths)]).astype("u2")
     parts = [{"tokens": n, "weight": w} for n, w in zip(lengths, weights)]
-    return MixedBatches(tokens, parts, context, rows, seed, rank, world)
+    return MixedBatches(tokens, parts, context, rows, seed, rank, world_size)
 
 
 def test_rows_of_a_mixture_are_exactly_by_weight():
@@ -32,11 +32,11 @@ def test_rows_of_a_mixture_are_exactly_by_weight():
 
 def test_each_source_of_a_mixture_keeps_its_own_epochs():
     batches = mixed_batches()
-    starts = np.concatenate([batches.positions(step) for step in range(500)])
+    starts = np.concatenate([batches.row_starts(step) for step in range(500)])
     for p, length in enumerate((5000, 900, 3000)):
         of_source = starts[(starts >= batches.offsets[p]) & (starts < batches.offsets[p] + length)] - batches.offsets[p]
         alone = Batches(batches.tokens[batches.offsets[p] :][:length], 8, 1, 3)
-        assert (of_source == alone.starts(np.arange(len(of_source)))).all()
+        assert (of_source == alone.starts_of(np.arange(len(of_source)))).all()
     inputs, targets = batches.at(7)
     assert (inputs[:, 1:] == targets[:, :-1]).all()
     assert (targets - inputs == 1).all()  # no row crosses a border
@@ -45,11 +45,11 @@ def test_each_source_of_a_mixture_keeps_its_own_epochs():
 def test_batches_of_a_mixture_depend_on_the_step_alone():
     whole = mixed_batches()
     steps = [whole.at(step)[0] for step in range(100)]
-    for world in (2, 4):
-        ranks = [mixed_batches(rank=rank, world=world) for rank in range(world)]
+    for world_size in (2, 4):
+        ranks = [mixed_batches(rank=rank, world_size=world_size) for rank in range(world_size)]
         for step in (0, 99, 40):  # any step at once
             rows = [r.at(step)[0] for r in ranks]
-            assert all((rows[rank] == steps[step][rank::world]).all() for rank in range(world))
+            assert all((rows[rank] == steps[step][rank::world_size]).all() for rank in range(world_size))
 
 
 def test_rows_per_block_are_the_nearest_whole_numbers():
@@ -63,10 +63,10 @@ def test_a_mixture_is_a_source(tmp_path):
     write(tmp_path / "notes", count=2)
     (tmp_path / "book.txt").write_text("".join(f"Paragraph {i}.\n\n" for i in range(200)))
     spec = f"{tmp_path}/notes=3,{tmp_path}/book.txt=1"
-    source = open_source(spec)
+    source = open_data_source(spec)
     parts = [open_local(tmp_path / name) for name in ("notes", "book.txt")]
     assert list(source.documents()) == [d for part in parts for d in part.documents()]
-    assert source.fingerprint != open_source(spec.replace("=3", "=2")).fingerprint
+    assert source.fingerprint != open_data_source(spec.replace("=3", "=2")).fingerprint
     assert "75.0% local text 'notes'" in source.attribution
     assert source.license == "unknown (local files)"
     mixture, alone = (
@@ -103,4 +103,4 @@ def test_errors_of_mixtures(tmp_path, spec, message):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.txt").write_text("text " * 100)
     with pytest.raises(UserError, match=message):
-        open_source(spec.format(a=tmp_path / "a", b=tmp_path / "b"))
+        open_data_source(spec.format(a=tmp_path / "a", b=tmp_path / "b"))

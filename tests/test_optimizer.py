@@ -234,7 +234,7 @@ def figures_of(losses, model, optimizer, batches) -> dict:
     return {
         "losses": losses,
         "parameters": flat_parameters(model),
-        "rows of step 7": batches.positions(7).tolist(),
+        "rows of step 7": batches.row_starts(7).tolist(),
         "state size": sum(t.numel() for t in optimizer.state().values()),
     }
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nanoghost.data import decontamination, refine_input
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.errors import UserError
 from nanoghost.tasks.gym import word_list
 
@@ -134,7 +134,7 @@ def test_documents_are_dropped_for_their_reasons_and_no_others(refined, crawl):
 def test_refined_text_is_a_source(refined, settings, nanoghost, monkeypatch):
     home, manifest = refined
     monkeypatch.setenv("NANOGHOST_HOME", str(home))
-    source = open_source("clean")
+    source = open_data_source("clean")
     output_rows = [row["text"] for file in manifest["files"] for row in rows(home / "data/clean" / file)]
     assert [d.text for d in source.documents()] == output_rows
     assert source.license == "unknown (local files)"
@@ -148,7 +148,7 @@ def test_refined_text_is_a_source(refined, settings, nanoghost, monkeypatch):
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
     with pytest.raises(UserError, match="00000.jsonl is damaged .* refine again"):
-        list(open_source("clean").documents())
+        list(open_data_source("clean").documents())
     file.write_bytes(whole)
 
 

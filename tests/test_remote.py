@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from nanoghost.data import download_cache, hub, retry
 from nanoghost.data.download_cache import DownloadCache, RemoteFile
 from nanoghost.data.local import open_local
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.errors import UserError
 
 
@@ -75,15 +75,18 @@ def test_remote_files_give_the_same_documents_as_local_files(tmp_path, remote_fi
     local = list(open_local(tmp_path / "text").documents())
     upload(remote_files, tmp_path / "text", "/bucket/text")
     for url in ("memory://bucket/text", "flaky://bucket/text", f"file://{tmp_path}/text"):
-        assert list(open_source(url).documents()) == local, url
-    assert open_source("memory://bucket/text").fingerprint == open_source("flaky://bucket/text").fingerprint
-    matching = open_source("memory://bucket/text/part-*.jsonl")
+        assert list(open_data_source(url).documents()) == local, url
+    assert open_data_source("memory://bucket/text").fingerprint == open_data_source("flaky://bucket/text").fingerprint
+    matching = open_data_source("memory://bucket/text/part-*.jsonl")
     assert len(list(matching.documents())) == 36
     assert matching.name == "part"
     assert matching.license.startswith("unknown")
-    assert "".join(d.text for d in open_source("memory://bucket/text/notes.md").documents()) == "# nine"
+    assert "".join(d.text for d in open_data_source("memory://bucket/text/notes.md").documents()) == "# nine"
     remote_files.pipe_file("/bucket/text/part-0.jsonl", json_lines("other"))
-    assert open_source("memory://bucket/text").fingerprint != open_source("flaky://bucket/text/part-*").fingerprint
+    assert (
+        open_data_source("memory://bucket/text").fingerprint
+        != open_data_source("flaky://bucket/text/part-*").fingerprint
+    )
 
 
 def test_failed_requests_are_repeated_and_lose_nothing(tmp_path, remote_files, monkeypatch):
@@ -91,13 +94,13 @@ def test_failed_requests_are_repeated_and_lose_nothing(tmp_path, remote_files, m
     write(tmp_path / "text")
     upload(remote_files, tmp_path / "text", "/bucket/text")
     Flaky.failures = {1, 2, 3, 4, 5, 7, 9, 10, 15}
-    assert list(open_source("flaky://bucket/text").documents()) == list(open_local(tmp_path / "text").documents())
+    assert list(open_data_source("flaky://bucket/text").documents()) == list(open_local(tmp_path / "text").documents())
     successful = [request for i, request in enumerate(Flaky.requests, 1) if i not in Flaky.failures]
     assert len(successful) == len(set(successful))  # nothing was fetched twice
     Flaky.failures = range(10**6)
     remote_files.pipe_file("/bucket/text/part-0.jsonl", json_lines("new"))
     with pytest.raises(UserError, match="cannot read /bucket/text/part-0.jsonl, tried 6 times: connection lost"):
-        list(open_source("flaky://bucket/text").documents())
+        list(open_data_source("flaky://bucket/text").documents())
 
 
 def test_a_killed_download_resumes(tmp_path, remote_files, monkeypatch):
@@ -140,7 +143,7 @@ def test_the_cache_removes_the_least_recently_used_files(tmp_path, remote_files)
 def test_reading_resumes_at_any_document_without_the_files_before_it(tmp_path, remote_files, home):
     write(tmp_path / "text", count=4, rows=30)
     upload(remote_files, tmp_path / "text", "/bucket/text")
-    source = open_source("flaky://bucket/text")
+    source = open_data_source("flaky://bucket/text")
     documents = list(source.documents())
     for skip in (0, 1, 19, 20, 29, 30, 31, 60, 75, 119, 120):
         assert list(source.documents(skip)) == documents[skip:], skip
@@ -154,15 +157,15 @@ def test_reading_resumes_at_any_document_without_the_files_before_it(tmp_path, r
 
 def test_errors_of_urls(remote_files, monkeypatch):
     with pytest.raises(UserError, match="memory://nowhere: no .txt, .md, .jsonl, .parquet file there"):
-        open_source("memory://nowhere")
+        open_data_source("memory://nowhere")
     with pytest.raises(UserError, match="nothing://x: Protocol not known: nothing"):
-        open_source("nothing://x")
+        open_data_source("nothing://x")
     remote_files.pipe_file("/bad.jsonl", b"{")
     with pytest.raises(UserError, match="^/bad.jsonl: .*not JSON"):
-        list(open_source("memory://bad.jsonl").documents())
+        list(open_data_source("memory://bad.jsonl").documents())
     monkeypatch.setenv("NANOGHOST_CACHE_GB", "much")
     with pytest.raises(UserError, match="NANOGHOST_CACHE_GB is 'much', not a number"):
-        open_source("memory://bad.jsonl")
+        open_data_source("memory://bad.jsonl")
 
 
 # ── the Hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -345,6 +345,6 @@ def test_only_the_expected_interpreter_is_compiled(monkeypatch):
 def test_without_the_sandbox_no_program_runs(monkeypatch):
     monkeypatch.setattr(sandbox, "find_spec", lambda name: None)
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert not sandbox.available()
+    assert not sandbox.is_installed()
     with pytest.raises(UserError, match=r"pip install 'nanoghost\[sandbox\]'"):
         run("1")

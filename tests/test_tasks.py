@@ -14,7 +14,7 @@ from nanoghost.tasks.base import TaskContext, distinct_problems, split_of
 from nanoghost.tasks.gym import ChainSum, SpellBackward
 from nanoghost.tasks.identity import Identity, identity_facts
 from nanoghost.tasks.messages import assistant, final_text, last_number
-from nanoghost.tasks.plays import Plays, looks_broken, shorten, speeches
+from nanoghost.tasks.plays import Plays, looks_broken, shorten, split_into_scenes
 from nanoghost.tasks.refusal import Answerable, is_refusal
 from nanoghost.tasks.registry import DEFAULT_RL_TASKS, RL_TASKS, TASKS, build_tasks
 from nanoghost.tasks.sft_mix import MIXES, sample_conversation, tasks_of_mix
@@ -445,7 +445,7 @@ def test_distinct_problems_of_a_small_task_are_all_its_problems():
 
 
 def test_speeches_of_a_small_play():
-    assert speeches(PLAY) == [
+    assert split_into_scenes(PLAY) == [
         [
             ("OWL", "Who rings so late, when all the castle sleeps? I fear him.\nSpeak, thou iron tongue!"),
             ("First Mouse", "'Tis but the Bell.\nHe never sleeps."),
@@ -454,7 +454,7 @@ def test_speeches_of_a_small_play():
         ],
         [("BELL", "Again I ring."), ("OWL", "And I again shall wake.")],
     ]
-    assert speeches(PLAY.replace("\n", "\r\n")) == speeches(PLAY)
+    assert split_into_scenes(PLAY.replace("\n", "\r\n")) == split_into_scenes(PLAY)
 
 
 def test_plays_answer_with_the_next_speech():

@@ -100,8 +100,8 @@ def test_python_runs_in_its_sandbox(python_sandbox):
 
 
 def test_python_is_available_only_with_its_sandbox(documents, monkeypatch):
-    assert ("python" in available_tools(None)) == sandbox.available()
-    monkeypatch.setattr(sandbox, "available", lambda: False)
+    assert ("python" in available_tools(None)) == sandbox.is_installed()
+    monkeypatch.setattr(sandbox, "is_installed", lambda: False)
     assert list(available_tools(documents)) == ["calculator", "lookup"]
 
 

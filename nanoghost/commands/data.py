@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost.data.batches import Batches
-from nanoghost.data.registry import open_source
-from nanoghost.data.shards import Shards
+from nanoghost.data.registry import open_data_source
 from nanoghost.data.sources import Source
+from nanoghost.data.token_dataset import TokenDataset
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.progress import JsonFlag
 from nanoghost.tasks.sft_mix import example_texts
@@ -31,10 +31,10 @@ class DataSettings(JsonFlag):
 
 def command(settings: DataSettings) -> None:
     console = Console(stderr=True, markup=False, highlight=False)  # a file may be called notes[1].txt
-    source = open_source(settings.data)
+    source = open_data_source(settings.data)
     tokenizer = load_or_train_tokenizer(source, settings.vocab_size, console.print, example_texts())
-    shards = tokenize_source(source, tokenizer)
-    train_tokens = shards.tokens("train")
+    dataset = tokenize_source(source, tokenizer)
+    train_tokens = dataset.tokens("train")
     milliseconds = None
     if len(train_tokens) > settings.context:
         milliseconds = batch_milliseconds(train_tokens, settings.context)
@@ -43,23 +43,23 @@ def command(settings: DataSettings) -> None:
             "name": source.name,
             "license": source.license,
             "attribution": source.attribution,
-            "splits": shards.manifest["splits"],
+            "splits": dataset.manifest["splits"],
             "batch_milliseconds": milliseconds,
             "vocab_size": tokenizer.vocab_size,
         }
         print(json.dumps(figures))
         return
-    console.print(splits_table(source, shards))
-    console.print(f"{source.attribution}\nin {shards.folder}", soft_wrap=True)
+    console.print(splits_table(source, dataset))
+    console.print(f"{source.attribution}\nin {dataset.folder}", soft_wrap=True)
     if milliseconds is None:
         console.print(f"the text is too short for a training row of {settings.context} + 1 tokens")
     else:
         console.print(f"a batch of 16 x {settings.context} tokens takes {milliseconds:.2f} ms")
 
 
-def splits_table(source: Source, shards: Shards) -> Table:
+def splits_table(source: Source, dataset: TokenDataset) -> Table:
     table = Table("split", "documents", "bytes", "tokens", "bytes per token", title=f"{source.name} ({source.license})")
-    for name, split in shards.manifest["splits"].items():
+    for name, split in dataset.manifest["splits"].items():
         bytes_per_token = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else ""
         counts = (f"{split[key]:,}" for key in ("documents", "bytes", "tokens"))
         table.add_row(name, *counts, bytes_per_token)

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.errors import UserError
 from nanoghost.home import home
 from nanoghost.progress import JsonFlag
@@ -95,7 +95,7 @@ def tokenizer_folder(name: str) -> Path:
 
 def train_command(settings: TokenizerTrainSettings) -> None:
     folder = tokenizer_folder(settings.name)
-    documents = open_source(settings.data).documents()
+    documents = open_data_source(settings.data).documents()
     tokenizer = Tokenizer.train((d.text for d in documents if d.split == "train"), settings.vocab_size)
     tokenizer.save(folder)
     Console(stderr=True).print(f"tokenizer {settings.name}: {tokenizer.vocab_size} tokens, in {folder}", soft_wrap=True)

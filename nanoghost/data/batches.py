@@ -16,11 +16,11 @@ from nanoghost.errors import UserError
 
 class Batches:
     def __init__(
-        self, tokens: np.ndarray, context: int, rows: int, seed: int, rank: int = 0, world: int = 1, check=None
+        self, tokens: np.ndarray, context: int, rows: int, seed: int, rank: int = 0, world_size: int = 1, check=None
     ):
-        """`tokens` [N] from `Shards.tokens`, `check` from `Shards.check`; `rows` is the size of the global batch.
+        """`tokens` [N] from `TokenDataset.tokens`, `check` from `TokenDataset.check`; `rows` is the size of the global batch.
 
-        This rank gets the rows rank, rank + world, rank + 2 * world ...
+        This rank gets the rows rank, rank + world_size, rank + 2 * world_size ...
         """
         if len(tokens) < context + 1:
             raise UserError(
@@ -29,7 +29,7 @@ class Batches:
             )
         self.tokens = np.asarray(tokens)  # same memory; indexing a memmap object itself is slower
         self.context, self.rows, self.seed = context, rows, seed
-        self.rank, self.world, self.check = rank, world, check
+        self.rank, self.world_size, self.check = rank, world_size, check
         # One window fewer than would fit leaves room for the offset; a corpus of a single row has no room.
         self.rows_per_epoch = max(1, len(tokens) // context - 1)
         self.max_offset = len(tokens) - 1 - self.rows_per_epoch * context
@@ -37,7 +37,7 @@ class Batches:
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of a step, int64 [B, T] each, targets one token ahead."""
-        starts = self.positions(step)
+        starts = self.row_starts(step)
         if self.check:
             self.check(starts, self.context + 1)
         window = torch.from_numpy(self.tokens[starts[:, None] + np.arange(self.context + 1)].astype("i8"))
@@ -47,11 +47,11 @@ class Batches:
         """Number of epochs in this number of steps."""
         return steps * self.rows / self.rows_per_epoch
 
-    def positions(self, step: int) -> np.ndarray:
+    def row_starts(self, step: int) -> np.ndarray:
         """Start of each of this rank's rows in the token stream, [B]."""
-        return self.starts(step * self.rows + np.arange(self.rank, self.rows, self.world))
+        return self.starts_of(step * self.rows + np.arange(self.rank, self.rows, self.world_size))
 
-    def starts(self, row: np.ndarray) -> np.ndarray:
+    def starts_of(self, row: np.ndarray) -> np.ndarray:
         """Start in the token stream of rows that are numbered from the start of the run."""
         epoch, index = np.divmod(row, self.rows_per_epoch)
         needed = np.unique(epoch).tolist()  # one or two; many if the text is shorter than a batch

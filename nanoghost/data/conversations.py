@@ -19,7 +19,7 @@ def load_conversations(path: str | Path) -> list[list[dict]]:
             raise UserError(f"{where}: expected an object with 'messages'")
         conversations.append(check_messages(row["messages"], where))
     if not conversations:
-        raise UserError(f"{path}: there is no conversation in it")
+        raise UserError(f"{path}: it contains no conversation")
     return conversations
 
 

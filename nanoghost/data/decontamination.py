@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.data.shingles import shingles, word_hashes
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import write_json
@@ -54,6 +54,6 @@ def held_out_texts(name: str) -> Iterator[str]:
             for problem in distinct_problems(task, PROBLEMS):
                 yield "\n".join(text_of(message) for message in problem.messages)
         return
-    for document in open_source(name).documents():
+    for document in open_data_source(name).documents():
         if name != "plays" or document.split != "train":
             yield document.text

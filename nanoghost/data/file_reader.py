@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanoghost.data.conversations import check_messages
-from nanoghost.data.text_io import check_unicode, decode, normalize_line_ends, parse_json_lines
+from nanoghost.data.text_io import check_unicode, decode, normalize_line_endings, parse_json_lines
 from nanoghost.errors import UserError
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -20,7 +20,7 @@ def read_texts(name: str, file: Path) -> Iterator[tuple[str, str]]:
         for number, row in enumerate(read_parquet(file), start=1):
             yield f"{name}:{number}", row_text(row, f"{file}, row {number}")
     else:
-        yield name, normalize_line_ends(decode(file.read_bytes(), file))
+        yield name, normalize_line_endings(decode(file.read_bytes(), file))
 
 
 def read_parquet(file: Path) -> Iterator[dict]:

@@ -9,14 +9,14 @@ from nanoghost.data.retry import request_errors
 from nanoghost.data.sources import Source, folder_name
 from nanoghost.errors import UserError
 
-HUB_BYTES = 1_000_000_000
+MAX_HUB_BYTES = 1_000_000_000
 """Limit of the text from one dataset: some have terabytes (FineWeb-Edu)."""
 
 NON_COMMERCIAL = {"climbmix": "CC BY-NC 4.0"}
 """Datasets whose license forbids commercial use, by a part of their name: copies do not always repeat the license."""
 
 
-def open_hub(spec: str, max_bytes: int = HUB_BYTES) -> Source:
+def open_hub(spec: str, max_bytes: int = MAX_HUB_BYTES) -> Source:
     """The training split of the dataset "hub:OWNER/NAME[:CONFIG]"."""
     name, _, config = spec.removeprefix("hub:").partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):

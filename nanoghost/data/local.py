@@ -21,7 +21,7 @@ def open_local(path: Path) -> Source:
             yield from read_texts(name, file)
 
     def documents(skip: int = 0) -> Iterator[Document]:
-        return islice(split_texts(texts(), error_if_empty=f"{path}: there is no text in it"), skip, None)
+        return islice(split_texts(texts(), error_if_empty=f"{path}: it contains no text"), skip, None)
 
     return Source(
         name=folder_name(path.resolve().stem),

@@ -34,7 +34,7 @@ class MixedBatches(Batches):
         self.quotas = rows_per_block([source["weight"] for source in mixture])
         self.blocks: dict[int, RowAssignment] = {}  # cache: the blocks of the last batch
 
-    def starts(self, row: np.ndarray) -> np.ndarray:
+    def starts_of(self, row: np.ndarray) -> np.ndarray:
         block, place = np.divmod(row, BLOCK)
         self.cache_blocks(np.unique(block).tolist())
         source = np.empty(len(row), np.int64)
@@ -46,7 +46,7 @@ class MixedBatches(Batches):
         starts = np.empty(len(row), np.int64)
         for i in np.unique(source).tolist():
             from_source = source == i
-            starts[from_source] = self.offsets[i] + self.sources[i].starts(row_in_source[from_source])
+            starts[from_source] = self.offsets[i] + self.sources[i].starts_of(row_in_source[from_source])
         return starts
 
     def epochs_in(self, steps: int) -> float:

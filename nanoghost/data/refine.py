@@ -24,7 +24,7 @@ from nanoghost.data import refine_pipeline
 from nanoghost.data.decontamination import build_index
 from nanoghost.data.refine_input import write_input
 from nanoghost.data.refine_manifest import build_manifest, print_manifest
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.data.sources import Source
 from nanoghost.errors import UserError
 from nanoghost.home import exclusive_lock, home, read_json, write_json
@@ -58,7 +58,7 @@ def command(settings: RefineSettings) -> None:
 def refine(settings: RefineSettings, console: Console) -> dict:
     """Refine the text, unless it is done already. Returns the manifest."""
     check(settings)
-    source = open_source(settings.data)
+    source = open_data_source(settings.data)
     folder, work = home() / "data" / settings.name, work_folder(settings)
     work.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(work):  # the workers inherit the lock: after a kill the next run waits for them
@@ -80,7 +80,7 @@ def refine(settings: RefineSettings, console: Console) -> dict:
 
 def prepare(settings: RefineSettings, source: Source | None = None) -> tuple[Path, list[refine_pipeline.Stage]]:
     """Write the input of the stages. Returns their work folder, and the stages, for any executor of datatrove."""
-    source = source or open_source(settings.data)
+    source = source or open_data_source(settings.data)
     work = work_folder(settings)
     work.mkdir(parents=True, exist_ok=True)
     stored = work / "settings.json"

@@ -33,7 +33,7 @@ def open_refined(folder: Path) -> Source:
             yield from read_texts(name, folder / name)
 
     def documents(skip: int = 0) -> Iterator[Document]:
-        return islice(split_texts(texts(), error_if_empty=f"{folder}: there is no text in it"), skip, None)
+        return islice(split_texts(texts(), error_if_empty=f"{folder}: it contains no text"), skip, None)
 
     return Source(
         name=folder.name,

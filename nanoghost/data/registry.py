@@ -1,11 +1,11 @@
 """Open the data source that `--data` names.
 
-open_source("plays")                     Shakespeare, split by whole works (the default)
-open_source("notes/")                    .txt, .md, .jsonl and .parquet files, or folders of them
-open_source("hub:HuggingFaceFW/fineweb-edu:sample-10BT")
-open_source("s3://bucket/folder")        the same files elsewhere, by URL
-open_source("plays=0.7,notes/=0.3")      a mixture by weight
-open_source("clean")                     text that `nanoghost data refine` produced under this name
+open_data_source("plays")                     Shakespeare, split by whole works (the default)
+open_data_source("notes/")                    .txt, .md, .jsonl and .parquet files, or folders of them
+open_data_source("hub:HuggingFaceFW/fineweb-edu:sample-10BT")
+open_data_source("s3://bucket/folder")        the same files elsewhere, by URL
+open_data_source("plays=0.7,notes/=0.3")      a mixture by weight
+open_data_source("clean")                     text that `nanoghost data refine` produced under this name
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ ACCEPTED = (
 )
 
 
-def open_source(spec: str) -> Source:
+def open_data_source(spec: str) -> Source:
     """The source that `spec` names. Raises UserError if it is missing, empty or unknown."""
     if spec == "plays":
         return open_plays(fetch_plays())
@@ -33,7 +33,7 @@ def open_source(spec: str) -> Source:
     if path.exists():
         return open_local(path)
     if is_mixture(spec):
-        parts = [(open_source(name), weight) for name, weight in parse_mixture(spec)]
+        parts = [(open_data_source(name), weight) for name, weight in parse_mixture(spec)]
         return mix_sources(parts)
     if spec.startswith("hub:"):
         return open_hub(spec)

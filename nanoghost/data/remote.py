@@ -17,7 +17,7 @@ from nanoghost.data.download_cache import DownloadCache, RemoteFile, default_cac
 from nanoghost.data.file_reader import SUFFIXES, read_texts
 from nanoghost.data.retry import retry
 from nanoghost.data.sources import Document, Source, fingerprint, folder_name
-from nanoghost.data.splits import MIN_DOCUMENTS, assign_split, split_texts, splits_of_extremes
+from nanoghost.data.splits import MIN_DOCUMENTS, assign_split, split_texts, splits_of_lowest_hashes
 from nanoghost.errors import UserError
 from nanoghost.home import read_json, write_json
 
@@ -39,7 +39,7 @@ def open_remote(url: str) -> Source:
 
 def list_files(fs: fsspec.AbstractFileSystem, root: str, url: str) -> list[RemoteFile]:
     """The readable files, in the order of their paths. Hidden files are skipped, unless `root` itself is hidden."""
-    infos = retry(partial(find_files, fs, root), url)
+    infos = retry(partial(file_infos, fs, root), url)
     fs.invalidate_cache()  # otherwise a later listing shows files that are gone
     root_parts = set(PurePosixPath(root).parts)
     files = []
@@ -53,7 +53,7 @@ def list_files(fs: fsspec.AbstractFileSystem, root: str, url: str) -> list[Remot
     return files
 
 
-def find_files(fs: fsspec.AbstractFileSystem, root: str) -> list[dict]:
+def file_infos(fs: fsspec.AbstractFileSystem, root: str) -> list[dict]:
     """fsspec's description of each file at `root`."""
     if fs.isfile(root):
         return [fs.info(root)]
@@ -93,8 +93,8 @@ class RemoteFiles:
 
     def documents(self, where: str, skip: int = 0) -> Iterator[Document]:
         if skip < MIN_DOCUMENTS:
-            return islice(split_texts(self.texts(), error_if_empty=f"{where}: there is no text in it"), skip, None)
-        forced_splits = splits_of_extremes(text for _, text in islice(self.texts(), MIN_DOCUMENTS))
+            return islice(split_texts(self.texts(), error_if_empty=f"{where}: it contains no text"), skip, None)
+        forced_splits = splits_of_lowest_hashes(text for _, text in islice(self.texts(), MIN_DOCUMENTS))
         return (assign_split(name, text, forced_splits) for name, text in self.texts(skip))
 
     def texts(self, skip: int = 0) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""A data source: named documents with a split, a license and a fingerprint. `open_source` (registry.py) opens one."""
+"""A data source: named documents with a split, a license and a fingerprint. `open_data_source` (registry.py) opens one."""
 
 import hashlib
 import re

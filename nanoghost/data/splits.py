@@ -10,7 +10,7 @@ from itertools import chain, islice
 from nanoghost.data.sources import SPLITS, Document
 from nanoghost.errors import UserError
 
-HELD_OUT = 0.05
+HELD_OUT_FRACTION = 0.05
 """Fraction of the text for validation, and again for test."""
 
 MIN_DOCUMENTS = 20
@@ -27,12 +27,12 @@ def split_texts(texts: Iterable[tuple[str, str]], error_if_empty: str) -> Iterat
         for name, text in first:
             yield from cut_document(name, text)
         return
-    forced_splits = splits_of_extremes(text for _, text in first)
+    forced_splits = splits_of_lowest_hashes(text for _, text in first)
     for name, text in chain(first, texts):
         yield assign_split(name, text, forced_splits)
 
 
-def splits_of_extremes(texts: Iterable[str]) -> dict[float, str]:
+def splits_of_lowest_hashes(texts: Iterable[str]) -> dict[float, str]:
     """{hash: split} of the two texts with the lowest hashes among the first MIN_DOCUMENTS: they are always held out.
 
     Chance alone would leave 20 documents without a validation document one time in three.
@@ -45,9 +45,9 @@ def assign_split(name: str, text: str, forced_splits: dict[float, str]) -> Docum
     fraction = hash_fraction(text)
     if fraction in forced_splits:
         split = forced_splits[fraction]
-    elif fraction < HELD_OUT:
+    elif fraction < HELD_OUT_FRACTION:
         split = "test"
-    elif fraction < 2 * HELD_OUT:
+    elif fraction < 2 * HELD_OUT_FRACTION:
         split = "val"
     else:
         split = "train"
@@ -61,8 +61,8 @@ def hash_fraction(text: str) -> float:
 
 def cut_document(name: str, text: str) -> Iterator[Document]:
     """Up to three parts of one document, cut near 90% and 95% at the end of a paragraph, a line or a word."""
-    val_start = cut_position(text, 1 - 2 * HELD_OUT)
-    test_start = max(val_start, cut_position(text, 1 - HELD_OUT))
+    val_start = cut_position(text, 1 - 2 * HELD_OUT_FRACTION)
+    test_start = max(val_start, cut_position(text, 1 - HELD_OUT_FRACTION))
     parts = (text[:val_start], text[val_start:test_start], text[test_start:])
     for split, part in zip(SPLITS, parts):
         if part:
@@ -72,7 +72,7 @@ def cut_document(name: str, text: str) -> Iterator[Document]:
 def cut_position(text: str, fraction: float) -> int:
     """The last end of a paragraph, line or word shortly before `fraction` of the text, or else exactly there."""
     end = int(len(text) * fraction)
-    begin = end - int(len(text) * HELD_OUT / 2)
+    begin = end - int(len(text) * HELD_OUT_FRACTION / 2)
     for separator in ("\n\n", "\n", " "):
         position = text.rfind(separator, begin, end)
         if position >= 0:

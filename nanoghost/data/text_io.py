@@ -19,7 +19,7 @@ def decode(raw: bytes, file: Path | str, line: int = 1, offset: int = 0) -> str:
         ) from None
 
 
-def normalize_line_ends(text: str) -> str:
+def normalize_line_endings(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -1,4 +1,4 @@
-"""Tokenize a source once; later runs with the same text and tokenizer map the files (see shards.py).
+"""Tokenize a source once; later runs with the same text and tokenizer map the files (see dataset.py).
 
 A killed run resumes: the position is saved in the partial folder every SAVE_CHARACTERS characters.
 """
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from nanoghost.data.block_checksums import file_checksums
-from nanoghost.data.shards import FORMAT, Shards, open_shards
 from nanoghost.data.sources import SPLITS, Source
+from nanoghost.data.token_dataset import FORMAT, TokenDataset, open_token_dataset
 from nanoghost.errors import UserError
 from nanoghost.home import exclusive_lock, home, read_json, write_json
 from nanoghost.tokenizer.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def load_or_train_tokenizer(
     return Tokenizer.load(folder)
 
 
-def tokenize_source(source: Source, tokenizer) -> Shards:
+def tokenize_source(source: Source, tokenizer) -> TokenDataset:
     """The tokens of a source. The first call tokenizes the text; later calls open the files."""
     if "<|endoftext|>" not in tokenizer.special_tokens:
         raise UserError("this tokenizer has no <|endoftext|> token, which separates documents")
@@ -60,19 +60,19 @@ def tokenize_source(source: Source, tokenizer) -> Shards:
             partial = folder.parent / f".partial-{key[:8]}"
             partial.mkdir(exist_ok=True)
             try:
-                write_shards(partial, source, tokenizer)
+                write_token_dataset(partial, source, tokenizer)
                 partial.rename(folder)
                 (folder / "position.json").unlink()
             finally:
                 remove_unusable_partials(folder.parent)
-    shards = open_shards(folder)
-    same_source = shards.manifest["source"]["fingerprint"] == source.fingerprint
-    same_tokenizer = shards.manifest["tokenizer"] == tokenizer.fingerprint
+    dataset = open_token_dataset(folder)
+    same_source = dataset.manifest["source"]["fingerprint"] == source.fingerprint
+    same_tokenizer = dataset.manifest["tokenizer"] == tokenizer.fingerprint
     if not (same_source and same_tokenizer):
         raise UserError(
             f"{folder} was made from other text or another tokenizer: remove it, and the next run makes it again"
         )
-    return shards
+    return dataset
 
 
 def remove_unusable_partials(data_folder: Path) -> None:
@@ -82,7 +82,7 @@ def remove_unusable_partials(data_folder: Path) -> None:
             shutil.rmtree(partial)
 
 
-def write_shards(folder: Path, source: Source, tokenizer) -> None:
+def write_token_dataset(folder: Path, source: Source, tokenizer) -> None:
     """Write files and manifest. Resumes at the position that an earlier process saved in the folder."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     endoftext = tokenizer.special_id("<|endoftext|>")
@@ -179,7 +179,7 @@ def cut_between_tokens(text: str, after: int) -> int:
 # ── mixtures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def tokenize_mixture(source: Source, tokenizer, folder: Path) -> Shards:
+def tokenize_mixture(source: Source, tokenizer, folder: Path) -> TokenDataset:
     """Tokenize the parts of a mixture and concatenate their tokens."""
     if not folder.exists():
         parts = [tokenize_source(part, tokenizer) for part, _ in source.parts]
@@ -188,12 +188,12 @@ def tokenize_mixture(source: Source, tokenizer, folder: Path) -> Shards:
                 partial = folder.with_name(".partial-mixture")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-                concatenate_shards(partial, source, parts)
+                concatenate_token_datasets(partial, source, parts)
                 partial.rename(folder)
-    return open_shards(folder)
+    return open_token_dataset(folder)
 
 
-def concatenate_shards(folder: Path, source: Source, parts: list[Shards]) -> None:
+def concatenate_token_datasets(folder: Path, source: Source, parts: list[TokenDataset]) -> None:
     splits = {}
     for split in SPLITS:
         with open(folder / f"{split}.bin", "wb") as output:

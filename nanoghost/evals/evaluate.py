@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 
 from nanoghost import distributed, hardware
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.data.sources import Document
 from nanoghost.data.tokenize_source import tokenize_source
 from nanoghost.engine.generate import generate
@@ -73,8 +73,8 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
 
 def held_out_bpb(model, tokenizer, base: ModelCard) -> float:
     """Bits per byte on the test text that the base model was scored on (for adopted models: the plays)."""
-    shards = tokenize_source(open_source(base.settings["data"]), tokenizer)
-    return bits_per_byte(model, shards.tokens("test"), finetune_context(model.config.context), shards.bytes("test"))
+    dataset = tokenize_source(open_data_source(base.settings["data"]), tokenizer)
+    return bits_per_byte(model, dataset.tokens("test"), finetune_context(model.config.context), dataset.bytes("test"))
 
 
 def sample_conversations(model, tokenizer) -> list[dict]:
@@ -90,7 +90,7 @@ def memorized(model, tokenizer, base: ModelCard, passages: int = 64, prompt_toke
 
     The text is the base model's training text; for adopted models, whose training text is unknown, the plays.
     """
-    documents = [d for d in open_source(base.settings["data"]).documents() if d.split == "train"]
+    documents = [d for d in open_data_source(base.settings["data"]).documents() if d.split == "train"]
     prompts: list[tuple[Document, str, list[int]]] = []
     for i in range(passages):
         document = documents[i * len(documents) // passages]

@@ -13,7 +13,7 @@ import numpy as np
 from nanoghost.errors import UserError
 from nanoghost.formats.gguf_reader import GGUFFile
 from nanoghost.formats.validation import check_fields, check_llama_config, integer, one_of, optional
-from nanoghost.model.names import huggingface_name_of_gguf
+from nanoghost.model.tensor_names import huggingface_name_of_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
 PERMUTED_ARCHITECTURES = ("llama", "smollm3")

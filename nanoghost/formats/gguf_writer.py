@@ -12,8 +12,8 @@ from nanoghost.formats.gguf_llama import ROPE_DIVISORS, permute, permuted_heads
 from nanoghost.formats.gguf_tokenizer import to_gguf_tokenizer
 from nanoghost.model.llama import Llama
 from nanoghost.model.llama_config import LlamaConfig
-from nanoghost.model.names import gguf_name
 from nanoghost.model.rope import rope_frequencies, rope_scaling_type
+from nanoghost.model.tensor_names import gguf_name
 from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE
 from nanoghost.tokenizer.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from nanoghost.errors import UserError
 from nanoghost.formats.safetensors_file import read_tensors
 from nanoghost.home import finish_time, read_card, read_json, write_atomic, write_json
 from nanoghost.model.lora import Adapter, LowRankUpdate
-from nanoghost.model.names import peft_name, peft_target
+from nanoghost.model.tensor_names import peft_name, peft_target
 
 
 def base_folder(folder: Path) -> Path:

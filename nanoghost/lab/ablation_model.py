@@ -175,7 +175,7 @@ class AblationModel(Ghost):
         features_BTP = char_tokens_BTP = None
         if self.recipe.character_features or self.recipe.copy_heads == 2:
             features_BTP = character_features.word_features(
-                self.character_table, tokens_BT, layout.prev_index_BS, layout.slots_BT
+                self.character_table, tokens_BT, layout.prev_index_BS, layout.index_BT
             )
         embedding_BTD = x_BTD = self.embed(tokens_BT, layout, features_BTP)
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
@@ -186,7 +186,7 @@ class AblationModel(Ghost):
                 value_embedding_BTD = next(value_embeddings)(tokens_BT).to(x_BTD.dtype)
             x_BTD = block(x_BTD, embedding_BTD, value_embedding_BTD, cos, sin, layout.mask_BTS)
         if self.recipe.copy_heads == 2:
-            char_tokens_BTP = self.character_tokens[character_features.characters(features_BTP)]
+            char_tokens_BTP = self.character_tokens[character_features.decode_characters(features_BTP)]
         return self.final_norm(x_BTD), char_tokens_BTP
 
     def embed(self, tokens_BT, layout: Layout, features_BTP):

@@ -20,7 +20,7 @@ from hashlib import sha256
 import torch
 
 from nanoghost import hardware
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
@@ -65,7 +65,7 @@ def train_step(recipe: Recipe, model, optimizer, batch, progress: float, ema: di
     return loss
 
 
-def train(recipe: Recipe, tokenizer, shards, tokens: int, lr_scale: float, seed: int, split: str, show) -> dict:
+def train(recipe: Recipe, tokenizer, dataset, tokens: int, lr_scale: float, seed: int, split: str, show) -> dict:
     """A run from random weights: {"bpb" of the held-out split, "tokens"}."""
     model, optimizer = build(recipe, tokenizer, lr_scale, seed)
     steps = steps_for(recipe, tokens)
@@ -74,24 +74,24 @@ def train(recipe: Recipe, tokenizer, shards, tokens: int, lr_scale: float, seed:
         progress = step / steps
         rows, context = batch_shape(recipe, progress)
         if (rows, context) not in batches:
-            batches[rows, context] = shards.batches(context, rows, seed)
+            batches[rows, context] = dataset.batches(context, rows, seed)
         batch = batches[rows, context].at(round(trained_tokens / (rows * context)))
         loss = train_step(recipe, model, optimizer, batch, progress, ema)
         trained_tokens += rows * context
         show(step, steps, loss)
     for key, average in ema.items():
         optimizer.buckets[key].params.copy_(average)
-    bpb = bits_per_byte(model, shards.tokens(split), recipe.context, shards.bytes(split))
+    bpb = bits_per_byte(model, dataset.tokens(split), recipe.context, dataset.bytes(split))
     return {"bpb": bpb, "tokens": trained_tokens}
 
 
-def measure_seconds_per_token(recipe: Recipe, tokenizer, shards, steps: int = 6) -> float:
+def measure_seconds_per_token(recipe: Recipe, tokenizer, dataset, steps: int = 6) -> float:
     """The fastest of some steps of each batch shape, at learning rate 0: disturbances only make steps slower."""
     model, optimizer = build(recipe, tokenizer, 0.0, 0)
     shapes = [batch_shape(recipe, i / 20) for i in range(20)]  # over the run, with repetitions
     fastest, ema = {}, {}
     for rows, context in dict.fromkeys(shapes):
-        batches, times = shards.batches(context, rows, 0), []
+        batches, times = dataset.batches(context, rows, 0), []
         for step in range(steps):
             start = time.perf_counter()
             train_step(recipe, model, optimizer, batches.at(step), 0.5, ema)
@@ -104,14 +104,14 @@ class Runs:
     """Runs by recipe, length and seed, and what follows from them."""
 
     def __init__(self, data: str, display: Display):
-        self.source, self.display = open_source(data), display
+        self.source, self.display = open_data_source(data), display
         self.folder = home() / "lab" / "ledger"
         self.tokenized = cache(self._tokenized)
         self.lr_scale = cache(self._lr_scale)
         self.seconds_per_token = cache(self._seconds_per_token)
 
     def _tokenized(self, vocab_size: int):
-        """(tokenizer, shards)"""
+        """(tokenizer, dataset)"""
         tokenizer = load_or_train_tokenizer(self.source, vocab_size, self.display.print, example_texts())
         return tokenizer, tokenize_source(self.source, tokenizer)
 
@@ -133,14 +133,14 @@ class Runs:
         return self.stored({"kneser_ney": self.source.fingerprint, "split": split}, compute)["bpb"]
 
     def run(self, name: str, recipe: Recipe, tokens: int, lr_scale: float, seed: int, split: str = "test") -> dict:
-        tokenizer, shards = self.tokenized(recipe.vocab_size)
+        tokenizer, dataset = self.tokenized(recipe.vocab_size)
 
         def show(step: int, steps: int, loss: float) -> None:
             event = {"stage": "ledger", "task": f"{name}, seed {seed}", "step": step, "steps": steps, "loss": loss}
             self.display.show(event)
 
         def compute() -> dict:
-            return train(recipe, tokenizer, shards, tokens, lr_scale, seed, split, show)
+            return train(recipe, tokenizer, dataset, tokens, lr_scale, seed, split, show)
 
         key = {
             "recipe": asdict(recipe),
@@ -148,7 +148,7 @@ class Runs:
             "lr_scale": lr_scale,
             "seed": seed,
             "split": split,
-            "data": shards.manifest["source"],
+            "data": dataset.manifest["source"],
         }
         return self.stored(key, compute)
 
@@ -160,11 +160,11 @@ class Runs:
 
     def time(self, name: str, recipe: Recipe, timing_round: int) -> float:
         """Seconds per token in one round."""
-        tokenizer, shards = self.tokenized(recipe.vocab_size)
+        tokenizer, dataset = self.tokenized(recipe.vocab_size)
 
         def compute() -> dict:
             self.display.print(f"timing {name}, round {timing_round + 1}")
-            return {"seconds": measure_seconds_per_token(recipe, tokenizer, shards)}
+            return {"seconds": measure_seconds_per_token(recipe, tokenizer, dataset)}
 
         return self.stored({"timed": asdict(recipe), "round": timing_round}, compute)["seconds"]
 

@@ -37,7 +37,7 @@ from rich.table import Table
 
 from nanoghost import hardware
 from nanoghost.commands.arguments import parse_numbers
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.data.sources import Source
 from nanoghost.errors import UserError
 from nanoghost.evals.svg import log_x_line_chart
@@ -111,7 +111,7 @@ def command(settings: BaselinesSettings) -> None:
     hardware.prepare()
     if settings.seeds < 1:
         raise UserError("--seeds must be at least 1")
-    source, display = open_source(settings.data), Display()
+    source, display = open_data_source(settings.data), Display()
     folder = home() / "lab" / "baselines" / f"{source.name}-{source.fingerprint[:8]}"
     planned = plan_our_runs(settings, source, folder) + plan_baseline_runs(settings, source, folder)
     if settings.force:

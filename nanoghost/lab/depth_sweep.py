@@ -24,7 +24,7 @@ from nanoghost import hardware
 from nanoghost.bench.pretrain import run_steps
 from nanoghost.commands.arguments import parse_numbers
 from nanoghost.data.batches import Batches
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.errors import UserError
 from nanoghost.hardware import matmul_gflops_per_second
@@ -81,7 +81,7 @@ def command(settings: DialSettings) -> None:
     choices = parse_choices(settings.choices)
     if settings.seeds < 1:
         raise UserError("--seeds must be at least 1")
-    source, display = open_source(settings.data), Display()
+    source, display = open_data_source(settings.data), Display()
     folder = home() / "lab" / "dial" / source.fingerprint[:8]
     if settings.force:
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import reasoning_gym
 
 from nanoghost import hardware
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.formats.model_folder import load_model
 from nanoghost.formats.peft import read_adapter
@@ -165,7 +165,7 @@ def plain_text_bits_per_byte(base: ModelFolder, adapter: Path | None) -> float:
     model, tokenizer = load_model(base.path, hardware.compute_dtype(), hardware.device())
     if adapter:
         attach_adapters(model, [read_adapter(adapter, model.config, hardware.compute_dtype())])
-    text = next(d.text for d in open_source("plays").documents() if d.split == "test")
+    text = next(d.text for d in open_data_source("plays").documents() if d.split == "test")
     ids = tokenizer.encode(text)[:TEXT_TOKENS]
     return bits_per_byte(model, ids, 512, len(tokenizer.decode(ids[1:]).encode()))
 

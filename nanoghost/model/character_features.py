@@ -11,14 +11,14 @@ B batch, T new tokens, S tokens read so far, V vocabulary, P positions, L charac
 import torch
 
 MAX_TOKEN_BYTES = 12  # L: bytes stored for each token
-MAX_WORD = 16  # characters stored for each word
+MAX_WORD_CHARACTERS = 16  # characters stored for each word
 MAX_WORD_TOKENS = 20  # tokens that a word may consist of: "t-h-o-u" has seven
 POSITIONS_PER_END = 8
-POSITIONS = 2 * POSITIONS_PER_END
+NUM_POSITIONS = 2 * POSITIONS_PER_END
 END_OF_WORD = 256  # follows the 256 byte values
-CHARACTERS = 257  # byte values and END_OF_WORD
+NUM_CHARACTERS = 257  # byte values and END_OF_WORD
 NO_FEATURE = (
-    POSITIONS * CHARACTERS
+    NUM_POSITIONS * NUM_CHARACTERS
 )  # the padding index of the feature embedding, one row for each position and character
 OTHER, LETTER, DIGIT = 0, 1, 2  # classes of bytes
 LENGTH, FIRST_CLASS, LAST_CLASS, FIRST_BYTE = 0, 1, 2, 3  # columns of the character table
@@ -58,59 +58,59 @@ def is_single_character(table) -> torch.Tensor:
 
 
 def single_character_tokens(table) -> torch.Tensor:
-    """(CHARACTERS,): the token that consists of this character alone; -1 if there is none."""
-    tokens = torch.full((CHARACTERS,), -1)
+    """(NUM_CHARACTERS,): the token that consists of this character alone; -1 if there is none."""
+    tokens = torch.full((NUM_CHARACTERS,), -1)
     single = is_single_character(table).nonzero()[:, 0]
     tokens[table[single, FIRST_BYTE].long()] = single
     return tokens
 
 
-def word_features(table, tokens_BS, prev_index_BS, slots_BT) -> torch.Tensor:
-    """(B, T, P): for the new tokens, at `slots_BT`, the character at each position of their words so far.
+def word_features(table, tokens_BS, prev_index_BS, index_BT) -> torch.Tensor:
+    """(B, T, P): for the new tokens, at `index_BT`, the character at each position of their words so far.
 
-    Values are position * CHARACTERS + character, or NO_FEATURE behind the end of the word.
+    Values are position * NUM_CHARACTERS + character, or NO_FEATURE behind the end of the word.
     """
-    word_BTW, length_BT = _words_so_far(table, tokens_BS, prev_index_BS, slots_BT)
+    word_BTW, length_BT = _words_so_far(table, tokens_BS, prev_index_BS, index_BT)
     positions = torch.arange(POSITIONS_PER_END, device=tokens_BS.device)
     length_BT1 = length_BT[..., None]
-    front = word_BTW[..., :POSITIONS_PER_END] + positions * CHARACTERS
+    front = word_BTW[..., :POSITIONS_PER_END] + positions * NUM_CHARACTERS
     index_from_back = torch.where(
         positions < length_BT1, length_BT1 - 1 - positions, length_BT1
     )  # at length: END_OF_WORD
-    back = word_BTW.gather(2, index_from_back) + (POSITIONS_PER_END + positions) * CHARACTERS
+    back = word_BTW.gather(2, index_from_back) + (POSITIONS_PER_END + positions) * NUM_CHARACTERS
     features = torch.cat([front, back], 2)
     in_word = torch.cat([positions <= length_BT1, positions <= length_BT1], 2)
     return features.masked_fill(~(in_word & (length_BT1 > 0)), NO_FEATURE)
 
 
-def characters(features_BTP) -> torch.Tensor:
+def decode_characters(features_BTP) -> torch.Tensor:
     """The characters of `word_features`, END_OF_WORD where there is none."""
-    return torch.where(features_BTP == NO_FEATURE, END_OF_WORD, features_BTP % CHARACTERS)
+    return torch.where(features_BTP == NO_FEATURE, END_OF_WORD, features_BTP % NUM_CHARACTERS)
 
 
-def _words_so_far(table, tokens_BS, prev_index_BS, slots_BT):
+def _words_so_far(table, tokens_BS, prev_index_BS, index_BT):
     """(characters (B, T, W), length (B, T)) of the word of each new token up to that token; END_OF_WORD behind it."""
     device = tokens_BS.device
-    B, T = slots_BT.shape
-    token_BT = table[tokens_BS.gather(1, slots_BT)].long()
+    B, T = index_BT.shape
+    token_BT = table[tokens_BS.gather(1, index_BT)].long()
     in_word_BT = torch.ones(B, T, dtype=torch.bool, device=device)
     parts = []  # (row of the table, whether the token belongs to the word), from the newest token to the first one
     for _ in range(MAX_WORD_TOKENS):
         parts.append((token_BT, in_word_BT))
-        slots_BT = prev_index_BS.gather(1, slots_BT)
-        earlier_BT = table[tokens_BS.gather(1, slots_BT.clamp(0))].long()
+        index_BT = prev_index_BS.gather(1, index_BT)
+        earlier_BT = table[tokens_BS.gather(1, index_BT.clamp(0))].long()
         continues_BT = (token_BT[..., FIRST_CLASS] > 0) & (token_BT[..., FIRST_CLASS] == earlier_BT[..., LAST_CLASS])
-        in_word_BT = in_word_BT & (slots_BT >= 0) & continues_BT
-        token_BT, slots_BT = earlier_BT, slots_BT.clamp(0)
+        in_word_BT = in_word_BT & (index_BT >= 0) & continues_BT
+        token_BT, index_BT = earlier_BT, index_BT.clamp(0)
 
     offsets = torch.arange(MAX_TOKEN_BYTES, device=device)
-    overflow = MAX_WORD + 1  # a last column for characters beyond the end of a token or of the word
-    word_BTW = torch.full((B, T, MAX_WORD + 2), END_OF_WORD, device=device)
+    overflow = MAX_WORD_CHARACTERS + 1  # a last column for characters beyond the end of a token or of the word
+    word_BTW = torch.full((B, T, MAX_WORD_CHARACTERS + 2), END_OF_WORD, device=device)
     length_BT = torch.zeros(B, T, dtype=torch.long, device=device)
     for token_BT, in_word_BT in reversed(parts):
         count_BT1 = token_BT[..., :FIRST_CLASS] * in_word_BT[..., None]
         target = (length_BT[..., None] + offsets).clamp(max=overflow)
         word_BTW.scatter_(2, torch.where(offsets < count_BT1, target, overflow), token_BT[..., FIRST_BYTE:])
-        length_BT = (length_BT + count_BT1[..., 0]).clamp(max=MAX_WORD)
+        length_BT = (length_BT + count_BT1[..., 0]).clamp(max=MAX_WORD_CHARACTERS)
     word_BTW.scatter_(2, length_BT[..., None], END_OF_WORD)
     return word_BTW, length_BT

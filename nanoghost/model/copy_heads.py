@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoghost.model.character_features import POSITIONS
+from nanoghost.model.character_features import NUM_POSITIONS
 from nanoghost.model.kv_cache import KVCache
 from nanoghost.model.layers import Linear, init_uniform, norm
 from nanoghost.model.layout import Layout
@@ -99,7 +99,9 @@ class CopyHeads(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.qk = Linear(width, self.num_matrices * POINTER_WIDTH)
-        self.gates = Linear(width, 2 + POSITIONS, bias=True)  # logits: copy, character copy, each character position
+        self.gates = Linear(
+            width, 2 + NUM_POSITIONS, bias=True
+        )  # logits: copy, character copy, each character position
 
     def init_weights(self) -> None:
         """Queries equal keys, so at first what is similar matches; almost everything comes from the vocabulary."""
@@ -154,15 +156,15 @@ class GhostCache(KVCache):
         super().__init__(layers, rows, capacity, heads, head_width, dtype, device)
         # A key of the copy head belongs to the next token, so it is stored one slot later
         self.copy_keys = torch.zeros(rows, capacity + 2, 2, POINTER_WIDTH, dtype=dtype, device=device)
-        self.char_tokens = torch.full((rows, capacity + 1, POSITIONS), -1, device=device)
+        self.char_tokens = torch.full((rows, capacity + 1, NUM_POSITIONS), -1, device=device)
 
     def append_copy_keys(self, k_BT2W, char_tokens_BTP):
         """Store what the copy heads need of the new tokens; returns it for all slots, (B, S, 2, W) and (B, S, P)."""
-        rows_B1, slots_BT = self.written
-        self.copy_keys[rows_B1, slots_BT + 1, COPY] = k_BT2W[:, :, COPY]
-        self.copy_keys[rows_B1, slots_BT, CHARACTER] = k_BT2W[:, :, CHARACTER]
-        self.char_tokens[self.written] = char_tokens_BTP
-        return self.copy_keys[self.rows, : self.num_slots], self.char_tokens[self.rows, : self.num_slots]
+        rows_B1, index_BT = self.write_index
+        self.copy_keys[rows_B1, index_BT + 1, COPY] = k_BT2W[:, :, COPY]
+        self.copy_keys[rows_B1, index_BT, CHARACTER] = k_BT2W[:, :, CHARACTER]
+        self.char_tokens[self.write_index] = char_tokens_BTP
+        return self.copy_keys[self.rows, : self.num_cached], self.char_tokens[self.rows, : self.num_cached]
 
     def copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
         super().copy_rows(sources, targets, length)

@@ -155,7 +155,7 @@ class Ghost(nn.Module):
         # What the tokenizer says about the characters of tokens; set_character_features fills it
         table_shape = V, character_features.FIRST_BYTE + character_features.MAX_TOKEN_BYTES
         self.register_buffer("character_table", torch.zeros(table_shape, dtype=torch.int32))
-        self.register_buffer("character_tokens", torch.full((character_features.CHARACTERS,), -1))
+        self.register_buffer("character_tokens", torch.full((character_features.NUM_CHARACTERS,), -1))
         self.dropout_scales: dict[str, torch.Tensor] = {}
         """Embedding-row dropout: by table, what each row is multiplied by in training: 0 or the number of epochs."""
         self.init_weights()
@@ -240,7 +240,7 @@ class Ghost(nn.Module):
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
         tokens_BS = tokens_BT if cache is None else cache.tokens_BS
         features_BTP = character_features.word_features(
-            self.character_table, tokens_BS, layout.prev_index_BS, layout.slots_BT
+            self.character_table, tokens_BS, layout.prev_index_BS, layout.index_BT
         )
         embedding_BTD = self.embed(tokens_BT, layout, features_BTP, tokens_BS)
         value_embeddings = iter(self.value_embeddings)
@@ -250,7 +250,7 @@ class Ghost(nn.Module):
             if block.attention.value_mix is not None:
                 value_embedding_BTD = self.look_up(next(value_embeddings), "value", tokens_BT).to(x_BTD.dtype)
             x_BTD = block(x_BTD, embedding_BTD, value_embedding_BTD, cos, sin, layout.mask_BTS, cache)
-        return norm(x_BTD), self.character_tokens[character_features.characters(features_BTP)]
+        return norm(x_BTD), self.character_tokens[character_features.decode_characters(features_BTP)]
 
     def forward(self, tokens_BT, cache: GhostCache | None = None, segments_BT=None, last_B=None):
         """Log-probabilities of the next token, (B, T, V) in fp32. Arguments as in LanguageModel.__call__."""
@@ -313,7 +313,7 @@ class Ghost(nn.Module):
         """6 for each weight in a matmul, plus causal attention (half of T x T) and copy heads. Lookups cost none."""
         c, counts = self.config, self.parameter_counts()
         matmul_weights = counts["matrices"] + counts["head"] + self.copy_heads.gates.weight.numel()
-        per_context_token = 6 * c.depth * c.width + 6 * POINTER_WIDTH + 2 * character_features.POSITIONS
+        per_context_token = 6 * c.depth * c.width + 6 * POINTER_WIDTH + 2 * character_features.NUM_POSITIONS
         return 6 * matmul_weights + per_context_token * (context or c.context)
 
     def exported_tensors(self) -> dict[str, torch.Tensor]:

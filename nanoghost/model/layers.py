@@ -57,7 +57,7 @@ def init_uniform(weight_MN: torch.Tensor, variance: float) -> None:
     weight_MN.uniform_(-1, 1).mul_((3 * variance) ** 0.5)
 
 
-class _RMSNorm(torch.autograd.Function):
+class _UnweightedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTD):
         length = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
@@ -75,7 +75,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def norm(x_BTD):
     """RMSNorm without parameters over the last dimension (Zhang and Sennrich 2019)."""
-    return _RMSNorm.apply(x_BTD)
+    return _UnweightedRMSNorm.apply(x_BTD)
 
 
 class _ReluSquared(torch.autograd.Function):

@@ -16,14 +16,14 @@ class Layout:
     """Index of each token's predecessor in its row; -1 if it has none."""
     positions_BT: torch.Tensor
     """Positions for the rotary embedding; (T,) if they are the same in all rows."""
-    slots_BT: torch.Tensor
+    index_BT: torch.Tensor
     """Index of each new token among the S tokens of its row; with a cache, its slot there."""
     mask_BTS: torch.Tensor
     """Added to attention scores: -inf where token T may not see token S, else 0. (1, T, S) if all rows are alike."""
 
     def previous_tokens(self, tokens_BS):
         """The predecessor of each new token, (B, T); 0 if it has none."""
-        prev_index_BT = self.prev_index_BS.gather(1, self.slots_BT)
+        prev_index_BT = self.prev_index_BS.gather(1, self.index_BT)
         return tokens_BS.gather(1, prev_index_BT.clamp(0)) * (prev_index_BT >= 0)
 
     def sliding_window_mask(self, window: int):

@@ -18,8 +18,8 @@ from nanoghost.model.layers import Embedding, Linear, RMSNorm, attend, init_unif
 from nanoghost.model.layout import Layout, causal_layout
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.model.lora import Adapter, LoRALinear, rows_by_adapter
-from nanoghost.model.names import MATRIX_MODULES, huggingface_name
 from nanoghost.model.rope import rope_table
+from nanoghost.model.tensor_names import MATRIX_MODULES, huggingface_name
 
 
 class Attention(nn.Module):

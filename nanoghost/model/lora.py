@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from nanoghost.model.layers import Linear
-from nanoghost.model.names import MATRIX_MODULES
+from nanoghost.model.tensor_names import MATRIX_MODULES
 
 MatrixKey = tuple[int, str]
-"""(layer, name of the matrix, a key of names.MATRIX_MODULES)."""
+"""(layer, name of the matrix, a key of tensor_names.MATRIX_MODULES)."""
 
 
 class LowRankUpdate(NamedTuple):

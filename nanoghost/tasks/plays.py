@@ -22,7 +22,7 @@ MAX_SPEECHES = 6
 # ── from the text of a play to speeches ──────────────────────────────────────────────────────────────────────────────
 
 
-def speeches(text: str) -> list[list[tuple[str, str]]]:
+def split_into_scenes(text: str) -> list[list[tuple[str, str]]]:
     """Split a play into scenes, each a list of (speaker, speech) in order.
 
     A speech is a line with the speaker's name ("HAMLET.", "Ham.", "First Witch." or, without the stop, "PUCK"), the
@@ -113,7 +113,7 @@ class Plays(Task):
     def __init__(self, texts: Sequence[tuple[str, str]], max_words: int = MAX_WORDS):
         runs: dict[str, list[list[str]]] = {"train": [], "test": []}
         for name, text in texts:
-            for number, scene in enumerate(speeches(text)):
+            for number, scene in enumerate(split_into_scenes(text)):
                 runs[split_of(f"{name} {number}")] += usable_runs(scene, max_words)
         train_speeches = {
             normalize(speech) for run in runs["train"] for speech in run

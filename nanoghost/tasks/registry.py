@@ -4,7 +4,7 @@ import random
 import re
 from collections import Counter
 
-from nanoghost.data.registry import open_source
+from nanoghost.data.registry import open_data_source
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.tasks.arithmetic import Sums
 from nanoghost.tasks.base import Task, TaskContext
@@ -61,7 +61,7 @@ def context_of(base_card: ModelCard, name: str) -> TaskContext:
     if base_card.stage != "adopt":
         data = base_card.settings["data"]
         pretrained_on_plays = data == "plays"
-        texts = [(d.name, d.text) for d in open_source(data).documents() if d.split == "train"]
+        texts = [(d.name, d.text) for d in open_data_source(data).documents() if d.split == "train"]
         card |= {
             "maker": "nanoghost",
             "tokens": base_card.figures["tokens"],

@@ -59,7 +59,7 @@ def builtin_conversations(
 
     Conversation i depends on (seed, i) alone.
     """
-    mix, _ = split_data(data)
+    mix, _ = parse_data(data)
     if not mix:
         return []
     tasks = tasks_of_mix(mix, all_tasks(base_card, name), exclude)
@@ -68,11 +68,11 @@ def builtin_conversations(
 
 def file_conversations(data: str) -> list[list[dict]]:
     """The conversations of the file that `data` names; [] if it names a mix alone."""
-    _, path = split_data(data)
+    _, path = parse_data(data)
     return load_conversations(path) if path else []
 
 
-def split_data(data: str) -> tuple[str, str]:
+def parse_data(data: str) -> tuple[str, str]:
     """(mix, file) of a value of --data; "" for what it does not name."""
     mix, _, path = data.partition("+")
     return (mix, path) if mix in MIXES else ("", data)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from nanoghost.tasks.base import Problem, Task, TaskContext, split_of
-from nanoghost.tasks.messages import assistant, final_text, last_number, text_parts, user
+from nanoghost.tasks.messages import assistant, final_text, last_number, make_text_parts, user
 from nanoghost.tasks.names import FIRST_NAMES, PLACES
 from nanoghost.tasks.wording import choose_template, load_phrases, replace_words
 
@@ -47,7 +47,7 @@ class Spelling(WordTask):
         template = choose_template(rng, SPELL[split], split)
         question = template.format(word=quote(rng, word))
         answer = "-".join(word)
-        return Problem(self.name, (user(question),), (assistant(text_parts(list(answer))),), answer)
+        return Problem(self.name, (user(question),), (assistant(make_text_parts(list(answer))),), answer)
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
         spelled_words = re.findall(r"\b[a-z](?:-[a-z])+\b", final_text(reply).lower())
@@ -82,7 +82,7 @@ class Counting(WordTask):
                 count += 1
                 parts.append(str(count))
         parts.append(f", so {count}.")
-        return Problem(self.name, (user(question),), (assistant(text_parts(parts)),), str(count))
+        return Problem(self.name, (user(question),), (assistant(make_text_parts(parts)),), str(count))
 
     def draw_letter(self, rng: random.Random, word: str) -> str:
         """A letter of the word, one of its most frequent ones, or any letter: otherwise most answers would be 1."""

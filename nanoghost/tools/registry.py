@@ -27,7 +27,7 @@ def run_python(code: str) -> ToolResult:
 
 
 def python_is_available() -> bool:
-    return sandbox.available()
+    return sandbox.is_installed()
 
 
 def search_nothing(query: str) -> ToolResult:

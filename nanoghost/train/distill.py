@@ -15,8 +15,8 @@ from typing import Annotated
 import tyro
 
 from nanoghost import distributed, hardware
-from nanoghost.data.registry import open_source
-from nanoghost.data.shards import Shards
+from nanoghost.data.registry import open_data_source
+from nanoghost.data.token_dataset import TokenDataset
 from nanoghost.data.tokenize_source import tokenize_source
 from nanoghost.errors import UserError
 from nanoghost.evals.bits_per_byte import bits_per_byte
@@ -74,9 +74,9 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
     settings, parent = prepare_finetuning("distill", settings)
     teacher_folder = open_model(settings.teacher)
     check_distill_settings(settings, parent, teacher_folder)
-    shards, conversations = None, []
+    dataset, conversations = None, []
     if is_text(settings.data):
-        shards = tokenize_source(open_source(settings.data), load_base_tokenizer(parent))
+        dataset = tokenize_source(open_data_source(settings.data), load_base_tokenizer(parent))
     else:
         conversations = file_conversations(settings.data)
 
@@ -86,8 +86,8 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         setup_clock = Clock()
         model, tokenizer = load_parent(parent, settings)
         context = finetune_context(model.config.context, settings.context)
-        if shards:
-            examples = text_rows(shards.tokens("train"), context, settings.examples, shards.check("train"))
+        if dataset:
+            examples = text_rows(dataset.tokens("train"), context, settings.examples, dataset.check("train"))
         else:
             examples = sample_conversations(settings, conversations, parent.card.root)
         method = METHODS[settings.kind](settings, examples, tokenizer, context, Teacher(teacher_folder), run)
@@ -95,7 +95,7 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         groups = finetune_groups(parent.card.root, model.config.width, settings.learning_rate)
         model, optimizer = build_optimizer(model, groups, settings)
         if run.card.steps is None:
-            data = combined_sources(run.card.data, teacher_folder, shards)
+            data = combined_sources(run.card.data, teacher_folder, dataset)
             run.update_card(teacher=teacher_folder.card, teacher_seconds=round(setup_clock.seconds, 1), data=data)
             steps = settings.steps or calibrated_steps(settings, parent, groups, method)
             run.update_card(steps=steps, adapters=[adapter.summary() for adapter in model.adapters])
@@ -127,7 +127,7 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         seconds = clock.seconds
         run.save_model(model, tokenizer)
         results = {"teacher": teacher_folder.name, "teacher_seconds": run.card.teacher_seconds, "loss": final_loss}
-        results |= held_out_bits_per_byte(model, shards, context)
+        results |= held_out_bits_per_byte(model, dataset, context)
         figures = run.finish(tokens, seconds, throughput, model.flops_per_token(context), **results)
     display.print(f"{settings.name}: loss {final_loss:.3f} after {seconds:.0f} s of training")
     return figures
@@ -179,10 +179,10 @@ def tokenizer_difference(student, teacher) -> str:
     return ""
 
 
-def combined_sources(sources: list[dict], teacher: ModelFolder, shards: Shards | None) -> list[dict]:
+def combined_sources(sources: list[dict], teacher: ModelFolder, dataset: TokenDataset | None) -> list[dict]:
     """Data sources of the student, of the teacher and of the text, each once."""
     combined = list(sources)
-    for source in [*teacher.card.data, *([shards.manifest["source"]] if shards else [])]:
+    for source in [*teacher.card.data, *([dataset.manifest["source"]] if dataset else [])]:
         if source not in sources:
             combined.append(source)
     return combined
@@ -202,13 +202,13 @@ def calibrated_steps(settings: DistillSettings, parent: ModelFolder, groups, met
 # -- after the last step ----------------------------------------------------------------------------------------------
 
 
-def held_out_bits_per_byte(model, shards: Shards | None, context: int) -> dict[str, float]:
+def held_out_bits_per_byte(model, dataset: TokenDataset | None, context: int) -> dict[str, float]:
     """Bits per byte of the held-out texts, if the student learned from text."""
-    if shards is None:
+    if dataset is None:
         return {}
     return {
-        "bpb": bits_per_byte(model, shards.tokens("test"), context, shards.bytes("test")),
-        "validation_bpb": bits_per_byte(model, shards.tokens("val"), context, shards.bytes("val")),
+        "bpb": bits_per_byte(model, dataset.tokens("test"), context, dataset.bytes("test")),
+        "validation_bpb": bits_per_byte(model, dataset.tokens("val"), context, dataset.bytes("val")),
     }
 
 

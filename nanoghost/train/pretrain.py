@@ -1,6 +1,6 @@
 """Pretraining: from a folder of text to a model that continues it.
 
-text -> tokenizer -> shards -> batches -> loss -> Muon -> a model folder
+text -> tokenizer -> dataset -> batches -> loss -> Muon -> a model folder
 """
 
 import math
@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 
 from nanoghost import distributed, hardware
-from nanoghost.data.registry import open_source
-from nanoghost.data.shards import Shards
+from nanoghost.data.registry import open_data_source
 from nanoghost.data.sources import Source
+from nanoghost.data.token_dataset import TokenDataset
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
@@ -75,17 +75,17 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     check_settings(settings)
     check_arch(settings.arch)
     check_batch_is_divisible(settings, world_size)
-    source = open_source(settings.data)
+    source = open_data_source(settings.data)
     tokenizer = choose_tokenizer(settings, source, display)
-    shards = tokenize_source(source, tokenizer)
-    batches = shards.batches(settings.context, settings.batch, settings.seed, rank, world_size)
+    dataset = tokenize_source(source, tokenizer)
+    batches = dataset.batches(settings.context, settings.batch, settings.seed, rank, world_size)
     forward_backward = AutoMicroBatch(accumulate_gradients, settings.micro_batch, display.print)
 
     with start_run("pretrain", settings, display) as run:
         if run is None:
             return None
         setup_clock = Clock()
-        plan_run(run, settings, shards, tokenizer, batches, forward_backward, setup_clock)
+        plan_run(run, settings, dataset, tokenizer, batches, forward_backward, setup_clock)
         steps, epochs = run.card.steps, max(1.0, batches.epochs_in(run.card.steps))
         model, optimizer = build_model(run.card.depth, settings, tokenizer, epochs)
         counts = model.parameter_counts()
@@ -106,7 +106,7 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
             local_loss = forward_backward(model, inputs_BT, targets_BT)
             loss = distributed.all_reduce_mean(local_loss)
             if not math.isfinite(loss):
-                guard.handle_bad_loss(step, local_loss, batches.positions(batch_index).tolist())
+                guard.handle_bad_loss(step, local_loss, batches.row_starts(batch_index).tolist())
                 continue
             guard.save_if_due(step, clock, score=loss)
             lr_scale = lr_multiplier_at(step / steps)
@@ -119,12 +119,12 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
             run.log_step(step, clock, throughput, loss=loss, lr_scale=lr_scale, tokens=tokens)
             if validation_due(step, steps):
                 # An event is identified by its stage and step: this one is between two training steps.
-                run.log_event(step + 0.5, validation_bpb=validate(model, shards, settings.context))
+                run.log_event(step + 0.5, validation_bpb=validate(model, dataset, settings.context))
                 throughput = Throughput()  # without the time of the validation
 
         seconds = clock.seconds  # without the evaluation that follows
         run.save_model(model, tokenizer)
-        results = final_bits_per_byte(model, source, shards, settings.context) | {"loss": final_loss}
+        results = final_bits_per_byte(model, source, dataset, settings.context) | {"loss": final_loss}
         flops_per_token = model.flops_per_token(settings.context)
         figures = run.finish(steps * tokens_per_step, seconds, throughput, flops_per_token, **results)
     display.print(
@@ -155,7 +155,9 @@ def choose_tokenizer(settings: PretrainSettings, source: Source, display: Displa
     return load_or_train_tokenizer(source, settings.vocab_size, display.print, example_texts())
 
 
-def plan_run(run: Run, settings: PretrainSettings, shards: Shards, tokenizer, batches, forward_backward, clock) -> None:
+def plan_run(
+    run: Run, settings: PretrainSettings, dataset: TokenDataset, tokenizer, batches, forward_backward, clock
+) -> None:
     """Decide depth, compilation and number of steps, once for all resumes."""
     minutes = settings.minutes if settings.minutes or settings.steps else DEFAULT_MINUTES
     if run.card.depth is None:
@@ -170,7 +172,7 @@ def plan_run(run: Run, settings: PretrainSettings, shards: Shards, tokenizer, ba
                 compile_blocks(model)
             steps = calibrated_steps(minutes * 60 - clock.seconds, model, optimizer, batches, forward_backward)
         run.update_card(
-            data=[shards.manifest["source"]],
+            data=[dataset.manifest["source"]],
             arch=settings.arch,
             compile=compiled,
             steps=steps,
@@ -241,18 +243,18 @@ def validation_due(step: int, steps: int) -> bool:
     return finished_steps % interval == 0 and finished_steps < min(steps, VALIDATIONS * interval)
 
 
-def validate(model, shards: Shards, context: int) -> float:
+def validate(model, dataset: TokenDataset, context: int) -> float:
     """Bits per byte of the first rows of the validation text."""
-    tokens = shards.tokens("val")
+    tokens = dataset.tokens("val")
     sample = tokens[: VALIDATION_ROWS * context]
-    return bits_per_byte(model, sample, context, shards.bytes("val") * len(sample) / len(tokens))
+    return bits_per_byte(model, sample, context, dataset.bytes("val") * len(sample) / len(tokens))
 
 
-def final_bits_per_byte(model, source: Source, shards: Shards, context: int) -> dict[str, float]:
+def final_bits_per_byte(model, source: Source, dataset: TokenDataset, context: int) -> dict[str, float]:
     """Bits per byte of the whole test and validation texts, and of the n-gram baseline on the test text."""
     figures = {
-        "bpb": bits_per_byte(model, shards.tokens("test"), context, shards.bytes("test")),
-        "validation_bpb": bits_per_byte(model, shards.tokens("val"), context, shards.bytes("val")),
+        "bpb": bits_per_byte(model, dataset.tokens("test"), context, dataset.bytes("test")),
+        "validation_bpb": bits_per_byte(model, dataset.tokens("val"), context, dataset.bytes("val")),
         "kneser_ney_bpb": 0.0,
     }
     if distributed.is_main_process():  # takes seconds on one core, and only rank 0 writes the figures

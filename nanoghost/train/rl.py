@@ -149,7 +149,7 @@ def check_rl_settings(settings: RlSettings, world_size: int) -> None:
     if unknown:
         raise UserError(f"--tasks: unknown '{', '.join(unknown)}'; choose from {', '.join(RL_TASKS)}")
     if any(TASK_CLASSES[name].needs_sandbox for name in settings.task_names):
-        sandbox.require()
+        sandbox.require_installed()
     if settings.problems % world_size:
         raise UserError(f"--problems {settings.problems} is not divisible by the number of processes, {world_size}")
     if settings.rollouts < 2:

@@ -5,8 +5,8 @@ from typing import Literal
 
 from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder
-from nanoghost.model.names import MATRIX_MODULES
 from nanoghost.model.registry import LLAMA_FAMILY
+from nanoghost.model.tensor_names import MATRIX_MODULES
 from nanoghost.progress import JsonFlag
 
 DEFAULT_FINETUNE_MINUTES = 2.5

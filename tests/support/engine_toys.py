@@ -48,7 +48,7 @@ class ScriptedModel(torch.nn.Module):
 
     def forward(self, tokens, cache, last_B):
         logits = torch.full((len(tokens), 1, self.config.vocab_size), -50.0)
-        next_position = int(cache.next_slots_B[0] + last_B[0]) + 1
+        next_position = int(cache.next_index_B[0] + last_B[0]) + 1
         logits[0, 0, self.script[next_position - self.prompt_len]] = 50.0
         return logits
 

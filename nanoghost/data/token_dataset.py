@@ -25,7 +25,7 @@ FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Shards:
+class TokenDataset:
     folder: Path
     manifest: dict
 
@@ -39,7 +39,7 @@ class Shards:
     def check(self, split: str) -> Callable[[np.ndarray, int], None] | None:
         """A function (positions, count) that verifies the `count` tokens from each position on, before they are used.
 
-        None if `open_shards` has verified the whole file.
+        None if `open_token_dataset` has verified the whole file.
         """
         blocks = self.manifest["splits"][split].get("blocks")
         if blocks is None:
@@ -47,7 +47,7 @@ class Shards:
         return BlockChecksums(self.folder / f"{split}.bin", blocks, np.dtype(self.manifest["dtype"]).itemsize).check
 
     def batches(self, *layout) -> Batches:
-        """Batches of the training text; `layout` is (context, rows, seed, rank, world)."""
+        """Batches of the training text; `layout` is (context, rows, seed, rank, world_size)."""
         tokens, check = self.tokens("train"), self.check("train")
         if "mixture" in self.manifest:
             return MixedBatches(tokens, self.manifest["mixture"], *layout, check=check)
@@ -58,10 +58,10 @@ class Shards:
         return self.manifest["splits"][split]["bytes"]
 
 
-def open_shards(folder: Path) -> Shards:
+def open_token_dataset(folder: Path) -> TokenDataset:
     """Open tokenized text and compare the files with the manifest. Raises UserError if one is damaged.
 
-    Files that have block checksums are only compared in size here; `Shards.check` verifies their content.
+    Files that have block checksums are only compared in size here; `TokenDataset.check` verifies their content.
     """
     remedy = f"remove {folder}, and the next run tokenizes the text again"
     if not (folder / "manifest.json").exists():
@@ -78,4 +78,4 @@ def open_shards(folder: Path) -> Shards:
             damaged = sha256_of(file) != figures["sha256"]
         if damaged:
             raise UserError(f"{file} is damaged (it differs from manifest.json): {remedy}")
-    return Shards(folder, manifest)
+    return TokenDataset(folder, manifest)
