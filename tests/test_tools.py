@@ -14,8 +14,8 @@ from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.jinja_template import ChatTemplate
 from nanoghost.tools import sandbox
 from nanoghost.tools.registry import TOOLS, available_tools, run_tool, tools_for_model
-from tests.support.toys import TOY_FLAGS
 from tests.support.engine_toys import ScriptedModel
+from tests.support.toys import TOY_FLAGS
 from tests.test_generate import tokenizer  # noqa: F401
 
 MESSAGES = (

@@ -20,7 +20,7 @@ from nanoghost.bench.table import (
     requested_baselines,
     validation_texts,
 )
-from nanoghost.bench.transformers_baseline import Transformers
+from nanoghost.bench.transformers_baseline import TransformersEngine
 from nanoghost.commands.arguments import ModelArgument, parse_numbers
 from nanoghost.engine.engine import open_engine
 from nanoghost.engine.quantized_llama import QuantizedLlama
@@ -62,7 +62,7 @@ class PrefillSettings(ModelArgument, JsonFlag):
     """Baselines, comma-separated: transformers, llama.cpp. They must be installed."""
 
 
-class Nanoghost:
+class NanoghostEngine:
     def __init__(self, folder: ModelFolder, slots: int, slot_tokens: int):
         self.engine = open_engine(folder, slots, slot_tokens)
         self.model = self.engine.runner.model
@@ -125,9 +125,9 @@ def open_systems(settings: DecodeSettings | PrefillSettings, slots: int, slot_to
     hardware.prepare()
     folder = open_model(settings.model)
     baselines = requested_baselines(settings.against, folder, ["transformers", "llama.cpp"])
-    systems = {"nanoghost": Nanoghost(folder, slots, slot_tokens)}
+    systems = {"nanoghost": NanoghostEngine(folder, slots, slot_tokens)}
     if "transformers" in baselines:
-        systems["transformers, bf16"] = Transformers(folder)
+        systems["transformers, bf16"] = TransformersEngine(folder)
     if "llama.cpp" in baselines:
         for quant in ("q4_0", "q4_1", "q8_0", "bf16"):
             systems[f"llama.cpp, {quant}"] = LlamaCpp(folder, slots, quant, slot_tokens)
@@ -155,11 +155,11 @@ def decode(settings: DecodeSettings) -> None:
     measure_and_report(workloads, settings.rounds, settings.json, limits)
 
 
-def decode_limit(nanoghost: Nanoghost, limits: MachineLimits, streams: int, tokens: int) -> float:
+def decode_limit(nanoghost: NanoghostEngine, limits: MachineLimits, streams: int, tokens: int) -> float:
     return throughput_limit(nanoghost.model, limits, streams, context=32 + tokens // 2)
 
 
-def speculative_workloads(nanoghost: Nanoghost, tokens: int) -> list[tuple[str, Callable[[], float]]]:
+def speculative_workloads(nanoghost: NanoghostEngine, tokens: int) -> list[tuple[str, Callable[[], float]]]:
     """(name, run) for each kind of request, without and with speculative decoding."""
     tokenizer = nanoghost.engine.tokenizer
     text = tokenizer.decode(validation_texts(tokenizer, 1, 120)[0])
@@ -174,7 +174,7 @@ def speculative_workloads(nanoghost: Nanoghost, tokens: int) -> list[tuple[str, 
     return workloads
 
 
-def median_decode(nanoghost: Nanoghost, prompts: list[list[int]], tokens: int, speculative: bool) -> float:
+def median_decode(nanoghost: NanoghostEngine, prompts: list[list[int]], tokens: int, speculative: bool) -> float:
     """Greedy, one prompt at a time."""
     return statistics.median(nanoghost.decode([prompt], tokens, speculative, temperature=0.0) for prompt in prompts)
 

@@ -50,7 +50,7 @@ class CoinTossTask:
         return float(zlib.crc32(str(reply[-1]["content"]).encode()) % 2)
 
 
-class Nanoghost:
+class NanoghostRl:
     def __init__(self, folder: ModelFolder, settings: RlBenchSettings, task: CoinTossTask):
         self.model, self.tokenizer = load_model(folder.path, hardware.compute_dtype())
         self.tasks = {settings.task: task}
@@ -75,7 +75,7 @@ class Nanoghost:
         return 60 * self.settings.problems * self.settings.rollouts / (time.perf_counter() - start)
 
 
-class Trl:
+class TrlBaseline:
     def __init__(self, folder: ModelFolder, settings: RlBenchSettings, task: CoinTossTask):
         import datasets
         import trl
@@ -139,9 +139,9 @@ def command(settings: RlBenchSettings) -> None:
         raise UserError("--rounds must be at least 1")
     rl.check_rl_settings(rl.RlSettings(tasks=settings.task, problems=settings.problems, rollouts=settings.rollouts), 1)
     task = CoinTossTask(all_tasks(folder.card.root, folder.name)[settings.task])
-    systems = {"nanoghost": Nanoghost(folder, settings, task)}
+    systems = {"nanoghost": NanoghostRl(folder, settings, task)}
     if requested_baselines(settings.against, folder, ["trl"]):
-        systems["TRL"] = Trl(folder, settings, task)
+        systems["TRL"] = TrlBaseline(folder, settings, task)
     rollouts = settings.problems * settings.rollouts
     workloads = [Workload(name, "rl", rollouts, system.step) for name, system in systems.items()]
     measure_and_report(workloads, settings.rounds, settings.json, measure_limits(), "rollouts/min")

@@ -47,7 +47,7 @@ class TrainBenchSettings(ModelArgument, JsonFlag):
     """Baseline: transformers (a plain loop, with peft for LoRA). It must be installed."""
 
 
-class Nanoghost:
+class NanoghostTrainer:
     def __init__(self, folder: ModelFolder, settings: TrainBenchSettings):
         self.model, self.tokenizer = load_model(folder.path, hardware.compute_dtype())
         if settings.lora:
@@ -68,7 +68,7 @@ class Nanoghost:
         return tokens / (time.perf_counter() - start)
 
 
-class Transformers:
+class TransformersTrainer:
     """The loop that one writes first: bf16, eager, rows padded to the longest of their batch, AdamW."""
 
     def __init__(self, folder: ModelFolder, settings: TrainBenchSettings):
@@ -114,10 +114,10 @@ def command(settings: TrainBenchSettings) -> None:
     hardware.prepare()
     folder = open_model(settings.model)
     check(settings, folder)
-    nanoghost = Nanoghost(folder, settings)
+    nanoghost = NanoghostTrainer(folder, settings)
     systems = {"nanoghost": nanoghost}
     if requested_baselines(settings.against, folder, ["transformers"], ["peft"] if settings.lora else []):
-        systems["transformers, bf16"] = Transformers(folder, settings)
+        systems["transformers, bf16"] = TransformersTrainer(folder, settings)
 
     context = finetune_context(nanoghost.model.config.context)
     count = settings.batch * settings.steps

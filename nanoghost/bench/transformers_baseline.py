@@ -7,7 +7,7 @@ import torch
 from nanoghost.home import ModelFolder
 
 
-class Transformers:
+class TransformersEngine:
     def __init__(self, folder: ModelFolder):
         from transformers import AutoModelForCausalLM
 
