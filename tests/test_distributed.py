@@ -1,4 +1,4 @@
-"""Every stage and the evaluation with one process and with two: the same losses, the same samples, and the work is shared."""
+"""Every stage and the evaluation with one process and with two: same losses, same samples, and the work is shared."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def two_tasks(base_card, name: str) -> dict:
 
 
 def run_all_stages(home: str) -> None:
-    """Run every stage in the home `home`/WORLD_SIZE, in fp32, and count the tokens that this process puts through a model."""
+    """Run every stage in the home `home`/WORLD_SIZE, in fp32; count the tokens that go through models in this process."""
     hardware.cpu_dtype = lambda flags: torch.float32
     rank, world_size = distributed.rank_and_world_size()
     os.chdir(home)
@@ -134,7 +134,7 @@ def test_the_evaluation_has_the_same_figures_on_every_rank_and_world_size(finish
 
 @pytest.mark.parametrize("stage", ["pretrain", *STAGES, "eval"])
 def test_two_processes_share_the_work(finished, stage):
-    """Each reads not much more than half of the tokens: rollouts and rows differ in length, so parts are not quite equal."""
+    """Each reads about half of the tokens: rollouts and rows differ in length, so the parts are not quite equal."""
     alone = results_of_rank(finished, 1, 0)["work"][stage]
     parts = [results_of_rank(finished, 2, rank)["work"][stage] for rank in range(2)]
     assert max(parts) < 0.8 * alone, (alone, parts)

@@ -273,8 +273,8 @@ def rank_processes(parent: int) -> dict[int, int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_after_a_rank_is_killed_torchrun_restarts_the_run_with_the_same_losses(tmp_path):
     (tmp_path / "notes.txt").write_text(toy_text(400))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2",
-                "-m", "nanoghost"]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "2", "--max-restarts", "2", "-m", "nanoghost"]
     process = subprocess.Popen(
         [*torchrun, *KILLED_RUN, "--name", "killed", "--force"],
         cwd=tmp_path,

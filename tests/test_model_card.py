@@ -53,15 +53,13 @@ def test_a_folder_of_an_older_format_can_be_removed_and_does_not_block_others(na
 
 def test_a_locked_folder_has_no_second_writer(home):
     folder = ModelFolder("toy")
-    with write_lock(folder):
-        with pytest.raises(UserError, match="another process is writing 'toy'"), write_lock(folder):
-            pass
+    with write_lock(folder), pytest.raises(UserError, match="another process is writing 'toy'"), write_lock(folder):
+        pass
     with write_lock(folder):  # free again
         pass
 
 
 def test_a_lock_on_a_folder_leaves_no_file(tmp_path):
-    with exclusive_lock(tmp_path):
-        with pytest.raises(UserError, match="busy"), exclusive_lock(tmp_path, "busy"):
-            pass
+    with exclusive_lock(tmp_path), pytest.raises(UserError, match="busy"), exclusive_lock(tmp_path, "busy"):
+        pass
     assert list(tmp_path.iterdir()) == []

@@ -177,7 +177,8 @@ def test_on_a_bandit_the_gradient_is_that_of_the_expected_reward(variant):
 @pytest.mark.parametrize(
     "variant, ratio, advantage, pull",  # pull: the gradient's size as a multiple of the advantage
     [
-        ("cispo", 0.01, 1, 0.01), ("cispo", 0.01, -1, 0.01), ("cispo", 4.9, 1, 4.9), ("cispo", 9, 1, 5), ("cispo", 9, -1, 5),
+        ("cispo", 0.01, 1, 0.01), ("cispo", 0.01, -1, 0.01),
+        ("cispo", 4.9, 1, 4.9), ("cispo", 9, 1, 5), ("cispo", 9, -1, 5),
         ("dr_grpo", 1.19, 1, 1.19), ("dr_grpo", 1.21, 1, 0), ("dr_grpo", 1.21, -1, 1.21),
         ("dr_grpo", 0.81, -1, 0.81), ("dr_grpo", 0.79, -1, 0), ("dr_grpo", 0.79, 1, 0.79),
         ("dapo", 1.27, 1, 1.27), ("dapo", 1.29, 1, 0), ("dapo", 1.29, -1, 1.29),

@@ -35,7 +35,7 @@ def why_impossible() -> str:
 
 
 def connect(delay: float, loss: float, seed: int = 0) -> int:
-    """Create both hosts; returns the id of the process that is their link. `disconnect` ends it and removes the hosts."""
+    """Create both hosts; returns the id of the process that links them. `disconnect` ends it and removes the hosts."""
     devices = []
     for host, address, peer in zip(HOSTS, ADDRESSES, reversed(ADDRESSES)):
         device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
