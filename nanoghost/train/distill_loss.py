@@ -19,7 +19,7 @@ import math
 import torch
 
 from nanoghost.model.ghost import Ghost
-from nanoghost.model.layers import CHUNK
+from nanoghost.model.layers import LOGITS_CHUNK
 from nanoghost.model.layout import causal_layout
 
 
@@ -112,8 +112,8 @@ class _BucketLogProbs(torch.autograd.Function):
 
 
 def _chunks(positions: int, vocabulary: int):
-    """Slices of positions: CHUNK positions with a vocabulary of 4096, fewer with a larger one."""
-    size = max(1, CHUNK * 4096 // vocabulary)
+    """Slices of positions: LOGITS_CHUNK positions with a vocabulary of 4096, fewer with a larger one."""
+    size = max(1, LOGITS_CHUNK * 4096 // vocabulary)
     return [slice(i, i + size) for i in range(0, positions, size)]
 
 
