@@ -178,7 +178,7 @@ def test_splits_of_many_documents_depend_on_their_text_alone(tmp_path):
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: .*surrogate"),
         ("a.parquet", b"not parquet", r"a\.parquet: not a parquet file"),
         ("a.txt", b"", r"a\.txt: it contains no text"),
-        ("a.png", b"", r"a\.png: no text that can be read; data are \.txt, \.md"),
+        ("a.png", b"", r"a\.png: no readable text; it must be a \.txt, \.md"),
     ],
 )
 def test_errors_in_files_name_file_and_line(tmp_path, name, content, message):
@@ -191,7 +191,7 @@ def test_errors_in_files_name_file_and_line(tmp_path, name, content, message):
 def test_errors_of_unknown_sources(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no data called 'shakespear': it can be 'plays', a .txt, .* hub:OWNER/NAME"):
         open_data_source("shakespear")
-    with pytest.raises(UserError, match="no text that can be read"):
+    with pytest.raises(UserError, match="no readable text"):
         open_data_source(str(tmp_path))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'nanoghost\[hub\]'"):

@@ -110,7 +110,7 @@ def test_causal_mask_hides_later_tokens_and_other_conversations():
 
 @pytest.mark.parametrize("chunk", [4, 5, 1024])  # of 10 positions: with a remainder, in equal parts, in one part
 def test_token_logprobs_equal_a_gathered_log_softmax(monkeypatch, chunk):
-    monkeypatch.setattr(layers, "CHUNK", chunk)
+    monkeypatch.setattr(layers, "LOGITS_CHUNK", chunk)
     hidden_ND, head_VD, targets_N = torch.randn(10, 6), torch.randn(13, 6), torch.randint(13, (10,))
     targets_N[:3] = 7  # a target that occurs several times
 

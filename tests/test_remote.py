@@ -90,7 +90,7 @@ def test_remote_files_give_the_same_documents_as_local_files(tmp_path, remote_fi
 
 
 def test_failed_requests_are_repeated_and_lose_nothing(tmp_path, remote_files, monkeypatch):
-    monkeypatch.setattr(download_cache, "CHUNK", 100)
+    monkeypatch.setattr(download_cache, "REQUEST_BYTES", 100)
     write(tmp_path / "text")
     upload(remote_files, tmp_path / "text", "/bucket/text")
     Flaky.failures = {1, 2, 3, 4, 5, 7, 9, 10, 15}
@@ -104,7 +104,7 @@ def test_failed_requests_are_repeated_and_lose_nothing(tmp_path, remote_files, m
 
 
 def test_a_killed_download_resumes(tmp_path, remote_files, monkeypatch):
-    monkeypatch.setattr(download_cache, "CHUNK", 10)
+    monkeypatch.setattr(download_cache, "REQUEST_BYTES", 10)
     remote_files.pipe_file("/a.txt", b"0123456789" * 5)
 
     class Killed(Flaky):

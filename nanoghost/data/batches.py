@@ -3,7 +3,7 @@
 An epoch cuts the stream into windows of `context` tokens, starting at a random offset, and visits them in random order.
 The next epoch has another offset, so that the model sees the same text at other distances from the start of a window.
 
-Legend: B batch (rows of this rank), T time (context).
+B batch (rows of this rank), T time (context).
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,12 @@ from nanoghost.errors import UserError
 
 
 class Batches:
+    """The batches of one token stream. `rows` are windows of the stream, numbered from the start of the run."""
+
     def __init__(
-        self, tokens: np.ndarray, context: int, rows: int, seed: int, rank: int = 0, world_size: int = 1, check=None
+        self, tokens: np.ndarray, context: int, rows: int, seed: int, rank: int = 0, world_size: int = 1, verify=None
     ):
-        """`tokens` [N] from `TokenDataset.tokens`, `check` from `TokenDataset.check`; `rows` is the size of the global batch.
+        """`tokens` and `verify` are from TokenDataset; `rows` is the size of the global batch.
 
         This rank gets the rows rank, rank + world_size, rank + 2 * world_size ...
         """
@@ -29,7 +31,7 @@ class Batches:
             )
         self.tokens = np.asarray(tokens)  # same memory; indexing a memmap object itself is slower
         self.context, self.rows, self.seed = context, rows, seed
-        self.rank, self.world_size, self.check = rank, world_size, check
+        self.rank, self.world_size, self.verify = rank, world_size, verify
         # One window fewer than would fit leaves room for the offset; a corpus of a single row has no room.
         self.rows_per_epoch = max(1, len(tokens) // context - 1)
         self.max_offset = len(tokens) - 1 - self.rows_per_epoch * context
@@ -38,8 +40,8 @@ class Batches:
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of a step, int64 [B, T] each, targets one token ahead."""
         starts = self.row_starts(step)
-        if self.check:
-            self.check(starts, self.context + 1)
+        if self.verify:
+            self.verify(starts, self.context + 1)
         window = torch.from_numpy(self.tokens[starts[:, None] + np.arange(self.context + 1)].astype("i8"))
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
@@ -51,9 +53,9 @@ class Batches:
         """Start of each of this rank's rows in the token stream, [B]."""
         return self.starts_of(step * self.rows + np.arange(self.rank, self.rows, self.world_size))
 
-    def starts_of(self, row: np.ndarray) -> np.ndarray:
-        """Start in the token stream of rows that are numbered from the start of the run."""
-        epoch, index = np.divmod(row, self.rows_per_epoch)
+    def starts_of(self, row_numbers: np.ndarray) -> np.ndarray:
+        """Start in the token stream of each of these rows."""
+        epoch, index = np.divmod(row_numbers, self.rows_per_epoch)
         needed = np.unique(epoch).tolist()  # one or two; many if the text is shorter than a batch
         self.epochs = {e: self.epochs[e] if e in self.epochs else self.window_starts(e) for e in needed}
         return np.concatenate([self.epochs[e][index[epoch == e]] for e in needed])

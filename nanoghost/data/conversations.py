@@ -9,7 +9,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def load_conversations(path: str | Path) -> list[list[dict]]:
-    """All conversations of a JSONL file. Raises UserError that names file and line."""
+    """All conversations of a JSONL file. Raises UserError, with the file and the line."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f'no file {path}: conversations are a .jsonl file of {{"messages": [...]}} lines')

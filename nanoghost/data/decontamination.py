@@ -1,6 +1,6 @@
 """An index of the text that models are evaluated on, so that training text which contains it can be dropped.
 
-A document is contaminated if it shares 13 words in a row with the evaluation, as in GPT-3 (Brown and others 2020,
+A document is contaminated if it shares 13 words in a row with the evaluation, as in GPT-3 (Brown et al. 2020,
 appendix C). Shorter problems count as a whole; below 8 words they cannot be told from ordinary text.
 """
 
@@ -42,13 +42,14 @@ def build_index(names: str, file: Path) -> None:
     write_json(file.with_suffix(".json"), counts)
     partial = file.with_suffix(".partial")
     with open(partial, "wb") as f:
-        np.savez(f, **{key: np.unique(np.concatenate(of_texts)) for key, of_texts in arrays.items()})
+        np.savez(f, **{key: np.unique(np.concatenate(hash_arrays)) for key, hash_arrays in arrays.items()})
     partial.replace(file)
 
 
 def held_out_texts(name: str) -> Iterator[str]:
     """Held-out problems of all tasks ("tasks"), held-out plays ("plays"), or all documents of another source."""
     if name == "tasks":
+        # The card of an adopted model: no facts about pretraining, and words to spell from the dictionary alone
         card = ModelCard(name="ghost", stage="adopt", parameters=1)
         for task in all_tasks(card, "ghost").values():
             for problem in distinct_problems(task, PROBLEMS):

@@ -10,7 +10,7 @@ from nanoghost.data.retry import retry
 from nanoghost.errors import UserError
 from nanoghost.home import exclusive_lock, home
 
-CHUNK = 2**23
+REQUEST_BYTES = 2**23
 """Bytes per request."""
 DEFAULT_GB = 10.0
 
@@ -39,7 +39,7 @@ class DownloadCache:
         self.folder, self.limit = folder, limit
 
     def fetch(self, fs, file: RemoteFile) -> Path:
-        """The local copy of a file. A download that was killed resumes where it was."""
+        """The local copy of a file. A download that was interrupted resumes where it stopped."""
         key = hashlib.sha256(f"{file.path} {file.version}".encode()).hexdigest()[:24]
         target = self.folder / (key + PurePosixPath(file.path).suffix.lower())
         partial_file = target.with_suffix(".partial")
@@ -58,11 +58,11 @@ class DownloadCache:
                 f"{file.path} has {file.size:,} bytes, and the limit of the cache is {self.limit:,}:"
                 " set NANOGHOST_CACHE_GB to a larger value"
             )
-        others = [p for p in self.folder.iterdir() if p.suffix != ".json" and p != partial_file]
-        others.sort(key=lambda p: p.stat().st_mtime)
-        used = sum(p.stat().st_size for p in others)
+        cached_files = [p for p in self.folder.iterdir() if p.suffix != ".json" and p != partial_file]
+        cached_files.sort(key=lambda p: p.stat().st_mtime)
+        used = sum(p.stat().st_size for p in cached_files)
         while used + file.size > self.limit:
-            oldest = others.pop(0)
+            oldest = cached_files.pop(0)
             used -= oldest.stat().st_size
             oldest.unlink()
 
@@ -76,7 +76,7 @@ def download(fs, file: RemoteFile, target: Path) -> None:
     with open(target, "ab") as f:
         while f.tell() < file.size:
             start = f.tell()
-            end = min(start + CHUNK, file.size)
+            end = min(start + REQUEST_BYTES, file.size)
             chunk = retry(partial(fs.cat_file, file.path, start=start, end=end), file.path)
             if len(chunk) != end - start:
                 raise UserError(f"{file.path} changed while it was read: run the command again")

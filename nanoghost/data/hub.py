@@ -10,7 +10,7 @@ from nanoghost.data.sources import Source, folder_name
 from nanoghost.errors import UserError
 
 MAX_HUB_BYTES = 1_000_000_000
-"""Limit of the text from one dataset: some have terabytes (FineWeb-Edu)."""
+"""Maximum amount of text from one dataset. Some have terabytes (FineWeb-Edu)."""
 
 NON_COMMERCIAL = {"climbmix": "CC BY-NC 4.0"}
 """Datasets whose license forbids commercial use, by a part of their name: copies do not always repeat the license."""

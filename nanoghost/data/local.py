@@ -14,7 +14,7 @@ def open_local(path: Path) -> Source:
     """One file, or all files of a folder in the order of their names; hidden files are skipped."""
     files = text_files(path)
     if not files:
-        raise UserError(f"{path}: no text that can be read; data are {', '.join(SUFFIXES)} files, or a folder of them")
+        raise UserError(f"{path}: no readable text; it must be a {', '.join(SUFFIXES)} file, or a folder of them")
 
     def texts() -> Iterator[tuple[str, str]]:
         for name, file in files.items():

@@ -1,7 +1,7 @@
 """Batches of a mixture: each row comes from one source. Each source has its own epochs: a short one repeats more often.
 
-The source of a row depends on the seed and the row's number alone, like everything about batches. In each block of
-BLOCK rows the sources have exactly their weights, in random order.
+The source of a row depends on the seed and the row's number alone. In each block of BLOCK rows the sources have exactly
+their weights, in random order.
 """
 
 from dataclasses import dataclass
@@ -25,25 +25,37 @@ class RowAssignment:
 
 
 class MixedBatches(Batches):
-    def __init__(self, tokens: np.ndarray, mixture: list[dict], context: int, rows: int, seed: int, *ranks, check=None):
+    """Batches whose rows come from several token streams, by weight."""
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        mixture: list[dict],
+        context: int,
+        rows: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        verify=None,
+    ):
         """`tokens` of all sources, one after the other; `mixture` has "tokens" (a number) and "weight" of each."""
-        super().__init__(tokens, context, rows, seed, *ranks, check=check)
+        super().__init__(tokens, context, rows, seed, rank, world_size, verify)
         ends = np.cumsum([source["tokens"] for source in mixture])
         self.offsets = ends - [source["tokens"] for source in mixture]
         self.sources = [Batches(self.tokens[start:end], context, 1, seed) for start, end in zip(self.offsets, ends)]
         self.quotas = rows_per_block([source["weight"] for source in mixture])
         self.blocks: dict[int, RowAssignment] = {}  # cache: the blocks of the last batch
 
-    def starts_of(self, row: np.ndarray) -> np.ndarray:
-        block, place = np.divmod(row, BLOCK)
+    def starts_of(self, row_numbers: np.ndarray) -> np.ndarray:
+        block, index_in_block = np.divmod(row_numbers, BLOCK)
         self.cache_blocks(np.unique(block).tolist())
-        source = np.empty(len(row), np.int64)
-        row_in_source = np.empty(len(row), np.int64)
+        source = np.empty(len(row_numbers), np.int64)
+        row_in_source = np.empty(len(row_numbers), np.int64)
         for number, assignment in self.blocks.items():
             in_block = block == number
-            source[in_block] = assignment.source[place[in_block]]
-            row_in_source[in_block] = assignment.row_in_source[place[in_block]]
-        starts = np.empty(len(row), np.int64)
+            source[in_block] = assignment.source[index_in_block[in_block]]
+            row_in_source[in_block] = assignment.row_in_source[index_in_block[in_block]]
+        starts = np.empty(len(row_numbers), np.int64)
         for i in np.unique(source).tolist():
             from_source = source == i
             starts[from_source] = self.offsets[i] + self.sources[i].starts_of(row_in_source[from_source])

@@ -1,6 +1,6 @@
 """Mixtures of sources: `--data plays=0.7,./notes=0.3` takes 7 of 10 rows from the plays, however large the sources are.
 
-A mixture as a source is here; the batches of its tokens are in mixed_batches.py.
+mix_sources makes one source of several. mixed_batches.py draws the batches from the tokens by weight.
 """
 
 import re

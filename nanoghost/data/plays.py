@@ -13,8 +13,8 @@ from nanoghost.errors import UserError
 from nanoghost.home import home, write_atomic
 
 PLAYS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
-PLAYS_TEST = ("hamlet", "tempest", "twelfth_night")  # evaluated once, at the end
-PLAYS_VAL = ("macbeth", "much_ado_about_nothing", "richard_ii")  # for every choice
+PLAYS_TEST = ("hamlet", "tempest", "twelfth_night")  # for final results only
+PLAYS_VAL = ("macbeth", "much_ado_about_nothing", "richard_ii")  # for the choice of hyperparameters
 
 
 def fetch_plays() -> Path:

@@ -42,7 +42,7 @@ class RefineSettings(JsonFlag):
     similarity: float = 0.5
     """Jaccard similarity (three-word sequences, spelling ignored) from which two documents are near duplicates."""
     quality: str = "gopher"
-    """gopher: drop what the rules of Gopher (Rae and others 2021) do not accept as prose; none: no quality filter."""
+    """gopher: drop what the rules of Gopher (Rae et al. 2021) do not accept as prose; none: no quality filter."""
     decontaminate: str = "plays,tasks"
     """Evaluation text to remove, comma-separated: plays (held-out ones), tasks (held-out problems), files; or none."""
     workers: int = os.cpu_count() or 1
@@ -57,7 +57,7 @@ def command(settings: RefineSettings) -> None:
 
 def refine(settings: RefineSettings, console: Console) -> dict:
     """Refine the text, unless it is done already. Returns the manifest."""
-    check(settings)
+    check_settings(settings)
     source = open_data_source(settings.data)
     folder, work = home() / "data" / settings.name, work_folder(settings)
     work.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def result_settings(settings: RefineSettings, source: Source) -> dict:
     }
 
 
-def check(settings: RefineSettings) -> None:
+def check_settings(settings: RefineSettings) -> None:
     valid_name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", settings.name)
     if not valid_name or settings.name in RESERVED_NAMES:
         raise UserError(f"--name cannot be '{settings.name}': use letters, digits, '.', '_' and '-'")

@@ -46,11 +46,11 @@ def dropped_counts(folder: Path) -> dict:
     for file in sorted(folder.glob("*.jsonl")):
         rows += read_json_lines(file)
     details = sorted({row["detail"] for row in rows if row.get("detail") is not None})
-    by_detail = {detail: count([row for row in rows if row["detail"] == detail]) for detail in details}
-    return count(rows) | {"details": by_detail}
+    by_detail = {detail: totals([row for row in rows if row["detail"] == detail]) for detail in details}
+    return totals(rows) | {"details": by_detail}
 
 
-def count(rows: list[dict]) -> dict:
+def totals(rows: list[dict]) -> dict:
     return {"documents": len(rows), "bytes": sum(row["bytes"] for row in rows)}
 
 

@@ -25,8 +25,8 @@ def open_refined(folder: Path) -> Source:
     documents_in, documents_out = manifest["input"]["documents"], manifest["output"]["documents"]
 
     def texts() -> Iterator[tuple[str, str]]:
-        for name, figures in files.items():
-            if sha256_of(folder / name) != figures["sha256"]:
+        for name, entry in files.items():
+            if sha256_of(folder / name) != entry["sha256"]:
                 raise UserError(
                     f"{folder / name} is damaged (it differs from manifest.json): remove {folder} and refine again"
                 )
@@ -39,6 +39,6 @@ def open_refined(folder: Path) -> Source:
         name=folder.name,
         license=source["license"],
         attribution=f"{source['attribution']}; refined: {documents_out:,} of {documents_in:,} documents",
-        fingerprint=fingerprint((name, bytes.fromhex(figures["sha256"])) for name, figures in files.items()),
+        fingerprint=fingerprint((name, bytes.fromhex(entry["sha256"])) for name, entry in files.items()),
         documents=documents,
     )

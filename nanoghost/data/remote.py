@@ -100,10 +100,10 @@ class RemoteFiles:
     def texts(self, skip: int = 0) -> Iterator[tuple[str, str]]:
         """Yield all (name, text) except the first `skip`, up to `max_bytes` of text."""
         counts_file = self.cache.folder / f"{self.fingerprint()[:16]}.json"
-        counts_of = read_json(counts_file) if counts_file.exists() else {}
+        counts_by_path = read_json(counts_file) if counts_file.exists() else {}
         total_bytes = 0
         for file in self.files:
-            counts = counts_of.get(file.path)
+            counts = counts_by_path.get(file.path)
             if counts and counts["texts"] <= skip:  # nothing of this file is needed
                 skip -= counts["texts"]
                 total_bytes += counts["bytes"]
@@ -125,5 +125,5 @@ class RemoteFiles:
             except UserError as error:  # it names the local copy
                 raise UserError(f"{file.path}: {error}") from None
             total_bytes += counts["bytes"]
-            counts_of[file.path] = counts
-            write_json(counts_file, counts_of)
+            counts_by_path[file.path] = counts
+            write_json(counts_file, counts_by_path)

@@ -1,4 +1,4 @@
-"""Repeat requests to a remote store that fail for a while."""
+"""Repeat requests to a remote store after a transient failure."""
 
 import sys
 import time

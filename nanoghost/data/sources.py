@@ -1,4 +1,4 @@
-"""A data source: named documents with a split, a license and a fingerprint. `open_data_source` (registry.py) opens one."""
+"""A data source: named documents with a split, a license and a fingerprint. registry.py opens one."""
 
 import hashlib
 import re
@@ -54,5 +54,5 @@ def sha256_of(file: Path) -> str:
 
 
 def folder_name(name: str) -> str:
-    """`name` with all characters replaced that do not belong into the name of a folder."""
+    """`name` with a hyphen in place of characters that a folder name should not have."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "text"

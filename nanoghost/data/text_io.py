@@ -40,7 +40,7 @@ def parse_json_lines(file: Path) -> Iterator[tuple[int, str, object]]:
 
 
 def check_unicode(text: str, where: str) -> str:
-    """Return `text`. JSON can contain half of a surrogate pair ("\\ud800"), which no encoding can write: UserError."""
+    """Return `text`. Raises UserError for half of a surrogate pair ("\\ud800"): JSON can contain it, UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

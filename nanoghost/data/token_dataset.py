@@ -26,6 +26,8 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class TokenDataset:
+    """The token ids of the three splits of a source, in a folder."""
+
     folder: Path
     manifest: dict
 
@@ -36,7 +38,7 @@ class TokenDataset:
             return np.empty(0, self.manifest["dtype"])  # an empty file cannot be mapped
         return np.memmap(self.folder / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
 
-    def check(self, split: str) -> Callable[[np.ndarray, int], None] | None:
+    def verifier(self, split: str) -> Callable[[np.ndarray, int], None] | None:
         """A function (positions, count) that verifies the `count` tokens from each position on, before they are used.
 
         None if `open_token_dataset` has verified the whole file.
@@ -46,12 +48,12 @@ class TokenDataset:
             return None
         return BlockChecksums(self.folder / f"{split}.bin", blocks, np.dtype(self.manifest["dtype"]).itemsize).check
 
-    def batches(self, *layout) -> Batches:
-        """Batches of the training text; `layout` is (context, rows, seed, rank, world_size)."""
-        tokens, check = self.tokens("train"), self.check("train")
+    def batches(self, context: int, rows: int, seed: int, rank: int = 0, world_size: int = 1) -> Batches:
+        """Batches of the training text; `rows` is the size of the global batch."""
+        tokens, verify = self.tokens("train"), self.verifier("train")
         if "mixture" in self.manifest:
-            return MixedBatches(tokens, self.manifest["mixture"], *layout, check=check)
-        return Batches(tokens, *layout, check=check)
+            return MixedBatches(tokens, self.manifest["mixture"], context, rows, seed, rank, world_size, verify)
+        return Batches(tokens, context, rows, seed, rank, world_size, verify)
 
     def bytes(self, split: str) -> int:
         """Bytes of UTF-8 text in the split: the denominator of bits per byte."""
@@ -61,7 +63,7 @@ class TokenDataset:
 def open_token_dataset(folder: Path) -> TokenDataset:
     """Open tokenized text and compare the files with the manifest. Raises UserError if one is damaged.
 
-    Files that have block checksums are only compared in size here; `TokenDataset.check` verifies their content.
+    Files that have block checksums are only compared in size here; `TokenDataset.verifier` verifies their content.
     """
     remedy = f"remove {folder}, and the next run tokenizes the text again"
     if not (folder / "manifest.json").exists():
@@ -69,13 +71,13 @@ def open_token_dataset(folder: Path) -> TokenDataset:
     manifest = read_json(folder / "manifest.json")
     if manifest["format"] != FORMAT:
         raise UserError(f"{folder} has format {manifest['format']}, not {FORMAT}: {remedy}")
-    for split, figures in manifest["splits"].items():
+    for split, entry in manifest["splits"].items():
         file = folder / f"{split}.bin"
         actual_size = file.stat().st_size if file.exists() else -1
-        expected_size = figures["tokens"] * np.dtype(manifest["dtype"]).itemsize
+        expected_size = entry["tokens"] * np.dtype(manifest["dtype"]).itemsize
         damaged = actual_size != expected_size
-        if not damaged and "blocks" not in figures:
-            damaged = sha256_of(file) != figures["sha256"]
+        if not damaged and "blocks" not in entry:
+            damaged = sha256_of(file) != entry["sha256"]
         if damaged:
             raise UserError(f"{file} is damaged (it differs from manifest.json): {remedy}")
     return TokenDataset(folder, manifest)

@@ -27,7 +27,7 @@ from nanoghost.tokenizer.tokenizer import Tokenizer
 # Larger files are verified block by block during training: verifying everything at once would delay every start.
 BLOCK_CHECKSUM_MIN_BYTES = 64 * 2**20
 CHUNK_CHARACTERS = 2**17  # text that the tokenizer gets at once
-SAVE_CHARACTERS = 2**24  # text between two saves of the position: the work that a kill costs
+SAVE_CHARACTERS = 2**24  # text between two saves of the position: the most that is lost when the process is killed
 CHUNKS_PER_CALL = 32  # the tokenizer distributes them over the cores
 
 
@@ -163,7 +163,7 @@ def document_chunks(source: Source, skip: int = 0, start: int = 0) -> Iterator[C
         start = 0
 
 
-LINE_END_BETWEEN_VISIBLE = re.compile(r"(?<=\S\n)(?=\S)")
+LINE_END_BETWEEN_VISIBLE_CHARACTERS = re.compile(r"(?<=\S\n)(?=\S)")
 
 
 def cut_between_tokens(text: str, after: int) -> int:
@@ -172,7 +172,7 @@ def cut_between_tokens(text: str, after: int) -> int:
     This is after a single line end between two visible characters: pre-tokenizers only look ahead over a run of white
     space (GPT-2's `\\s+(?!\\S)`), and none joins a line end to the character after it.
     """
-    match = LINE_END_BETWEEN_VISIBLE.search(text, min(after, len(text)))
+    match = LINE_END_BETWEEN_VISIBLE_CHARACTERS.search(text, min(after, len(text)))
     return match.start() if match else len(text)
 
 

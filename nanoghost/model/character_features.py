@@ -1,9 +1,9 @@
-"""Character features: which characters the word around each token has, as far as it was read.
+"""Character features: for each token, the characters of its word up to that token.
 
 BPE hides spelling from the model: a token is one number whatever its characters are, and a word is often several
-tokens. Here a word is a run of letters or of digits, whatever tokens it consists of. For each token, features say which
-characters its word has at each of P positions: 8 counted from the front and 8 from the back, and where the word ends. A
-hyphen joins: "t-h-o-u" is one word. The tokenizer determines all of this; nothing is learned.
+tokens. Here a word is a run of letters or of digits, whatever tokens it consists of. The features of a token are the
+characters at P positions of its word, 8 counted from the front and 8 from the back, and where the word ends. A hyphen
+joins: "t-h-o-u" is one word. The features follow from the tokenizer; nothing about them is learned.
 
 B batch, T new tokens, S tokens read so far, V vocabulary, P positions, L characters of a token.
 """
@@ -17,9 +17,8 @@ POSITIONS_PER_END = 8
 NUM_POSITIONS = 2 * POSITIONS_PER_END
 END_OF_WORD = 256  # follows the 256 byte values
 NUM_CHARACTERS = 257  # byte values and END_OF_WORD
-NO_FEATURE = (
-    NUM_POSITIONS * NUM_CHARACTERS
-)  # the padding index of the feature embedding, one row for each position and character
+# The feature embedding has one row for each position and character, and this padding index after them
+NO_FEATURE = NUM_POSITIONS * NUM_CHARACTERS
 OTHER, LETTER, DIGIT = 0, 1, 2  # classes of bytes
 LENGTH, FIRST_CLASS, LAST_CLASS, FIRST_BYTE = 0, 1, 2, 3  # columns of the character table
 
@@ -54,7 +53,7 @@ def character_table(tokenizer) -> torch.Tensor:
 
 def is_single_character(table) -> torch.Tensor:
     """(V,): whether a token is one letter or digit, without a leading space."""
-    return (table[:, LENGTH] == 1) & (table[:, FIRST_CLASS] > 0)
+    return (table[:, LENGTH] == 1) & (table[:, FIRST_CLASS] != OTHER)
 
 
 def single_character_tokens(table) -> torch.Tensor:
@@ -68,15 +67,14 @@ def single_character_tokens(table) -> torch.Tensor:
 def word_features(table, tokens_BS, prev_index_BS, index_BT) -> torch.Tensor:
     """(B, T, P): for the new tokens, at `index_BT`, the character at each position of their words so far.
 
-    Values are position * NUM_CHARACTERS + character, or NO_FEATURE behind the end of the word.
+    Values are position * NUM_CHARACTERS + character, or NO_FEATURE after the end of the word.
     """
     word_BTW, length_BT = _words_so_far(table, tokens_BS, prev_index_BS, index_BT)
     positions = torch.arange(POSITIONS_PER_END, device=tokens_BS.device)
     length_BT1 = length_BT[..., None]
     front = word_BTW[..., :POSITIONS_PER_END] + positions * NUM_CHARACTERS
-    index_from_back = torch.where(
-        positions < length_BT1, length_BT1 - 1 - positions, length_BT1
-    )  # at length: END_OF_WORD
+    # Index length_BT1 of a word holds END_OF_WORD
+    index_from_back = torch.where(positions < length_BT1, length_BT1 - 1 - positions, length_BT1)
     back = word_BTW.gather(2, index_from_back) + (POSITIONS_PER_END + positions) * NUM_CHARACTERS
     features = torch.cat([front, back], 2)
     in_word = torch.cat([positions <= length_BT1, positions <= length_BT1], 2)
@@ -89,7 +87,7 @@ def decode_characters(features_BTP) -> torch.Tensor:
 
 
 def _words_so_far(table, tokens_BS, prev_index_BS, index_BT):
-    """(characters (B, T, W), length (B, T)) of the word of each new token up to that token; END_OF_WORD behind it."""
+    """(characters (B, T, W), length (B, T)) of the word of each new token up to that token; END_OF_WORD after it."""
     device = tokens_BS.device
     B, T = index_BT.shape
     token_BT = table[tokens_BS.gather(1, index_BT)].long()
@@ -99,7 +97,8 @@ def _words_so_far(table, tokens_BS, prev_index_BS, index_BT):
         parts.append((token_BT, in_word_BT))
         index_BT = prev_index_BS.gather(1, index_BT)
         earlier_BT = table[tokens_BS.gather(1, index_BT.clamp(0))].long()
-        continues_BT = (token_BT[..., FIRST_CLASS] > 0) & (token_BT[..., FIRST_CLASS] == earlier_BT[..., LAST_CLASS])
+        first_class_BT = token_BT[..., FIRST_CLASS]
+        continues_BT = (first_class_BT != OTHER) & (first_class_BT == earlier_BT[..., LAST_CLASS])
         in_word_BT = in_word_BT & (index_BT >= 0) & continues_BT
         token_BT, index_BT = earlier_BT, index_BT.clamp(0)
 

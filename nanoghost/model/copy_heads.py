@@ -81,12 +81,13 @@ class CopyDistributions:
         vocabulary_gate, copy_gate, character_gate = self.gates_BT3[logit_positions].unbind(-1)
         is_target_NS = tokens_BT[logit_positions[0]] == targets_N[:, None]
         copied_N = (self.copy_BTS[logit_positions] * is_target_NS).sum(-1, dtype=torch.float32) * copy_gate
-        n = is_character_V[targets_N].nonzero()[:, 0]  # all other targets get nothing from the character copy head
-        row, position = logit_positions[0][n], logit_positions[1][n]
-        is_target_NSP = (self.char_tokens_BSP[row] == targets_N[n, None, None]).to(self.word_BTS.dtype)
+        # Indices of the targets that are single characters; the character copy head gives the others nothing
+        single = is_character_V[targets_N].nonzero()[:, 0]
+        row, position = logit_positions[0][single], logit_positions[1][single]
+        is_target_NSP = (self.char_tokens_BSP[row] == targets_N[single, None, None]).to(self.word_BTS.dtype)
         target_NP = torch.bmm(self.word_BTS[row, position][:, None], is_target_NSP)[:, 0]
-        spelled_N = target_NP.mul(self.position_BTP[row, position]).sum(-1) * character_gate[n]
-        pointed_N = copied_N.index_add(0, n, spelled_N)
+        spelled_N = target_NP.mul(self.position_BTP[row, position]).sum(-1) * character_gate[single]
+        pointed_N = copied_N.index_add(0, single, spelled_N)
         return torch.logaddexp(vocabulary_N + vocabulary_gate.log(), pointed_N.clamp_min(MIN_PROBABILITY).log())
 
 
@@ -128,7 +129,7 @@ class CopyHeads(nn.Module):
         word_BTS = pointer_attention(
             q_BT2W[:, :, CHARACTER], k_BS2W[:, :, CHARACTER], mask_BTS, 2 * POINTER_WIDTH**-0.5
         )
-        # fp32 by hand: with FSDP the parameters arrive in the compute dtype
+        # Explicit fp32: FSDP gathers the parameters in the compute dtype
         logits = F.linear(hidden_BTD.float(), self.gates.weight.float(), self.gates.bias.float())
         position_BTP = torch.softmax(logits[..., 2:], -1)
         has_char_BSP = (char_tokens_BSP >= 0).to(word_BTS.dtype)
@@ -154,12 +155,12 @@ class GhostCache(KVCache):
 
     def __init__(self, layers: int, rows: int, capacity: int, heads: int, head_width: int, dtype, device="cpu"):
         super().__init__(layers, rows, capacity, heads, head_width, dtype, device)
-        # A key of the copy head belongs to the next token, so it is stored one slot later
+        # A key of the copy head belongs to the next token, so it is stored at the index after it
         self.copy_keys = torch.zeros(rows, capacity + 2, 2, POINTER_WIDTH, dtype=dtype, device=device)
         self.char_tokens = torch.full((rows, capacity + 1, NUM_POSITIONS), -1, device=device)
 
     def append_copy_keys(self, k_BT2W, char_tokens_BTP):
-        """Store what the copy heads need of the new tokens; returns it for all slots, (B, S, 2, W) and (B, S, P)."""
+        """Store what the copy heads need of the new tokens; returns it for all S tokens, (B, S, 2, W) and (B, S, P)."""
         rows_B1, index_BT = self.write_index
         self.copy_keys[rows_B1, index_BT + 1, COPY] = k_BT2W[:, :, COPY]
         self.copy_keys[rows_B1, index_BT, CHARACTER] = k_BT2W[:, :, CHARACTER]

@@ -1,8 +1,8 @@
 """ghost: a small language model for 0.3M to 30M parameters that learns fast on a CPU.
 
-A pre-norm decoder-only transformer, in equations in docs/model.md. What differs from a Llama does almost no arithmetic,
-which a CPU is short of. The factors say how much longer training takes without a part, in runs of half a minute on two
-cores (docs/results/ledger.md):
+A pre-norm decoder-only transformer, in equations in docs/model.md. Its differences from a Llama add almost no
+arithmetic, which is what limits a CPU. The factors say how much longer training takes without a part, in runs of half a
+minute on two cores (docs/results/ledger.md):
   - The embedding is the sum of a token embedding, character features of the word (character_features.py, 1.28) and a
     hashed bigram embedding of the token and its predecessor (1.18).
   - The embedding is mixed back into the residual stream before each layer (embedding shortcut). Every second layer adds
@@ -142,9 +142,8 @@ class Ghost(nn.Module):
         self.embedding = Embedding(V, D)
         self.character_embedding = Embedding(character_features.NO_FEATURE + 1, D)
         self.bigram_embedding = Embedding(config.bigram_rows, D)
-        has_value_embedding = [
-            (config.depth - 1 - layer) % 2 == 0 for layer in range(config.depth)
-        ]  # also the last layer
+        # Every second layer, counted back from the last one
+        has_value_embedding = [(config.depth - 1 - layer) % 2 == 0 for layer in range(config.depth)]
         self.value_embeddings = nn.ModuleList(Embedding(V, D) for has in has_value_embedding if has)
         self.blocks = nn.ModuleList(Block(config, layer, has) for layer, has in enumerate(has_value_embedding))
         self.head = Linear(D, V)
@@ -157,12 +156,13 @@ class Ghost(nn.Module):
         self.register_buffer("character_table", torch.zeros(table_shape, dtype=torch.int32))
         self.register_buffer("character_tokens", torch.full((character_features.NUM_CHARACTERS,), -1))
         self.dropout_scales: dict[str, torch.Tensor] = {}
-        """Embedding-row dropout: by table, what each row is multiplied by in training: 0 or the number of epochs."""
+        """Embedding-row dropout of the "bigram" and "value" embeddings: in training, row n is multiplied by element n,
+        which is 0 or the number of epochs."""
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Random initial weights. The order of the draws is fixed, so a seed gives the same model as ever."""
+        """Random initial weights. The order of the draws is fixed, so a seed always gives the same model."""
         self.embedding.weight.normal_().mul_(0.8)
         self.character_embedding.weight.normal_().mul_(0.3)
         self.bigram_embedding.weight.zero_()
@@ -199,15 +199,15 @@ class Ghost(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.dropout_scales = {}
         if epochs > 1:
-            for table, rows in (("bigram", self.config.bigram_rows), ("value", self.config.vocab_size)):
+            for key, rows in (("bigram", self.config.bigram_rows), ("value", self.config.vocab_size)):
                 is_kept_N = torch.rand(rows, generator=generator) * epochs < 1
-                self.dropout_scales[table] = is_kept_N.to(self.device) * epochs
+                self.dropout_scales[key] = is_kept_N.to(self.device) * epochs
 
-    def look_up(self, embedding: Embedding, table: str, rows_BT):
-        """Embeddings (B, T, D), with the dropout of that table."""
+    def look_up(self, embedding: Embedding, dropout_key: str, rows_BT):
+        """Embeddings (B, T, D), with the row dropout of `dropout_scales[dropout_key]`."""
         x_BTD = embedding(rows_BT)
         if self.dropout_scales and torch.is_grad_enabled():
-            return x_BTD * self.dropout_scales[table][rows_BT][..., None]
+            return x_BTD * self.dropout_scales[dropout_key][rows_BT][..., None]
         return x_BTD
 
     def cast(self, dtype: torch.dtype) -> "Ghost":
@@ -217,7 +217,7 @@ class Ghost(nn.Module):
         return self
 
     def bigram_hash(self, tokens_BT, previous_BT):
-        """Row of the bigram embedding for each pair of tokens; pairs that collide share a row."""
+        """Row of the bigram embedding for each pair of tokens. Colliding pairs share a row. Both factors are prime."""
         return (previous_BT * 9973 + tokens_BT * 31337) % self.config.bigram_rows
 
     def embed_characters(self, features_BTP):
@@ -259,24 +259,25 @@ class Ghost(nn.Module):
         else:
             layout, tokens_BS = cache.append_tokens(tokens_BT, self.dtype), cache.tokens_BS
         h_BTD, char_tokens_BTP = self.hidden_and_characters(tokens_BT, layout, cache)
-        copies = self.copy_heads(h_BTD, char_tokens_BTP, layout, cache)
+        copy_distributions = self.copy_heads(h_BTD, char_tokens_BTP, layout, cache)
         if last_B is not None:
             rows_B = torch.arange(len(last_B), device=last_B.device)
-            h_BTD, copies = h_BTD[rows_B, last_B, None], copies.at(rows_B, last_B)
+            h_BTD, copy_distributions = h_BTD[rows_B, last_B, None], copy_distributions.at(rows_B, last_B)
         vocabulary_BTV = torch.softmax(self.head(h_BTD).float(), -1)
-        return copies.mix(vocabulary_BTV, tokens_BS)
+        return copy_distributions.mix(vocabulary_BTV, tokens_BS)
 
     def logprobs(self, tokens_BT, targets, segments_BT=None, layout: Layout | None = None, logit_positions=None):
         """log P(target | tokens so far), in fp32. Arguments as in LanguageModel.logprobs."""
         layout = layout or causal_layout(tokens_BT, self.dtype, segments_BT)
         h_BTD, char_tokens_BTP = self.hidden_and_characters(tokens_BT, layout)
-        copies = self.copy_heads(h_BTD, char_tokens_BTP, layout)
+        copy_distributions = self.copy_heads(h_BTD, char_tokens_BTP, layout)
         if logit_positions is None:
             logit_positions = torch.ones_like(tokens_BT).nonzero(as_tuple=True)
         targets_N = targets.flatten()
         vocabulary_N = token_logprobs(h_BTD[logit_positions], self.head.weight, targets_N)
         is_character_V = character_features.is_single_character(self.character_table)
-        return copies.mix_targets(vocabulary_N, tokens_BT, targets_N, logit_positions, is_character_V).view_as(targets)
+        logprobs_N = copy_distributions.mix_targets(vocabulary_N, tokens_BT, targets_N, logit_positions, is_character_V)
+        return logprobs_N.view_as(targets)
 
     def new_cache(self, rows: int, capacity: int) -> GhostCache:
         c = self.config

@@ -29,7 +29,7 @@ class ModelConfig(Protocol):
 
     @classmethod
     def for_depth(cls, depth: int, vocab_size: int, context: int) -> "ModelConfig":
-        """The configuration that the dial chooses (`nanoghost pretrain --depth`)."""
+        """The configuration of a new model of this depth (`nanoghost pretrain --depth`)."""
 
     @classmethod
     def from_json(cls, values: dict) -> "ModelConfig":

@@ -1,6 +1,6 @@
-"""The key-value cache of the PyTorch models: one row per sequence, one slot per token.
+"""The key-value cache of the PyTorch models: one row per sequence, one column per token.
 
-B rows in the forward pass, T new tokens of each, S slots in use, H key-value heads, K head width.
+B rows in the forward pass, T new tokens of each, S tokens of each in the cache, G key-value heads, K head width.
 """
 
 import torch
@@ -9,21 +9,21 @@ from nanoghost.model.layout import Layout, additive_mask
 
 
 class KVCache:
-    """Keys and values (layers, rows, H, capacity, K) and the tokens that they belong to; token n of a row is in slot n.
+    """Keys and values (layers, rows, G, capacity, K) and the tokens that they belong to; token n of a row has index n.
 
-    `select` chooses the rows of the next forward pass and where each continues; without it all rows go on. If a row has
-    fewer new tokens than T, the padding on its right fills slots that the row has not reached. They are masked, and
-    overwritten later. One slot more than the capacity takes padding beyond the end.
+    `select` chooses the rows of the next forward pass and where each continues; without it all rows continue. If a row
+    has fewer new tokens than T, the padding on its right is stored at indices that the row has not reached. These are
+    masked, and overwritten later. One index more than the capacity takes padding beyond the end.
     """
 
     rows: slice | torch.Tensor
     """Rows of the forward pass: the first B, or their indices (B,)."""
     next_index_B: torch.Tensor
-    """Slot of the next token of each of these rows."""
+    """Index of the next token of each of these rows."""
     write_index: tuple[torch.Tensor, torch.Tensor]
-    """Row (B, 1) and slot (B, T) of the tokens of the current forward pass."""
+    """Row (B, 1) and index in it (B, T) of the tokens of the current forward pass: where the pass writes."""
     num_cached: int
-    """S of the current forward pass: slots up to the last one written."""
+    """S of the current forward pass: tokens up to the last one written."""
 
     def __init__(self, layers: int, rows: int, capacity: int, heads: int, head_width: int, dtype, device="cpu"):
         self.capacity = capacity
@@ -33,7 +33,7 @@ class KVCache:
         self.select(None, torch.zeros(rows, dtype=torch.long, device=device))
 
     def select(self, rows: list[int] | None, next_index_B: torch.Tensor) -> None:
-        """Rows of the next forward pass (None: the first B) and the slot from which each of them continues."""
+        """Rows of the next forward pass (None: the first B) and the index from which each of them continues."""
         self.rows = slice(0, len(next_index_B)) if rows is None else torch.tensor(rows, device=self.keys.device)
         self.next_index_B = next_index_B
 
@@ -57,11 +57,11 @@ class KVCache:
 
     @property
     def tokens_BS(self) -> torch.Tensor:
-        """All tokens of the rows of the current forward pass; undefined behind the newest token of a row."""
+        """All tokens of the rows of the current forward pass; undefined after the newest token of a row."""
         return self.tokens[self.rows, : self.num_cached]
 
     def append(self, layer: int, k_BTGK, v_BTGK):
-        """Store keys and values of the new tokens in one layer; returns those of all slots, (B, S, H, K) each."""
+        """Store keys and values of the new tokens in one layer; returns those of all S tokens, (B, S, G, K) each."""
         rows_B1, index_BT = self.write_index
         self.keys[layer][rows_B1, :, index_BT] = k_BTGK
         self.values[layer][rows_B1, :, index_BT] = v_BTGK

@@ -4,14 +4,15 @@ On two cores an eager step at width 256 spends as long in elementwise operations
 a pass over memory. Therefore normalization, rotary embedding and squared ReLU have hand-written backward passes that
 touch memory less often than autograd's. Tests compare them with finite differences.
 
-B batch, T time, S tokens read so far, D width, H heads, G key-value heads, K head width, V vocabulary, N positions.
+B batch, T new tokens, S tokens read so far, D width, H heads, G key-value heads, K head width, V vocabulary,
+N positions.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-CHUNK = 1024  # positions whose logits exist at the same time: 1024 x 4096 in bf16 stay in the last-level cache
+LOGITS_CHUNK = 1024  # positions whose logits exist at the same time: 1024 x 4096 in bf16 stay in the last-level cache
 
 
 class Linear(nn.Linear):
@@ -52,12 +53,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def init_uniform(weight_MN: torch.Tensor, variance: float) -> None:
-    """Uniform random weights around 0. A variance of 1 / N keeps the size of the N inputs."""
-    weight_MN.uniform_(-1, 1).mul_((3 * variance) ** 0.5)
+def init_uniform(weight: torch.Tensor, variance: float) -> None:
+    """Uniform random weights around 0. With a variance of 1 / inputs, outputs are as large as inputs."""
+    weight.uniform_(-1, 1).mul_((3 * variance) ** 0.5)
 
 
 class _UnweightedRMSNorm(torch.autograd.Function):
+    """`norm`, with a backward pass that needs only the output and the scale."""
+
     @staticmethod
     def forward(ctx, x_BTD):
         length = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True, dtype=torch.float32)
@@ -152,7 +155,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, targets_N):
         probs_NV = torch.empty(len(hidden_ND), len(head_VD), dtype=hidden_ND.dtype, device=hidden_ND.device)
-        for hidden, probs in zip(hidden_ND.split(CHUNK), probs_NV.split(CHUNK)):
+        for hidden, probs in zip(hidden_ND.split(LOGITS_CHUNK), probs_NV.split(LOGITS_CHUNK)):
             torch.mm(hidden, head_VD.T, out=probs)
             torch.softmax(probs, 1, out=probs)
         ctx.save_for_backward(hidden_ND, head_VD, targets_N, probs_NV)
@@ -177,7 +180,7 @@ def token_logprobs(hidden_ND, head_VD, targets_N):
     if torch.is_grad_enabled():
         return _TokenLogProbs.apply(hidden_ND, head_VD, targets_N)
     chunks = []
-    for hidden, targets in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK)):
+    for hidden, targets in zip(hidden_ND.split(LOGITS_CHUNK), targets_N.split(LOGITS_CHUNK)):
         logits = (hidden @ head_VD.T).float()
         chunks.append(-F.cross_entropy(logits, targets, reduction="none"))
     return torch.cat(chunks)

@@ -17,9 +17,9 @@ class Layout:
     positions_BT: torch.Tensor
     """Positions for the rotary embedding; (T,) if they are the same in all rows."""
     index_BT: torch.Tensor
-    """Index of each new token among the S tokens of its row; with a cache, its slot there."""
+    """Index of each new token among the S tokens of its row; with a cache, its index there."""
     mask_BTS: torch.Tensor
-    """Added to attention scores: -inf where token T may not see token S, else 0. (1, T, S) if all rows are alike."""
+    """Added to attention scores: -inf where a token may not see another, else 0. (1, T, S) if all rows are alike."""
 
     def previous_tokens(self, tokens_BS):
         """The predecessor of each new token, (B, T); 0 if it has none."""
@@ -30,7 +30,7 @@ class Layout:
         """The mask of a layer in which a token sees only the last `window` tokens, itself included."""
         positions_BT = self.positions_BT.view(-1, self.positions_BT.size(-1))
         S = self.mask_BTS.size(2)
-        # Without a cache the S tokens are the T new ones. In a cache positions are slot numbers.
+        # Without a cache the S tokens are the T new ones. In a cache positions are indices.
         has_cache = positions_BT.size(1) != S
         positions_BS = torch.arange(S, device=positions_BT.device)[None] if has_cache else positions_BT
         too_far_BTS = positions_BT[:, :, None] - positions_BS[:, None] >= window
@@ -38,7 +38,7 @@ class Layout:
 
 
 def causal_layout(tokens_BT, dtype, segments_BT=None) -> Layout:
-    """Rows of text from left to right. Tokens with different numbers in `segments_BT` do not see each other."""
+    """Layout of rows that are read from left to right. Tokens of different segments do not see each other."""
     B, T = tokens_BT.shape
     positions_T = torch.arange(T, device=tokens_BT.device)
     prev_index_BT = (positions_T - 1).repeat(B, 1)
@@ -53,7 +53,7 @@ PADDING, PROMPT = -1, 0  # segment numbers in shared_prompt_rows; continuations 
 
 
 def shared_prompt_rows(prompts: list[list[int]], continuations: list[list[list[int]]], dtype, device):
-    """Rows that hold a prompt once and all its continuations behind it, none of which sees another.
+    """Pack each prompt and all its continuations into one row. The continuations do not see each other.
 
     Returns (tokens_BT, Layout, logit_positions). The last token of a continuation is predicted, but not part of the
     row. `logit_positions` is a pair of (N,) indices: for every token of every continuation, in order, the row and the

@@ -1,6 +1,6 @@
-"""llama: Llama and its relatives SmolLM, Mistral, Qwen2 and Qwen3, which the inference engines of others run.
+"""llama: Llama and its relatives SmolLM, Mistral, Qwen2 and Qwen3, which other inference engines run too.
 
-It learns more slowly than ghost.py at our scale, but models of others run here, and models trained here run everywhere.
+It learns more slowly than ghost.py at our scale, but published models run here, and models trained here run everywhere.
 A pre-norm transformer with learned RMSNorm, rotary embeddings, grouped-query attention and SwiGLU. The relatives differ
 in biases, QK-norm, sliding windows and RoPE scaling (llama_config.py). Exported tensors have the names and shapes of
 Hugging Face transformers.
@@ -83,7 +83,7 @@ class Block(nn.Module):
         return [self.matrix(name) for name in MATRIX_MODULES]
 
     def init_weights(self) -> None:
-        """Uniform, as in ghost.py. What writes into the residual stream starts at 0, after a draw of its own."""
+        """Uniform, as in ghost.py. Matrices that write into the residual stream are drawn too, and then set to 0."""
         for name in ("q", "k", "v", "gate", "up", "out", "down"):
             weight = self.matrix(name).data
             init_uniform(weight, 1 / weight.size(1))
@@ -101,7 +101,8 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config = c = config
+        c = config
+        self.config = config
         self.adapters: list[Adapter] = []
         self.embedding = Embedding(c.vocab_size, c.width)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.depth))
@@ -114,7 +115,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Random initial weights. The order of the draws is fixed, so a seed gives the same model as ever."""
+        """Random initial weights. The order of the draws is fixed, so a seed always gives the same model."""
         self.embedding.weight.normal_().mul_(0.02 if self.config.tied_embeddings else 0.8)
         for block in self.blocks:
             block.init_weights()

@@ -72,12 +72,13 @@ class LlamaConfig:
 
     @classmethod
     def from_json(cls, values: dict) -> "LlamaConfig":
-        """From the content of a config.json of Hugging Face. What this code cannot represent raises UserError."""
+        """From the content of Hugging Face's config.json. Raises UserError if llama.py lacks a part of the model."""
         model_type, depth, heads = values["model_type"], values["num_hidden_layers"], values["num_attention_heads"]
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         _refuse_unsupported(values, rope_scaling_type(scaling))
-        has_rope = values.get("no_rope_layers") or ()  # for each layer 1 or 0; 0: without
+        # Despite its name, Hugging Face's no_rope_layers has a 1 for each layer with rotary embedding, 0 without
+        rope_flags = values.get("no_rope_layers") or ()
         return cls(
             vocab_size=values["vocab_size"],
             context=values["max_position_embeddings"],
@@ -95,7 +96,7 @@ class LlamaConfig:
             out_bias=model_type != "qwen2" and bool(values.get("attention_bias")),
             qk_norm=model_type == "qwen3",
             sliding_windows=_sliding_windows(values, depth),
-            no_rope_layers=tuple(layer for layer, rope_flag in enumerate(has_rope) if not rope_flag),
+            no_rope_layers=tuple(layer for layer, has_rope in enumerate(rope_flags) if not has_rope),
             rope_scaling=scaling if rope_scaling_type(scaling) != "default" else None,
         )
 

@@ -45,8 +45,8 @@ class Adapter:
     @property
     def targets(self) -> list[str]:
         """Names of the matrices that have an update in some layer."""
-        updated = {name for _, name in self.updates}
-        return [name for name in MATRIX_MODULES if name in updated]
+        names = {name for _, name in self.updates}
+        return [name for name in MATRIX_MODULES if name in names]
 
     def summary(self) -> dict:
         """Description of the adapter for the model card."""
@@ -61,7 +61,7 @@ AdapterRows = list[tuple[torch.Tensor | None, Adapter]]
 def rows_by_adapter(adapters: list[Adapter], adapters_B: torch.Tensor | None) -> AdapterRows:
     """`adapters_B`: index of each row's adapter, -1 for none. It may be omitted if there is at most one adapter."""
     if adapters_B is None:
-        assert len(adapters) <= 1, "with several adapters a batch must say which row uses which"
+        assert len(adapters) <= 1, "with several adapters, adapters_B must name the adapter of each row"
         return [(None, adapter) for adapter in adapters]
     rows = [(adapters_B == i).nonzero()[:, 0] for i in range(len(adapters))]
     return [(adapter_rows, adapter) for adapter_rows, adapter in zip(rows, adapters) if len(adapter_rows)]

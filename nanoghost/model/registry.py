@@ -19,19 +19,19 @@ class Architecture(NamedTuple):
     """Entry of `architectures` in config.json."""
     config_class: type[ModelConfig]
     model_class: type[nn.Module]
-    arch: str | None = None
+    pretrain_name: str | None = None
     """Its name for `pretrain --arch`; None: models of this type are only imported."""
 
 
 ARCHITECTURES = {
-    "nanoghost": Architecture("NanoghostForCausalLM", GhostConfig, Ghost, arch="ghost"),
-    "llama": Architecture("LlamaForCausalLM", LlamaConfig, Llama, arch="llama"),
+    "nanoghost": Architecture("NanoghostForCausalLM", GhostConfig, Ghost, pretrain_name="ghost"),
+    "llama": Architecture("LlamaForCausalLM", LlamaConfig, Llama, pretrain_name="llama"),
     "mistral": Architecture("MistralForCausalLM", LlamaConfig, Llama),
     "qwen2": Architecture("Qwen2ForCausalLM", LlamaConfig, Llama),
     "qwen3": Architecture("Qwen3ForCausalLM", LlamaConfig, Llama),
     "smollm3": Architecture("SmolLM3ForCausalLM", LlamaConfig, Llama),
 }
-CONFIG_CLASSES = {entry.arch: entry.config_class for entry in ARCHITECTURES.values() if entry.arch}
+CONFIG_CLASSES = {entry.pretrain_name: entry.config_class for entry in ARCHITECTURES.values() if entry.pretrain_name}
 LLAMA_FAMILY = tuple(model_type for model_type, entry in ARCHITECTURES.items() if entry.model_class is Llama)
 
 
@@ -43,7 +43,7 @@ def architecture(model_type: str) -> Architecture:
 
 
 def config_for_depth(arch: str, depth: int, vocab_size: int, context: int) -> ModelConfig:
-    """The configuration of a model to pretrain, which the dial determines."""
+    """The configuration of a new model: `--depth` sets its size."""
     check_arch(arch)
     return CONFIG_CLASSES[arch].for_depth(depth, vocab_size, context)
 

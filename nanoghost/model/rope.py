@@ -55,7 +55,7 @@ def _yarn(frequencies, base, scaling):
     trained_context = scaling["original_max_position_embeddings"]
 
     def channel_of(turns: float) -> float:
-        """The channel whose wave turns this many times over the trained context."""
+        """The channel, as a fraction, that rotates this many times over the trained context."""
         return half * math.log(trained_context / (turns * 2 * math.pi)) / math.log(base)
 
     low = channel_of(scaling.get("beta_fast") or 32.0)

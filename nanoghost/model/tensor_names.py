@@ -35,9 +35,9 @@ MATRIX_MODULES = {  # short name of each matrix of a layer -> its module in llam
     "down": "mlp.down",
 }
 
-_OURS_TO_HUGGINGFACE = {ours: theirs for ours, theirs, _ in TENSORS + LAYER_MODULES}
-_HUGGINGFACE_TO_GGUF = {theirs: gguf for _, theirs, gguf in TENSORS + LAYER_MODULES}
-_GGUF_TO_HUGGINGFACE = {gguf: theirs for theirs, gguf in _HUGGINGFACE_TO_GGUF.items()}
+_OURS_TO_HUGGINGFACE = {ours: hf for ours, hf, _ in TENSORS + LAYER_MODULES}
+_HUGGINGFACE_TO_GGUF = {hf: gguf for _, hf, gguf in TENSORS + LAYER_MODULES}
+_GGUF_TO_HUGGINGFACE = {gguf: hf for hf, gguf in _HUGGINGFACE_TO_GGUF.items()}
 
 
 def huggingface_name(name: str) -> str:

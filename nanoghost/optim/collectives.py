@@ -1,9 +1,10 @@
-"""Collective operations of the optimizer's step. They run in the background. They use SUM, because gloo's AVG sums.
+"""Reduce-scatter and all-gather for the optimizer's step. They run in the background.
 
-nccl has reduce-scatter and all-gather. gloo implements its reduce-scatter as one all-reduce per rank, and its
-all-gather copies everything twice. Built from simpler operations they are several times faster: an all-to-all followed
-by a local sum (in fp32 and in the order of the ranks, whatever dtype was sent), and one broadcast per rank into the
-place of its shard.
+Means are a SUM and a division, because gloo sums when it is asked for AVG.
+
+nccl has both operations. gloo implements its reduce-scatter as one all-reduce per rank, and its all-gather copies
+everything twice. Built from simpler operations they are several times faster: an all-to-all followed by a local sum (in
+fp32 and in the order of the ranks, whatever dtype was sent), and one broadcast per rank into the place of its shard.
 """
 
 from collections.abc import Callable, Iterable

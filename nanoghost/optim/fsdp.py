@@ -4,7 +4,7 @@ FSDP2 (`fully_shard`) wraps the model from outside: it all-gathers the weights o
 them afterwards, and leaves each rank the mean gradient of its shard. Weights are kept in fp32 and gathered in the
 compute dtype. The optimizer is the same, only its shards come from FSDP. Muon needs whole matrices, of which each rank
 has a slice of the columns: an all-to-all exchanges slices of all matrices for some whole matrices, and a second one
-goes back. Collectives use SUM and a division, because gloo's AVG sums.
+returns the updated slices. Means are a SUM and a division, as in collectives.py.
 
 W ranks, N matrices of all ranks, n = N / W of one rank (both padded), R rows and C columns of a matrix,
 c = C / W columns of a slice.

@@ -4,7 +4,7 @@ There is no DistributedDataParallel wrapper. Parameters of one group and shape f
 parameters are views of. A step of a bucket reduce-scatters the gradients, updates this rank's shard of the fp32 master
 weights, and all-gathers the new weights in the compute dtype. The gradients of all buckets are under way at the same
 time, and the weights of a bucket while the next one is updated (collectives.py). A single process runs the same code
-without the communication. Optimizer state exists for the own shard only (ZeRO stage 1, Rajbhandari et al. 2020).
+without the communication. Each rank keeps optimizer state for its shard only (ZeRO stage 1, Rajbhandari et al. 2020).
 
 Muon (Jordan et al. 2024) with the Polar Express iteration (Amsel et al. 2025) and NorMuon's row scaling (Li et al.
 2025); AdamW (Loshchilov and Hutter 2019). Weight decay acts only where its sign agrees with the update ("cautious",
@@ -52,6 +52,7 @@ def orthogonalize(g_NRC, iterations: int = len(POLAR_EXPRESS)):
     """Bring each matrix U S V^T close to U V^T, with singular values of about 1. Computes in the dtype of the input."""
     is_tall = g_NRC.size(-2) > g_NRC.size(-1)
     x = g_NRC.mT if is_tall else g_NRC
+    # 1.02 is a margin for rounding errors: the iteration expects singular values of at most 1
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS[:iterations]:
         gram = x @ x.mT
@@ -124,14 +125,14 @@ class Bucket:
             p.grad = None
 
     def step(self, lr_multiplier: float, step: int) -> None:
-        """Update the own shard and start the all-gather of the new weights. `step` counts from 1."""
+        """Update this rank's shard and start the all-gather of the new weights. `step` counts from 1."""
         g = self.pop_flat_grad().float() if self.world_size == 1 else self.pending_gradient.wait()
         g = g.view(self.master.shape)
         learning_rate = self.rule.learning_rate * lr_multiplier
         if self.is_muon:
             update = self._muon_update(g, step)
             rows, columns = self.row_shape
-            learning_rate *= max(1, rows / columns) ** 0.5
+            learning_rate *= max(1, rows / columns) ** 0.5  # as in the implementation of Jordan et al.
         else:
             update = self._adamw_update(g, step)
         if self.rule.weight_decay:
@@ -157,7 +158,7 @@ class Bucket:
         return update.mul_((1 - self.rule.beta2**step) ** 0.5 / (1 - self.rule.beta1**step))
 
     def start_all_gather(self) -> None:
-        """Round the own masters to the parameters, and start fetching those of the other ranks."""
+        """Round this rank's master weights to the dtype of the parameters, and start the all-gather."""
         if self.world_size == 1:
             self.params.copy_(self.master)
         else:
@@ -202,7 +203,7 @@ class Optimizer:
             bucket.zero_grad()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The own shard of the state, as named tensors for safetensors."""
+        """This rank's shard of the state, as named tensors for safetensors."""
         tensors = {f"{key}/{part}": t for key, bucket in self.buckets.items() for part, t in bucket.state().items()}
         return tensors | {"steps": torch.tensor(self.steps)}
 

@@ -22,7 +22,10 @@ def content_key(a: int, operation: str, b: int) -> str:
 
 
 class Sums(Task):
-    """Two numbers of 1 to 4 digits, + - ×. Correct: the calculator was called, and the last number is the result."""
+    """Add, subtract or multiply two numbers of 1 to 4 digits.
+
+    Correct: the calculator was called, and the last number is the result.
+    """
 
     name = "sums"
     label = "sums with the calculator"

@@ -76,7 +76,7 @@ class Task(ABC):
 
 
 def split_of(content: str) -> str:
-    """The split of a content, the same on every machine: 1 in 8 is test."""
+    """The split of a problem with this content, the same on every machine. 1 content in 8 is for tests."""
     return "test" if zlib.crc32(content.lower().encode()) % 8 == 0 else "train"
 
 

@@ -26,7 +26,7 @@ def gym_dataset(name: str, **settings: int):
 
 
 class ReasoningGymTask(Task):
-    """reasoning-gym computes entry i of a dataset from (seed, i) alone, so every i exists."""
+    """A dataset of reasoning-gym. It is endless: entry i is computed from (seed, i) alone."""
 
     settings: ClassVar[dict[str, int]]
     rl_default = True

@@ -76,7 +76,7 @@ class Identity(Task):
             if answers:
                 self.intents[name] = Intent(answers, intent.keys, intent.train, intent.test)
         if "shakespeare" not in self.facts.get("data", "").lower():
-            del self.intents["author"]
+            del self.intents["author"]  # who wrote the training text
 
     @classmethod
     def build(cls, context: TaskContext, earlier_tasks: dict[str, Task]) -> Task:

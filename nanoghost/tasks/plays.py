@@ -115,9 +115,8 @@ class Plays(Task):
         for name, text in texts:
             for number, scene in enumerate(split_into_scenes(text)):
                 runs[split_of(f"{name} {number}")] += usable_runs(scene, max_words)
-        train_speeches = {
-            normalize(speech) for run in runs["train"] for speech in run
-        }  # "Ay, my lord." is in every play
+        # "Ay, my lord." is in every play: a held-out question must not be a training question
+        train_speeches = {normalize(speech) for run in runs["train"] for speech in run}
         identity_questions = set()  # "Who are you?" asks the model, not Bernardo
         for intent in INTENTS.values():
             identity_questions |= {normalize(question) for question in (*intent.train, *intent.test)}

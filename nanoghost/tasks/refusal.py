@@ -3,8 +3,8 @@
 A model that has read nothing but plays cannot know the weather, the news or where your keys are. It learns to say so
 from many kinds of questions, each with its reason. Many are close to questions that it can answer: "What is my name?"
 and "What is your name?", "How many people live in Paris?" and "How many letters a in Paris?". Two measures belong
-together: the correct refusals (`Refusal`), and the answers to what it can answer (`Answerable`), which are 1 - false
-refusals.
+together: the rate of correct refusals (`Refusal`), and the rate of answers to questions that it can answer
+(`Answerable`), which is 1 minus the rate of false refusals.
 """
 
 import random
@@ -53,8 +53,8 @@ class Refusal(Task):
     label = "unanswerable: says so"
     weight = 0.13
 
-    def __init__(self, read: str = "old plays"):
-        self.read = read
+    def __init__(self, training_text: str = "old plays"):
+        self.training_text = training_text
         """What the model says that it has read."""
 
     def problem(self, rng: random.Random, split: str) -> Problem:
@@ -63,7 +63,7 @@ class Refusal(Task):
         question = fill_slots(rng, template, split)
         if template.startswith("{"):
             question = capitalize_first(question)
-        reason = category.reason.format(read=self.read)
+        reason = category.reason.format(read=self.training_text)
         answer = rng.choice(ANSWERS).format(topic=category.topic, reason=reason, sentence=capitalize_first(reason))
         return Problem(self.name, (user(question),), (assistant(answer),), "I don't know")
 
@@ -78,7 +78,7 @@ def capitalize_first(text: str) -> str:
 def fill_slots(rng: random.Random, template: str, split: str) -> str:
     """Fill the slots of a template, and the slots inside fillers.
 
-    Held-out fillers appear in test questions only; about half of the fillers there are held out, the others are not.
+    Held-out fillers appear in test questions only. There each slot gets one with probability 1/2.
     """
     while slot := re.search(r"{(\w+)}", template):
         name = slot[1]

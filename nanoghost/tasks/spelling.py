@@ -10,6 +10,7 @@ from nanoghost.tasks.names import FIRST_NAMES, PLACES
 from nanoghost.tasks.wording import choose_template, load_phrases, replace_words
 
 SPELL, COUNT = load_phrases("spelling")["spell"], load_phrases("spelling")["count"]
+COMMON_LETTERS = "abcdefghiklmnoprstuwy"  # all but j, q, v, x and z
 
 
 class WordTask(Task):
@@ -88,7 +89,7 @@ class Counting(WordTask):
         """A letter of the word, one of its most frequent ones, or any letter: otherwise most answers would be 1."""
         max_count = max(word.count(letter) for letter in word)
         most_frequent = [letter for letter in word if word.count(letter) == max_count]
-        [choices] = rng.choices((word, most_frequent, "abcdefghiklmnoprstuwy"), weights=(3, 5, 2))
+        [choices] = rng.choices((word, most_frequent, COMMON_LETTERS), weights=(3, 5, 2))
         return rng.choice(choices)
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:

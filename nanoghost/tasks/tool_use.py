@@ -20,7 +20,7 @@ from nanoghost.tools.retrieval import Passage, TextIndex
 
 PROGRAM_PHRASES, DOCUMENT_PHRASES = load_phrases("tool_use")["programs"], load_phrases("tool_use")["documents"]
 SPELLING_PROGRAMS = ("count", "length", "backward")
-"""Programs about a word: the split of the word is theirs."""
+"""Kinds of programs about a word. The word alone decides their split."""
 
 
 class Programs(WordTask):

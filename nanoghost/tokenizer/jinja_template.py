@@ -44,9 +44,11 @@ class ChatTemplate:
         """
         if "tool" not in self.source:
             messages = tool_messages_as_text(messages)
-        special_token = re.compile("|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))))
-        escape = unused_character(messages)
-        messages = [escape_special_tokens(message, special_token, escape) for message in messages]
+        special_token_pattern = re.compile(
+            "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
+        )
+        escape_character = unused_character(messages)
+        messages = [escape_special_tokens(message, special_token_pattern, escape_character) for message in messages]
         functions = [{"type": "function", "function": tool} for tool in tools or ()] or None
         variables = self.special_tokens_map | {"tools": functions}
 
@@ -56,13 +58,13 @@ class ChatTemplate:
             reply_spans = self.find_replies(text, messages, variables)
 
         ids, loss_mask, position = [], [], 0
-        for segment in re.split(f"({special_token.pattern})", text):
+        for segment in re.split(f"({special_token_pattern.pattern})", text):
             if segment in tokenizer.special_tokens:
                 ids.append(tokenizer.special_tokens[segment])
                 loss_mask.append(in_spans(position, reply_spans))
             elif segment:
-                positions = [position + i for i, character in enumerate(segment) if character != escape]
-                for token_id, start in tokenizer.encode_with_offsets(segment.replace(escape, "")):
+                positions = [position + i for i, character in enumerate(segment) if character != escape_character]
+                for token_id, start in tokenizer.encode_with_offsets(segment.replace(escape_character, "")):
                     ids.append(token_id)
                     loss_mask.append(in_spans(positions[start], reply_spans))
             position += len(segment)
@@ -75,9 +77,9 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             before = render_template(self.source, messages[:i], True, **variables)
-            through = render_template(self.source, messages[: i + 1], False, **variables).rstrip()
-            if text.startswith(before) and text.startswith(through):
-                spans.append((len(before), len(through)))
+            with_reply = render_template(self.source, messages[: i + 1], False, **variables).rstrip()
+            if text.startswith(before) and text.startswith(with_reply):
+                spans.append((len(before), len(with_reply)))
         return spans
 
 
@@ -117,14 +119,16 @@ def unused_character(messages: list[dict]) -> str:
     return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
 
 
-def escape_special_tokens(value, special_token: re.Pattern, escape: str):
-    """The value with `escape` after the first character of each special token in its strings, at any depth."""
+def escape_special_tokens(value, special_token_pattern: re.Pattern, escape_character: str):
+    """Insert `escape_character` after the first character of each special token in all strings of a nested value."""
     if isinstance(value, str):
-        return special_token.sub(lambda match: match[0][0] + escape + match[0][1:], value)
+        return special_token_pattern.sub(lambda match: match[0][0] + escape_character + match[0][1:], value)
     if isinstance(value, dict):
-        return {key: escape_special_tokens(inner, special_token, escape) for key, inner in value.items()}
+        return {
+            key: escape_special_tokens(inner, special_token_pattern, escape_character) for key, inner in value.items()
+        }
     if isinstance(value, list):
-        return [escape_special_tokens(inner, special_token, escape) for inner in value]
+        return [escape_special_tokens(inner, special_token_pattern, escape_character) for inner in value]
     return value
 
 

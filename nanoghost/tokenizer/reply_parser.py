@@ -184,7 +184,7 @@ class ReplyParser:
 
 
 def parse_reply(token_ids: list[int], tokenizer: Tokenizer) -> dict:
-    """The assistant message that a complete list of generated tokens stands for."""
+    """The assistant message of a complete list of generated tokens."""
     parser = ReplyParser(tokenizer)
     delta = parser.feed(token_ids)
     rest = parser.finish()

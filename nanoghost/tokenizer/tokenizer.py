@@ -144,9 +144,9 @@ class Tokenizer:
             names = {i: name.encode() for name, i in self.special_tokens.items()}
         return b"".join(names.get(i) or self._bytes[i] for i in ids).decode(errors="replace")
 
-    def token_bytes(self, id: int) -> bytes:
+    def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token; empty for a special token."""
-        return self._bytes[id]
+        return self._bytes[token_id]
 
     def special_id(self, name: str) -> int:
         """The id of a special token."""
@@ -183,8 +183,8 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def feed(self, id: int) -> str:
-        return self._utf8.decode(self._tokenizer.token_bytes(id))
+    def feed(self, token_id: int) -> str:
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
         """The rest at the end: U+FFFD for an incomplete character, otherwise nothing."""

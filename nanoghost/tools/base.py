@@ -1,7 +1,7 @@
 """What a tool is: a function from one text to one text that a model may call, with a description for the model.
 
-To add a tool, write one file with a `Tool`, and add it to TOOLS in registry.py. A tool returns the mistakes of the
-model as a text that begins with "error: ", for the model to read.
+To add a tool, write one file with a `Tool`, and add it to TOOLS in registry.py. If the model made a
+mistake, the tool returns a text that begins with "error: ", for the model to read.
 """
 
 from collections.abc import Callable

@@ -18,11 +18,11 @@ from nanoghost.tools.retrieval import DocumentFolder, Passage
 # ── the tools ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_calculator(expression: str) -> ToolResult:
+def run_calculator_tool(expression: str) -> ToolResult:
     return ToolResult(calculate(expression))
 
 
-def run_python(code: str) -> ToolResult:
+def run_python_tool(code: str) -> ToolResult:
     return ToolResult(sandbox.run_python(code) or "nothing was printed")
 
 
@@ -44,14 +44,14 @@ CALCULATOR = Tool(
     description="Work out a sum with + - * / and brackets.",
     argument="expression",
     argument_description="for example 12*(3+4)",
-    function=run_calculator,
+    function=run_calculator_tool,
 )
 PYTHON = Tool(
     name="python",
     description="Run a Python program. Answers with what it prints and the value of its last line.",
     argument="code",
     argument_description="for example 'strawberry'.count('r')",
-    function=run_python,
+    function=run_python_tool,
     is_available=python_is_available,
 )
 LOOKUP = Tool(
@@ -76,8 +76,8 @@ def numbered_passages(passages: list[Passage]) -> ToolResult:
         return ToolResult("nothing was found")
     lines, rows = [], []
     for n, passage in enumerate(passages, 1):
-        place = f"{passage.source}, {passage.heading[:60]}" if passage.heading else passage.source
-        lines.append(f"[{n}] {place}: {passage.snippet}")
+        location = f"{passage.source}, {passage.heading[:60]}" if passage.heading else passage.source
+        lines.append(f"[{n}] {location}: {passage.snippet}")
         rows.append({"n": n, "source": passage.source, "text": passage.text})
     return ToolResult("\n".join(lines), rows)
 

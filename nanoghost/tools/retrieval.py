@@ -148,10 +148,10 @@ class DocumentFolder:
 def list_documents(folder: Path) -> dict[str, FileVersion]:
     """{path relative to the folder: version} of all documents. Links are not followed, wherever they lead."""
     documents = {}
-    for place, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk does not enter the others
         for name in names:
-            path = Path(place, name)
+            path = Path(parent, name)
             source = path.relative_to(folder).as_posix()
             if name.startswith(".") or path.suffix.lower() not in SUFFIXES or not source.isprintable():
                 continue

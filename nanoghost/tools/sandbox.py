@@ -43,7 +43,7 @@ TIMEOUT_SECONDS = 5.0
 MAX_CODE_CHARACTERS = 10_000
 """As UTF-8 a program of this length fits into a pipe, so writing it to the child never blocks."""
 MAX_OUTPUT_BYTES = 2_000
-"""Some hundred tokens. A program that prints more is killed."""
+"""A few hundred tokens. A program that prints more is killed."""
 MISSING = "Python needs its sandbox: pip install 'nanoghost[sandbox]'"
 CHILD = Path(__file__).with_name("sandbox_child.py")
 
@@ -161,7 +161,7 @@ def compiled_module() -> Path:
     if not only_owner_can_write(folder):
         raise UserError(f"other users can write {folder}, which contains code that is run: chmod 700 {folder}")
     if not (os.path.lexists(path) and only_owner_can_write(path)):
-        print("compiling the Python sandbox, once: some seconds ...", file=sys.stderr)
+        print("compiling the Python sandbox (once, a few seconds) ...", file=sys.stderr)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
         with rename_on_success(temporary, path):
             command = _command("compile", _wasm_file(), temporary)

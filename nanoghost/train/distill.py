@@ -87,7 +87,7 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
         model, tokenizer = load_parent(parent, settings)
         context = finetune_context(model.config.context, settings.context)
         if dataset:
-            examples = text_rows(dataset.tokens("train"), context, settings.examples, dataset.check("train"))
+            examples = text_rows(dataset.tokens("train"), context, settings.examples, dataset.verifier("train"))
         else:
             examples = sample_conversations(settings, conversations, parent.card.root)
         method = METHODS[settings.kind](settings, examples, tokenizer, context, Teacher(teacher_folder), run)
