@@ -48,7 +48,7 @@ def two_tasks(base_card, name: str) -> dict:
 
 
 def run_all_stages(home: str) -> None:
-    """Run every stage in the home `home`/WORLD_SIZE, in fp32; count the tokens that go through models in this process."""
+    """Run every stage in the home `home`/WORLD_SIZE, in fp32; count the tokens that models process here."""
     hardware.cpu_dtype = lambda flags: torch.float32
     rank, world_size = distributed.rank_and_world_size()
     os.chdir(home)

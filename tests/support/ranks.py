@@ -20,7 +20,7 @@ def free_port() -> int:
 
 
 def fork_ranks(world_size: int, function, *arguments) -> list[int]:
-    """Fork `world_size` processes that call `function(*arguments)` in the environment of torchrun; returns their ids."""
+    """Fork `world_size` processes that call `function(*arguments)` in the environment of torchrun; their ids."""
     port = free_port()
     processes = []
     for rank in range(world_size):
