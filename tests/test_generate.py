@@ -131,7 +131,7 @@ def tool_conversation(tokenizer):
     """(prompt, ids of the whole conversation, its loss mask, the assistant's and the tool's messages)."""
     question = {"role": "user", "content": "12+30?"}
     messages = [calculator_call("12+30"), tool_message("42"), {"role": "assistant", "content": "It is 42."}]
-    prompt, _ = render([question], tokenizer, generation=True)
+    prompt, _ = render([question], tokenizer, add_generation_prompt=True)
     ids, loss_mask = render([question, *messages], tokenizer)
     return prompt, ids, loss_mask, messages
 
@@ -159,9 +159,9 @@ def test_without_tools_a_call_ends_the_completion(tokenizer, tool_conversation):
 def call_and_result_ids(tokenizer, result: str) -> tuple[list[int], list[int], list[int]]:
     """(prompt, ids of a call, ids that the engine appends for its result)."""
     question, call = {"role": "user", "content": "?"}, calculator_call("1+1")
-    prompt = render([question], tokenizer, generation=True)[0]
+    prompt = render([question], tokenizer, add_generation_prompt=True)[0]
     call_ids = render([question, call], tokenizer)[0][len(prompt) : -len(tokenizer.encode("\n"))]
-    conversation = render([question, call, tool_message(result)], tokenizer, generation=True)[0]
+    conversation = render([question, call, tool_message(result)], tokenizer, add_generation_prompt=True)[0]
     return prompt, call_ids, conversation[len(prompt) + len(call_ids) :]
 
 

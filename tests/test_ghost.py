@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from nanoghost.model.character_features import (
-    NUM_CHARACTERS,
     END_OF_WORD,
     NO_FEATURE,
+    NUM_CHARACTERS,
     POSITIONS_PER_END,
     byte_class,
     character_table,

@@ -37,7 +37,7 @@ def test_loss_mask_covers_answers_with_their_stop_tokens(tokenizer):
 
 def test_generation_prompt_is_the_beginning_of_the_rendered_answer(tokenizer):
     ids, mask = render(CONVERSATION, tokenizer)
-    prompt, _ = render(CONVERSATION[:3], tokenizer, generation=True)
+    prompt, _ = render(CONVERSATION[:3], tokenizer, add_generation_prompt=True)
     assert ids[: len(prompt)] == prompt
     assert mask[len(prompt)]
 
@@ -72,5 +72,5 @@ def test_ids_after_a_tool_result_continue_the_rendered_conversation(tokenizer):
     result = {"role": "tool", "tool_call_id": "call_1", "content": "3"}
     ids, _ = render(messages, tokenizer)
     end_of_call = len(ids) - 1 - ids[::-1].index(tokenizer.special_id("<|im_end|>"))
-    whole, _ = render([*messages, result], tokenizer, generation=True)
+    whole, _ = render([*messages, result], tokenizer, add_generation_prompt=True)
     assert ids[: end_of_call + 1] + tool_response_ids([result], tokenizer) == whole

@@ -14,8 +14,8 @@ from nanoghost.formats.model_folder import load_model, save_model
 from nanoghost.model.character_features import NO_FEATURE, NUM_POSITIONS
 from nanoghost.model.copy_heads import POINTER_WIDTH
 from nanoghost.model.ghost import GhostConfig
-from nanoghost.model.tensor_names import gguf_name, huggingface_name, huggingface_name_of_gguf
 from nanoghost.model.registry import new_model
+from nanoghost.model.tensor_names import gguf_name, huggingface_name, huggingface_name_of_gguf
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.train.rollouts import rollout_logprobs
 from tests.support.toy_models import CONFIGS, LLAMA, V, random_tokens, trained_model, untrained_model

@@ -189,7 +189,7 @@ def test_smollm2_generates_the_greedy_tokens_of_transformers(smollm2_folder):
     """
     expected_model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
     model, tokenizer = load_model(smollm2_folder, torch.float32)
-    prompts = [render([{"role": "user", "content": p}], tokenizer, generation=True)[0] for p in PROMPTS]
+    prompts = [render([{"role": "user", "content": p}], tokenizer, add_generation_prompt=True)[0] for p in PROMPTS]
     rows = generate(model, tokenizer, prompts, SamplingParams(200, temperature=0, ignore_eos=True))
     worst = 0.0
     with torch.no_grad():

@@ -267,7 +267,10 @@ def test_ratios_of_fresh_rollouts_are_one_and_micro_batches_do_not_change_the_gr
     model = Ghost(GhostConfig(tokenizer.vocab_size, 64, depth=2, width=32, head_width=16, bigram_rows=64))
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)  # some matrices start as zeros, which would hide errors
-    prompts = [render([{"role": "user", "content": c}], tokenizer, generation=True)[0] for c in ("king?", "The ghost")]
+    prompts = [
+        render([{"role": "user", "content": c}], tokenizer, add_generation_prompt=True)[0]
+        for c in ("king?", "The ghost")
+    ]
     rows = generate(model, tokenizer, prompts, SamplingParams(max_tokens=8, temperature=1.0, seed=3), 4)
     rewards = [random.Random(i + 4 * p).random() for p in range(2) for i in range(4)]
     settings = RlSettings(max_tokens=8, rollouts=4)

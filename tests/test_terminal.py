@@ -29,7 +29,7 @@ def shown(tokenizer, *script):  # noqa: F811
     for text in script:
         if text == TOOL_RESULT:
             result = [{"role": "tool", "content": "2"}]
-            ids += tokenizer.encode("\n") + render(result, tokenizer, generation=True)[0]
+            ids += tokenizer.encode("\n") + render(result, tokenizer, add_generation_prompt=True)[0]
         elif text.startswith("<"):
             ids.append(tokenizer.special_id(text))
         else:
@@ -38,7 +38,7 @@ def shown(tokenizer, *script):  # noqa: F811
 
 
 def fragments_of_script(tokenizer, ids):  # noqa: F811
-    prompt, _ = render([QUESTION], tokenizer, generation=True)
+    prompt, _ = render([QUESTION], tokenizer, add_generation_prompt=True)
     model = ScriptedModel(tokenizer, prompt, ids)
     engine = Engine(TorchRunner(model, 1, 512), tokenizer)
     [sequence] = engine.add(prompt, SamplingParams(max_tokens=300, temperature=0), run_tool=run_tool)
@@ -65,7 +65,7 @@ def test_text_streams_whole_characters_and_a_tool_call_becomes_a_line(tokenizer)
         {"role": "tool", "tool_call_id": "call_1", "content": "2"},
         {"role": "assistant", "content": "Voilà: 2 € 👻"},
     ]
-    prompt, _ = render([QUESTION], tokenizer, generation=True)
+    prompt, _ = render([QUESTION], tokenizer, add_generation_prompt=True)
     fragments, _ = fragments_of_script(tokenizer, render(messages, tokenizer)[0][len(prompt) :])
     assert [fragment.text for fragment in fragments if fragment.is_tool_call] == ["calculator(1+1) → 2"]
     assert text_of_fragments(fragments) == "Voilà: 2 € 👻"

@@ -149,7 +149,7 @@ def test_rl_on_programs_without_the_sandbox_is_refused(nanoghost, toy_base, monk
 def test_a_tool_call_in_a_rollout_is_answered_and_scored(tokenizer):  # noqa: F811
     task = Lookup()
     problem = task.problem(random.Random(3), "train")
-    prompt = render(list(problem.messages), tokenizer, generation=True)[0]
+    prompt = render(list(problem.messages), tokenizer, add_generation_prompt=True)[0]
     solution = render([*problem.messages, *problem.solution], tokenizer)[0][len(prompt) :]
     script = ScriptedModel(tokenizer, prompt, solution)
     sampling = SamplingParams(300, temperature=0)

@@ -141,8 +141,8 @@ def test_the_template_lists_the_tools_before_the_conversation(tokenizer, home, d
     template = chat_template(TEMPLATE_WITH_TOOLS, tokenizer)
     tools = tools_for_model(model_folder("adopt"), template, documents)
     schemas = [tool.schema for tool in tools.values()]
-    without_tools = tokenizer.decode(template.render(question, tokenizer, generation=True)[0])
-    with_tools = tokenizer.decode(template.render(question, tokenizer, generation=True, tools=schemas)[0])
+    without_tools = tokenizer.decode(template.render(question, tokenizer, add_generation_prompt=True)[0])
+    with_tools = tokenizer.decode(template.render(question, tokenizer, add_generation_prompt=True, tools=schemas)[0])
     assert "Tools:" not in without_tools
     assert with_tools.endswith(without_tools)
     assert all(f'"name": "{name}"' in with_tools for name in tools)
@@ -173,7 +173,7 @@ def test_documents_in_the_terminal(nanoghost, toy_file, documents):
     conversation = Conversation("toy", SamplingParams(300, temperature=0), None, documents)
     conversation.ask("Where does the queen live?")
     tokenizer, messages = conversation.tokenizer, conversation.messages  # noqa: F811
-    prompt = render(messages, tokenizer, generation=True)[0]
+    prompt = render(messages, tokenizer, add_generation_prompt=True)[0]
     result = available_tools(documents)["lookup"].run({"query": "queen live"}).content
     reply = [
         assistant("") | {"tool_calls": [call("lookup", {"query": "queen live"})]},

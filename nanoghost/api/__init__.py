@@ -67,7 +67,7 @@ class Model:
         prompts = []
         for i, messages in enumerate(conversations):
             check_messages(messages, f"conversation {i}")
-            prompts.append(render(messages, self.tokenizer, generation=True, tools=schemas)[0])
+            prompts.append(render(messages, self.tokenizer, add_generation_prompt=True, tools=schemas)[0])
         return self._complete(prompts, sampling, partial(run_tool, tools=self.tools) if self.tools else None)
 
     def generate(self, prompt: str, **sampling) -> Completion:

@@ -168,7 +168,7 @@ def speculative_workloads(nanoghost: NanoghostEngine, tokens: int) -> list[tuple
         prompts = []
         for word in WORDS:
             messages = [{"role": "user", "content": question.format(word=word, text=text)}]
-            prompts.append(render(messages, tokenizer, generation=True)[0])
+            prompts.append(render(messages, tokenizer, add_generation_prompt=True)[0])
         workloads.append((kind, partial(median_decode, nanoghost, prompts, tokens, False)))
         workloads.append((f"{kind}, speculative", partial(median_decode, nanoghost, prompts, tokens, True)))
     return workloads

@@ -60,7 +60,7 @@ def engine_throughput(engine: Engine, questions: list[str], max_tokens: int) -> 
     start = time.perf_counter()
     sequences = []
     for seed, question in enumerate(questions):
-        prompt, _ = render([{"role": "user", "content": question}], engine.tokenizer, generation=True)
+        prompt, _ = render([{"role": "user", "content": question}], engine.tokenizer, add_generation_prompt=True)
         sequences += engine.add(prompt, SamplingParams(max_tokens, TEMPERATURE, seed=seed))
     while engine.has_unfinished:
         engine.step()

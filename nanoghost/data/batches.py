@@ -38,7 +38,7 @@ class Batches:
         self.epochs: dict[int, np.ndarray] = {}  # cache: window starts of the epochs of the last batch
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of a step, int64 [B, T] each, targets one token ahead."""
+        """Inputs and targets of a step, int64 (B, T) each, targets one token ahead."""
         starts = self.row_starts(step)
         if self.verify:
             self.verify(starts, self.context + 1)
@@ -50,7 +50,7 @@ class Batches:
         return steps * self.rows / self.rows_per_epoch
 
     def row_starts(self, step: int) -> np.ndarray:
-        """Start of each of this rank's rows in the token stream, [B]."""
+        """Start of each of this rank's rows in the token stream, (B,)."""
         return self.starts_of(step * self.rows + np.arange(self.rank, self.rows, self.world_size))
 
     def starts_of(self, row_numbers: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ class Batches:
         return np.concatenate([self.epochs[e][index[epoch == e]] for e in needed])
 
     def window_starts(self, epoch: int) -> np.ndarray:
-        """Starts of all windows of an epoch in their random order, [rows_per_epoch]."""
+        """Starts of all windows of an epoch in their random order, (rows_per_epoch,)."""
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         offset = random.integers(self.max_offset + 1)
         return offset + random.permutation(self.rows_per_epoch) * self.context
@@ -70,8 +70,8 @@ class Batches:
 def windows(tokens: np.ndarray, context: int, rows: int = 16) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Non-overlapping evaluation windows: every token except the first is a target exactly once.
 
-    Yields (inputs, targets), int64 [B, T]: batches of `rows` full windows, then a smaller batch, then the rest of the
-    stream as one short window [1, <T].
+    Yields (inputs, targets), int64 (B, T): batches of `rows` full windows, then a smaller batch, then the rest of the
+    stream as one short window (1, < T).
     """
     if len(tokens) < 2:
         raise UserError(f"the held-out text has {len(tokens)} tokens, too few to score: give it more text")

@@ -16,7 +16,7 @@ BLOCK = 1000
 
 @dataclass(frozen=True)
 class RowAssignment:
-    """The sources of the rows of one block, shape [BLOCK] each."""
+    """The sources of the rows of one block, shape (BLOCK,) each."""
 
     source: np.ndarray
     """Index of the row's source."""

@@ -51,6 +51,7 @@ def open_plays(archive: Path, sha256: str = PLAYS_SHA256) -> Source:
 
     def documents(skip: int = 0) -> Iterator[Document]:
         for work in sorted(texts)[skip:]:
+            # Named as in the archive, where "gut" stands for Project Gutenberg
             yield Document(f"{work}_gut", texts[work], split_of_work(work))
 
     return Source(

@@ -4,7 +4,7 @@ The First Folio prints "haue", "loue", "vpon", "Ile goe" where a modern edition 
 so the editions have few word 5-grams in common. Without vowels, and with v, j and y written as u and i, they have most
 in common (docs/results/data.md has the figures).
 
-Legend: N words of a text.
+N words of a text.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: an odd constant that
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """A 64-bit hash of each word, the same for all its spellings and on every machine: uint64 [N]."""
+    """A 64-bit hash of each word, the same for all its spellings and on every machine: uint64 (N,)."""
     if not text.isascii():
         text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return np.fromiter(map(word_hash, WORD.findall(text.lower().replace("'", ""))), np.uint64)
@@ -39,7 +39,7 @@ def skeleton(word: str) -> str:
 
 
 def shingles(hashes: np.ndarray, n: int) -> np.ndarray:
-    """A hash of each n words in a row: uint64 [max(0, N - n + 1)]."""
+    """A hash of each n words in a row: uint64 (max(0, N - n + 1),)."""
     total = np.zeros(max(0, len(hashes) - n + 1), np.uint64)
     for i in range(n):
         total = total * MIX + hashes[i : i + len(total)]  # modulo 2^64
@@ -49,6 +49,6 @@ def shingles(hashes: np.ndarray, n: int) -> np.ndarray:
 
 def contains_any(shingles: np.ndarray, index: np.ndarray) -> bool:
     """Whether any of the shingles is in `index`, which is sorted and not empty."""
-    places = np.searchsorted(index, shingles)
-    places = np.minimum(places, len(index) - 1)
-    return bool((index[places] == shingles).any())
+    indices = np.searchsorted(index, shingles)
+    indices = np.minimum(indices, len(index) - 1)
+    return bool((index[indices] == shingles).any())

@@ -11,7 +11,7 @@ from nanoghost.data.sources import SPLITS, Document
 from nanoghost.errors import UserError
 
 HELD_OUT_FRACTION = 0.05
-"""Fraction of the text for validation, and again for test."""
+"""Fraction of the text for validation, and the same fraction for test."""
 
 MIN_DOCUMENTS = 20
 """With fewer documents, each one is cut into the three splits; otherwise whole documents are held out."""

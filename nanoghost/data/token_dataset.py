@@ -1,4 +1,4 @@
-"""Tokenized text on disk, mapped into memory.
+"""The tokens of a data source on disk, memory-mapped: a file for each split.
 
     $NANOGHOST_HOME/data/plays-1f0c93ab/
         train.bin  val.bin  test.bin    token ids, little-endian, each document preceded by <|endoftext|>
@@ -32,7 +32,7 @@ class TokenDataset:
     manifest: dict
 
     def tokens(self, split: str) -> np.ndarray:
-        """All token ids of a split, [N], mapped from disk."""
+        """All token ids of a split, (N,), memory-mapped."""
         count = self.manifest["splits"][split]["tokens"]
         if count == 0:
             return np.empty(0, self.manifest["dtype"])  # an empty file cannot be mapped

@@ -1,4 +1,4 @@
-"""Tokenize a source once; later runs with the same text and tokenizer map the files (see dataset.py).
+"""Tokenize a source once; later runs with the same text and tokenizer memory-map the files (token_dataset.py).
 
 A killed run resumes: the position is saved in the partial folder every SAVE_CHARACTERS characters.
 """

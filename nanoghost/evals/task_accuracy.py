@@ -33,7 +33,7 @@ def generate_replies(
     `problems` are those of this process: every `world_size`-th, from `rank` on. The number of processes does not change
     the replies.
     """
-    prompts = [render(list(problem.messages), tokenizer, generation=True)[0] for problem in problems]
+    prompts = [render(list(problem.messages), tokenizer, add_generation_prompt=True)[0] for problem in problems]
     tools = {name for problem in problems for name in problem.tools}
     run_tool = tool_runner(tools) if tools else None
     return generate(model, tokenizer, prompts, sampling, samples, run_tool, rank, world_size)

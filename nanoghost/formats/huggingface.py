@@ -200,7 +200,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise UserError(f"the tokenizer has no special token {min(unknown)!r}")
     if max(tokenizer.stop_ids) >= tokenizer.vocab_size:
         raise UserError(f"the tokenizer has no token {max(tokenizer.stop_ids)}, which should end an answer")
-    render([{"role": "user", "content": "Hello"}], tokenizer, generation=True)
+    render([{"role": "user", "content": "Hello"}], tokenizer, add_generation_prompt=True)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

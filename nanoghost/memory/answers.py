@@ -49,7 +49,7 @@ def greedy_answers(
     sampling = SamplingParams(max_tokens, temperature=0.0)
     sequences = []
     for messages, adapter in zip(conversations, adapters or [None] * len(conversations)):
-        prompt, _ = render(messages, engine.tokenizer, generation=True)
+        prompt, _ = render(messages, engine.tokenizer, add_generation_prompt=True)
         sequences += engine.add(prompt, sampling, adapter=adapter)
     while not all(sequence.finish_reason for sequence in sequences):
         engine.step()

@@ -71,7 +71,7 @@ def answer_questions(
         return examples, 0
     prompts = []
     for qa in unanswered:
-        prompt, _ = render(qa.messages(with_context=True), tokenizer, generation=True)
+        prompt, _ = render(qa.messages(with_context=True), tokenizer, add_generation_prompt=True)
         prompts.append(prompt + tokenizer.encode(qa.answer_prefix))
     sequences = []
     for sequences in generate_steps(runner, tokenizer, prompts, SamplingParams(max_tokens, temperature=0.0)):

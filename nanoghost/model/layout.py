@@ -81,9 +81,9 @@ def shared_prompt_rows(prompts: list[list[int]], continuations: list[list[list[i
     same_segment = segments[:, None, :] == segments[:, :, None]
     is_prompt = segments[:, None, :] == PROMPT
     visible = torch.ones(T, T, dtype=torch.bool).tril() & (same_segment | is_prompt)
-    slots = torch.arange(T).expand(B, T)
+    index = torch.arange(T).expand(B, T)
     layout = Layout(
-        prev_index.to(device), positions.to(device), slots.to(device), additive_mask(visible, dtype).to(device)
+        prev_index.to(device), positions.to(device), index.to(device), additive_mask(visible, dtype).to(device)
     )
     return tokens.to(device), layout, tuple(torch.tensor(logit_positions, device=device).unbind(1))
 

@@ -66,11 +66,13 @@ class Conversation:
         self.dropped_messages = []
 
     def render_prompt(self, messages: list[dict]) -> list[int]:
-        ids, _ = render(messages, self.tokenizer, generation=True, tools=self.tool_schemas)
+        ids, _ = render(messages, self.tokenizer, add_generation_prompt=True, tools=self.tool_schemas)
         return ids
 
     def truncate(self, messages: list[dict], max_tokens: int) -> list[dict]:
-        return truncate_oldest_turns(messages, self.tokenizer, max_tokens, generation=True, tools=self.tool_schemas)
+        return truncate_oldest_turns(
+            messages, self.tokenizer, max_tokens, add_generation_prompt=True, tools=self.tool_schemas
+        )
 
     def ask(self, text: str) -> int:
         """Add a user message; returns how many of the oldest messages were dropped to make room for it.

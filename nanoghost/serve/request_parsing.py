@@ -105,9 +105,9 @@ def render_prompt(
     if tokenizer.chat_template:  # models trained here know the server's tools from their training
         schemas += [tool.schema for tool in server_tools.values()]
     if tokenizer.chat_template and tokenizer.chat_template.supports_tools:
-        ids, _ = render(messages, tokenizer, generation=True, tools=schemas)
+        ids, _ = render(messages, tokenizer, add_generation_prompt=True, tools=schemas)
     else:
-        ids, _ = render(with_tools_in_system_message(messages, schemas), tokenizer, generation=True)
+        ids, _ = render(with_tools_in_system_message(messages, schemas), tokenizer, add_generation_prompt=True)
     return ids
 
 

@@ -1,4 +1,6 @@
-"""Two tasks of reasoning-gym with its questions. No tools, no partial credit: an answer is exactly right or wrong.
+"""Two tasks of reasoning-gym with its questions, and its list of words for the spelling tasks.
+
+No tools, no partial credit: an answer is exactly right or wrong.
 
 The solutions do not show the best way to answer. Sums are shown both as a direct answer and as worked steps, and
 nothing tells the model which is better; words are shown backward at once, in few long tokens. RL discovers better ways

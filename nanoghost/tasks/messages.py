@@ -16,7 +16,7 @@ def assistant(content: str | list[dict]) -> dict:
 
 
 def make_text_parts(texts: Sequence[str]) -> list[dict]:
-    """OpenAI text parts. Each part is tokenized on its own, so no token crosses from one to the next."""
+    """Texts as OpenAI text parts. Each part is tokenized on its own, so no token crosses from one to the next."""
     return [{"type": "text", "text": text} for text in texts]
 
 

@@ -87,43 +87,43 @@ def segments(messages: list[dict]) -> Iterator[tuple[str, bool, bool]]:
 
 
 def render(
-    messages: list[dict], tokenizer: Tokenizer, generation: bool = False, tools: list[dict] | None = None
+    messages: list[dict], tokenizer: Tokenizer, add_generation_prompt: bool = False, tools: list[dict] | None = None
 ) -> tuple[list[int], list[bool]]:
     """(token ids, loss mask) of a conversation.
 
-    `generation` appends the header of an assistant message, so that the model continues with its reply. `tools` are
-    function objects (OpenAI's form) for the chat template of an imported model. Models trained here ignore them: they
-    learned their tools in training.
+    `add_generation_prompt` appends the header of an assistant message, so that the model continues with its reply.
+    `tools` are function objects (OpenAI's form) for the chat template of an imported model. Models trained here ignore
+    them: they learned their tools in training.
     """
     if tokenizer.chat_template:
-        return tokenizer.chat_template.render(messages, tokenizer, generation, tools)
+        return tokenizer.chat_template.render(messages, tokenizer, add_generation_prompt, tools)
     ids, loss_mask = [], []
     for text, is_special, in_loss in segments(messages):
         segment_ids = [tokenizer.special_id(text)] if is_special else tokenizer.encode(text)
         ids += segment_ids
         loss_mask += [in_loss] * len(segment_ids)
-    if generation:
+    if add_generation_prompt:
         header = [tokenizer.special_id("<|im_start|>"), *tokenizer.encode("assistant\n")]
         ids += header
         loss_mask += [False] * len(header)
     return ids, loss_mask
 
 
-def render_text(messages: list[dict], generation: bool = False) -> str:
+def render_text(messages: list[dict], add_generation_prompt: bool = False) -> str:
     """A conversation in this format as text, with the names of the special tokens."""
     text = "".join(text for text, _, _ in segments(messages))
-    return text + ("<|im_start|>assistant\n" if generation else "")
+    return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
 def tool_response_ids(results: list[dict], tokenizer: Tokenizer) -> list[int]:
-    """The tokens from the end of an assistant message with tool calls to the start of the next one: the tools' results.
+    """The tokens of tool results, from the end of the assistant message that calls the tools to the start of the next.
 
-    Rendered as part of a short conversation, because a template may not accept a conversation that begins with them.
+    The results are rendered in a short conversation, because a template may not accept one that begins with them.
     """
     context = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     context_ids, _ = render(context, tokenizer)
     end = max(i for i, token_id in enumerate(context_ids) if token_id in tokenizer.stop_ids)
-    ids, _ = render(context + results, tokenizer, generation=True)
+    ids, _ = render(context + results, tokenizer, add_generation_prompt=True)
     return ids[end + 1 :]
 
 
@@ -131,7 +131,7 @@ def truncate_oldest_turns(
     messages: list[dict],
     tokenizer: Tokenizer,
     max_tokens: int,
-    generation: bool = False,
+    add_generation_prompt: bool = False,
     tools: list[dict] | None = None,
 ) -> list[dict]:
     """The conversation without its oldest turns, so that the rest takes at most `max_tokens` tokens.
@@ -142,7 +142,7 @@ def truncate_oldest_turns(
     turn_starts = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "user"]
     for start in [0, *turn_starts]:
         remaining = [m for i, m in enumerate(messages) if i >= start or m["role"] == "system"]
-        ids, _ = render(remaining, tokenizer, generation, tools)
+        ids, _ = render(remaining, tokenizer, add_generation_prompt, tools)
         if len(ids) <= max_tokens:
             break
     return remaining

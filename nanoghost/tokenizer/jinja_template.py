@@ -34,7 +34,7 @@ class ChatTemplate:
         return re.search(r"\btools\b", self.source) is not None and "<tool_call>" in self.source
 
     def render(
-        self, messages: list[dict], tokenizer, generation: bool = False, tools: list[dict] | None = None
+        self, messages: list[dict], tokenizer, add_generation_prompt: bool = False, tools: list[dict] | None = None
     ) -> tuple[list[int], list[bool]]:
         """(token ids, loss mask) of a conversation; arguments as for chat_format.render.
 
@@ -52,9 +52,9 @@ class ChatTemplate:
         functions = [{"type": "function", "function": tool} for tool in tools or ()] or None
         variables = self.special_tokens_map | {"tools": functions}
 
-        text = render_template(self.source, messages, generation, **variables)
+        text = render_template(self.source, messages, add_generation_prompt, **variables)
         reply_spans = []
-        if not generation:  # a prompt for generation needs no loss mask
+        if not add_generation_prompt:  # a prompt for generation needs no loss mask
             reply_spans = self.find_replies(text, messages, variables)
 
         ids, loss_mask, position = [], [], 0
@@ -87,13 +87,15 @@ def in_spans(position: int, spans: list[tuple[int, int]]) -> bool:
     return any(start <= position < end for start, end in spans)
 
 
-def render_template(source: str, messages: list[dict], generation: bool = False, **variables) -> str:
+def render_template(source: str, messages: list[dict], add_generation_prompt: bool = False, **variables) -> str:
     """The text of a conversation; `variables` are further names that templates use (bos_token, eos_token, tools).
 
     Raises UserError if the template rejects the conversation.
     """
     try:
-        return compile_template(source).render(messages=messages, add_generation_prompt=generation, **variables)
+        return compile_template(source).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, **variables
+        )
     except Exception as error:  # a template is a program by somebody else and can raise anything
         raise UserError(f"the model's chat template rejects this conversation: {error}") from None
 

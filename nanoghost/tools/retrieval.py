@@ -95,7 +95,7 @@ class DocumentFolder:
             raise UserError(f"{folder} is not a folder of documents")
         self.folder = folder.resolve()
         key = hashlib.sha256(str(self.folder).encode(errors="surrogateescape")).hexdigest()[:12]
-        self.path = home() / "data" / f"documents-{key}" / "passages-1.sqlite"
+        self.path = home() / "data" / f"documents-{key}" / "passages-1.sqlite"  # 1: version of the tables
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with closing(self._open_updated()) as database:
             if not database.execute("select 1 from passages limit 1").fetchone():

@@ -115,7 +115,7 @@ class OnPolicyDistillation:
             prompts = [row.ids[: context // 4] for row in examples]
         else:
             questions = [question for question in map(up_to_last_question, examples) if question]
-            prompts = [render(question, tokenizer, generation=True)[0] for question in questions]
+            prompts = [render(question, tokenizer, add_generation_prompt=True)[0] for question in questions]
         self.prompts = [ids for ids in prompts if len(ids) + settings.max_tokens <= context]
         if not self.prompts:
             raise UserError(f"no prompt leaves room for {settings.max_tokens} tokens in a context of {context}")

@@ -102,7 +102,9 @@ def generate_answers(model, tokenizer, prompts: list[list[dict]], sampling: Samp
     max_prompt = model.config.context - sampling.max_tokens
     fitting, ids = [], []
     for messages in prompts:
-        prompt_ids, _ = render(truncate_oldest_turns(messages, tokenizer, max_prompt, True), tokenizer, generation=True)
+        prompt_ids, _ = render(
+            truncate_oldest_turns(messages, tokenizer, max_prompt, True), tokenizer, add_generation_prompt=True
+        )
         if len(prompt_ids) <= max_prompt:
             fitting.append(messages)
             ids.append(prompt_ids)
