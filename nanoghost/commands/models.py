@@ -104,7 +104,7 @@ def rename_command(settings: RenameSettings) -> None:
     if is_adapter and not new.name.startswith(f"{old.base}@"):
         raise UserError(f"an adapter keeps its base model: the new name must be '{old.base}@NAME'")
     if not is_adapter and "@" in new.name:
-        raise UserError(f"'{old.name}' is not an adapter: its new name cannot contain '@'")
+        raise UserError(f"'{old.name}' is not an adapter: only adapters have names like '{old.base}@NAME'")
     for adapter in adapters_of(old.name):  # they are renamed with their base
         move(ModelFolder(adapter), ModelFolder(f"{new.name}@{adapter.partition('@')[2]}"))
     move(old, new)
