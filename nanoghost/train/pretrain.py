@@ -25,7 +25,7 @@ from nanoghost.progress import Display
 from nanoghost.tasks.sft_mix import example_texts
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
-from nanoghost.train.hyperparameters import compile_decision, depth_for, pretrain_groups
+from nanoghost.train.hyperparameters import MAX_GFLOPS_PER_SECOND_PER_CORE, compile_decision, depth_for, pretrain_groups
 from nanoghost.train.run import Run, build_optimizer, print_figures, start_run
 from nanoghost.train.settings import StageSettings, check_batch_is_divisible, check_settings
 
@@ -189,6 +189,8 @@ def choose_depth(settings: PretrainSettings, minutes: float | None) -> tuple[int
         return depth_for(None)
     _, world_size = distributed.rank_and_world_size()
     gflops_per_second = hardware.matmul_gflops_per_second(hardware.compute_dtype(), 0.3)
+    if hardware.device().type == "cpu":
+        gflops_per_second = min(gflops_per_second, hardware.threads() * MAX_GFLOPS_PER_SECOND_PER_CORE)
     return depth_for(minutes, world_size * distributed.all_reduce_mean(gflops_per_second))
 
 
