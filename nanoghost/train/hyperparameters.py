@@ -11,8 +11,8 @@ from nanoghost.optim.optimizer import UpdateRule
 # REFERENCE_GFLOPS_PER_SECOND. Measured up to depth 4 (docs/results), extrapolated beyond.
 MIN_MINUTES_FOR_DEPTH = {2: 0.0, 3: 2.2, 4: 8.0, 6: 60.0, 8: 240.0, 12: 3000.0}
 REFERENCE_GFLOPS_PER_SECOND = 380.0  # matmul GFLOP/s of two Zen 4 cores in bf16
-# Matmuls of the sizes of training do not reach the peak of AMX: with 1,500 GFLOP/s measured on two cores, a step takes half
-# the time of two Zen 4 cores (5,546 and 2,664 tokens/s at depth 6), not a quarter.
+# Matmuls of the sizes of training do not reach the peak of AMX: with 1,500 GFLOP/s measured on two cores, a step takes
+# half the time of two Zen 4 cores (5,546 and 2,664 tokens/s at depth 6), not a quarter.
 MAX_GFLOPS_PER_SECOND_PER_CORE = 380.0
 DEFAULT_DEPTH = 4
 MIN_MINUTES_TO_COMPILE = 15
