@@ -94,7 +94,7 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def assert_same_tokens(llama, tokenizer: Tokenizer) -> None:
-    """Of texts, and of a rendered conversation with its special tokens."""
+    """Token ids are equal for plain texts and for a rendered conversation with its special tokens."""
     for text in TEXTS:
         assert llama.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text), text
     messages = [m | {"content": m["content"].replace("<|im_end|>", "")} for m in CONVERSATION]

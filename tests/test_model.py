@@ -140,7 +140,7 @@ def test_each_parameter_is_in_exactly_one_group(config):
 
 
 def test_flops_per_token_are_those_that_pytorch_counts(config):
-    """Of the matmuls of a training step. Only half of a T x T attention is useful, the rest is masked."""
+    """The matmuls of a training step are counted. Only half of a T x T attention is useful, the rest is masked."""
     B, T = 2, 16
     model = untrained_model(config)
     with FlopCounterMode(display=False) as counter:
