@@ -9,10 +9,13 @@ import io
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanoghost import __version__
 from nanoghost.errors import Stopped, UserError
+
+MAX_ERROR = 300  # characters of an error of the argument parser
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ GROUPS = {
     "Lab (experiments)": {
         "lab ledger": Command(
             "lab.ablations", "LedgerSettings", "command",
-            "ablations of the pretraining recipe, in seconds of training",
+            "ablations of the pretraining recipe: the training time that each part saves",
             ("nanoghost lab ledger", "nanoghost lab ledger --recipes muon,bigram --seeds 1"),
         ),
         "lab dial": Command(
@@ -300,15 +303,15 @@ def command_name(arguments: list[str]) -> str:
     return name
 
 
-def load(name: str) -> tuple[type, object]:
-    """Import a command: (settings dataclass, function)."""
+def load_command(name: str) -> tuple[type, Callable]:
+    """Import the module of a command: (settings dataclass, function)."""
     command = COMMANDS[name]
     module = importlib.import_module(f"nanoghost.{command.module}")
     return getattr(module, command.settings), getattr(module, command.function)
 
 
 def parse(settings_class: type, name: str, arguments: list[str]):
-    """Make the settings of a command from its arguments. Raises UserError with one line instead of tyro's error box."""
+    """The settings of a command from its arguments. Raises UserError with one line instead of tyro's error box."""
     import tyro
 
     errors = io.StringIO()
@@ -328,21 +331,23 @@ def parse(settings_class: type, name: str, arguments: list[str]):
         raise UserError(f"{error_text(errors.getvalue())} (see `nanoghost {name} --help`)") from None
 
 
-def error_text(box: str) -> str:
-    """The message inside one of tyro's error boxes."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", line).strip() for line in box.splitlines()]
-    message = []
-    for line in filter(None, lines[1:]):  # the first line is the title
+def error_text(error_box: str) -> str:
+    """The message inside one of tyro's error boxes, without its frame, its title and its hints."""
+    frame_and_colors = r"\x1b\[[0-9;]*m|[│╭╮╰╯─]"
+    lines = [re.sub(frame_and_colors, " ", line).strip() for line in error_box.splitlines()]
+    message_lines = []
+    for line in lines[1:]:  # the first line is the title
         if line.startswith(("Argument helptext", "For full helptext")):
             break
-        message.append(line)
-    no_match = r"no type matching .* could be instantiated from \['?(.*?)'?\]\..*"
-    return re.sub(no_match, r"invalid value '\1'", " ".join(message))[:300]
+        message_lines.append(line)
+    message = " ".join(line for line in message_lines if line)
+    invalid_value = r"no type matching .* could be instantiated from \['?(.*?)'?\]\..*"
+    return re.sub(invalid_value, r"invalid value '\1'", message)[:MAX_ERROR]
 
 
 def run(arguments: list[str]) -> None:
     name = command_name(arguments)
-    settings_class, function = load(name)
+    settings_class, function = load_command(name)
     function(parse(settings_class, name, arguments[len(name.split()) :]))
 
 
@@ -363,11 +368,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         fail(str(e), 2)
     except OSError as e:
-        if debug or e.errno is None:
+        if debug or e.errno is None:  # without a number it is an error of a library, not of the operating system
             raise
         fail(f"{e.strerror}: {e.filename}" if e.filename else str(e.strerror), 2)
     except Stopped:
-        print(file=sys.stderr)
+        print(file=sys.stderr)  # end the line on which the terminal shows ^C
         fail("stopped; rerun the same command to resume", 0)
     except KeyboardInterrupt:
         print(file=sys.stderr)

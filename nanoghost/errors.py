@@ -1,11 +1,11 @@
-"""The two ordinary ways for a command to end early: a mistake of the user, and a request to stop."""
+"""The two ordinary ways for a command to end early: an error that the user can fix, and a request to stop."""
 
 import signal
 import sys
 
 
 class UserError(Exception):
-    """A mistake of the user: one line that names what is wrong and what to do. `cli.py` prints it and exits with 2."""
+    """An error that the user can fix: one line that says what is wrong and what to do. The exit code is 2."""
 
     def __str__(self):
         """The message without control characters, which text from a file might contain."""
@@ -43,9 +43,9 @@ class StopFlag:
             self.requested = True
             print("\nstopping after this step ...", file=sys.stderr)
 
-        self.previous_handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.previous_handlers = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception):
-        for s, handler in self.previous_handlers.items():
-            signal.signal(s, handler)
+        for signum, handler in self.previous_handlers.items():
+            signal.signal(signum, handler)

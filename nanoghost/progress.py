@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-TITLES = {  # of stages; others are shown under their own names
+TITLES = {  # stage: its title; other stages are shown under their own names
     "pretrain": "pretraining",
     "sft": "finetuning",
     "rl": "RL",
@@ -16,7 +16,7 @@ TITLES = {  # of stages; others are shown under their own names
     "synthesize": "synthesis",
     "lecun1989": "digits",
 }
-FIGURES = (  # key of an event, how it is shown
+FIGURES = (  # (key of an event, format of its value)
     ("loss", "loss {:.3f}"),
     ("bpb", "{:.3f} bpb"),
     ("reward", "reward {:.2f}"),
@@ -40,7 +40,7 @@ class Display:
         is_main_process = os.environ.get("RANK", "0") == "0"
         self.console = Console(stderr=True, quiet=not is_main_process)
         self.progress: Progress | None = None
-        self.task = None
+        self.task: TaskID | None = None
         self.figures: dict = {}  # the latest value of each key
         self.last_line = 0.0
 
@@ -49,7 +49,7 @@ class Display:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def show(self, event: dict) -> None:
-        """Show an event of events.jsonl. Events without "steps" are not of training steps and are not shown."""
+        """Show an event of events.jsonl. Only events of training steps are shown: those with the key "steps"."""
         if "steps" not in event:
             return
         self.figures |= event
@@ -61,8 +61,8 @@ class Display:
             self.progress.update(self.task, completed=done, text=summary(self.figures))
         elif done >= total or time.time() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.time()
-            left = f"  {event['seconds_left']:.0f} s left" if "seconds_left" in event else ""
-            print(f"{title} {done}/{total}  {summary(self.figures)}{left}", file=sys.stderr, flush=True)
+            remaining = f"  {event['seconds_left']:.0f} s left" if "seconds_left" in event else ""
+            print(f"{title} {done}/{total}  {summary(self.figures)}{remaining}", file=sys.stderr, flush=True)
         if done >= total:
             self.close()
 
@@ -81,4 +81,4 @@ class Display:
 
 def summary(figures: dict) -> str:
     """The figures of a training event as a short text."""
-    return "  ".join(form.format(figures[key]) for key, form in FIGURES if key in figures)
+    return "  ".join(template.format(figures[key]) for key, template in FIGURES if key in figures)

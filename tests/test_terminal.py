@@ -42,8 +42,7 @@ def fragments_of_script(tokenizer, ids):  # noqa: F811
     model = ScriptedModel(tokenizer, prompt, ids)
     engine = Engine(TorchRunner(model, 1, 512), tokenizer)
     [sequence] = engine.add(prompt, SamplingParams(max_tokens=300, temperature=0), run_tool=run_tool)
-    fragments = [fragment for fragment in stream_fragments(engine, sequence) if fragment.text]
-    return fragments, sequence.messages
+    return list(stream_fragments(engine, sequence)), sequence.messages
 
 
 def text_of_fragments(fragments):

@@ -3,10 +3,12 @@
     model = load("smollm2")
     print(model.chat([{"role": "user", "content": "What is a tide?"}], max_tokens=100).text)
 
-Mistakes raise `UserError`. The names in `__all__` are stable; the modules that they come from may change.
+Wrong names, settings and inputs raise `UserError`. The names in `__all__` are stable; the modules that they come from
+may change.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -58,11 +60,11 @@ class Model:
         self.tools = tools_for_model(folder, self.tokenizer.chat_template, documents=None)
 
     def chat(self, messages: list[dict], **sampling) -> Completion:
-        """Reply to a conversation."""
+        """Reply to a conversation: messages in OpenAI's form. Tools that the model was trained to call are run."""
         return self.chat_batch([messages], **sampling)[0]
 
     def chat_batch(self, conversations: list[list[dict]], **sampling) -> list[Completion]:
-        """Reply to several conversations at the same time."""
+        """Reply to several conversations at the same time; the completions are in their order."""
         schemas = [tool.schema for tool in self.tools.values()]
         prompts = []
         for i, messages in enumerate(conversations):
@@ -75,28 +77,39 @@ class Model:
         return self.generate_batch([prompt], **sampling)[0]
 
     def generate_batch(self, prompts: list[str], **sampling) -> list[Completion]:
-        """Continue several texts at the same time."""
+        """Continue several texts at the same time; the completions are in their order."""
         if not all(prompts):
             raise UserError("a prompt is empty: give it at least one character")
         return self._complete([self.tokenizer.encode(prompt) for prompt in prompts], sampling)
 
-    def _complete(self, prompts: list[list[int]], sampling: dict, tool_runner=None) -> list[Completion]:
+    def _complete(
+        self, prompts: list[list[int]], sampling: dict, tool_runner: Callable[[dict], str] | None = None
+    ) -> list[Completion]:
         params = settings_from(SamplingParams, sampling, "sampling")
         check_sampling(params)
         sequences = []
         try:
-            for i, ids in enumerate(prompts):
-                sequences += self.engine.add(ids, params, run_tool=tool_runner, rng_stream=i)
+            for i, prompt_ids in enumerate(prompts):  # each with random numbers of its own
+                sequences += self.engine.add(prompt_ids, params, run_tool=tool_runner, rng_stream=i)
             while self.engine.has_unfinished:
                 self.engine.step()
         finally:  # also after Ctrl-C, or if one of the prompts is too long: the next call starts with an empty engine
             for sequence in sequences:
                 self.engine.cancel(sequence)
-        return [Completion(text_of(s.messages[-1]), s.messages, s.finish_reason) for s in sequences]
+        completions = []
+        for sequence in sequences:
+            text = text_of(sequence.messages[-1])
+            completions.append(Completion(text, sequence.messages, sequence.finish_reason))
+        return completions
 
     def score(self, text: str) -> Score:
-        """Log-probabilities of a text of any length, in windows of the model's context that share one token."""
-        ids, context = self.tokenizer.encode(text), self.engine.runner.context
+        """Log-probabilities of a text of any length, in windows of the model's context.
+
+        Consecutive windows share one token, because the first token of a window is not scored. Raises UserError if the
+        text has fewer than two tokens.
+        """
+        ids = self.tokenizer.encode(text)
+        context = self.engine.runner.context
         if len(ids) < 2:
             raise UserError("the text has fewer than two tokens: there is nothing to predict")
         logprobs = []
@@ -130,7 +143,8 @@ def train(stage: str, **settings) -> dict | None:
 
 
 def settings_from(settings_class: type, values: dict, owner: str):
+    """Settings with these values. Raises UserError for a name that is not a field; `owner`: who has the settings."""
     unknown = sorted(set(values) - {field.name for field in fields(settings_class)})
     if unknown:
-        raise UserError(f"{owner} has no setting '{unknown[0]}'; docs/api.md says where all are listed")
+        raise UserError(f"{owner} has no setting '{unknown[0]}'; docs/api.md shows where to find the list")
     return settings_class(**values)

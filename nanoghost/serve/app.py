@@ -15,6 +15,7 @@ from nanoghost.serve.http_errors import ClientDisconnected, RequestError, respon
 from nanoghost.serve.openapi import describe_api
 from nanoghost.serve.service import Service
 
+# Starlette logs a traceback for what only `Exception` matches. The others are expected, so each of them is listed.
 HANDLED_EXCEPTIONS = (
     RequestError,
     QueueFull,
@@ -43,5 +44,5 @@ def make_app(service: Service) -> FastAPI:
         app.router.routes.extend(router.routes)
     if service.page.is_dir():
         app.mount("/static", status_routes.PageFiles(directory=service.page), name="static")
-    app.openapi = partial(describe_api, app, service)
+    app.openapi = partial(describe_api, app, service)  # what /openapi.json returns
     return app

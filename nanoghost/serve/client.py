@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from itertools import count
+from multiprocessing.process import BaseProcess
 
 from nanoghost.serve.engine_messages import (
     PROMPT_SAMPLE,
@@ -24,7 +25,7 @@ from nanoghost.serve.engine_messages import (
     RequestFailed,
     TokenDelta,
 )
-from nanoghost.serve.worker import run
+from nanoghost.serve.worker import run_worker
 
 SILENCE_TIMEOUT = 60.0  # seconds without a message, while there are requests, after which the engine counts as stuck
 LOADING_TIMEOUT = 900.0  # the same while it loads a model
@@ -48,7 +49,7 @@ class EngineRejected(EngineError):
 
 
 class RequestHandle:
-    """A submitted request: the tokens of each sample as they come, and how to cancel them."""
+    """A submitted request: iterates over the new tokens of each sample, and cancels samples."""
 
     def __init__(self, request: EngineRequest, cancel: Callable[["RequestHandle", int | None], None]):
         self.request = request
@@ -100,6 +101,11 @@ class EngineClient:
         self.last_message = time.monotonic()
         """Time of the engine's last message."""
         self.outbox: queue.SimpleQueue = queue.SimpleQueue()
+        """Messages to the engine; None ends the thread that sends them."""
+        # Set by `start`:
+        self.loop: asyncio.AbstractEventLoop
+        self.process: BaseProcess
+        self.started: float
 
     # ── the process ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -108,7 +114,7 @@ class EngineClient:
         self.loop = asyncio.get_running_loop()
         pipe, engine_pipe = self.context.Pipe()
         arguments = (engine_pipe, self.capacity)
-        self.process = self.context.Process(target=run, args=arguments, name="engine", daemon=True)
+        self.process = self.context.Process(target=run_worker, args=arguments, name="engine", daemon=True)
         self.process.start()
         engine_pipe.close()
         self.num_starts += 1
@@ -163,7 +169,7 @@ class EngineClient:
             timeout = LOADING_TIMEOUT if self.loading else SILENCE_TIMEOUT
             silent = time.monotonic() - self.last_message > timeout
             if silent and (self.requests or self.loading) and self.process.is_alive():
-                self.last_message = time.monotonic()
+                self.last_message = time.monotonic()  # do not kill it again every second until it is gone
                 self.process.kill()
 
     def stop(self) -> None:
@@ -190,7 +196,8 @@ class EngineClient:
 
         Raises QueueFull, but not for the continuation of a reply that the client has begun to read.
         """
-        if not is_continuation and self.num_sequences + max(1, request.num_sequences) > self.max_sequences:
+        num_new = max(1, request.num_sequences)  # a request for log-probabilities of the prompt also counts
+        if not is_continuation and self.num_sequences + num_new > self.max_sequences:
             raise QueueFull
         if not self.requests:
             self.last_message = time.monotonic()  # the engine was silent for lack of work
@@ -238,10 +245,10 @@ class EngineClient:
 
     def _handle_failure(self, failure: RequestFailed) -> None:
         self.loading = False
-        if not failure.request_id:
+        if failure.request_id is None:
             print(f"the default model could not be loaded: {failure.message}", file=sys.stderr, flush=True)
             return
         handle = self.requests.get(failure.request_id)
         if handle:
             self._fail(handle, EngineRejected(failure.message))
-            self.outbox.put(Cancel(failure.request_id))
+            self.outbox.put(Cancel(failure.request_id))  # its other samples may still be running

@@ -1,5 +1,6 @@
-"""HTTP/1.1 connections with timeouts: uvicorn's protocol, for clients that send or read too slowly."""
+"""uvicorn's HTTP/1.1 protocol with timeouts for clients that send or read too slowly, and a limit on connections."""
 
+import asyncio
 import socket
 import struct
 
@@ -13,10 +14,13 @@ AT_CAPACITY = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-a
 
 
 class TimeoutProtocol(H11Protocol):
+    """One connection: limits the time until the headers are complete and the time in which the client reads nothing."""
+
     header_timeout = HEADER_TIMEOUT
     stall_timeout = STALL_TIMEOUT
     max_connections = MAX_CONNECTIONS
-    header_timer = stall_timer = None
+    header_timer: asyncio.TimerHandle | None = None
+    stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport) -> None:
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
@@ -25,7 +29,7 @@ class TimeoutProtocol(H11Protocol):
         if len(self.connections) > self.max_connections:
             transport.write(AT_CAPACITY)
             transport.close()
-        self.start_header_timer()
+        self.start_header_timer()  # for a rejected client, too: it may never read the response
 
     def data_received(self, data: bytes) -> None:
         if not self.is_responding and not self.header_timer:
@@ -58,7 +62,7 @@ class TimeoutProtocol(H11Protocol):
         self.transport.abort()
 
     def timeout_keep_alive_handler(self) -> None:
-        self.transport.abort()
+        self.transport.abort()  # uvicorn would wait until the client has read everything
 
     def connection_lost(self, exc) -> None:
         self.stop_header_timer()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 from nanoghost.engine.engine import Engine, open_engine
@@ -29,10 +30,18 @@ class ReplyFragment:
 class Conversation:
     """A model, the messages so far, and how replies are sampled."""
 
-    def __init__(self, model: str | None, sampling: SamplingParams, system: str | None, documents: Path | None = None):
-        """`model`: default is the one finished last; `documents`: the folder that the tool `lookup` searches."""
+    def __init__(
+        self,
+        model: str | None,
+        sampling: SamplingParams,
+        system: str | None,
+        documents: Path | None = None,
+        adapter: Path | None = None,
+    ):
+        """`model`: default is the one finished last; `documents`: the folder that the tool `lookup` searches;
+        `adapter`: the folder of an adapter to load instead of the model's own."""
         self.folder = open_model(model)
-        self.engine = open_engine(self.folder, adapter=self.extra_adapter())
+        self.engine = open_engine(self.folder, adapter=adapter)
         self.tokenizer = self.engine.tokenizer
         self.sampling = sampling
         self.num_replies = 0
@@ -44,25 +53,19 @@ class Conversation:
         self.tool_schemas = [tool.schema for tool in tools.values()]
         self.run_tool = partial(run_tool, tools=tools) if tools else None
 
-    def extra_adapter(self) -> Path | None:
-        """Folder of an adapter to load instead of the model's own."""
-        return None
-
     def set_system(self, text: str | None) -> None:
         """Replace or remove the system message."""
-        others = [m for m in self.messages if m["role"] != "system"]
         system = [{"role": "system", "content": text}] if text else []
-        self.messages = system + others
+        self.messages = system + without_system(self.messages)
 
     @property
     def transcript(self) -> list[dict]:
         """The whole conversation, with the messages that no longer fit into the context."""
-        system = [m for m in self.messages if m["role"] == "system"]
-        return system + self.dropped_messages + self.messages[len(system) :]
+        return system_messages(self.messages) + self.dropped_messages + without_system(self.messages)
 
     def reset(self) -> None:
         """Drop everything except the system message."""
-        self.messages = [m for m in self.messages if m["role"] == "system"]
+        self.messages = system_messages(self.messages)
         self.dropped_messages = []
 
     def render_prompt(self, messages: list[dict]) -> list[int]:
@@ -90,27 +93,28 @@ class Conversation:
                 f"the message takes {num_tokens} tokens with the system message; this model's context holds {context}"
             )
         num_dropped = len(extended) - len(remaining)
-        not_system = [m for m in extended if m["role"] != "system"]
-        self.dropped_messages += not_system[:num_dropped]
+        self.dropped_messages += without_system(extended)[:num_dropped]
         self.messages = remaining
         return num_dropped
 
-    def answer(self, prompt_messages: list[dict] | None = None) -> Iterator[ReplyFragment]:
+    def prompt_messages(self) -> list[dict]:
+        """What the model reads before it replies."""
+        return self.messages
+
+    def answer(self) -> Iterator[ReplyFragment]:
         """Stream the reply to the last message and add it to the messages.
 
-        Closing the iterator early keeps what was generated until then. `prompt_messages`: what the model reads, if not
-        exactly the conversation.
+        Closing the iterator early keeps what was generated until then.
         """
-        prompt_ids = self.render_prompt(prompt_messages or self.messages)
+        prompt_ids = self.render_prompt(self.prompt_messages())
         sampling = replace(self.sampling, seed=self.sampling.seed + self.num_replies)
         self.num_replies += 1
         num_messages = len(self.messages)
         [sequence] = self.engine.add(prompt_ids, sampling, run_tool=self.run_tool)
-        sequence.max_len = self.engine.runner.context  # the only sequence, and a tool's result can be long
+        # It is the only sequence, so it may fill the context: the result of a tool can be long.
+        sequence.max_len = self.engine.runner.context
         try:
-            for fragment in stream_fragments(self.engine, sequence):
-                if fragment.text:
-                    yield fragment
+            yield from stream_fragments(self.engine, sequence)
         finally:
             self.engine.cancel(sequence)
             replies = list(sequence.messages)
@@ -121,44 +125,52 @@ class Conversation:
             self.messages = self.messages[:num_messages] + replies
 
 
+def system_messages(messages: list[dict]) -> list[dict]:
+    return [message for message in messages if message["role"] == "system"]
+
+
+def without_system(messages: list[dict]) -> list[dict]:
+    return [message for message in messages if message["role"] != "system"]
+
+
 def stream_fragments(engine: Engine, sequence: Sequence) -> Iterator[ReplyFragment]:
     """Run the engine until the sequence is finished; yields its text as it grows, and its tool calls with results."""
     parser = ReplyParser(engine.tokenizer)
-    num_ids = num_messages = 0
-    functions: dict[str, dict] = {}
-    """The functions that the current message calls, by call id."""
-    in_line = False
-    """Text was yielded since the last line break that a tool call needs."""
+    num_ids = 0
+    num_messages = 0
+    functions: dict[str, dict] = {}  # that the current message calls, by call id
+    needs_newline = False  # before a tool call: text was yielded on this line
     while not sequence.finish_reason:
         engine.step()
         new_ids = sampled_ids(sequence, num_ids)
         new_messages = sequence.messages[num_messages:]
-        num_ids, num_messages = len(sequence.completion_ids), len(sequence.messages)
+        num_ids = len(sequence.completion_ids)
+        num_messages = len(sequence.messages)
         text = parser.feed(new_ids).text
         if new_messages:
             text += parser.finish().text
             parser = ReplyParser(engine.tokenizer)
-        in_line = in_line or bool(text)
-        yield ReplyFragment(text)
+        if text:
+            needs_newline = True
+            yield ReplyFragment(text)
         for message in new_messages:
             if message["role"] == "assistant":
                 functions = {call["id"]: call["function"] for call in message.get("tool_calls", ())}
                 continue
-            if in_line:
+            if needs_newline:
                 yield ReplyFragment("\n")
-            in_line = False
+            needs_newline = False
             function = functions[message["tool_call_id"]]
             yield ReplyFragment(f"{format_call(function)} → {message['content']}", is_tool_call=True)
 
 
 def sampled_ids(sequence: Sequence, start: int) -> list[int]:
     """The completion tokens from `start` on, without tool results."""
-    pairs = zip(sequence.completion_ids[start:], sequence.sampled_mask[start:])
-    return [token_id for token_id, is_sampled in pairs if is_sampled]
+    return list(compress(sequence.completion_ids[start:], sequence.sampled_mask[start:]))
 
 
 def format_call(function: dict) -> str:
-    """A tool call for display: calculator(12+30)."""
+    """A tool call as it is shown: calculator(12+30)."""
     arguments = json.loads(function["arguments"])
     values = arguments.values() if isinstance(arguments, dict) else [arguments]
     return f"{function['name']}({', '.join(map(str, values))})"

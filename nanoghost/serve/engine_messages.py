@@ -1,10 +1,11 @@
-"""The messages between the server and the engine process, and what they are about.
+"""The messages between the server and the engine process, and the values in them.
 
 Server to engine: EngineRequest, Cancel, LoadModel. Engine to server: lists of TokenDelta, RequestFailed, ModelStatus.
 """
 
 from dataclasses import dataclass, field
 
+from nanoghost.engine.logits_processors import TopLogprobs
 from nanoghost.engine.sampler import SamplingParams
 
 PROMPT_SAMPLE = -1
@@ -29,11 +30,11 @@ class ModelRef:
 
     base: str
     finished: float
-    """When the base was finished: a model trained again under the same name is another model."""
+    """When the base was finished, in seconds since 1970: a model trained again under the same name is another model."""
     adapter: str = ""
     """Folder of the adapter; empty for the base alone."""
     adapter_mtime_ns: int = 0
-    """When the adapter was written: the next night's adapter is another adapter."""
+    """When the adapter was written, in nanoseconds since 1970: `nanoghost sleep` replaces the adapter of a person."""
 
     @property
     def adapter_name(self) -> str:
@@ -85,16 +86,16 @@ class TokenDelta:
     request_id: int
     sample: int
     token_ids: list[int]
-    logprobs: list
-    """TopLogprobs of each token, if the request asks for them."""
+    logprobs: list[TopLogprobs]
+    """One for each token, if the request asks for them."""
     finish_reason: str
-    """Empty while the sample goes on."""
+    """stop or length; "complete" for the prompt's log-probabilities; empty while more tokens follow."""
 
 
 @dataclass(frozen=True)
 class RequestFailed:
-    request_id: int
-    """0: a LoadModel."""
+    request_id: int | None
+    """None: a LoadModel failed."""
     message: str
 
 

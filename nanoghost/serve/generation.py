@@ -30,7 +30,7 @@ TOOL_TIMEOUT = 60.0  # seconds
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A request in terms of tokens: what an API request comes down to."""
+    """An API request with its prompt as tokens, its model, its sampling settings and its tools."""
 
     model: ModelInfo
     model_ref: ModelRef
@@ -45,8 +45,8 @@ class GenerationRequest:
     """The prompt ends with the opening tag of a tool call, and the reply is the call."""
     prompt_logprobs: bool = False
     is_plain_text: bool = False
-    """A text to continue instead of a message. The stop token then counts among the tokens with log-probabilities
-    (lm-eval relies on this)."""
+    """The prompt is a text to continue, not a conversation. The stop token then has an entry in the log-probabilities,
+    which lm-eval relies on."""
     client_tools: frozenset[str] = frozenset()
     server_tools: dict[str, Tool] = field(default_factory=dict)
 
@@ -70,7 +70,7 @@ class GenerationRequest:
 
 @dataclass
 class Usage:
-    """Tokens and times of a request."""
+    """Tokens and times of a request. Times are seconds of time.monotonic()."""
 
     prompt_tokens: int
     received: float
@@ -136,9 +136,11 @@ async def generate(
     engine: EngineClient, request: GenerationRequest, handle: RequestHandle, usage: Usage, pool: ThreadPoolExecutor
 ) -> AsyncIterator[Event]:
     """The events of all samples as they come. Closing the iterator cancels the samples that are still running."""
-    samples = [generate_sample(engine, request, handle, sample, usage, pool) for sample in range(request.num_samples)]
+    streams = []
+    for sample in range(request.num_samples):
+        streams.append(generate_sample(engine, request, handle, sample, usage, pool))
     try:
-        async with contextlib.aclosing(merge(samples)) as events:
+        async with contextlib.aclosing(merge(streams)) as events:
             async for event in events:
                 yield event
     finally:
@@ -154,9 +156,11 @@ async def generate_sample(
     pool: ThreadPoolExecutor,
 ) -> AsyncIterator[Event]:
     """The events of one sample: messages, and between them the results of the server's tools."""
-    tokenizer, sampling = request.model.tokenizer, request.sampling
-    prompt_ids, tokens_left = request.prompt_ids, sampling.max_tokens
-    engine_sample = sample
+    tokenizer = request.model.tokenizer
+    sampling = request.sampling
+    prompt_ids = request.prompt_ids
+    tokens_left = sampling.max_tokens
+    engine_sample = sample  # its number in the engine's request; after a tool call the sample has a request of its own
     for tool_round in range(MAX_TOOL_ROUNDS + 1):
         parser = ReplyParser(
             tokenizer,
@@ -193,10 +197,11 @@ async def generate_sample(
         if tokens_left < 1:
             yield Finished(sample, "length")
             return
-        seed = sampling.seed + 1 + sample + tool_round
+        seed = sampling.seed + 1 + sample + tool_round  # each round gets other random numbers, and each sample, too
         next_sampling = replace(sampling, max_tokens=tokens_left, seed=seed)
         next_request = replace(request, prompt_ids=prompt_ids, num_samples=1, sampling=next_sampling)
-        handle, engine_sample = engine.submit(next_request.engine_request(), is_continuation=True), 0
+        handle = engine.submit(next_request.engine_request(), is_continuation=True)
+        engine_sample = 0
 
 
 @dataclass
@@ -258,7 +263,7 @@ async def read_prompt_logprobs(handle: RequestHandle) -> list[TopLogprobs]:
 
 async def merge(streams: list[AsyncIterator]) -> AsyncIterator:
     """The items of several streams as they come. The first error is raised. At the end, all streams are closed."""
-    queue: asyncio.Queue = asyncio.Queue()
+    queue: asyncio.Queue = asyncio.Queue()  # items; and each task itself when it is done
 
     async def forward(stream: AsyncIterator) -> None:
         async with contextlib.aclosing(stream):
@@ -274,7 +279,7 @@ async def merge(streams: list[AsyncIterator]) -> AsyncIterator:
             item = await queue.get()
             if isinstance(item, asyncio.Task):
                 num_running -= 1
-                item.result()
+                item.result()  # raises the error of the task, if there is one
             else:
                 yield item
     finally:

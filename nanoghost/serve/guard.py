@@ -11,6 +11,8 @@ import hmac
 import ipaddress
 from urllib.parse import urlsplit
 
+from fastapi.responses import Response
+
 from nanoghost.serve.http_errors import error_response
 from nanoghost.serve.metrics import Metrics
 
@@ -25,11 +27,11 @@ SECURITY_HEADERS = [
     (b"x-frame-options", b"DENY"),
     (b"content-security-policy", b"default-src 'none'"),
 ]
-CLOSE = {"connection": "close"}  # the rest of the body is not worth reading
+CLOSE = {"connection": "close"}  # header of responses to requests whose body is not read to the end
 
 
 class Guard:
-    """ASGI middleware."""
+    """ASGI middleware: rejects a request, or passes it to the application with its body complete."""
 
     body_timeout = BODY_TIMEOUT
 
@@ -54,16 +56,17 @@ class Guard:
         headers = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, value.decode("latin-1"))  # the first of each name counts
-        rejection = self.check(scope, headers)
+        rejection = self.check_headers(scope, headers)
         if not rejection and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
             rejection, receive = await self.read_body(headers, receive)
+        app = rejection or self.app  # a response is an ASGI application, too
         try:
-            await (rejection or self.app)(scope, receive, sender)
+            await app(scope, receive, sender)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = scope["route"].path if "route" in scope else "other"  # the router adds it
             self.metrics.requests.labels(route, sender.status).inc()
 
-    def check(self, scope, headers: dict):
+    def check_headers(self, scope, headers: dict) -> Response | None:
         """The error response for a request that is rejected; None for one that may pass."""
         num_hosts = sum(name == b"host" for name, _ in scope["headers"])
         host = headers.get(b"host", "")
@@ -77,8 +80,7 @@ class Guard:
             )
         if self.key_hash and not is_public(scope["path"]) and not self.has_key(headers.get(b"authorization", "")):
             message = "the API key is missing or wrong; send the header Authorization: Bearer KEY"
-            headers = {"www-authenticate": "Bearer"}
-            return error_response(401, message, code="invalid_api_key", headers=headers)
+            return error_response(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         return None
 
     def is_allowed_host(self, name: str) -> bool:
@@ -94,11 +96,14 @@ class Guard:
         if content_type != "application/json":
             message = "the body must be JSON with the header Content-Type: application/json"
             return error_response(415, message, headers=CLOSE), receive
-        content_length = int(headers.get(b"content-length", "0"))
-        body, complete = bytearray(), False
+        too_large = error_response(413, f"the body is larger than {MAX_BODY:,} bytes", headers=CLOSE)
+        if int(headers.get(b"content-length", "0")) > MAX_BODY:  # uvicorn has checked that it is a number
+            return too_large, receive
+        body = bytearray()
+        complete = False
         try:
             async with asyncio.timeout(self.body_timeout):
-                while not complete and len(body) <= MAX_BODY and content_length <= MAX_BODY:
+                while not complete and len(body) <= MAX_BODY:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return error_response(400, "the client closed the connection"), receive
@@ -107,11 +112,11 @@ class Guard:
         except TimeoutError:
             message = f"the body was not received within {self.body_timeout:.0f} seconds"
             return error_response(408, message, headers=CLOSE), receive
-        if not complete or len(body) > MAX_BODY:
-            return error_response(413, f"the body is larger than {MAX_BODY:,} bytes", headers=CLOSE), receive
+        if len(body) > MAX_BODY:
+            return too_large, receive
         messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-        async def receive_again():
+        async def receive_again():  # once the body; a later call waits until the client disconnects
             return messages.pop() if messages else await receive()
 
         return None, receive_again
@@ -134,6 +139,7 @@ class HeaderSender:
 
 
 def sha256(key: str) -> bytes:
+    """Keys are compared by their hashes: these have the same length, so the time of a comparison says nothing."""
     return hashlib.sha256(key.encode("latin-1")).digest()
 
 

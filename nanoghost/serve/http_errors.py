@@ -17,7 +17,7 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_
 
 
 class RequestError(Exception):
-    """A request that cannot be served; becomes an error response."""
+    """A request that cannot be served. The exception handler turns it into an error response."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)

@@ -8,8 +8,11 @@ FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # 
 
 
 class Metrics:
+    """Counters that the server increments, and gauges that read the state of the engine's client."""
+
     def __init__(self, engine: EngineClient):
-        self.registry = registry = CollectorRegistry()
+        registry = CollectorRegistry()
+        self.registry = registry
         self.requests = Counter(
             "nanoghost_requests", "Responses by route and status", ["route", "status"], registry=registry
         )
@@ -25,6 +28,7 @@ class Metrics:
             "nanoghost_cancelled", "Requests that ended early: the client disconnected, or an error", registry=registry
         )
         self.tool_calls = Counter("nanoghost_tool_calls", "Tool calls that the server ran", ["tool"], registry=registry)
+        # CPU time and memory of both processes, from /proc/PID ("self" is this process).
         ProcessCollector("nanoghost_engine", lambda: engine.pid or "self", registry=registry)
         ProcessCollector("nanoghost_http", registry=registry)
         sequences = Gauge("nanoghost_sequences", "Sequences that are running or waiting", registry=registry)

@@ -24,8 +24,9 @@ class ModelInfo:
     name: str
     base: str
     base_finished: float
-    """When the base model was finished."""
+    """When the base model was finished, in seconds since 1970."""
     created: int
+    """When the model itself was finished, in seconds since 1970."""
     context: int
     """Maximum number of tokens of a conversation."""
     parameters: int
@@ -54,11 +55,13 @@ class ModelInfo:
 
 @lru_cache(maxsize=4)
 def cached_tokenizer(base: str, base_finished: float) -> Tokenizer:
+    """`base_finished` only belongs to the key of the cache: the tokenizer of a new base model is loaded again."""
     return load_tokenizer(ModelFolder(base).path)
 
 
 @lru_cache(maxsize=256)
 def template_supports_tools(base: str, base_finished: float) -> bool:
+    """Whether the chat template can render tools. `base_finished` only belongs to the key of the cache."""
     template = load_tokenizer(ModelFolder(base).path).chat_template
     return template is None or template.supports_tools
 
@@ -111,7 +114,7 @@ class ModelRegistry:
             created=int(card.finished),
             context=min(load_config(base.path).context, self.capacity.context),
             parameters=base_card.parameters,
-            supports_tools=supports_tools and base_card.stage != "pretrain",
+            supports_tools=supports_tools and base_card.stage != "pretrain",  # tool calls are learned in later stages
         )
 
     def model(self, name: str) -> ModelInfo | None:
@@ -128,7 +131,7 @@ class ModelRegistry:
         for path in sorted((home() / "people").glob("*")):
             try:
                 person = Person(path.name)
-            except UserError:  # the name of another file
+            except UserError:  # a file whose name cannot be that of a person
                 continue
             inputs = person.adapter_inputs
             people.append({"name": person.name, "base": inputs.base if inputs else None})

@@ -24,6 +24,7 @@ def token_key(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: list[tuple[int, TopLogprobs]]) -> dict:
+    """`tokens`: each token id with its log-probability and the likeliest tokens."""
     content = []
     for token_id, (logprob, top) in tokens:
         entry = logprob_entry(tokenizer, token_id, logprob)
@@ -43,24 +44,24 @@ def logprob_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict:
 def completion_logprobs(
     tokenizer: Tokenizer, tokens: list[tuple[int, TopLogprobs | None]], num_top: int, text_offset: int = 0
 ) -> dict:
-    """`text_offset`: position of the first token in the text of the choice.
+    """Columns with one entry for each token. `text_offset`: position of the first token in the text of the choice.
 
     The first token of an echoed prompt has no log-probability: its entries are None.
     """
-    table: dict = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    columns: dict = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token_id, logprobs in tokens:
         key = token_key(tokenizer, token_id)
-        table["tokens"].append(key)
-        table["text_offset"].append(text_offset)
+        columns["tokens"].append(key)
+        columns["text_offset"].append(text_offset)
         text_offset += len(token_text(tokenizer, token_id))
         if logprobs is None:
-            table["token_logprobs"].append(None)
-            table["top_logprobs"].append(None)
+            columns["token_logprobs"].append(None)
+            columns["top_logprobs"].append(None)
             continue
         logprob, top = logprobs
         candidates = {token_key(tokenizer, candidate): value for candidate, value in top[:num_top]}
         if num_top:
-            candidates.setdefault(key, logprob)
-        table["token_logprobs"].append(logprob)
-        table["top_logprobs"].append(candidates)
-    return table
+            candidates.setdefault(key, logprob)  # OpenAI adds the token itself if it is not among the likeliest
+        columns["token_logprobs"].append(logprob)
+        columns["top_logprobs"].append(candidates)
+    return columns

@@ -42,7 +42,9 @@ def model_entry(info: ModelInfo, adapters: list[str]) -> dict:
 class ResponseBase:
     """What responses to chat and plain completions have in common."""
 
-    object_type = chunk_type = id_prefix = ""
+    object_type = ""
+    chunk_type = ""
+    id_prefix = ""
 
     def __init__(self, service: Service, request: CommonRequest, usage: Usage, model: ModelInfo):
         self.service = service
@@ -53,11 +55,14 @@ class ResponseBase:
         self.created = int(time.time())
         options = request.stream_options
         self.streams_usage = request.timings or bool(options and options.include_usage)
+        """Whether a stream ends with a chunk of usage."""
 
     def header(self, object_type: str) -> dict:
+        """The fields at the beginning of the response and of each chunk."""
         return {"id": self.id, "object": object_type, "created": self.created, "model": self.request.model}
 
     def usage_fields(self) -> dict:
+        """The fields at the end of the response, or of the last chunk."""
         fields = {"usage": self.usage.to_json()}
         if self.request.timings:
             fields["timings"] = self.usage.timings(self.model.context)
@@ -189,9 +194,9 @@ class ChatChoice:
     finish_reason: str = ""
 
     def to_json(self, index: int, logprobs: dict | None) -> dict:
-        content = self.content
-        if self.finish_reason == "tool_calls":
-            content = content or None
+        content: str | None = self.content
+        if not content and self.finish_reason == "tool_calls":
+            content = None
         message = {"role": "assistant", "content": content, "refusal": None}
         if self.tool_calls:
             message["tool_calls"] = self.tool_calls
@@ -246,9 +251,9 @@ class CompletionResponse(ResponseBase):
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
         """The deltas of all choices as they come."""
         num_finished = 0
-        prompts = [self.prompt_deltas(i) for i in range(len(self.generations))]
+        streams = [self.prompt_deltas(i) for i in range(len(self.generations))]
         try:
-            async with contextlib.aclosing(merge(prompts)) as deltas:
+            async with contextlib.aclosing(merge(streams)) as deltas:
                 async for delta in deltas:
                     if delta.finish_reason:
                         num_finished += 1
@@ -270,8 +275,9 @@ class CompletionResponse(ResponseBase):
                 if generation.prompt_logprobs:
                     logprobs = await read_prompt_logprobs(handle)
                     tokens = list(zip(generation.prompt_ids, [None, *logprobs]))
+                finish_reason = None if max_tokens else "length"
                 for sample in range(generation.num_samples):
-                    yield ChoiceDelta(first_choice + sample, text, tokens, None if max_tokens else "length")
+                    yield ChoiceDelta(first_choice + sample, text, tokens, finish_reason)
             if not max_tokens:
                 return
             service = self.service
@@ -293,7 +299,9 @@ class CompletionResponse(ResponseBase):
             async for delta in deltas:
                 choice = choices[delta.index]
                 choice.text += delta.text
-                choice.tokens = choice.tokens + delta.tokens
+                choice.tokens = (
+                    choice.tokens + delta.tokens
+                )  # not +=: the samples of a prompt share the list of its echo
                 choice.finish_reason = delta.finish_reason or choice.finish_reason
         entries = [self.choice_entry(choice, text_offset=0) for choice in choices]
         return self.header(self.object_type) | {"choices": entries} | self.usage_fields()

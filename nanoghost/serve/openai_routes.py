@@ -22,8 +22,9 @@ async def models(service: ServiceDependency) -> JsonObject:
     infos = service.registry.models().values()
     entries = []
     for info in infos:
-        adapters = [other for other in infos if other.base == info.name and other.name != info.name]
-        entries.append(model_entry(info, [adapter.name.partition("@")[2] for adapter in adapters]))
+        names = [other.name for other in infos if other.base == info.name and other.name != info.name]
+        adapters = [name.partition("@")[2] for name in names]  # BASE@ADAPTER
+        entries.append(model_entry(info, adapters))
     return json_response({"object": "list", "data": entries})
 
 
@@ -34,13 +35,12 @@ async def chat_completions(body: ChatRequest, request: Request, service: Service
     generation = await asyncio.to_thread(parse_chat_request, body, service.registry, service.tools)
     person = service.registry.person(body.person) if body.person else None
     handle = service.engine.submit(generation.engine_request())
-    last = body.messages[-1]
-    if person and last.role == "user":
-        log_message = asyncio.get_running_loop().run_in_executor(
-            service.chat_log_thread, person.log_user_message, last.to_chat_format()["content"]
-        )
+    last_message = body.messages[-1]
+    if person and last_message.role == "user":
+        text = last_message.to_chat_format()["content"]
+        loop = asyncio.get_running_loop()
         try:
-            await log_message
+            await loop.run_in_executor(service.chat_log_thread, person.log_user_message, text)
         except BaseException:  # also if the client disconnects
             handle.cancel()
             raise

@@ -25,7 +25,7 @@ REQUEST_SCHEMAS = ("ChatRequest", "CompletionRequest", "TokenizeRequest")
 
 
 class JsonObject(dict):
-    """Return type of routes: any JSON object."""
+    """Return type of routes, for the description: any JSON object."""
 
 
 def error_responses(*statuses: int) -> dict:

@@ -4,9 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanoghost.engine.sampler import SamplingParams
+from nanoghost.home import open_model
 from nanoghost.memory.phrasings import FACTS_PROMPT, third_person_statement
 from nanoghost.memory.store import Person, current_facts, search_facts
-from nanoghost.serve.conversation import MIN_REPLY_TOKENS, Conversation, ReplyFragment
+from nanoghost.serve.conversation import (
+    MIN_REPLY_TOKENS,
+    Conversation,
+    ReplyFragment,
+    system_messages,
+    without_system,
+)
 from nanoghost.serve.personal_routing import adapter_for_reply, is_personal
 from nanoghost.tokenizer.chat_format import text_of
 
@@ -26,20 +33,18 @@ class PersonalConversation(Conversation):
         """`lookup`: also show the model the stored fact that fits the message best."""
         self.person = Person(person)
         self.lookup = lookup
-        super().__init__(model, sampling, system, documents)
+        folder = open_model(model)
+        super().__init__(folder.name, sampling, system, documents, adapter=self.person.adapter_for(folder))
         self.adapter = self.engine.adapter
         """Name of the person's adapter in the engine, or of the model's own; empty if there is none."""
         self.person.create()
-
-    def extra_adapter(self) -> Path | None:
-        return self.person.adapter_for(self.folder)
 
     def ask(self, text: str) -> int:
         num_dropped = super().ask(text)
         self.person.log_message("user", text_of(self.messages[-1]))
         return num_dropped
 
-    def messages_with_fact(self) -> list[dict]:
+    def prompt_messages(self) -> list[dict]:
         """The conversation, with the fact in its system message that fits the last message best, if there is one."""
         if not self.lookup or not is_personal(self.messages):
             return self.messages
@@ -48,19 +53,19 @@ class PersonalConversation(Conversation):
         if not matches:
             return self.messages
         [fact] = matches
-        system = [text_of(m) for m in self.messages if m["role"] == "system"]
+        system = [text_of(message) for message in system_messages(self.messages)]
         system.append(FACTS_PROMPT.format(facts=third_person_statement(fact.relation, fact.value)))
-        others = [m for m in self.messages if m["role"] != "system"]
-        extended = [{"role": "system", "content": "\n".join(system)}, *others]
+        extended = [{"role": "system", "content": "\n".join(system)}, *without_system(self.messages)]
         return self.truncate(extended, self.engine.runner.context - MIN_REPLY_TOKENS)
 
-    def answer(self, prompt_messages: list[dict] | None = None) -> Iterator[ReplyFragment]:
+    def answer(self) -> Iterator[ReplyFragment]:
         num_messages = len(self.messages)
         uses_adapter = adapter_for_reply(self.person, self.folder, self.messages) is not None
         self.engine.adapter = self.adapter if uses_adapter else ""
         try:
-            yield from super().answer(prompt_messages or self.messages_with_fact())
+            yield from super().answer()
         finally:
-            replies = [text_of(m) for m in self.messages[num_messages:] if m["role"] == "assistant"]
-            if any(replies):
-                self.person.log_message("assistant", "".join(replies))
+            new_messages = self.messages[num_messages:]
+            reply = "".join(text_of(message) for message in new_messages if message["role"] == "assistant")
+            if reply:
+                self.person.log_message("assistant", reply)

@@ -1,4 +1,4 @@
-"""From an API request to a GenerationRequest: which model and adapter, which prompt, how to sample."""
+"""Turns API requests into GenerationRequests: which model and adapter, which prompt, how to sample."""
 
 import json
 import secrets
@@ -139,7 +139,7 @@ def parse_completion_request(request: CompletionRequest, registry: ModelRegistry
     requests = []
     for prompt in request.prompts:
         prompt_ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if not prompt_ids:  # an empty prompt stands for the beginning of a text
+        if not prompt_ids:  # the beginning of a text: what a model writes after a stop token
             prompt_ids = [max(model.tokenizer.stop_ids)]
         vocab_size = model.tokenizer.vocab_size
         if max(prompt_ids) >= vocab_size:

@@ -17,42 +17,44 @@ MAX_SCHEMA_DEPTH = 24  # nested objects and lists
 MAX_PATTERN = 256  # characters of a regular expression in a schema
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=129)]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=129)]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Id = Annotated[int, Field(ge=0, lt=2**31)]
-Ids = Annotated[list[Id], Field(min_length=1, max_length=131_072)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=131_072)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-IdLists = Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 Zero = Annotated[float, Field(ge=0, le=0)]  # a field of OpenAI's that is not supported: only its default is accepted
 
 
-class Part(BaseModel):
+class StrictModel(BaseModel):
+    """Base of all models here: rejects unknown fields, values of another type, NaN and infinity."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(Part):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: Text
 
 
-class CalledFunction(Part):
+class CalledFunction(StrictModel):
     name: FunctionName
     arguments: Text
 
 
-class ToolCall(Part):
+class ToolCall(StrictModel):
     id: Annotated[str, StringConstraints(max_length=128)]
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-def one_of(*kinds: dict) -> ConfigDict:
-    """Adds to the description of the API which combinations of fields are valid."""
+def any_of(*combinations: dict) -> ConfigDict:
+    """Adds to the description of the API which combinations of fields are valid: {name of a field: its schema}."""
     alternatives = []
-    for kind in kinds:
-        required = [name for name, schema in kind.items() if schema.get("type") != "null"]
-        alternatives.append({"properties": kind, "required": required})
+    for properties in combinations:
+        required = [name for name, schema in properties.items() if schema.get("type") != "null"]
+        alternatives.append({"properties": properties, "required": required})
     return ConfigDict(json_schema_extra={"anyOf": alternatives})
 
 
@@ -61,8 +63,8 @@ NO_TOOL_CALLS = {"tool_calls": {"type": "null"}}
 TOOL_CALLS = {"tool_calls": {"type": "array", "minItems": 1}}
 
 
-class Message(Part):
-    model_config = one_of(
+class Message(StrictModel):
+    model_config = any_of(
         {"role": {"enum": ["system", "developer", "user"]}} | CONTENT | NO_TOOL_CALLS,
         {"role": {"const": "tool"}, "tool_call_id": {"type": "string"}} | CONTENT | NO_TOOL_CALLS,
         {"role": {"const": "assistant"}} | CONTENT,
@@ -100,7 +102,7 @@ class Message(Part):
 
 
 def check_schema_limits(schema: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema itself. Raises ValueError if its size, its depth or a pattern exceeds the limits."""
+    """Returns the JSON schema. Raises ValueError if its size, its depth or a pattern exceeds the limits."""
 
     def check(value, depth: int) -> None:
         if depth > MAX_SCHEMA_DEPTH:
@@ -120,7 +122,7 @@ def check_schema_limits(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-class Function(Part):
+class Function(StrictModel):
     name: FunctionName
     description: Annotated[str, StringConstraints(max_length=4096)] | None = None
     parameters: dict[str, Any] | None = None
@@ -129,24 +131,24 @@ class Function(Part):
     @field_validator("parameters")
     @classmethod
     def check_limits(cls, schema):
-        return schema and check_schema_limits(schema)
+        return check_schema_limits(schema) if schema else schema
 
 
-class ToolDefinition(Part):
+class ToolDefinition(StrictModel):
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(Part):
+class NamedFunction(StrictModel):
     name: FunctionName
 
 
-class ToolChoice(Part):
+class ToolChoice(StrictModel):
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(Part):
+class JsonSchema(StrictModel):
     name: FunctionName
     description: Annotated[str, StringConstraints(max_length=4096)] | None = None
     schema_: dict[str, Any] = Field(alias="schema")
@@ -158,8 +160,8 @@ class JsonSchema(Part):
         return check_schema_limits(schema)
 
 
-class ResponseFormat(Part):
-    model_config = one_of(
+class ResponseFormat(StrictModel):
+    model_config = any_of(
         {"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}},
         {"type": {"const": "json_schema"}, "json_schema": {"type": "object"}},
     )
@@ -173,20 +175,20 @@ class ResponseFormat(Part):
         return self
 
 
-class StreamOptions(Part):
+class StreamOptions(StrictModel):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class CommonRequest(Part):
+class CommonRequest(StrictModel):
     """The fields that chat and plain completions share."""
 
-    model: Name
+    model: ModelName
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_TEXTS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_TEXTS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -233,7 +235,7 @@ class ChatRequest(CommonRequest):
 
 
 class CompletionRequest(CommonRequest):
-    prompt: Text | Texts | Ids | IdLists
+    prompt: Text | Texts | TokenIds | TokenIdLists
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
@@ -254,6 +256,6 @@ class CompletionRequest(CommonRequest):
         return [self.prompt] if single else self.prompt
 
 
-class TokenizeRequest(Part):
-    model: Name
+class TokenizeRequest(StrictModel):
+    model: ModelName
     content: Text

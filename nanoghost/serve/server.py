@@ -53,13 +53,13 @@ class ServeSettings:
 
 
 def command(settings: ServeSettings) -> None:
-    check(settings)
+    check_settings(settings)
     key = read_api_key(settings)
     listener = open_listener(settings)
     asyncio.run(serve(settings, key, listener))
 
 
-def check(settings: ServeSettings) -> None:
+def check_settings(settings: ServeSettings) -> None:
     """Raises UserError for settings that are out of range."""
     if settings.slots < 1:
         raise UserError("--slots must be at least 1")
@@ -96,16 +96,17 @@ def is_loopback(host: str) -> bool:
 
 
 def open_listener(settings: ServeSettings) -> socket.socket:
+    """A socket that listens on the address. Raises UserError if that is not possible."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
         listener.listen(128)  # connections that arrive before the server is ready wait here
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
         address = f"port {settings.port} of {settings.host}"
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
+        if error.errno == errno.EADDRINUSE:
             raise UserError(f"{address} is in use: choose another one with --port") from None
         raise UserError(f"cannot listen on {address}: {error}") from None
     return listener

@@ -1,4 +1,4 @@
-"""What the routes of the server share."""
+"""The state that all routes of the server share: the engine, the models, the tools, the metrics and the threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from nanoghost.serve.model_registry import ModelRegistry
 from nanoghost.tools.base import Tool
 
 PAGE = Path(__file__).with_name("page")
+TOOL_THREADS = 4  # tool calls that run at the same time
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Service:
     """Folder of the chat page."""
     draining: bool = False
     """The server is stopping: it completes open requests and accepts no new ones."""
-    tool_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "tools"))
+    tool_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(TOOL_THREADS, "tools"))
     chat_log_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "chat-log"))
     """A single thread, so that messages are logged in their order."""
 

@@ -19,7 +19,7 @@ PAGE_POLICY = (
     "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox; frame-ancestors 'self'"
-MAX_EVENTS = 2000  # of one response
+MAX_EVENTS = 2000  # in one response
 
 router = APIRouter()
 
@@ -59,6 +59,7 @@ async def report(name: str) -> Response:
 
 @router.get("/runs/{name}/events", response_model=None, responses=error_responses(404))
 async def events(name: str, after: Annotated[int, Query(ge=0, le=2**40)] = 0) -> JsonObject:
+    """`after`: how many events the client has already; `next` in the response is the value for its next request."""
     lines = await asyncio.to_thread(complete_lines, find_run(name).path / "events.jsonl")
     selected = lines[after : after + MAX_EVENTS]
     return json_response({"data": [json.loads(line) for line in selected], "next": after + len(selected)})

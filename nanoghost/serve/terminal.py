@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,9 @@ HELP = """/help           show this list
 Ctrl-C stops a reply and keeps its text so far; Ctrl-D quits."""
 
 NOT_UTF8 = "standard input is not UTF-8 text"
+MAX_HISTORY = 1000  # lines
+# Bold "> ". Between \x01 and \x02 stand characters that do not move the cursor, so that readline counts the width.
+INPUT_PROMPT = "\x01\x1b[1m\x02> \x01\x1b[0m\x02"
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,11 @@ def talk(conversation: Conversation) -> None:
     """Read messages and slash commands and print replies until the end of the input."""
     print(dim(greeting(conversation)))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    save_history = start_line_editing() if interactive else None
+    if interactive:
+        load_line_history()
     while True:
         try:
-            line = input("\x01\x1b[1m\x02> \x01\x1b[0m\x02" if interactive else "").strip()
+            line = input(INPUT_PROMPT if interactive else "").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             break
@@ -123,8 +126,8 @@ def talk(conversation: Conversation) -> None:
             print(dim(run_slash_command(conversation, line)))
         elif line:
             print_reply(conversation, line)
-    if save_history:
-        save_history()
+    if interactive:
+        save_line_history()
 
 
 def greeting(conversation: Conversation) -> str:
@@ -143,7 +146,8 @@ def print_reply(conversation: Conversation, line: str) -> None:
     except UserError as error:
         print(dim(str(error)))
         return
-    if num_dropped and num_dropped == len(conversation.dropped_messages):  # for the first time
+    first_time = num_dropped == len(conversation.dropped_messages)
+    if num_dropped and first_time:
         print(dim("(the context is full: from here on the model no longer sees the oldest turns)"))
     reply = conversation.answer()
     try:
@@ -196,13 +200,23 @@ def save_conversation(messages: list[dict], path: Path) -> str:
     return f"saved to {path}"
 
 
-def start_line_editing() -> Callable[[], None]:
-    """Enable line editing with a history across sessions; returns the function that saves the history."""
-    import readline
+def load_line_history() -> None:
+    """Enable line editing, with the lines of earlier sessions."""
+    import readline  # `input` then uses it
 
-    path = home() / "chat_history"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = line_history_file()
     if path.exists():
         readline.read_history_file(path)
-    readline.set_history_length(1000)
-    return lambda: readline.write_history_file(path)
+    readline.set_history_length(MAX_HISTORY)
+
+
+def save_line_history() -> None:
+    import readline
+
+    path = line_history_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    readline.write_history_file(path)
+
+
+def line_history_file() -> Path:
+    return home() / "chat_history"

@@ -71,7 +71,7 @@ class Worker:
         self.pipe = pipe
         self.capacity = capacity
         self.engines: OrderedDict[tuple[str, float], Engine] = OrderedDict()
-        """By name and time of the base model, the most recently used last."""
+        """By name and finish time of the base model, the most recently used last."""
         self.waiting: list[EngineRequest] = []
         """Requests whose model is not loaded, because all engines are busy."""
         self.active: dict[int, ActiveRequest] = {}
@@ -82,8 +82,10 @@ class Worker:
     def run(self) -> None:
         """Work until the pipe is closed."""
         while True:
-            while self.pipe.poll(0 if self.active or self.waiting or self.untouched_kv else None):
+            has_work = bool(self.active or self.waiting or self.untouched_kv)
+            while self.pipe.poll(0 if has_work else None):  # None: block until there is a message
                 self.handle(self.pipe.recv())
+                has_work = True
             self.start_waiting()
             messages = self.next_prompt_logprobs()
             for engine in self.engines.values():
@@ -105,7 +107,7 @@ class Worker:
             case EngineRequest():
                 self.waiting.append(message)
             case LoadModel(model):
-                with self.report_errors(0):
+                with self.report_errors(request_id=None):
                     self.engine_for(model)
             case Cancel(request_id, sample):
                 self.waiting = [request for request in self.waiting if request.request_id != request_id]
@@ -113,12 +115,12 @@ class Worker:
                     self.cancel(self.active[request_id], sample)
 
     def cancel(self, active: ActiveRequest, sample: int | None) -> None:
-        sequences = active.sequences if sample is None else active.sequences[sample : sample + 1]
+        sequences = active.sequences if sample is None else [active.sequences[sample]]
         for sequence in sequences:
             active.engine.cancel(sequence)
         if sample is None:
             active.prompt_logprobs = None
-        if not active.sequences:
+        if not active.sequences:  # otherwise `new_tokens` removes the request when all sequences are finished
             del self.active[active.request.request_id]
 
     def start_waiting(self) -> None:
@@ -133,7 +135,7 @@ class Worker:
         self.waiting = still_waiting
 
     @contextlib.contextmanager
-    def report_errors(self, request_id: int):
+    def report_errors(self, request_id: int | None):
         """Around code that reads the files of models: an error is sent to the server and does not end the process."""
         try:
             yield
@@ -153,16 +155,17 @@ class Worker:
         if adapter and adapter not in engine.runner.adapter_names:
             engine.runner.add_adapter(Path(request.model.adapter), adapter)
         prompt_ids = list(request.prompt_ids)
-        scores, sequences = None, []
+        prompt_chunks = None
+        sequences = []
         if request.prompt_logprobs:
-            scores = prompt_logprobs(engine.runner, prompt_ids, adapter, request.top_logprobs or 0)
+            prompt_chunks = prompt_logprobs(engine.runner, prompt_ids, adapter, request.top_logprobs or 0)
         if request.sampling.max_tokens:
             sequences = engine.add(prompt_ids, request.sampling, request.num_samples, adapter=adapter)
         for sequence in sequences:
             sequence.owner = request.owner
             sequence.logits_processor = self.logits_processor(engine, request)
-        if sequences or scores:  # an echo without log-probabilities needs no model
-            self.active[request.request_id] = ActiveRequest(request, engine, sequences, scores)
+        if sequences or prompt_chunks:  # an echo without log-probabilities needs no model
+            self.active[request.request_id] = ActiveRequest(request, engine, sequences, prompt_chunks)
         return True
 
     def logits_processor(self, engine: Engine, request: EngineRequest) -> LogitsProcessor | None:
@@ -246,7 +249,8 @@ class Worker:
         token_ids = sequence.completion_ids[active.num_sent[sample] :]
         logprobs = []
         if request.top_logprobs is not None:
-            logprobs, sequence.logits_processor.recorded = sequence.logits_processor.recorded, []
+            logprobs = sequence.logits_processor.recorded
+            sequence.logits_processor.recorded = []
         active.num_sent[sample] = len(sequence.completion_ids)
         active.done[sample] = bool(sequence.finish_reason)
         return TokenDelta(request.request_id, sample, token_ids, logprobs, sequence.finish_reason)
@@ -273,7 +277,7 @@ def load_engine(base: str, capacity: Capacity) -> Engine:
     return open_engine(folder, max(1, slots // SLOTS_PER_CONTEXT), context)
 
 
-def run(pipe: Connection, capacity: Capacity) -> None:
+def run_worker(pipe: Connection, capacity: Capacity) -> None:
     """The main function of the engine process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the server, which lets open requests finish
     hardware.prepare()
