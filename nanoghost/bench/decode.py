@@ -1,18 +1,16 @@
-"""`nanoghost bench decode` and `bench prefill`: the engine's speed, compared with the machine's limits and with
-baselines.
+"""`nanoghost bench decode` and `bench prefill`: speed of the engine, compared with limits of the machine and baselines.
 
-Prompts are natural text, a different one for each stream; completions are sampled.
+Prompts are natural text, a different one for each stream. Completions are sampled.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from nanoghost import hardware
-from nanoghost.bench.llama_cpp_baseline import LlamaCpp
-from nanoghost.bench.table import (
+from nanoghost.bench.harness import (
     MachineLimits,
     Workload,
     measure_and_report,
@@ -20,17 +18,19 @@ from nanoghost.bench.table import (
     requested_baselines,
     validation_texts,
 )
+from nanoghost.bench.llama_cpp_baseline import LlamaCpp
 from nanoghost.bench.transformers_baseline import TransformersEngine
 from nanoghost.commands.arguments import ModelArgument, parse_numbers
 from nanoghost.engine.engine import open_engine
 from nanoghost.engine.quantized_llama import QuantizedLlama
 from nanoghost.engine.sampler import SamplingParams
+from nanoghost.engine.sequence import Sequence
 from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder, open_model
 from nanoghost.progress import JsonFlag
 from nanoghost.tokenizer.chat_format import render
 
-QUESTIONS = {  # kinds of requests: speculative decoding helps where the answer repeats the prompt or itself
+QUESTIONS = {  # by kind of request: speculative decoding helps where the answer repeats the prompt or itself
     "story": "Write a story about {word}.",
     "explanation": "Explain to a child what {word} is.",
     "code": "Write a Python class for {word}, and tests for it.",
@@ -63,6 +63,8 @@ class PrefillSettings(ModelArgument, JsonFlag):
 
 
 class NanoghostEngine:
+    """nanoghost's engine with one model."""
+
     def __init__(self, folder: ModelFolder, slots: int, slot_tokens: int):
         self.engine = open_engine(folder, slots, slot_tokens)
         self.model = self.engine.runner.model
@@ -70,7 +72,7 @@ class NanoghostEngine:
     def decode(
         self, prompts: list[list[int]], tokens: int, speculative: bool = False, temperature: float = 0.8
     ) -> float:
-        """Tokens per second of all sequences together, from when all prompts are computed to the last token."""
+        """Tokens per second of all sequences together, from the end of prefill to the last token."""
         engine = self.engine
         engine.runner.speculative = speculative
         sequences = []
@@ -78,14 +80,14 @@ class NanoghostEngine:
             sequences += engine.add(prompt, SamplingParams(tokens, temperature, seed=i, ignore_eos=True))
         while any(not sequence.completion_ids for sequence in sequences):
             engine.step()
-        start, tokens_before = time.perf_counter(), sum(len(sequence.completion_ids) for sequence in sequences)
+        start = time.perf_counter()
+        tokens_before = completion_tokens(sequences)
         while engine.has_unfinished:
             engine.step()
-        tokens_decoded = sum(len(sequence.completion_ids) for sequence in sequences) - tokens_before
-        return tokens_decoded / (time.perf_counter() - start)
+        return (completion_tokens(sequences) - tokens_before) / (time.perf_counter() - start)
 
     def prefill(self, prompt: list[int]) -> float:
-        """Tokens per second of a prompt that is not in the prefix cache, to the first token after it."""
+        """Tokens per second of a prompt that is not in the prefix cache, until the first token of the completion."""
         start = time.perf_counter()
         [sequence] = self.engine.add(prompt, SamplingParams(1, 0.0))
         while not sequence.finish_reason:
@@ -93,14 +95,18 @@ class NanoghostEngine:
         return len(prompt) / (time.perf_counter() - start)
 
 
+def completion_tokens(sequences: list[Sequence]) -> int:
+    return sum(len(sequence.completion_ids) for sequence in sequences)
+
+
 def throughput_limit(model, limits: MachineLimits, streams: int, context: int, tokens: int = 1) -> float:
     """Tokens per second if a step takes only the time to read its bytes from memory, or to compute its matmuls.
 
-    A step reads every weight once, and the keys and values of each sequence (`context` tokens); 8-bit matmuls are twice
-    as fast as bf16. `tokens`: tokens of each sequence in the step; the head computes only the last.
+    A step reads every weight once, and the keys and values of `context` tokens of each sequence. 8-bit matmuls are
+    assumed to be twice as fast as bf16. `tokens`: tokens of each sequence in a step; the head computes only the last.
     """
-    c = model.config
-    head_weights = c.vocab_size * c.width
+    config = model.config
+    head_weights = config.vocab_size * config.width
     if isinstance(model, QuantizedLlama):
         layer_weights, weight_bytes = model.matmul_weights() - head_weights, model.weight_bytes()
         flops_per_second = 2 * limits.flops_per_second
@@ -108,14 +114,15 @@ def throughput_limit(model, limits: MachineLimits, streams: int, context: int, t
         layer_weights = model.parameter_counts()["matrices"]
         weight_bytes = (layer_weights + head_weights) * model.head_weight.element_size()
         flops_per_second = limits.flops_per_second
-    kv_heads = getattr(c, "key_value_heads", None) or c.heads
-    kv_bytes = streams * context * c.depth * kv_heads * c.head_width * 2 * 2  # keys and values, 2 bytes each
+    kv_heads = getattr(config, "key_value_heads", None) or config.heads
+    kv_bytes_per_token = config.depth * kv_heads * config.head_width * 2 * 2  # keys and values, 2 bytes each
+    kv_bytes = streams * context * kv_bytes_per_token
     memory_seconds = (weight_bytes + kv_bytes) / limits.bytes_per_second
     compute_seconds = 2 * streams * (layer_weights * tokens + head_weights) / flops_per_second
     return streams * tokens / max(memory_seconds, compute_seconds)
 
 
-def check(settings: DecodeSettings | PrefillSettings) -> None:
+def check_settings(settings: DecodeSettings | PrefillSettings) -> None:
     if settings.tokens < 2 or settings.rounds < 1:
         raise UserError("--tokens must be at least 2, and --rounds at least 1")
 
@@ -135,19 +142,20 @@ def open_systems(settings: DecodeSettings | PrefillSettings, slots: int, slot_to
 
 
 def decode(settings: DecodeSettings) -> None:
-    """Batches of sequences, then a single one with and without speculative decoding, by kind of request."""
+    """Decode batches of sequences, then single sequences without and with speculative decoding, by kind of request."""
     streams = parse_numbers("--streams", settings.streams)
-    check(settings)
+    check_settings(settings)
     systems = open_systems(settings, max(streams), MAX_PROMPT_TOKENS + settings.tokens)
     nanoghost = systems["nanoghost"]
     limits = measure_limits()
     workloads = []
-    for n in streams:
-        texts = validation_texts(nanoghost.engine.tokenizer, n, 40)
-        prompts = [text[: 24 + i % 17] for i, text in enumerate(texts)]  # of different lengths
+    for count in streams:
+        texts = validation_texts(nanoghost.engine.tokenizer, count, 40)
+        prompts = [text[: 24 + i % 17] for i, text in enumerate(texts)]  # 24 to 40 tokens
+        limit = decode_limit(nanoghost, limits, count, settings.tokens)
         for name, system in systems.items():
             run = partial(system.decode, prompts, settings.tokens)
-            workloads.append(Workload(name, "decode", n, run, decode_limit(nanoghost, limits, n, settings.tokens)))
+            workloads.append(Workload(name, "decode", count, run, limit))
     if nanoghost.engine.runner.speculative:
         limit = decode_limit(nanoghost, limits, 1, settings.tokens)
         for name, run in speculative_workloads(nanoghost, settings.tokens):
@@ -156,6 +164,7 @@ def decode(settings: DecodeSettings) -> None:
 
 
 def decode_limit(nanoghost: NanoghostEngine, limits: MachineLimits, streams: int, tokens: int) -> float:
+    """The limit at the mean context: a prompt of about 32 tokens and half of the completion."""
     return throughput_limit(nanoghost.model, limits, streams, context=32 + tokens // 2)
 
 
@@ -175,23 +184,24 @@ def speculative_workloads(nanoghost: NanoghostEngine, tokens: int) -> list[tuple
 
 
 def median_decode(nanoghost: NanoghostEngine, prompts: list[list[int]], tokens: int, speculative: bool) -> float:
-    """Greedy, one prompt at a time."""
+    """Median throughput of greedy decoding, one prompt at a time."""
     return statistics.median(nanoghost.decode([prompt], tokens, speculative, temperature=0.0) for prompt in prompts)
 
 
 def prefill(settings: PrefillSettings) -> None:
-    check(settings)
+    check_settings(settings)
     systems = open_systems(settings, 1, settings.tokens + 16)
     nanoghost = systems["nanoghost"]
+    # Each measurement takes another text, because a repeated prompt would come from the prefix cache
     count = (settings.rounds + 1) * len(systems)
-    texts = iter(validation_texts(nanoghost.engine.tokenizer, count, settings.tokens))  # none is read twice
+    texts = iter(validation_texts(nanoghost.engine.tokenizer, count, settings.tokens))
     limits = measure_limits()
-    limit = throughput_limit(nanoghost.model, limits, 1, settings.tokens, settings.tokens)
+    limit = throughput_limit(nanoghost.model, limits, streams=1, context=settings.tokens, tokens=settings.tokens)
     workloads = []
     for name, system in systems.items():
         workloads.append(Workload(name, "prefill", 1, partial(prefill_next, system, texts), limit))
     measure_and_report(workloads, settings.rounds, settings.json, limits)
 
 
-def prefill_next(system, texts) -> float:
+def prefill_next(system: NanoghostEngine | TransformersEngine | LlamaCpp, texts: Iterator[list[int]]) -> float:
     return system.prefill(next(texts))

@@ -1,4 +1,4 @@
-"""A server in a process of its own and a small streaming client, for `bench serve` and `bench load`."""
+"""A server in its own process and a small streaming client, for `bench serve` and `bench load`."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nanoghost.errors import UserError
 
-HEAD = (
+REQUEST_HEAD = (
     "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: {content_type}\r\n"
     "content-length: {length}\r\nconnection: close\r\n\r\n"
 )
@@ -23,7 +23,9 @@ HEAD = (
 class Reply:
     text: str
     tokens: int
+    """Length in tokens, as the server reports it."""
     first_token_seconds: float
+    """Time from the request to the first text."""
 
 
 def chat_request(
@@ -39,20 +41,30 @@ def chat_request(
 async def post(
     port: int, body: bytes, content_type: str = "application/json"
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Send a request; the response is to be read from the reader."""
+    """Send a request. The caller reads the response from the reader and closes the writer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(HEAD.format(port=port, content_type=content_type, length=len(body)).encode() + body)
+    writer.write(request_bytes(port, body, content_type))
     await writer.drain()
     return reader, writer
 
 
+def request_bytes(port: int, body: bytes, content_type: str = "application/json") -> bytes:
+    """A complete HTTP request."""
+    return REQUEST_HEAD.format(port=port, content_type=content_type, length=len(body)).encode() + body
+
+
+async def read_status(reader: asyncio.StreamReader) -> int:
+    """The HTTP status of a response; 0 if the connection was closed without one."""
+    status_line = (await reader.readline()).split()
+    return int(status_line[1]) if len(status_line) > 1 else 0
+
+
 async def stream_events(port: int, body: dict) -> AsyncIterator[dict]:
-    """The events of a streamed response, and an empty one at the end. Raises ConnectionError if there is an error."""
-    stream_options = {"stream": True, "stream_options": {"include_usage": True}}
-    reader, writer = await post(port, json.dumps(body | stream_options).encode())
+    """Stream the reply to a chat request: its events, then an empty one. Raises ConnectionError if it is incomplete."""
+    streaming = {"stream": True, "stream_options": {"include_usage": True}}
+    reader, writer = await post(port, json.dumps(body | streaming).encode())
     try:
-        status = (await reader.readline()).split()
-        if status[1:2] != [b"200"]:
+        if await read_status(reader) != 200:
             raise ConnectionError((await reader.read()).decode(errors="replace")[-300:])
         async for line in reader:
             if line.strip() == b"data: [DONE]":
@@ -69,7 +81,9 @@ async def stream_events(port: int, body: dict) -> AsyncIterator[dict]:
 
 
 async def complete_chat(port: int, body: dict) -> Reply:
-    start, first_token_seconds, text, tokens = time.perf_counter(), 0.0, "", 0
+    """The whole reply to a chat request. Raises ConnectionError if it is incomplete."""
+    start = time.perf_counter()
+    text, tokens, first_token_seconds = "", 0, 0.0
     async with contextlib.aclosing(stream_events(port, body)) as events:
         async for event in events:
             for choice in event.get("choices", ()):

@@ -1,6 +1,6 @@
 """The baseline `llama.cpp` of `bench decode` and `bench prefill`, through llama-cpp-python's low-level functions.
 
-Only its decode calls are timed, without sampling, which favors it.
+Only its forward passes are timed, not the sampling of tokens: that favors llama.cpp.
 """
 
 import tempfile
@@ -20,8 +20,8 @@ class LlamaCpp:
         import llama_cpp
 
         self.library = llama_cpp
-        self.silent_log = llama_cpp.llama_log_callback(ignore_log)  # the library keeps a pointer to it
-        llama_cpp.llama_log_set(self.silent_log, None)
+        self.log_callback = llama_cpp.llama_log_callback(ignore_log)  # an attribute: the library keeps a pointer to it
+        llama_cpp.llama_log_set(self.log_callback, None)
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.gguf"
             export.main(export.ExportSettings(folder.name, quant=quant, out=path))
@@ -38,7 +38,7 @@ class LlamaCpp:
         self.batch = llama_cpp.llama_batch_init(max(BATCH_TOKENS, slots), 0, 1)
 
     def forward(self, tokens: list[tuple[int, int, int]], all_logits: bool) -> None:
-        """Compute (token id, position, sequence) in one call; logits after all tokens, or only after the last."""
+        """Compute tokens (token id, position, sequence) in one call, with logits after all of them or the last one."""
         batch = self.batch
         batch.n_tokens = len(tokens)
         for i, (token_id, position, sequence) in enumerate(tokens):
@@ -47,13 +47,15 @@ class LlamaCpp:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = sequence
             batch.logits[i] = all_logits or i == len(tokens) - 1
-        assert self.library.llama_decode(self.context, batch) == 0
+        error_code = self.library.llama_decode(self.context, batch)
+        if error_code:
+            raise RuntimeError(f"llama_decode failed with code {error_code}")
 
     def clear_cache(self) -> None:
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
 
     def decode(self, prompts: list[list[int]], tokens: int) -> float:
-        """Tokens per second. The tokens are those of the prompts again: which ones does not matter for the time."""
+        """Tokens per second of all sequences. The tokens of the prompts are repeated, because none are sampled."""
         self.clear_cache()
         for i, prompt in enumerate(prompts):
             self.forward([(token_id, position, i) for position, token_id in enumerate(prompt)], all_logits=False)
@@ -64,6 +66,7 @@ class LlamaCpp:
         return len(prompts) * (tokens - 1) / (time.perf_counter() - start)
 
     def prefill(self, prompt: list[int]) -> float:
+        """Tokens per second of a prompt."""
         self.clear_cache()
         start = time.perf_counter()
         for first in range(0, len(prompt), BATCH_TOKENS):

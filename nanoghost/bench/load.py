@@ -1,9 +1,8 @@
-"""`nanoghost bench load`: a server under many clients at once, some of them misbehaving, and after its engine is
-killed.
+"""`nanoghost bench load`: a server with many clients at once, some of them misbehaving, and recovery of its engine.
 
-Every complete reply is compared with the reply to the same request without load, so that no error, and no text of
-another conversation, goes unnoticed. The two may differ only at ties: where two tokens are almost equally probable,
-rounding can choose the other, since it depends on what is multiplied together (with quantized weights it never does).
+Every complete reply is compared with the reply to the same request without load. This detects errors, and text of
+other conversations. The two may differ only at ties: where two tokens are almost equally probable, rounding decides,
+and it depends on which requests share a batch (not with quantized weights).
 """
 
 import asyncio
@@ -23,7 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoghost.bench.decode import QUESTIONS, WORDS
-from nanoghost.bench.http_client import chat_request, complete_chat, post, running_server, stream_events
+from nanoghost.bench.http_client import (
+    chat_request,
+    complete_chat,
+    post,
+    read_status,
+    request_bytes,
+    running_server,
+    stream_events,
+)
 from nanoghost.bench.processes import memory_megabytes, process_tree
 from nanoghost.commands.arguments import ModelArgument
 from nanoghost.errors import UserError
@@ -31,13 +38,13 @@ from nanoghost.home import open_model
 from nanoghost.progress import JsonFlag
 
 SLOTS = 64
-MAX_TOKENS = 16  # in a reply
-REFERENCE_CLIENTS = 8  # conversations at once while the expected replies are collected
+MAX_TOKENS = 16  # of a reply
+REFERENCE_CLIENTS = 8  # concurrent conversations while the expected replies are collected
 TIE_NATS = 0.01  # two tokens whose log-probabilities differ by less are a tie
 STALLED_CLIENTS = 2  # clients that send a request and do not read the response
 MEMORY_SECONDS = 2.0  # between two measurements of memory
 FOLLOW_UP = "Say that in one sentence."
-LONG_REPLY = {  # forces a long reply, whatever the model would say
+LONG_REPLY = {  # a response format that forces any model to write a long reply
     "type": "json_schema",
     "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 5000}},
 }
@@ -56,14 +63,21 @@ class LoadSettings(ModelArgument, JsonFlag):
 
 @dataclass
 class LoadStats:
+    """What all clients together observe."""
+
     first_token_seconds: list[float] = field(default_factory=list)
+    """Of each complete reply."""
     tokens: int = 0
+    """Tokens of all complete replies."""
     counts: Counter = field(default_factory=Counter)
+    """Number of requests by outcome."""
     errors: list[str] = field(default_factory=list)
     mismatches: list[tuple[list[dict], str]] = field(default_factory=list)
-    """(conversation up to the expected reply, the reply that came instead)."""
+    """(conversation up to the expected reply, the actual reply)."""
     megabytes: list[float] = field(default_factory=list)
+    """Memory of the server, every MEMORY_SECONDS."""
     recovery_seconds: float = 0.0
+    """Time from the end of the engine to the next reply."""
 
 
 # -- replies without load ---------------------------------------------------------------------------------------------
@@ -72,8 +86,9 @@ class LoadStats:
 def first_question(number: int) -> str:
     """The first question of a conversation, different for each number."""
     word = WORDS[number % len(WORDS)]
-    kind = list(QUESTIONS.values())[number // len(WORDS) % len(QUESTIONS)]
-    return kind.format(word=word, text=f"the words of {word}") + f" ({number})"
+    templates = list(QUESTIONS.values())
+    template = templates[number // len(WORDS) % len(templates)]
+    return template.format(word=word, text=f"the words of {word}") + f" ({number})"
 
 
 async def reference_conversations(port: int, model: str, count: int) -> list[list[dict]]:
@@ -93,23 +108,25 @@ async def reference_conversations(port: int, model: str, count: int) -> list[lis
 
 
 async def is_tie(port: int, model: str, messages: list[dict], reply: str) -> bool:
-    """Whether a reply leaves the model's reply at a token that was almost as probable."""
+    """Whether a reply departs from the model's reply at a token that is almost as probable."""
     request = chat_request(model, messages, MAX_TOKENS) | {"logprobs": True, "top_logprobs": 5}
     tokens = []
     async with contextlib.aclosing(stream_events(port, request)) as events:
         async for event in events:
             for choice in event.get("choices", ()):
                 tokens += (choice["logprobs"] or {}).get("content", ())
-    text = ""
+    common = ""
     for token in tokens:
-        if not reply.startswith(text + token["token"]):
-            return any(
-                reply.startswith(text + other["token"]) or (reply == text and other["token"].startswith("<|"))
-                for other in token["top_logprobs"]
-                if other["logprob"] > token["logprob"] - TIE_NATS
-            )
-        text += token["token"]
-    return reply == text
+        if not reply.startswith(common + token["token"]):
+            tied = [other["token"] for other in token["top_logprobs"] if other["logprob"] > token["logprob"] - TIE_NATS]
+            return any(continues_with(reply, common, other) for other in tied)
+        common += token["token"]
+    return reply == common
+
+
+def continues_with(reply: str, common: str, token: str) -> bool:
+    """Whether a reply begins with the text `common` and this token, or ends after `common` and the token is special."""
+    return reply.startswith(common + token) or (reply == common and token.startswith("<|"))
 
 
 # -- clients ----------------------------------------------------------------------------------------------------------
@@ -118,7 +135,7 @@ async def is_tie(port: int, model: str, messages: list[dict], reply: str) -> boo
 async def run_client(
     port: int, model: str, conversations: list[list[dict]], until: float, rng: random.Random, stats: LoadStats
 ) -> None:
-    """One request after the other: a tenth are malformed, a tenth are cancelled, the others are regular."""
+    """Send one request after the other: a tenth are malformed, a tenth are cancelled, the others are regular."""
     while time.monotonic() < until:
         draw, conversation = rng.random(), rng.choice(conversations)
         if draw < 0.1:
@@ -130,7 +147,7 @@ async def run_client(
 
 
 def malformed_request(model: str, rng: random.Random) -> tuple[bytes, str]:
-    """(body, content type)."""
+    """A random request that the server must refuse: (body, content type)."""
     request = chat_request(model, "Hello!", 4)
     long_message = {"role": "user", "content": "word " * 40_000}
     invalid_fields = [
@@ -150,16 +167,17 @@ def malformed_request(model: str, rng: random.Random) -> tuple[bytes, str]:
 
 
 async def send_malformed(port: int, model: str, rng: random.Random, stats: LoadStats) -> None:
-    reader, writer = await post(port, *malformed_request(model, rng))
-    status = (await reader.readline()).split()[1:2]
+    body, content_type = malformed_request(model, rng)
+    reader, writer = await post(port, body, content_type)
+    status = await read_status(reader)
     stats.counts["malformed"] += 1
-    if not status or not status[0].startswith(b"4"):
+    if not 400 <= status < 500:
         stats.errors.append(f"a malformed request got status {status}")
     writer.close()
 
 
 async def cancel_early(port: int, model: str, conversation: list[dict], rng: random.Random, stats: LoadStats) -> None:
-    """Disconnect after a few events."""
+    """Send a request and disconnect after a few events."""
     request = chat_request(model, conversation[:1], MAX_TOKENS)
     async with contextlib.aclosing(stream_events(port, request)) as events:
         for _ in range(rng.randrange(1, 12)):
@@ -183,19 +201,15 @@ async def hold_conversation(port: int, model: str, conversation: list[dict], sta
 
 
 async def stall(port: int, model: str, until: float, stats: LoadStats) -> None:
-    """Request more than the buffers of both sides hold, and do not read until the server disconnects (Linux)."""
+    """Request a reply that is larger than the socket buffers, and do not read it until the server disconnects."""
     request = chat_request(model, "Write a very long story.", 400) | {"response_format": LONG_REPLY}
     request |= {"stream": True, "logprobs": True, "top_logprobs": 20}
-    body = json.dumps(request).encode()
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
-    )
+    content = request_bytes(port, json.dumps(request).encode())
     while time.monotonic() < until:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", port))
-        connection.sendall(head.encode() + body)
+        connection.sendall(content)
         stats.counts["stalled"] += 1
         while is_connected(connection) and time.monotonic() < until:
             await asyncio.sleep(0.5)
@@ -205,14 +219,15 @@ async def stall(port: int, model: str, until: float, stats: LoadStats) -> None:
 
 
 def is_connected(connection: socket.socket) -> bool:
+    """Whether the other side has not disconnected (Linux)."""
     return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_ESTABLISHED
 
 
-# -- the engine is killed ---------------------------------------------------------------------------------------------
+# -- killing the engine -----------------------------------------------------------------------------------------------
 
 
 async def kill_engine(port: int, model: str, server: subprocess.Popen, clients: int, stats: LoadStats) -> None:
-    """Kill the engine during open requests: each must get an error event, and the server must soon reply again."""
+    """Kill the engine while requests are open. Each must get an error event, and the server must reply again."""
     first_event = asyncio.Semaphore(0)
     messages: list[str] = []
 
@@ -229,10 +244,10 @@ async def kill_engine(port: int, model: str, server: subprocess.Popen, clients: 
             messages.append(str(e))
 
     requests = [asyncio.create_task(request(number)) for number in range(clients)]
-    with contextlib.suppress(TimeoutError):  # requests that wait for a slot have not begun
+    with contextlib.suppress(TimeoutError):  # requests that wait for a slot have no first event
         for _ in requests:
             await asyncio.wait_for(first_event.acquire(), 5)
-    engine = process_tree(server.pid)[-1]  # forked by a helper process
+    engine = process_tree(server.pid)[-1]  # the youngest generation: a child process of the server forks it
     os.kill(engine, signal.SIGKILL)
     start = time.monotonic()
     await asyncio.gather(*requests)
@@ -248,7 +263,7 @@ async def kill_engine(port: int, model: str, server: subprocess.Popen, clients: 
         await asyncio.sleep(0.1)
 
 
-# -- all of it --------------------------------------------------------------------------------------------------------
+# -- the whole test ---------------------------------------------------------------------------------------------------
 
 
 async def measure_memory(server: subprocess.Popen, until: float, stats: LoadStats) -> None:
@@ -258,6 +273,7 @@ async def measure_memory(server: subprocess.Popen, until: float, stats: LoadStat
 
 
 async def run_load(port: int, server: subprocess.Popen, model: str, settings: LoadSettings) -> LoadStats:
+    """All clients at once, then the check of the mismatches, then the end of the engine."""
     stats = LoadStats()
     conversations = await reference_conversations(port, model, settings.conversations)
     until = time.monotonic() + 60 * settings.minutes
@@ -278,6 +294,7 @@ async def run_load(port: int, server: subprocess.Popen, model: str, settings: Lo
 
 
 def summarize(stats: LoadStats, minutes: float) -> dict:
+    """The figures of the table."""
     first_token = sorted(stats.first_token_seconds) or [0.0]
     after_a_minute = stats.megabytes[int(60 / MEMORY_SECONDS) :] or stats.megabytes
     return dict(stats.counts) | {

@@ -1,8 +1,7 @@
-"""`nanoghost bench pretrain`: speed and MFU (model FLOPs utilization) of pretraining steps, by model size and batch
-size.
+"""`nanoghost bench pretrain`: speed and MFU (model FLOPs utilization) of pretraining, by depth and batch size.
 
-A step is that of the stage: fetch a batch, forward, backward, the optimizer with its Newton-Schulz iterations. FLOPs
-are those of `flops_per_token` (matmuls and causal attention), so the time of the optimizer counts and its FLOPs do not.
+A step is the same as in `nanoghost pretrain`: fetch a batch, forward, backward, optimizer with its Newton-Schulz
+iterations. MFU counts the FLOPs of `flops_per_token` (matmuls and causal attention) over the time of the whole step.
 """
 
 import time
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from nanoghost import hardware
-from nanoghost.bench.table import Workload, measure_and_report, measure_limits
+from nanoghost.bench.harness import Workload, measure_and_report, measure_limits
 from nanoghost.commands.arguments import parse_numbers
 from nanoghost.data.batches import Batches
 from nanoghost.data.registry import open_data_source
@@ -30,7 +29,7 @@ from nanoghost.train.pretrain import accumulate_gradients, make_model
 @dataclass(frozen=True)
 class PretrainBenchSettings(JsonFlag):
     depths: str = "2,4,6,8"
-    """Depths of the models in layers, comma-separated. The depth sets all other sizes."""
+    """Numbers of layers, comma-separated; they set all other sizes of a model."""
     batches: str = "16"
     """Numbers of rows in a step, comma-separated."""
     arch: str = "ghost"
@@ -61,7 +60,7 @@ def command(settings: PretrainBenchSettings) -> None:
     text = tokenize_source(source, tokenizer).tokens("train")
     limits = measure_limits()
     workloads = []
-    matmul_millions = {}  # name of a workload -> millions of parameters in matmuls
+    matmul_millions = {}  # workload name -> millions of parameters in matmuls
     for depth in depths:
         model = make_model(config_for_depth(settings.arch, depth, tokenizer.vocab_size, settings.context), tokenizer)
         optimizer = Optimizer(model, pretrain_groups(model.config.width), hardware.compute_dtype())
@@ -76,14 +75,15 @@ def command(settings: PretrainBenchSettings) -> None:
     results = measure_and_report(workloads, settings.rounds, settings.json, limits)
     if settings.out:
         lines = {f"{rows} rows": [] for rows in batch_sizes}
-        for row in results:
-            lines[f"{row['streams']} rows"].append((matmul_millions[row["workload"]], 100 * row["fraction"]))
+        for result in results:
+            mfu_percent = 100 * result["fraction"]
+            lines[f"{result['streams']} rows"].append((matmul_millions[result["workload"]], mfu_percent))
         title = f"MFU in {limits.dtype} (%), by parameters in matmuls"
         write_atomic(settings.out, log_x_line_chart(title, lines, "M"))
 
 
 def run_steps(model, optimizer: Optimizer, batches: Batches, steps: int) -> float:
-    """Tokens per second. The learning rate is 0, so that the weights stay as at initialization."""
+    """Train with a learning rate of 0, so that the weights keep their initial values; returns tokens per second."""
     start = time.perf_counter()
     for step in range(steps):
         accumulate_gradients(model, *batches.at(step), batches.rows)

@@ -7,14 +7,17 @@ from pathlib import Path
 
 
 def process_tree(pid: int) -> list[int]:
-    """A process and its descendants."""
+    """A process and its descendants, a generation at a time."""
     parents = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as f:
-            parents[int(name)] = int(f.read().rpartition(")")[2].split()[1])
-    tree = [pid]
-    for ancestor in tree:  # grows meanwhile
-        tree += [child for child, parent in parents.items() if parent == ancestor]
+            fields_after_name = f.read().rpartition(")")[2].split()  # state, parent, ...
+            parents[int(name)] = int(fields_after_name[1])
+    tree = []
+    generation = [pid]
+    while generation:
+        tree += generation
+        generation = [child for child, parent in parents.items() if parent in generation]
     return tree
 
 
@@ -26,13 +29,12 @@ def memory_megabytes(pid: int) -> float:
 
 
 def group_memory_bytes(group: int) -> int:
-    """Memory of a process group; what its processes share counts once (proportional set size)."""
+    """Memory of a process group. Memory that its processes share counts once (proportional set size)."""
     total = 0
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError, PermissionError):  # a process that just ended
             if os.getpgid(int(folder.name)) == group:
                 smaps = (folder / "smaps_rollup").read_text()
-                total += int(re.search(r"^Pss: *(\d+) kB", smaps, re.M)[1]) * 1024
-        except (ProcessLookupError, FileNotFoundError, PermissionError, TypeError):  # the process has ended meanwhile
-            continue
+                if match := re.search(r"^Pss: *(\d+) kB", smaps, re.M):
+                    total += int(match[1]) * 1024
     return total

@@ -1,7 +1,7 @@
 """`nanoghost bench refine`: quality of near deduplication, and memory, time and crash safety of `data refine`.
 
-Quality is measured on two editions of Shakespeare (editions.py). The larger texts, for memory and time, are lines drawn
-at random from the same files, those of the held-out plays excepted.
+Quality is measured on two editions of Shakespeare (editions.py). The larger texts, for memory and time, consist of
+random lines of the same files, without those of the held-out plays.
 """
 
 import json
@@ -30,7 +30,7 @@ from nanoghost.progress import JsonFlag
 @dataclass(frozen=True)
 class RefineBenchSettings(JsonFlag):
     megabytes: str = "10,100"
-    """Sizes of the texts to refine, comma-separated: memory must not grow with them. Empty: the editions only."""
+    """Sizes of the larger texts, comma-separated. Memory must not grow with the size. Empty: only the two editions."""
     kills: int = 0
     """Kill the run on the largest text this many times (SIGKILL, at random moments), and check that it resumes."""
 
@@ -64,14 +64,14 @@ def parse_sizes(text: str) -> list[int]:
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def start_refine(folder: Path, data: str, home: Path, *flags: str) -> subprocess.Popen:
-    """`data refine` as a process of its own, with a home folder that has the archive of the plays."""
+def start_refine(folder: Path, text: str, home: Path, *flags: str) -> subprocess.Popen:
+    """Start `data refine` of folder/text in its own process, with a home folder that has the archive of the plays."""
     archive = fetch_plays()
     plays = home / "data" / "plays"
     plays.mkdir(parents=True, exist_ok=True)
     if not (plays / archive.name).exists():
         (plays / archive.name).symlink_to(archive)
-    program = [sys.executable, "-m", "nanoghost", "data", "refine", str(folder / data), "--name", "refined", *flags]
+    program = [sys.executable, "-m", "nanoghost", "data", "refine", str(folder / text), "--name", "refined", *flags]
     environment = os.environ | {"NANOGHOST_HOME": str(home)}
     return subprocess.Popen(program, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
 
@@ -80,10 +80,10 @@ def output_folder(home: Path) -> Path:
     return home / "data" / "refined"
 
 
-def refine(folder: Path, data: str, *flags: str) -> Path:
-    """Refine to the end; returns the folder of the output."""
+def refine(folder: Path, text: str, *flags: str) -> Path:
+    """Refine folder/text; returns the folder of the output."""
     home = Path(tempfile.mkdtemp(dir=folder))
-    start_refine(folder, data, home, *flags).wait()
+    start_refine(folder, text, home, *flags).wait()
     return output_folder(home)
 
 
@@ -101,7 +101,7 @@ def measure_editions(folder: Path) -> dict:
 
 
 def make_text(texts: Path, folder: Path, megabytes: int, seed: int = 0) -> None:
-    """JSON lines of documents of 1 to 100 kB, of lines drawn at random."""
+    """Write text.jsonl: documents of 1 to 100 kB, of random lines."""
     works = PLAYS_TEST + PLAYS_VAL
     held_out = tuple(editions.FOLIO_TITLES.get(work, work) for work in works) + works
     lines = []
@@ -113,66 +113,74 @@ def make_text(texts: Path, folder: Path, megabytes: int, seed: int = 0) -> None:
     bytes_left = megabytes * 10**6
     with open(folder / "text.jsonl", "w") as f:
         while bytes_left > 0:
-            text = "\n".join(rng.choices(lines, k=int(10 ** rng.uniform(1.4, 3.4))))
+            line_count = int(10 ** rng.uniform(1.4, 3.4))  # 25 to 2,500
+            text = "\n".join(rng.choices(lines, k=line_count))
             f.write(json.dumps({"text": text}) + "\n")
             bytes_left -= len(text.encode())
 
 
-def measure_run(folder: Path, data: str, megabytes: int) -> dict:
-    """Time and peak memory; stores the manifest for `measure_killed_runs`."""
+def measure_run(folder: Path, text: str, megabytes: int) -> dict:
+    """Time and peak memory of a run. Stores its manifest for `measure_killed_runs`."""
     home = Path(tempfile.mkdtemp(dir=folder))
     start = time.perf_counter()
-    process = start_refine(folder, data, home)
-    memory = 0
+    process = start_refine(folder, text, home)
+    peak_memory = 0
     while process.poll() is None:
-        memory = max(memory, group_memory_bytes(process.pid))
+        peak_memory = max(peak_memory, group_memory_bytes(process.pid))
         time.sleep(0.5)
     seconds = time.perf_counter() - start
     manifest = read_json(output_folder(home) / "manifest.json")
-    write_json(folder / f"{data}.json", manifest)
+    write_json(folder / f"{text}.json", manifest)
     return {
         "megabytes": megabytes,
         "documents": manifest["input"]["documents"],
         "output": manifest["output"]["documents"],
         "seconds": round(seconds, 1),
         "megabytes_per_second": round(megabytes / seconds, 2),
-        "memory_megabytes": round(memory / 2**20),
+        "memory_megabytes": round(peak_memory / 2**20),
         "same": True,
         "kills": 0,
     }
 
 
-def measure_killed_runs(folder: Path, data: str, megabytes: int, kills: int, seconds: float, seed: int = 0) -> dict:
-    """Kill the run at random moments and resume it; compare the checksums of the output. `seconds`: of a whole run."""
+def measure_killed_runs(folder: Path, text: str, megabytes: int, kills: int, seconds: float, seed: int = 0) -> dict:
+    """Kill a run at random moments and resume it, then compare the checksums of the output with those of a whole run.
+
+    `seconds`: duration of the whole run.
+    """
     home = Path(tempfile.mkdtemp(dir=folder))
     rng = random.Random(seed)
     start = time.perf_counter()
-    done = 0
-    while True:
-        process = start_refine(folder, data, home)
+    process = start_refine(folder, text, home)
+    killed = 0
+    while killed < kills:
         try:
-            process.wait(rng.uniform(0.1, 0.5) * seconds if done < kills else None)
-            break
+            process.wait(rng.uniform(0.1, 0.5) * seconds)
+            break  # finished before it could be killed
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            done += 1
-    same = True
-    for name, expected in read_json(folder / f"{data}.json")["files"].items():
-        same = same and sha256_of(output_folder(home) / name) == expected["sha256"]
-    return {"megabytes": megabytes, "seconds": round(time.perf_counter() - start, 1), "kills": done, "same": same}
+            killed += 1
+            process = start_refine(folder, text, home)
+    process.wait()
+    files = read_json(folder / f"{text}.json")["files"]
+    same = all(sha256_of(output_folder(home) / name) == expected["sha256"] for name, expected in files.items())
+    return {"megabytes": megabytes, "seconds": round(time.perf_counter() - start, 1), "kills": killed, "same": same}
+
+
+# -- output -----------------------------------------------------------------------------------------------------------
 
 
 def print_figures(figures: dict, console: Console) -> None:
     table = Table(
         "words",
         "n",
-        "lowest of the chosen pairs",
-        "lowest of the other pairs",
-        "highest of all others",
+        "lowest of the development pairs",
+        "lowest of the held-out pairs",
+        "highest of unrelated texts",
         "expected recall",
         "of the hardest pair",
-        title="Jaccard similarity of sets of n words in a row",
+        title="Jaccard similarity of the sets of n words in a row",
     )
     for row in figures["similarities"]:
         table.add_row(*map(str, row.values()))
@@ -180,7 +188,7 @@ def print_figures(figures: dict, console: Console) -> None:
     quality = figures["editions"]
     console.print(f"{quality['clustered_pairs']} pairs found, {quality['pairs']} exist")
     console.print(f"precision {quality['precision']:.1%}, recall {quality['recall']:.1%}")
-    console.print(f"recall of the pairs that were not used to choose the form {quality['recall_of_other_pairs']:.1%}")
+    console.print(f"recall of the held-out pairs {quality['recall_of_held_out_pairs']:.1%}")
     console.print(json.dumps(quality["by_default"], indent=2))
     for row in figures["rows"]:
         console.print("  ".join(f"{key} {value}" for key, value in row.items()))

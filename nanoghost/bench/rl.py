@@ -1,8 +1,8 @@
-"""`nanoghost bench rl`: speed of RL steps, rollouts and update together, compared with TRL on the same problems.
+"""`nanoghost bench rl`: speed of RL steps (rollouts and update), compared with TRL on the same problems.
 
-Both train the whole model in bf16 and sample at temperature 1. The reward is a coin toss (a hash of the reply): so
-every group of rollouts has different rewards, whatever the model can do. (Where all rollouts of a problem get the same
-reward, nanoghost leaves them out of the update; that would favor it.)
+Both train the whole model in bf16 and sample at temperature 1. The reward is a coin toss (a hash of the reply), so the
+rewards of a problem's rollouts differ whatever the model can do. nanoghost leaves a problem with equal rewards out of
+the update, which would favor it.
 """
 
 import tempfile
@@ -11,7 +11,7 @@ import zlib
 from dataclasses import dataclass
 
 from nanoghost import hardware
-from nanoghost.bench.table import Workload, measure_and_report, measure_limits, requested_baselines
+from nanoghost.bench.harness import Workload, measure_and_report, measure_limits, requested_baselines
 from nanoghost.commands.arguments import ModelArgument
 from nanoghost.errors import UserError
 from nanoghost.formats.model_folder import load_model
@@ -41,7 +41,7 @@ class RlBenchSettings(ModelArgument, JsonFlag):
 
 
 class CoinTossTask:
-    """The problems of a task with random rewards."""
+    """The problems of another task, with random rewards."""
 
     def __init__(self, task):
         self.problem = task.problem
@@ -51,6 +51,8 @@ class CoinTossTask:
 
 
 class NanoghostRl:
+    """RL training with nanoghost."""
+
     def __init__(self, folder: ModelFolder, settings: RlBenchSettings, task: CoinTossTask):
         self.model, self.tokenizer = load_model(folder.path, hardware.compute_dtype())
         self.tasks = {settings.task: task}
@@ -62,7 +64,7 @@ class NanoghostRl:
             max_tokens=settings.max_tokens,
         )
         groups = finetune_groups(folder.card.root, self.model.config.width, 1.0)
-        self.optimizer = Optimizer(self.model, groups, hardware.compute_dtype(), 0, 1)
+        self.optimizer = Optimizer(self.model, groups, hardware.compute_dtype())
 
     def step(self) -> float:
         """Rollouts per minute."""
@@ -76,13 +78,15 @@ class NanoghostRl:
 
 
 class TrlBaseline:
+    """RL training with TRL's GRPOTrainer."""
+
     def __init__(self, folder: ModelFolder, settings: RlBenchSettings, task: CoinTossTask):
         import datasets
         import trl
         from transformers import TrainerCallback
 
         problem_settings = rl.RlSettings(tasks=settings.task, problems=settings.problems)
-        problems = {}
+        problems = {}  # text of the last message -> problem
         for step in range(2 * settings.rounds + 2):
             for problem in problems_of_step({settings.task: task}, problem_settings, step, 0, 1):
                 problems.setdefault(problem.messages[-1]["content"], problem)
@@ -90,14 +94,20 @@ class TrlBaseline:
         self.step_seconds: list[float] = []
 
         def reward(prompts, completions, **_) -> list[float]:
-            return [task.score(problems[p[-1]["content"]], c) for p, c in zip(prompts, completions)]
+            rewards = []
+            for prompt, completion in zip(prompts, completions):
+                problem = problems[prompt[-1]["content"]]
+                rewards.append(task.score(problem, completion))
+            return rewards
+
+        step_seconds = self.step_seconds
 
         class StepTimer(TrainerCallback):
-            def on_step_begin(callback, *_, **__):
-                callback.start = time.perf_counter()
+            def on_step_begin(self, *_, **__):
+                self.start = time.perf_counter()
 
-            def on_step_end(callback, *_, **__):
-                self.step_seconds.append(time.perf_counter() - callback.start)
+            def on_step_end(self, *_, **__):
+                step_seconds.append(time.perf_counter() - self.start)
 
         self.folder = tempfile.TemporaryDirectory()
         arguments = trl.GRPOConfig(

@@ -1,7 +1,6 @@
-"""`nanoghost bench train`: speed of fine-tuning, compared with the limit of this machine and a plain loop over
-transformers.
+"""`nanoghost bench train`: speed of fine-tuning, compared with the limit of this machine and with transformers.
 
-Each token counts once, whether or not it is in the loss; padding does not count.
+Throughput counts each token once, whether or not it is in the loss, and no padding.
 """
 
 import itertools
@@ -13,7 +12,7 @@ from functools import partial
 import torch
 
 from nanoghost import hardware
-from nanoghost.bench.table import (
+from nanoghost.bench.harness import (
     Workload,
     measure_and_report,
     measure_limits,
@@ -48,18 +47,21 @@ class TrainBenchSettings(ModelArgument, JsonFlag):
 
 
 class NanoghostTrainer:
+    """SFT with nanoghost: packed rows."""
+
     def __init__(self, folder: ModelFolder, settings: TrainBenchSettings):
         self.model, self.tokenizer = load_model(folder.path, hardware.compute_dtype())
         if settings.lora:
             attach_adapters(self.model, [new_adapter(self.model, settings.lora, None, None, 0)])
         groups = finetune_groups(folder.card.root, self.model.config.width, 1.0)
-        self.optimizer = Optimizer(self.model, groups, hardware.compute_dtype(), 0, 1)
+        self.optimizer = Optimizer(self.model, groups, hardware.compute_dtype())
         self.rows = settings.batch
 
     def train(self, examples: list[TokenizedExample], context: int, steps: int) -> float:
         """Tokens per second."""
         batches = PackedBatches(examples, context, self.rows, seed=0)
-        start, tokens = time.perf_counter(), 0
+        tokens = 0
+        start = time.perf_counter()
         for step in range(steps):
             for row in range(self.rows):
                 tokens += sum(len(examples[i].ids) for i in batches.row(step * self.rows + row))
@@ -69,7 +71,7 @@ class NanoghostTrainer:
 
 
 class TransformersTrainer:
-    """The loop that one writes first: bf16, eager, rows padded to the longest of their batch, AdamW."""
+    """A minimal training loop over transformers: bf16, eager mode, rows padded to the longest of their batch, AdamW."""
 
     def __init__(self, folder: ModelFolder, settings: TrainBenchSettings):
         from transformers import AutoModelForCausalLM
@@ -86,7 +88,8 @@ class TransformersTrainer:
     def train(self, examples: list[TokenizedExample], context: int, steps: int) -> float:
         """Tokens per second."""
         endless_examples = itertools.cycle(examples)
-        start, tokens = time.perf_counter(), 0
+        tokens = 0
+        start = time.perf_counter()
         for _ in range(steps):
             ids, labels, mask = pad(list(itertools.islice(endless_examples, self.rows)))
             self.model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
@@ -97,7 +100,7 @@ class TransformersTrainer:
 
 
 def pad(examples: list[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids, labels, attention mask) of one example a row; labels are -100 where there is no loss."""
+    """(ids, labels, attention mask), one example per row; labels are -100 where there is no loss."""
     shape = len(examples), max(len(example.ids) for example in examples)
     ids, labels, mask = torch.full(shape, 0), torch.full(shape, -100), torch.full(shape, 0)
     for row, example in enumerate(examples):
@@ -110,10 +113,10 @@ def pad(examples: list[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def command(settings: TrainBenchSettings) -> None:
-    """Two workloads: rows full of text, and conversations of all lengths."""
+    """Measure two workloads: rows full of text, and conversations of all lengths."""
     hardware.prepare()
     folder = open_model(settings.model)
-    check(settings, folder)
+    check_settings(settings, folder)
     nanoghost = NanoghostTrainer(folder, settings)
     systems = {"nanoghost": nanoghost}
     if requested_baselines(settings.against, folder, ["transformers"], ["peft"] if settings.lora else []):
@@ -133,14 +136,14 @@ def command(settings: TrainBenchSettings) -> None:
     limits = measure_limits()
     limit = limits.flops_per_second / nanoghost.model.flops_per_token(context)
     workloads = []
-    for workload, workload_examples in examples.items():
-        for name, system in systems.items():
+    for workload_name, workload_examples in examples.items():
+        for system_name, system in systems.items():
             run = partial(system.train, workload_examples, context, settings.steps)
-            workloads.append(Workload(name, workload, settings.batch, run, limit))
+            workloads.append(Workload(system_name, workload_name, settings.batch, run, limit))
     measure_and_report(workloads, settings.rounds, settings.json, limits)
 
 
-def check(settings: TrainBenchSettings, folder: ModelFolder) -> None:
+def check_settings(settings: TrainBenchSettings, folder: ModelFolder) -> None:
     if min(settings.batch, settings.steps, settings.rounds) < 1 or settings.lora < 0:
         raise UserError("--batch, --steps and --rounds must be at least 1, and --lora at least 0")
     if "@" in folder.name or (settings.lora and folder.card.arch == "ghost"):

@@ -1,7 +1,7 @@
-"""What all benchmarks share: texts to read, limits of the machine, baselines, and a table of medians.
+"""The harness of the benchmarks: texts, limits of the machine, baselines, measuring in turn, and the table of results.
 
-Systems are measured in turn, so that a slow moment of the machine meets all of them, and a figure is the median over
-rounds.
+All systems run once in each round, so that a slow phase of the machine affects all of them. A figure is the median over
+the rounds.
 """
 
 import importlib.util
@@ -23,6 +23,8 @@ BASELINE_MODULES = {"transformers": "transformers", "llama.cpp": "llama_cpp", "t
 
 @dataclass(frozen=True)
 class MachineLimits:
+    """Measured peak speeds of this machine."""
+
     dtype: str
     """Compute dtype, in which the matmul speed is measured."""
     matrix_gflops_per_second: float
@@ -39,17 +41,18 @@ class MachineLimits:
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of the table."""
+    """Something to measure; one row of the table."""
 
     system: str
     """nanoghost, or a baseline."""
     name: str
+    """What is computed, such as "decode"."""
     streams: int
-    """Sequences, rows or rollouts at once."""
+    """Number of sequences, rows or rollouts at once."""
     run: Callable[[], float]
     """Does the work once and returns its throughput."""
     limit: float | None = None
-    """Throughput that the machine allows, where it is known."""
+    """Highest throughput that the machine allows, if known."""
 
 
 def validation_texts(tokenizer, count: int, tokens: int) -> list[list[int]]:
@@ -64,6 +67,7 @@ def validation_texts(tokenizer, count: int, tokens: int) -> list[list[int]]:
 
 
 def measure_limits() -> MachineLimits:
+    """Measure the matmul speed and the memory bandwidth; takes seconds."""
     dtype = hardware.compute_dtype()
     return MachineLimits(
         str(dtype).removeprefix("torch."),
@@ -75,9 +79,9 @@ def measure_limits() -> MachineLimits:
 def requested_baselines(
     against: str, folder: ModelFolder, available: list[str], modules: Iterable[str] = ()
 ) -> list[str]:
-    """The baselines in the comma-separated list of --against.
+    """The names in the comma-separated list of --against. `modules`: Python modules that they need besides their own.
 
-    Raises UserError unless they, and the `modules` that they need, are installed and can run the model.
+    Raises UserError if a name is unknown, a module is not installed, or the baselines cannot run the model.
     """
     names = [name for name in against.split(",") if name]
     if names and (folder.card.arch == "ghost" or "@" in folder.name):
@@ -95,10 +99,10 @@ def requested_baselines(
 def measure(workloads: list[Workload], rounds: int) -> list[list[float]]:
     """The throughputs of each workload: all run in turn, once to warm up and then `rounds` times."""
     throughputs = [[] for _ in workloads]
-    for i in range(rounds + 1):
+    for round_index in range(rounds + 1):
         for workload, values in zip(workloads, throughputs):
             value = workload.run()
-            if i > 0:
+            if round_index > 0:
                 values.append(value)
     return throughputs
 
@@ -106,7 +110,10 @@ def measure(workloads: list[Workload], rounds: int) -> list[list[float]]:
 def measure_and_report(
     workloads: list[Workload], rounds: int, as_json: bool, limits: MachineLimits | None = None, unit: str = "tokens/s"
 ) -> list[dict]:
-    """Measure, print the table, with --json print its rows as JSON; returns them."""
+    """Measure the workloads and print the table, also as JSON if `as_json`. Returns the rows.
+
+    `unit`: unit of the throughputs, ".../s" or ".../min".
+    """
     key = unit.replace("/s", "_per_second").replace("/min", "_per_minute")
     rows = []
     for workload, values in zip(workloads, measure(workloads, rounds)):
@@ -128,7 +135,7 @@ def measure_and_report(
 
 
 def print_table(rows: list[dict], columns: dict[str, str]) -> None:
-    """`columns`: title -> key of the figures."""
+    """`columns`: title of each column -> key of its figures in a row."""
     if "limit" in rows[0]:
         columns = columns | {"limit": "limit", "of limit": "fraction"}
     table = Table("system", "workload")
