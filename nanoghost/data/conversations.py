@@ -1,23 +1,22 @@
-"""Conversations for finetuning: a JSONL file with one {"messages": [...]} object (OpenAI's format) a line."""
+"""Conversations for finetuning: lists of OpenAI messages. conversation_files.py reads the files."""
 
 from pathlib import Path
 
-from nanoghost.data.text_io import check_unicode, parse_json_lines
+from nanoghost.data.conversation_files import read_conversations
+from nanoghost.data.text_io import check_unicode
 from nanoghost.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
 def load_conversations(path: str | Path) -> list[list[dict]]:
-    """All conversations of a JSONL file. Raises UserError, with the file and the line."""
+    """All conversations of a file, in any form of conversation_files.py. Raises UserError, with the file and line."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f'no file {path}: conversations are a .jsonl file of {{"messages": [...]}} lines')
+        raise UserError(f'no file {path}: conversations are in one file, for example with {{"messages": [...]}} a line')
     conversations = []
-    for _, where, row in parse_json_lines(path):
-        if not isinstance(row, dict) or "messages" not in row:
-            raise UserError(f"{where}: expected an object with 'messages'")
-        conversations.append(check_messages(row["messages"], where))
+    for where, messages in read_conversations(path):
+        conversations.append(check_messages(messages, where))
     if not conversations:
         raise UserError(f"{path}: it contains no conversation")
     return conversations

@@ -4,8 +4,9 @@ import hashlib
 import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from nanoghost.data.file_reader import text_suffix
 from nanoghost.data.retry import retry
 from nanoghost.errors import UserError
 from nanoghost.home import exclusive_lock, home
@@ -41,7 +42,7 @@ class DownloadCache:
     def fetch(self, fs, file: RemoteFile) -> Path:
         """The local copy of a file. A download that was interrupted resumes where it stopped."""
         key = hashlib.sha256(f"{file.path} {file.version}".encode()).hexdigest()[:24]
-        target = self.folder / (key + PurePosixPath(file.path).suffix.lower())
+        target = self.folder / (key + text_suffix(file.path))
         partial_file = target.with_suffix(".partial")
         self.folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(self.folder):

@@ -1,48 +1,52 @@
-"""The documents in .txt, .md, .jsonl and .parquet files."""
+"""The documents in .txt, .md, .jsonl, .json and .parquet files, and the files of a folder that hold them."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from nanoghost.data.conversation_files import COLUMNS, form_of, messages_of
 from nanoghost.data.conversations import check_messages
-from nanoghost.data.text_io import check_unicode, decode, normalize_line_endings, parse_json_lines
+from nanoghost.data.rows import Row, read_rows
+from nanoghost.data.text_io import check_unicode, note, read_text
 from nanoghost.errors import UserError
+from nanoghost.tokenizer.chat_format import text_of
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+ALL_SUFFIXES = (*SUFFIXES, ".json")
+"""With those of files that are read only if they are named: in a folder, most .json files are settings."""
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+
+
+def text_suffix(name: str) -> str:
+    """The ending of a file's name, without that of a compression: .jsonl of a.jsonl.gz."""
+    path = PurePosixPath(name.lower())
+    return PurePosixPath(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
 
 
 def read_texts(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    """Yield the (name, text) of each document: one for a .txt or .md file, one for each row of .jsonl and .parquet."""
-    suffix = file.suffix.lower()
-    if suffix == ".jsonl":
-        for line, where, row in parse_json_lines(file):
-            yield f"{name}:{line}", row_text(row, where)
-    elif suffix == ".parquet":
-        for number, row in enumerate(read_parquet(file), start=1):
-            yield f"{name}:{number}", row_text(row, f"{file}, row {number}")
-    else:
-        yield name, normalize_line_endings(decode(file.read_bytes(), file))
+    """Yield the (name, text) of each document: one for a .txt or .md file, one for each row of the other files."""
+    if text_suffix(file.name) in (".txt", ".md"):
+        yield name, read_text(file)
+        return
+    for row in read_rows(file, ("text", *COLUMNS)):
+        yield f"{name}:{row.number}", row_text(row, file)
 
 
-def read_parquet(file: Path) -> Iterator[dict]:
-    from pyarrow import ArrowInvalid, parquet  # slow to import, and seldom needed
-
-    try:
-        table = parquet.ParquetFile(file)
-    except ArrowInvalid as error:
-        raise UserError(f"{file}: not a parquet file: {str(error).splitlines()[0]}") from None
-    columns = [column for column in ("text", "messages") if column in table.schema_arrow.names]
-    if not columns:
-        raise UserError(f"{file}: no column 'text' or 'messages'; it has {', '.join(table.schema_arrow.names)}")
-    for batch in table.iter_batches(batch_size=1024, columns=columns):
-        yield from batch.to_pylist()
+def row_text(row: Row, file: Path) -> str:
+    """The text of a row: its "text", or the contents of its messages."""
+    value = row.value
+    if isinstance(value, dict) and "text" in value and value.get("messages") is None:
+        if not isinstance(value["text"], str):
+            raise UserError(f"{row.where}: 'text' is {value['text']!r:.40}, not a string")
+        return check_unicode(value["text"], row.where)
+    if form_of(value) is None:
+        raise UserError(f"{row.where}: expected an object with 'text' (or a conversation, for example 'messages')")
+    return "\n".join(map(text_of, check_messages(messages_of(row, file), row.where)))
 
 
-def row_text(row, where: str) -> str:
-    """The text of a row: its "text", or the contents of its "messages"."""
-    if not isinstance(row, dict) or not (row.keys() & {"text", "messages"}):
-        raise UserError(f"{where}: expected an object with 'text' (or 'messages')")
-    if row.get("messages") is not None:
-        return "\n".join(message["content"] or "" for message in check_messages(row["messages"], where))
-    if not isinstance(row.get("text"), str):
-        raise UserError(f"{where}: 'text' is {row.get('text')!r:.40}, not a string")
-    return check_unicode(row["text"], where)
+def note_skipped(place: object, skipped: dict[str, list[str]]) -> None:
+    """Say on standard error which files are skipped: {reason: names}."""
+    groups = []
+    for reason, names in skipped.items():
+        groups.append(f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+    if groups:
+        note(f"{place}: skipped {', '.join(groups)}")

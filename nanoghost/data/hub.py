@@ -1,9 +1,10 @@
-"""Datasets of the Hugging Face Hub: their parquet and JSON lines files, pinned to the current revision."""
+"""Datasets of the Hugging Face Hub: their parquet and JSON files, pinned to the current revision."""
 
 import re
 import sys
 from fnmatch import fnmatch
 
+from nanoghost.data.file_reader import ALL_SUFFIXES, text_suffix
 from nanoghost.data.remote import RemoteFiles, list_files
 from nanoghost.data.retry import request_errors
 from nanoghost.data.sources import Source, folder_name
@@ -39,7 +40,7 @@ def open_hub(spec: str, max_bytes: int = MAX_HUB_BYTES) -> Source:
 
     fs = huggingface_hub.HfFileSystem()
     root = fs._strip_protocol(f"datasets/{name}@{info.sha}")
-    files = {file.path.removeprefix(root + "/"): file for file in list_files(fs, root, spec)}
+    files = {file.path.removeprefix(root + "/"): file for file in list_files(fs, root, spec, ALL_SUFFIXES)}
     paths = training_files(list(files), card.get("configs") or [], config)
     if not paths:
         raise UserError(f"{spec}: no file for training among {', '.join(list(files)[:5])} ...")
@@ -68,7 +69,8 @@ def training_files(paths: list[str], configs: list[dict], config: str) -> list[s
     folder = (configs[0].get("data_dir") if configs else None) or config
     if folder:
         paths = [path for path in paths if path.startswith(f"{folder}/")]
-    readable = [path for path in paths if path.endswith((".parquet", ".jsonl"))]  # not README.md
+    readable = [path for path in paths if text_suffix(path) in (".parquet", ".jsonl")]  # not README.md
+    readable = readable or [path for path in paths if text_suffix(path) == ".json"]  # often settings
     return [path for path in readable if "train" in path] or readable
 
 

@@ -1,20 +1,22 @@
-"""Local text: a .txt, .md, .jsonl or .parquet file, or a folder of them."""
+"""Local text: a .txt, .md, .jsonl, .json or .parquet file, or a folder of them."""
 
+import os
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from nanoghost.data.file_reader import SUFFIXES, read_texts
+from nanoghost.data.file_reader import ALL_SUFFIXES, SUFFIXES, note_skipped, read_texts, text_suffix
 from nanoghost.data.sources import Document, Source, fingerprint, folder_name, sha256_of
 from nanoghost.data.splits import split_texts
 from nanoghost.errors import UserError
 
 
 def open_local(path: Path) -> Source:
-    """One file, or all files of a folder in the order of their names; hidden files are skipped."""
+    """One file, or all files of a folder in the order of their names. Standard error says which are skipped."""
     files = text_files(path)
     if not files:
-        raise UserError(f"{path}: no readable text; it must be a {', '.join(SUFFIXES)} file, or a folder of them")
+        raise UserError(f"{path}: no readable text; it must be a {', '.join(ALL_SUFFIXES)} file, or a folder of them")
 
     def texts() -> Iterator[tuple[str, str]]:
         for name, file in files.items():
@@ -35,11 +37,34 @@ def open_local(path: Path) -> Source:
 def text_files(path: Path) -> dict[str, Path]:
     """{name: file}; the names are relative to the folder."""
     if not path.is_dir():
-        return {path.name: path} if path.suffix.lower() in SUFFIXES else {}
-    candidates = [p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES]
-    files = {}
-    for name in sorted(p.relative_to(path).as_posix() for p in candidates):
-        hidden = any(part.startswith(".") for part in Path(name).parts)
-        if not hidden:
-            files[name] = path / name
-    return files
+        return {path.name: path} if text_suffix(path.name) in ALL_SUFFIXES else {}
+    files, skipped = list_folder(path)
+    note_skipped(path, skipped)
+    return dict(sorted(files.items()))
+
+
+def list_folder(path: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
+    """({name: file}, {reason: names of what is skipped}). Links are followed, to each folder once."""
+    files, skipped = {}, defaultdict(list)
+    folders, resolved = deque([path]), set()
+    while folders:
+        folder = folders.popleft()
+        if folder.resolve() in resolved:
+            skipped["linked folders that are read already"].append(folder.relative_to(path).as_posix())
+            continue
+        resolved.add(folder.resolve())
+        for child in sorted(folder.iterdir()):
+            name = child.relative_to(path).as_posix()
+            if child.name.startswith("."):
+                skipped["hidden"].append(name)
+            elif not os.access(child, os.R_OK):
+                skipped["broken links" if child.is_symlink() else "without permission to read"].append(name)
+            elif child.is_dir() and child.is_symlink():
+                folders.append(child)
+            elif child.is_dir():
+                folders.appendleft(child)  # before the links: a folder keeps its own name
+            elif child.is_file() and text_suffix(name) in SUFFIXES:
+                files[name] = child
+            else:
+                skipped["of other kinds"].append(name)
+    return files, skipped

@@ -1,7 +1,7 @@
 """Open the data source that `--data` names.
 
 open_data_source("plays")                     Shakespeare, split by whole works (the default)
-open_data_source("notes/")                    .txt, .md, .jsonl and .parquet files, or folders of them
+open_data_source("notes/")                    .txt, .md, .jsonl, .json and .parquet files, or folders of them
 open_data_source("hub:HuggingFaceFW/fineweb-edu:sample-10BT")
 open_data_source("s3://bucket/folder")        the same files elsewhere, by URL
 open_data_source("plays=0.7,notes/=0.3")      a mixture by weight
@@ -20,7 +20,7 @@ from nanoghost.data.sources import Source
 from nanoghost.errors import UserError
 
 ACCEPTED = (
-    "'plays', a .txt, .md, .jsonl or .parquet file, a folder of them, hub:OWNER/NAME[:CONFIG], a URL (s3://...),"
+    "'plays', a .txt, .md, .jsonl, .json or .parquet file, a folder of them, hub:OWNER/NAME[:CONFIG], a URL (s3://...),"
     " the name of refined data, or a mixture (plays=0.7,notes/=0.3)"
 )
 

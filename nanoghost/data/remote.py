@@ -4,7 +4,8 @@ Whole files are downloaded into a cache (download_cache.py) and read from there 
 documents in each complete file is stored, so reading can resume at any document without the files before it.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -14,7 +15,7 @@ import fsspec
 from fsspec.core import has_magic, url_to_fs
 
 from nanoghost.data.download_cache import DownloadCache, RemoteFile, default_cache
-from nanoghost.data.file_reader import SUFFIXES, read_texts
+from nanoghost.data.file_reader import ALL_SUFFIXES, SUFFIXES, note_skipped, read_texts, text_suffix
 from nanoghost.data.retry import retry
 from nanoghost.data.sources import Document, Source, fingerprint, folder_name
 from nanoghost.data.splits import MIN_DOCUMENTS, assign_split, split_texts, splits_of_lowest_hashes
@@ -26,30 +27,35 @@ VERSION_KEYS = ("ETag", "etag", "md5Hash", "blob_id", "oid", "checksum")
 
 
 def open_remote(url: str) -> Source:
-    """The .txt, .md, .jsonl and .parquet files under a URL (a file, a folder, or a pattern with *)."""
+    """The files under a URL (a file, a folder, or a pattern with *) that local.py would read."""
     try:
         fs, root = url_to_fs(url)
     except ImportError as error:  # most stores need a package of their own; fsspec names it
         raise UserError(f"{url}: {error} (pip install s3fs, gcsfs ...)") from None
     except ValueError as error:
         raise UserError(f"{url}: {error}") from None
-    files = RemoteFiles(fs, root, list_files(fs, root, url))
+    is_named = has_magic(root) or text_suffix(root) in ALL_SUFFIXES  # not a folder with many kinds of files
+    files = RemoteFiles(fs, root, list_files(fs, root, url, ALL_SUFFIXES if is_named else SUFFIXES))
     return files.source(folder_name(PurePosixPath(root).stem), license="unknown (remote files)", attribution=url)
 
 
-def list_files(fs: fsspec.AbstractFileSystem, root: str, url: str) -> list[RemoteFile]:
-    """The readable files, in the order of their paths. Hidden files are skipped, unless `root` itself is hidden."""
+def list_files(fs: fsspec.AbstractFileSystem, root: str, url: str, suffixes: Sequence[str]) -> list[RemoteFile]:
+    """The files with these endings, in the order of their paths. Hidden files are skipped, unless `root` is hidden."""
     infos = retry(partial(file_infos, fs, root), url)
     fs.invalidate_cache()  # otherwise a later listing shows files that are gone
     root_parts = set(PurePosixPath(root).parts)
-    files = []
+    files, skipped = [], defaultdict(list)
     for info in sorted(infos, key=lambda info: info["name"]):
         path = PurePosixPath(info["name"])
-        hidden = any(part.startswith(".") and part not in root_parts for part in path.parts)
-        if path.suffix.lower() in SUFFIXES and not hidden:
+        if any(part.startswith(".") and part not in root_parts for part in path.parts):
+            skipped["hidden"].append(path.name)
+        elif text_suffix(path.name) not in suffixes:
+            skipped["of other kinds"].append(path.name)
+        else:
             files.append(RemoteFile(info["name"], info["size"], content_version(info)))
     if not files:
-        raise UserError(f"{url}: no {', '.join(SUFFIXES)} file there")
+        raise UserError(f"{url}: no {', '.join(suffixes)} file there")
+    note_skipped(url, skipped)
     return files
 
 

@@ -44,7 +44,7 @@ def fingerprint(parts: Iterable[tuple[str, bytes]]) -> str:
     """SHA-256 (hex) over (name, content) pairs in their order."""
     total = hashlib.sha256()
     for name, content in parts:
-        total.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(content).digest())
+        total.update(hashlib.sha256(name.encode(errors="surrogateescape")).digest() + hashlib.sha256(content).digest())
     return total.hexdigest()
 
 

@@ -1,42 +1,108 @@
-"""UTF-8 text and JSON lines from files. Errors name the file and the line."""
+"""Text from files that people have: UTF-8, UTF-16 with its mark, compressed. Errors name the file and the line."""
 
-import json
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import os
+import sys
+import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from nanoghost.errors import UserError
 
 
-def decode(raw: bytes, file: Path | str, line: int = 1, offset: int = 0) -> str:
-    """Decode UTF-8 bytes that start at `line` and at byte `offset` of a file. A byte order mark is dropped."""
+def open_zstd(file: Path, mode: str) -> BinaryIO:
+    import pyarrow  # slow to import
+
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+
+
+COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"(\xb5/\xfd": open_zstd}
+"""{first bytes: function that opens such a file}."""
+
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before the mark of UTF-16, which has the same first bytes
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""{byte order mark: encoding}."""
+
+
+@cache  # one command opens and reads a source several times
+def note(text: str) -> None:
+    """Print a line about the user's files to standard error, once in a process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(UserError(text), file=sys.stderr)
+
+
+def read_lines(file: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, decompressed, and UTF-16 as UTF-8. A line ends at b"\\n" only."""
+    with open(file, "rb") as f:
+        start = f.read(6)
+    opener = next((opener for magic, opener in COMPRESSIONS.items() if start.startswith(magic)), open)
+    with opener(file, "rb") as f:
+        try:
+            yield from recode(f, file)
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            raise UserError(f"{file} is damaged or cut: {error}") from None
+
+
+def recode(f: BinaryIO, file: Path) -> BinaryIO:
+    """The file itself, or its content as UTF-8 if it starts with the mark of UTF-16 or UTF-32."""
+    start = f.peek(4)
+    encoding = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
+    if encoding is None:
+        return f
+    note(f"{file}: read as {encoding}")
     try:
-        return raw.decode().removeprefix("\ufeff")
+        return io.BytesIO(f.read().decode(encoding).encode())
     except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
         raise UserError(
-            f"{file}, line {line}: byte {offset + error.start} (0x{raw[error.start]:02x}) is not UTF-8; "
-            "convert the file, for example: iconv -f latin1 -t utf-8"
+            f"{file} starts with the mark of {encoding}, but byte {error.start} is not {encoding}"
         ) from None
+
+
+def read_text(file: Path) -> str:
+    return normalize_line_endings(decode(b"".join(read_lines(file)), file))
+
+
+def decode(raw: bytes, file: Path | str, line: int = 1, offset: int = 0) -> str:
+    """Decode UTF-8 bytes that start at `line` and at byte `offset` of a file. A byte order mark is dropped.
+
+    Zero bytes are valid UTF-8, but only binary files and UTF-16 contain them.
+    """
+    try:
+        if b"\0" not in raw:
+            return raw.decode().removeprefix("\ufeff")
+        position, problem = raw.index(b"\0"), "is zero, which text does not contain; " + zero_byte_remedy(raw, offset)
+    except UnicodeDecodeError as error:
+        position = error.start
+        problem = f"(0x{raw[position]:02x}) is not UTF-8; " + encoding_remedy(raw, position)
+    line += raw.count(b"\n", 0, position)
+    raise UserError(f"{file}, line {line}: byte {offset + position} {problem}")
+
+
+def zero_byte_remedy(raw: bytes, offset: int) -> str:
+    if 4 * raw.count(0) < len(raw):
+        return "the file is binary or damaged"
+    encoding = "utf-16le" if (offset + raw.index(0)) % 2 else "utf-16be"  # the zero is half of an ASCII character
+    return f"if it is UTF-16 without a byte order mark, convert the file: iconv -f {encoding} -t utf-8"
+
+
+def encoding_remedy(raw: bytes, position: int) -> str:
+    if raw[:position].isascii():
+        return "convert the file from its encoding; Windows and Latin-1 text: iconv -f cp1252 -t utf-8"
+    return "the text before it is, so the file is cut or damaged; to leave such bytes out: iconv -c -f utf-8 -t utf-8"
 
 
 def normalize_line_endings(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def parse_json_lines(file: Path) -> Iterator[tuple[int, str, object]]:
-    """Yield (line number, "file:line" for error messages, value) for each line that is not blank."""
-    offset = 0
-    with open(file, "rb") as f:
-        for line, raw in enumerate(f, start=1):
-            text = decode(raw, file, line, offset)
-            offset += len(raw)
-            if not text.strip():
-                continue
-            try:
-                value = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}:{line}: not JSON: {error.msg} at column {error.colno}") from None
-            yield line, f"{file}:{line}", value
 
 
 def check_unicode(text: str, where: str) -> str:

@@ -1,0 +1,160 @@
+"""Conversations in the forms that people have them, as lists of OpenAI messages.
+
+    name                    keys of a row                                     of
+    messages                messages (role, content)                          OpenAI, TRL
+    ShareGPT                conversations (from, value; or role, content)     ShareGPT, axolotl, LLaMA-Factory
+    prompt and completion   prompt, completion: texts or lists of messages    TRL, older OpenAI
+    prompt                  prompt                                            TRL
+    Alpaca                  instruction, input, output                        Stanford Alpaca, LLaMA-Factory
+
+All but the first may have a `system` text. conversations.py checks what the messages contain.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from nanoghost.data.rows import Row, read_rows
+from nanoghost.data.text_io import note
+from nanoghost.errors import UserError
+
+ROLES_OF_SENDERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "function-response": "tool",
+}
+CALL_SENDERS = ("function_call", "function-call")
+
+
+def read_conversations(file: Path) -> Iterator[tuple[str, list]]:
+    """Yield ("FILE:LINE" for error messages, messages) for each row. Says on standard error which form it reads."""
+    for row in read_rows(file, COLUMNS):
+        yield row.where, messages_of(row, file)
+
+
+def has_conversations(file: Path) -> bool:
+    """Whether the first row of a file has one of the forms."""
+    first = next(read_rows(file, COLUMNS), None)
+    return first is not None and form_of(first.value) is not None
+
+
+def messages_of(row: Row, file: Path) -> list:
+    """The messages of a row. Raises UserError if it has none of the forms."""
+    name = form_of(row.value)
+    if name is None:
+        keys = f"with {', '.join(map(repr, row.value))}" if isinstance(row.value, dict) else "that is not an object"
+        raise UserError(f"{row.where}: expected an object with 'messages' (or {OTHER_FORMS}), not one {keys}")
+    if name != "messages":
+        note(f"{file}: read as conversations of the form {name}")
+    for key in ("tools", "history"):
+        if row.value.get(key):
+            note(f"{file}: '{key}' is not read")
+    _, convert = FORMS[name]
+    return convert(row.value, row.where)
+
+
+def form_of(value) -> str | None:
+    """The first form whose keys the row has; None if there is none, and for pairs of a chosen and a rejected answer."""
+    if not isinstance(value, dict) or value.get("chosen") is not None:
+        return None
+    for name, (keys, _) in FORMS.items():
+        if all(value.get(key) is not None for key in keys):
+            return name
+    return None
+
+
+# ── the forms ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def from_messages(row: dict, where: str) -> list:
+    return turns(row, "messages", where)
+
+
+def from_sharegpt(row: dict, where: str) -> list:
+    return system_message(row, where) + turns(row, "conversations", where)
+
+
+def from_prompt(row: dict, where: str) -> list:
+    return system_message(row, where) + text_or_turns(row, "prompt", "user", where)
+
+
+def from_prompt_and_completion(row: dict, where: str) -> list:
+    return from_prompt(row, where) + text_or_turns(row, "completion", "assistant", where)
+
+
+def from_alpaca(row: dict, where: str) -> list:
+    question = text(row, "instruction", where)
+    if row.get("input"):
+        question += "\n" + text(row, "input", where)
+    return [*system_message(row, where), message("user", question), message("assistant", text(row, "output", where))]
+
+
+FORMS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], list]]] = {
+    "messages": (("messages",), from_messages),
+    "ShareGPT": (("conversations",), from_sharegpt),
+    "prompt and completion": (("prompt", "completion"), from_prompt_and_completion),
+    "prompt": (("prompt",), from_prompt),
+    "Alpaca": (("instruction", "output"), from_alpaca),
+}
+"""{name: (keys that a row must have, function that makes messages of it)}."""
+
+OTHER_FORMS = ", or ".join(" and ".join(map(repr, keys)) for keys, _ in list(FORMS.values())[1:])
+COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "output")
+COLUMNS += ("system", "input", "history", "chosen", "tools")
+
+
+# ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def message(role: str, content) -> dict:
+    return {"role": role, "content": content}
+
+
+def system_message(row: dict, where: str) -> list:
+    return [message("system", text(row, "system", where))] if row.get("system") else []
+
+
+def text(row: dict, key: str, where: str) -> str:
+    if not isinstance(row[key], str):
+        raise UserError(f"{where}: {key!r} is {row[key]!r:.40}, not a string")
+    return row[key]
+
+
+def text_or_turns(row: dict, key: str, role: str, where: str) -> list:
+    return [message(role, row[key])] if isinstance(row[key], str) else turns(row, key, where)
+
+
+def turns(row: dict, key: str, where: str) -> list:
+    """The messages under a key, with `role` and `content` in place of ShareGPT's `from` and `value`."""
+    if not isinstance(row[key], list) or not row[key]:
+        raise UserError(f"{where}: {key!r} must be a list with at least one message")
+    return [turn(item, f"{where}: message {number}") for number, item in enumerate(row[key], start=1)]
+
+
+def turn(item, where: str):
+    sender = item.get("from") if isinstance(item, dict) else None
+    if not isinstance(sender, str):
+        return item
+    if sender in CALL_SENDERS:
+        return message("assistant", None) | {"tool_calls": tool_calls(item.get("value"), where)}
+    return message(ROLES_OF_SENDERS.get(sender, sender), item.get("value"))
+
+
+def tool_calls(value, where: str) -> list[dict]:
+    """OpenAI's tool calls from the JSON of one or several calls."""
+    try:
+        calls = json.loads(value)
+        functions = [{"name": call["name"], "arguments": call["arguments"]} for call in as_list(calls)]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        raise UserError(f'{where}: a call must be JSON: {{"name": "NAME", "arguments": {{...}}}}') from None
+    for function in functions:
+        if not isinstance(function["arguments"], str):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
