@@ -143,7 +143,7 @@ def train(stage: str, **settings) -> dict | None:
 
 
 def settings_from(settings_class: type, values: dict, owner: str):
-    """Settings with these values. Raises UserError for a name that is not a field; `owner`: who has the settings."""
+    """Settings with these values. Raises UserError for a name that is not a field; `owner` is named in it."""
     unknown = sorted(set(values) - {field.name for field in fields(settings_class)})
     if unknown:
         raise UserError(f"{owner} has no setting '{unknown[0]}'; docs/api.md shows where to find the list")

@@ -263,7 +263,7 @@ async def read_prompt_logprobs(handle: RequestHandle) -> list[TopLogprobs]:
 
 async def merge(streams: list[AsyncIterator]) -> AsyncIterator:
     """The items of several streams as they come. The first error is raised. At the end, all streams are closed."""
-    queue: asyncio.Queue = asyncio.Queue()  # items; and each task itself when it is done
+    queue: asyncio.Queue = asyncio.Queue()  # the items and, at the end of each stream, its task
 
     async def forward(stream: AsyncIterator) -> None:
         async with contextlib.aclosing(stream):

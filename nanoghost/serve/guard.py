@@ -96,9 +96,8 @@ class Guard:
         if content_type != "application/json":
             message = "the body must be JSON with the header Content-Type: application/json"
             return error_response(415, message, headers=CLOSE), receive
-        too_large = error_response(413, f"the body is larger than {MAX_BODY:,} bytes", headers=CLOSE)
         if int(headers.get(b"content-length", "0")) > MAX_BODY:  # uvicorn has checked that it is a number
-            return too_large, receive
+            return body_too_large(), receive
         body = bytearray()
         complete = False
         try:
@@ -113,7 +112,7 @@ class Guard:
             message = f"the body was not received within {self.body_timeout:.0f} seconds"
             return error_response(408, message, headers=CLOSE), receive
         if len(body) > MAX_BODY:
-            return too_large, receive
+            return body_too_large(), receive
         messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def receive_again():  # once the body; a later call waits until the client disconnects
@@ -136,6 +135,10 @@ class HeaderSender:
             missing = [header for header in SECURITY_HEADERS if header[0] not in names]
             message = message | {"headers": [*message["headers"], *missing]}
         await self.send(message)
+
+
+def body_too_large() -> Response:
+    return error_response(413, f"the body is larger than {MAX_BODY:,} bytes", headers=CLOSE)
 
 
 def sha256(key: str) -> bytes:

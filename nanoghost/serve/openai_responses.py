@@ -299,9 +299,8 @@ class CompletionResponse(ResponseBase):
             async for delta in deltas:
                 choice = choices[delta.index]
                 choice.text += delta.text
-                choice.tokens = (
-                    choice.tokens + delta.tokens
-                )  # not +=: the samples of a prompt share the list of its echo
+                # A new list, not +=: with `echo`, the samples of a prompt share the list of its tokens.
+                choice.tokens = choice.tokens + delta.tokens
                 choice.finish_reason = delta.finish_reason or choice.finish_reason
         entries = [self.choice_entry(choice, text_offset=0) for choice in choices]
         return self.header(self.object_type) | {"choices": entries} | self.usage_fields()
