@@ -1,6 +1,6 @@
-"""A ghost with switches, for the ablations: anything from a GPT-2 of 2019 to today's recipe, and a few alternatives.
+"""The model of the ablations: a ghost with a switch for each of its parts. With all of them off it is a GPT-2 of 2019.
 
-With the default recipe it equals model/ghost.py bit for bit, which a test checks. The ghost itself has no switches.
+With the default recipe it equals the model of model/ghost.py, which has no switches, bit for bit; a test checks that.
 
 B batch, T time, S = T, D width, V vocabulary, N = B * T positions, W width of a pointer.
 """
@@ -49,6 +49,8 @@ def add_bias(linear: Linear) -> None:
 
 
 class AblationAttention(Attention):
+    """The ghost's attention; QK-norm and rotary positions can be off, biases on."""
+
     def __init__(self, config: GhostConfig, layer: int, has_value_embedding: bool, recipe: Recipe):
         super().__init__(config, layer, has_value_embedding)
         self.recipe = recipe
@@ -71,6 +73,8 @@ class AblationAttention(Attention):
 
 
 class AblationMLP(MLP):
+    """The ghost's MLP; it can have GELU instead of squared ReLU, and biases."""
+
     def __init__(self, config: GhostConfig, recipe: Recipe):
         super().__init__(config)
         self.recipe = recipe
@@ -85,6 +89,8 @@ class AblationMLP(MLP):
 
 
 class AblationBlock(Block):
+    """The ghost's block; LayerNorm can replace RMSNorm, the embedding shortcut and zero initialization can be off."""
+
     def __init__(self, config: GhostConfig, layer: int, has_value_embedding: bool, recipe: Recipe):
         super().__init__(config, layer, has_value_embedding)
         self.recipe, self.depth = recipe, config.depth
@@ -100,7 +106,8 @@ class AblationBlock(Block):
             std = 0.02
             for linear in (self.attention.qkv, self.mlp.up):
                 nn.init.normal_(linear.weight, std=std)
-            for linear in (self.attention.out, self.mlp.down):  # GPT-2: less with depth, since their outputs add up
+            # As in GPT-2: smaller in deeper models, because the outputs of all blocks add up
+            for linear in (self.attention.out, self.mlp.down):
                 nn.init.normal_(linear.weight, std=std / (2 * self.depth) ** 0.5)
 
     def forward(self, x_BTD, embedding_BTD, value_embedding_BTD, cos_TK, sin_TK, mask_BTS):
@@ -112,40 +119,48 @@ class AblationBlock(Block):
 
 
 class AblationModel(Ghost):
-    """A ghost built by a recipe. It can be trained and scored with `logprobs`; it has no cache."""
+    """A ghost built by a recipe. It can be trained and scored with `logprobs`; without a cache it cannot generate."""
 
     def __init__(self, recipe: Recipe):
-        r = recipe
-        super().__init__(
-            GhostConfig(r.vocab_size, r.context, r.depth, r.width, r.head_width, bigram_rows=max(r.bigram_rows, 1))
+        config = GhostConfig(
+            vocab_size=recipe.vocab_size,
+            context=recipe.context,
+            depth=recipe.depth,
+            width=recipe.width,
+            head_width=recipe.head_width,
+            bigram_rows=max(recipe.bigram_rows, 1),
         )
+        super().__init__(config)
         self.recipe = recipe
         self.replace_blocks()
-        if not r.value_embeddings:
+        if not recipe.value_embeddings:
             self.value_embeddings = nn.ModuleList()
         self.position_embedding = None
-        if not r.rotary:
-            self.position_embedding = Embedding(r.context, r.width)
+        if not recipe.rotary:
+            self.position_embedding = Embedding(recipe.context, recipe.width)
             self.position_embedding.weight.data.normal_().mul_(0.02)
-        self.final_norm = make_norm(r)
+        self.final_norm = make_norm(recipe)
         self.second_token_head = None
-        if r.second_token_weight:
-            self.second_token_head = Linear(r.width, r.vocab_size)
+        if recipe.second_token_weight:
+            self.second_token_head = Linear(recipe.width, recipe.vocab_size)
             self.second_token_head.weight.data.normal_().mul_(0.001)
-        if not r.untied_head:
+        if not recipe.untied_head:
             self.head = None
-            self.embedding.weight.data.mul_(0.02 / 0.8)
+            self.embedding.weight.data.mul_(0.02 / 0.8)  # standard deviation: 0.8 in a ghost, 0.02 in GPT-2
         self.compute_dtype = torch.float32
 
     def replace_blocks(self) -> None:
-        """Blocks with switches. They draw weights even if the ghost's are used, so that later draws are the same."""
+        """Replace the ghost's blocks by blocks with switches.
+
+        The new blocks draw initial weights even if they then take those of the ghost's blocks. So a recipe does not
+        change the random draws that follow.
+        """
         ghost_weights = self.blocks.state_dict()
-        has_value_embedding = [
-            self.recipe.value_embeddings and block.attention.value_mix is not None for block in self.blocks
-        ]
-        self.blocks = nn.ModuleList(
-            AblationBlock(self.config, layer, has, self.recipe) for layer, has in enumerate(has_value_embedding)
-        )
+        blocks = []
+        for layer, ghost_block in enumerate(self.blocks):
+            has_value_embedding = self.recipe.value_embeddings and ghost_block.attention.value_mix is not None
+            blocks.append(AblationBlock(self.config, layer, has_value_embedding, self.recipe))
+        self.blocks = nn.ModuleList(blocks)
         for block in self.blocks:
             block.init_weights()
         if self.recipe.zero_init:
@@ -164,32 +179,39 @@ class AblationModel(Ghost):
         return self.embedding.weight.device
 
     def cast(self, dtype: torch.dtype) -> "AblationModel":
+        """Cast the weights of matmuls; a tied head is cast at each use."""
         self.compute_dtype = dtype
-        heads = [head.weight for head in (self.head, self.second_token_head) if head is not None]
-        for p in [*Ghost.matrices(self), *heads]:
-            p.data = p.data.to(dtype)
+        weights = Ghost.matrices(self)
+        for head in (self.head, self.second_token_head):
+            if head is not None:
+                weights.append(head.weight)
+        for weight in weights:
+            weight.data = weight.data.to(dtype)
         return self
 
     def hidden_and_characters(self, tokens_BT, layout: Layout):
-        """As in Ghost, without a cache; characters are None unless a copy head needs them."""
-        features_BTP = char_tokens_BTP = None
+        """As in Ghost, without a cache. The characters are None without a character copy head."""
+        features_BTP = None
         if self.recipe.character_features or self.recipe.copy_heads == 2:
             features_BTP = character_features.word_features(
                 self.character_table, tokens_BT, layout.prev_index_BS, layout.index_BT
             )
-        embedding_BTD = x_BTD = self.embed(tokens_BT, layout, features_BTP)
+        embedding_BTD = self.embed(tokens_BT, layout, features_BTP)
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
         value_embeddings = iter(self.value_embeddings)
+        x_BTD = embedding_BTD
         for block in self.blocks:
             value_embedding_BTD = None
             if block.attention.value_mix is not None:
                 value_embedding_BTD = next(value_embeddings)(tokens_BT).to(x_BTD.dtype)
             x_BTD = block(x_BTD, embedding_BTD, value_embedding_BTD, cos, sin, layout.mask_BTS)
+        char_tokens_BTP = None
         if self.recipe.copy_heads == 2:
             char_tokens_BTP = self.character_tokens[character_features.decode_characters(features_BTP)]
         return self.final_norm(x_BTD), char_tokens_BTP
 
     def embed(self, tokens_BT, layout: Layout, features_BTP):
+        """Sum of the embeddings that the recipe has, in the compute dtype."""
         x_BTD = self.embedding(tokens_BT)
         if self.recipe.bigram_rows:
             x_BTD = x_BTD + self.bigram_embedding(self.bigram_hash(tokens_BT, layout.previous_tokens(tokens_BT)))
@@ -201,22 +223,24 @@ class AblationModel(Ghost):
         return norm(x_BTD) if self.recipe.rms_norm else x_BTD
 
     def logprobs(self, tokens_BT, targets_BT):
-        """log P(target | tokens so far) in fp32, (B, T); in training plus the weighted objective of the second head."""
+        """log P(target | tokens so far) in fp32, (B, T).
+
+        In training, `second_token_weight` times log P(the token after the target) is added.
+        """
         layout = causal_layout(tokens_BT, self.dtype)
         h_BTD, char_tokens_BTP = self.hidden_and_characters(tokens_BT, layout)
         targets_N = targets_BT.flatten()
-        copies = None
-        if (
-            self.recipe.copy_heads == 2
-        ):  # before the vocabulary, as in Ghost: the order changes the rounding of gradients
-            copies = self.copy_heads(h_BTD, char_tokens_BTP, layout)
+        copy_distributions = None
+        if self.recipe.copy_heads == 2:
+            # Before the vocabulary, as in Ghost: the order changes the rounding of gradients
+            copy_distributions = self.copy_heads(h_BTD, char_tokens_BTP, layout)
         logprobs_N = self.vocabulary_logprobs(h_BTD.flatten(0, 1), self.head_weight, targets_N)
         if self.recipe.copy_heads == 1:
             logprobs_N = self.mix_copy_head(logprobs_N, h_BTD, layout, tokens_BT, targets_BT)
-        if copies is not None:
+        if copy_distributions is not None:
             all_positions = torch.ones_like(tokens_BT).nonzero(as_tuple=True)
             is_character_V = character_features.is_single_character(self.character_table)
-            logprobs_N = copies.mix_targets(logprobs_N, tokens_BT, targets_N, all_positions, is_character_V)
+            logprobs_N = copy_distributions.mix_targets(logprobs_N, tokens_BT, targets_N, all_positions, is_character_V)
         if self.second_token_head is not None and torch.is_grad_enabled():
             second_N = self.vocabulary_logprobs(
                 h_BTD[:, :-1].flatten(0, 1), self.second_token_head.weight, targets_BT[:, 1:].flatten()
@@ -226,7 +250,7 @@ class AblationModel(Ghost):
         return logprobs_N.view_as(targets_BT)
 
     def vocabulary_logprobs(self, hidden_ND, head_VD, targets_N):
-        """log P(target) by an output layer alone, (N,) fp32."""
+        """log P(target) by an output layer alone, without copy heads: (N,) in fp32."""
         softcap = self.recipe.logit_softcap
         if self.recipe.chunked_loss and not softcap:
             return token_logprobs(hidden_ND, head_VD, targets_N)
@@ -236,44 +260,48 @@ class AblationModel(Ghost):
         return -F.cross_entropy(logits_NV, targets_N, reduction="none")
 
     def mix_copy_head(self, vocabulary_N, hidden_BTD, layout: Layout, tokens_BT, targets_BT):
-        """The mixture with the copy head, without the character copy head."""
-        query_and_key = self.copy_heads.qk.weight.unflatten(0, (4, POINTER_WIDTH))[[COPY, 2 + COPY]].flatten(0, 1)
-        q_BTW, k_BTW = norm(F.linear(hidden_BTD, query_and_key).unflatten(-1, (2, -1))).unbind(2)
+        """log P(target) of the mixture of vocabulary and copy head, without the character copy head: (N,)."""
+        # The weight holds two queries, then two keys; each is (W, D)
+        qk_weights = self.copy_heads.qk.weight.unflatten(0, (4, POINTER_WIDTH))
+        query_and_key = qk_weights[[COPY, 2 + COPY]].flatten(0, 1)
+        qk_BT2W = norm(F.linear(hidden_BTD, query_and_key).unflatten(-1, (2, POINTER_WIDTH)))
+        q_BTW, k_BTW = qk_BT2W.unbind(2)
         mask_BTS = layout.mask_BTS.expand(len(q_BTW), -1, -1)
         k_BSW = keys_of_predecessors(k_BTW, layout)
         copy_BTS = pointer_attention(q_BTW, k_BSW, mask_BTS, POINTER_WIDTH**-0.5)
         is_target_BTS = tokens_BT[:, None] == targets_BT[..., None]
-        copied_N = (copy_BTS * is_target_BTS).sum(-1, dtype=torch.float32).flatten()
+        pointer_N = (copy_BTS * is_target_BTS).sum(-1, dtype=torch.float32).flatten()
+        pointer_logprobs_N = pointer_N.clamp_min(MIN_PROBABILITY).log()
         gates = self.copy_heads.gates
         gate_N = F.linear(hidden_BTD.float(), gates.weight[:1], gates.bias[:1]).flatten()  # log-odds of a copy
-        return torch.logaddexp(
-            vocabulary_N + F.logsigmoid(-gate_N), copied_N.clamp_min(MIN_PROBABILITY).log() + F.logsigmoid(gate_N)
-        )
+        return torch.logaddexp(vocabulary_N + F.logsigmoid(-gate_N), pointer_logprobs_N + F.logsigmoid(gate_N))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """As in Ghost, with those parameters alone that the recipe uses."""
-        r, blocks = self.recipe, self.blocks
-        matrices = [weight for block in blocks for weight in block.matrices()]
-        heads = [self.head_weight if r.untied_head else self.embedding.weight]
+        """As in Ghost, but only the parameters that the recipe uses, and no empty groups."""
+        recipe = self.recipe
+        matrices, scalars = [], []
+        for block in self.blocks:
+            matrices += block.matrices()
+            scalars += [mix for mix in (block.residual_mix, block.attention.value_mix) if mix is not None]
+        if recipe.untied_head:
+            heads, embeddings = [self.head.weight], [self.embedding.weight]
+        else:
+            heads, embeddings = [self.embedding.weight], []
         heads += [module.weight for module in (self.second_token_head, self.position_embedding) if module is not None]
-        embeddings = [self.embedding.weight] if r.untied_head else []
-        if r.character_features:
+        if recipe.character_features:
             embeddings.append(self.character_embedding.weight)
         embeddings += [table.weight for table in self.value_embeddings]
-        scalars = [
-            mix for block in blocks for mix in (block.residual_mix, block.attention.value_mix) if mix is not None
-        ]
-        if r.copy_heads:
+        if recipe.copy_heads:
             matrices.append(self.copy_heads.qk.weight)
             scalars += [self.copy_heads.gates.weight, self.copy_heads.gates.bias]
-        if not r.rms_norm:
+        if not recipe.rms_norm:
             scalars += [p for name, p in self.blocks.named_parameters() if "norm" in name or name.endswith("bias")]
             scalars += self.final_norm.parameters()
         groups = {
             "matrices": matrices,
             "head": heads,
             "embeddings": embeddings,
-            "bigram_embedding": [self.bigram_embedding.weight] if r.bigram_rows else [],
+            "bigram_embedding": [self.bigram_embedding.weight] if recipe.bigram_rows else [],
             "scalars": scalars,
         }
         return {name: parameters for name, parameters in groups.items() if parameters}

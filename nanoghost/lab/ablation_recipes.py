@@ -1,6 +1,7 @@
-"""The recipes that the ablations compare: from a GPT-2 of 2019 to today's recipe, and what else was tried.
+"""The recipes that the ablations compare: from a GPT-2 of 2019 to today's recipe, and alternatives to today's.
 
 A recipe says how to build and train a model (ablation_model.py, ablation_training.py). The defaults are today's recipe.
+Parts and alternatives are named here as in the report.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,19 +10,22 @@ from nanoghost import hardware
 
 
 def fastest_dtype() -> str:
+    """Name of the dtype in which this machine multiplies fastest: bfloat16 or float32."""
     return str(hardware.compute_dtype()).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """A model and its training."""
+
     dtype: str = field(default_factory=fastest_dtype)
-    """Dtype of matmuls. float32 in 2019, and today if the processor multiplies nothing else fast."""
+    """Dtype of matmuls, such as "bfloat16"."""
     chunked_loss: bool = True
     """Compute the loss without allocating all logits of a batch; False: PyTorch's cross-entropy of fp32 logits."""
     linear_cooldown: bool = True
     """Constant learning rate, then linear to 0 over the last 60%; False: warmup over 5%, then a cosine to a tenth."""
     rms_norm: bool = True
-    """RMSNorm, also on the embedding, and no vectors of parameters; False: LayerNorm with weights, and biases."""
+    """RMSNorm without weights, also on the embedding, and no biases; False: LayerNorm with weights, and biases."""
     rotary: bool = True
     """Rotary position embedding; False: learned positions."""
     qk_norm: bool = True
@@ -29,13 +33,13 @@ class Recipe:
     relu_squared: bool = True
     """Squared ReLU; False: GELU."""
     zero_init: bool = True
-    """Matrices that write into the residual stream start at 0, the others uniform with 1 / width; False: normal with a
-    standard deviation of 0.02, or less where they write into the residual stream."""
+    """Matrices that write into the residual stream start at 0, the others uniform with a variance in proportion to
+    1 / width; False: normal with a standard deviation of 0.02, or less where they write into the residual stream."""
     learning_rate_by_group: bool = True
-    """A learning rate for each of head, embeddings, bigram embedding and scalars, and short moments in AdamW; False:
-    one rate."""
+    """A learning rate for each of head, embeddings, bigram embedding and scalars, with AdamW's beta1 = 0.8; False: one
+    learning rate, with beta1 = 0.9."""
     muon: bool = True
-    """Muon for matrices; False: AdamW, at the one learning rate."""
+    """Muon for matrices; False: AdamW, with the one learning rate."""
     normuon: bool = True
     """NorMuon's scaling of rows and cautious weight decay; False: plain Muon."""
     muon_iterations: int = 5
@@ -99,9 +103,11 @@ GPT2 = Recipe(
     character_features=False,
     copy_heads=0,
 )
-BASELINE = "2019"
-ADDITIONS = {  # each on top of those before; together they make today's recipe. What makes it learn sooner comes first
-    "+ bf16 matmuls": {"dtype": "bfloat16"},  # where they are fast
+GPT2_NAME = "2019"
+# Each addition is made on top of those before it; all of them together are today's recipe. Those that speed up early
+# learning come first.
+ADDITIONS = {
+    "+ bf16 matmuls": {"dtype": "bfloat16"},  # left out where bfloat16 is slow
     "+ chunked loss": {"chunked_loss": True},
     "+ Muon": {"muon": True},
     "+ zero init": {"zero_init": True},
@@ -120,9 +126,10 @@ ADDITIONS = {  # each on top of those before; together they make today's recipe.
     "+ copy head": {"copy_heads": 1},
     "+ character copy head": {"copy_heads": 2},
 }
-SPEED_ONLY = (BASELINE, "+ bf16 matmuls")  # recipes that change the time of a step, not what it learns
+# These recipes learn the same as the one after them, "+ chunked loss": they differ only in the time of a step
+SPEED_ONLY = (GPT2_NAME, "+ bf16 matmuls")
 TOKENS_PER_STEP = Recipe.rows * Recipe.context
-ALTERNATIVES = {  # each a change of today's recipe
+ALTERNATIVES = {  # each is one change of today's recipe
     "vocabulary of 2,048": {"vocab_size": 2048},
     "vocabulary of 8,192": {"vocab_size": 8192},
     "1 layer of 192": {"depth": 1, "width": 192},
@@ -148,31 +155,35 @@ ALTERNATIVES = {  # each a change of today's recipe
 }
 
 
-def additions() -> dict[str, dict]:
-    """ADDITIONS without those that this machine cannot run fast."""
-    return {
-        name: change for name, change in ADDITIONS.items() if change.get("dtype", fastest_dtype()) == fastest_dtype()
-    }
+def supported_additions() -> dict[str, dict]:
+    """ADDITIONS, without those to a dtype that is slow on this machine."""
+    dtype = fastest_dtype()
+    return {name: change for name, change in ADDITIONS.items() if change.get("dtype", dtype) == dtype}
 
 
 def cumulative() -> dict[str, Recipe]:
-    """GPT-2, and each addition on top of the ones before."""
+    """GPT-2, then each addition on top of those before it. The last recipe is today's."""
     recipe = GPT2
-    recipes = {BASELINE: recipe}
-    for name, change in additions().items():
+    recipes = {GPT2_NAME: recipe}
+    for name, change in supported_additions().items():
         recipe = replace(recipe, **change)
         recipes[name] = recipe
     return recipes
 
 
 def leave_one_out() -> dict[str, Recipe]:
-    """Today's recipe without one of its parts each."""
-    removals = {name: {key: getattr(GPT2, key) for key in change} for name, change in additions().items()}
-    removals["+ copy heads"] = removals.pop("+ copy head")
-    del removals["+ character copy head"]  # cumulative() has it: the last recipe but one
-    return {"without " + name.removeprefix("+ "): replace(Recipe(), **change) for name, change in removals.items()}
+    """Today's recipe, each time without one of its parts."""
+    recipes = {}
+    for name, change in supported_additions().items():
+        if name == "+ character copy head":
+            continue  # today's recipe without it is the last but one of cumulative()
+        if name == "+ copy head":
+            name = "+ copy heads"  # the character copy head needs the other one
+        removal = {key: getattr(GPT2, key) for key in change}
+        recipes["without " + name.removeprefix("+ ")] = replace(Recipe(), **removal)
+    return recipes
 
 
 def alternatives() -> dict[str, Recipe]:
-    """Today's recipe with one change each."""
+    """Today's recipe, each time with one change."""
     return {name: replace(Recipe(), **change) for name, change in ALTERNATIVES.items()}

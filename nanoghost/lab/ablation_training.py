@@ -1,4 +1,7 @@
-"""How a recipe of the ablations trains its model: update rules, schedules, batch sizes."""
+"""How a recipe of the ablations trains its model: update rules, schedules, batch sizes.
+
+`progress` is the fraction of the run that is done, from 0 to 1.
+"""
 
 import math
 from dataclasses import replace
@@ -15,7 +18,7 @@ FINAL_MOMENTUM = 0.95
 
 
 class PlainMuonBucket(Bucket):
-    """Muon as in Jordan et al. 2024, without NorMuon's scaling of rows."""
+    """Matrices updated by Muon as in Jordan et al. 2024, without NorMuon's scaling of rows."""
 
     def _muon_update(self, g, step: int):
         self.exp_avg.lerp_(g, 1 - self.rule.beta1)
@@ -24,6 +27,8 @@ class PlainMuonBucket(Bucket):
 
 
 class AblationOptimizer(Optimizer):
+    """The optimizer of a recipe. `lr_scale` multiplies all learning rates."""
+
     def __init__(self, model: AblationModel, lr_scale: float):
         recipe = model.recipe
         self.bucket_class = Bucket if recipe.normuon else PlainMuonBucket
@@ -32,7 +37,7 @@ class AblationOptimizer(Optimizer):
             bucket.iterations = recipe.muon_iterations
 
     def set_momentum(self, momentum: float) -> None:
-        """Momentum of Muon from now on."""
+        """Set Muon's momentum for the next steps."""
         for bucket in self.buckets.values():
             if bucket.is_muon:
                 bucket.rule = replace(bucket.rule, beta1=momentum)
@@ -54,23 +59,27 @@ def update_rules(recipe: Recipe, lr_scale: float) -> dict[str, UpdateRule]:
 
 
 def lr_multiplier(recipe: Recipe, progress: float) -> float:
+    """Factor on the learning rates."""
     if recipe.linear_cooldown:
         return lr_multiplier_at(progress, cooldown=recipe.cooldown, floor=recipe.lr_floor)
-    return min(1.0, (progress + 1e-3) / 0.05) * (0.55 + 0.45 * math.cos(math.pi * progress))
+    warmup = min(1.0, (progress + 1e-3) / 0.05)  # the first step is not lost
+    cosine = 0.55 + 0.45 * math.cos(math.pi * progress)  # from 1 to 0.1
+    return warmup * cosine
 
 
 def momentum(recipe: Recipe, progress: float) -> float:
+    """Muon's momentum: linear from the recipe's to FINAL_MOMENTUM in the first 30% of the run."""
     return recipe.initial_momentum + (FINAL_MOMENTUM - recipe.initial_momentum) * min(1.0, progress / 0.3)
 
 
 def steps_for(recipe: Recipe, tokens: int) -> int:
-    """Number of steps that read about this many tokens."""
-    mean_ramp = 0.95 if recipe.row_ramp else 1.0
+    """Number of steps that process about this many tokens."""
+    mean_ramp = 0.95 if recipe.row_ramp else 1.0  # batch_shape: 0.4 x 0.5 + 0.3 x 1 + 0.3 x 1.5
     return round(tokens / (recipe.rows * recipe.context * mean_ramp))
 
 
 def batch_shape(recipe: Recipe, progress: float) -> tuple[int, int]:
-    """(rows, context) of a step."""
+    """(rows, context) of the batch at this point of the run."""
     rows, context = recipe.rows, recipe.context
     if recipe.row_ramp and progress < 0.4:
         rows //= 2

@@ -3,15 +3,16 @@
 Recipes (ablation_recipes.py) are trained from random weights in runs of at most 45 seconds. Learning rates are chosen
 on the validation text with one seed; the figures are of the test text. There are three groups:
 
-    cumulative      from a GPT-2 of 2019 to today's recipe, one addition at a time: seconds to the bits per byte at
-                    which FIRST ends; from the middle of the list on, where that takes only a few steps, seconds to
-                    those at which MIDDLE ends
-    leave-one-out   today's recipe without one part: its time relative to today's recipe, to the bits per byte at which
-                    it ends
+    cumulative      from a GPT-2 of 2019 to today's recipe, one addition at a time: seconds to a target in bits per byte
+    leave-one-out   today's recipe without one part: the time to its final bits per byte, divided by the time in which
+                    today's recipe reaches them
     alternatives    today's recipe with one change: the same
 
+The cumulative group has two targets, because better recipes reach the first one in a few steps. Each is what a
+reference recipe reaches at the end of its run; the second is for the recipes from the second reference on.
+
 What helps in half a minute may not help in four, and the reverse. `--steps` and `--depth` compare the last two groups
-in longer runs, at the recipe's own learning rates, by the bits per byte of the validation text. Runs should be shorter
+in longer runs, at the learning rates of `pretrain`, by the bits per byte of the validation text. Runs should be shorter
 than an epoch: what `pretrain` does in later epochs (embedding-row dropout) is not part of these recipes.
 """
 
@@ -28,11 +29,10 @@ from nanoghost.commands.arguments import select_names
 from nanoghost.errors import UserError
 from nanoghost.lab.ablation_recipes import SPEED_ONLY, Recipe, alternatives, cumulative, leave_one_out
 from nanoghost.lab.ablation_report import LedgerFigures, print_tables, write_report
-from nanoghost.lab.ablation_runs import DEFAULT_LENGTH, FIRST, LENGTHS, Runs
+from nanoghost.lab.ablation_runs import DEFAULT_LENGTH, FIRST_REFERENCE, LENGTHS, SECOND_REFERENCE, Runs
 from nanoghost.progress import Display, JsonFlag
 
-TODAY = "today"
-MIDDLE = "+ NorMuon, cautious decay"  # its bits per byte are the second target, for the recipes from here on
+TODAY = "today"  # name of today's recipe in the last two groups
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class LedgerSettings(JsonFlag):
     seeds: int = 3
     """Number of runs of each recipe and length."""
     recipes: str = ""
-    """Comma-separated words; only recipes with one of them in the name are run. Default: all."""
+    """Comma-separated words: run only recipes whose name contains one of them. Default: all."""
     steps: int | None = None
-    """Compare the leave-one-out recipes and the alternatives after this many steps instead."""
+    """Only compare the leave-one-out recipes and the alternatives, after this many steps."""
     depth: int | None = None
     """Number of layers with --steps. Default: as in the other runs."""
     data: str = "plays"
@@ -54,93 +54,121 @@ class LedgerSettings(JsonFlag):
 
 
 def mean_and_spread(values: list[float]) -> dict:
-    """Mean and standard deviation; a single value has no spread."""
+    """Mean and standard deviation; the latter is None for a single value."""
     return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def cumulative_figures(runs: Runs, recipes: dict[str, Recipe], seeds: list[int]) -> tuple[list[float], dict[str, dict]]:
-    """(the two targets in bits per byte, figures of each recipe).
+# -- cumulative -------------------------------------------------------------------------------------------------------
 
-    `seconds` of a recipe are its times to the targets: None if the target is not measured for the recipe, {} if a run
-    of MAX_SECONDS is too short.
-    """
-    every_recipe = cumulative()
-    names = list(every_recipe)
+
+@dataclass(frozen=True)
+class Target:
+    """The bits per byte that a reference recipe reaches."""
+
+    reference: str
+    """Name of the reference recipe."""
+    tokens: int
+    """Length of its run."""
+    bpb: float
+    """Mean over the seeds."""
+
+
+def reference_target(runs: Runs, reference: str, max_tokens: int, seeds: list[int]) -> Target:
+    recipe = cumulative()[reference]
+    tokens = runs.longest_length(reference, recipe, max_tokens)
+    bpbs = [runs.tuned_run(reference, recipe, tokens, seed)["bpb"] for seed in seeds]
+    return Target(reference, tokens, statistics.mean(bpbs))
+
+
+def seconds_to(target: Target, runs: Runs, name: str, seeds: list[int]) -> dict:
+    """Seconds until a recipe reaches a target, mean and spread; {} if a run of MAX_SECONDS is too short for it."""
+    recipes = cumulative()
+    same_learning = FIRST_REFERENCE if name in SPEED_ONLY else name  # a recipe that learns the same, token by token
+    if same_learning == target.reference:
+        tokens = [target.tokens]
+    else:
+        recipe = recipes[same_learning]
+        max_tokens = runs.longest_length(same_learning, recipe)
+        tokens = [runs.tokens_to(target.bpb, same_learning, recipe, seed, max_tokens) for seed in seeds]
+    if None in tokens:
+        return {}
+    seconds_per_token = runs.seconds_per_token(name, recipes[name])
+    return mean_and_spread([count * seconds_per_token for count in tokens])
+
+
+def cumulative_figures(runs: Runs, recipes: dict[str, Recipe], seeds: list[int]) -> tuple[list[float], dict[str, dict]]:
+    """(the two targets in bits per byte, figures of each of the given recipes)."""
+    names = list(cumulative())
     previous = dict(zip(names[1:], names))
     figures = {}
     for name, recipe in recipes.items():
-        length = runs.longest(name, recipe, DEFAULT_LENGTH)
+        length = runs.longest_length(name, recipe, DEFAULT_LENGTH)
         used_seeds = seeds[:1] if name in SPEED_ONLY else seeds
         figures[name] = {
             "previous": previous.get(name),
             "seconds": [None, None],
-            "bpb": mean_and_spread([runs.at(name, recipe, length, seed)["bpb"] for seed in used_seeds]),
+            "bpb": mean_and_spread([runs.tuned_run(name, recipe, length, seed)["bpb"] for seed in used_seeds]),
             "length": length,
             "seconds_per_token": runs.seconds_per_token(name, recipe),
             "lr_scale": runs.lr_scale(name, recipe),
         }
-    middle = names.index(MIDDLE)
-    targets = []
-    for i, (target_name, max_tokens, measured_names) in enumerate(
-        [(FIRST, LENGTHS[-1], names[: middle + 1]), (MIDDLE, DEFAULT_LENGTH, names[middle:])]
-    ):
-        target_recipe = every_recipe[target_name]
-        length = runs.longest(target_name, target_recipe, max_tokens)
-        targets.append(statistics.mean(runs.at(target_name, target_recipe, length, seed)["bpb"] for seed in seeds))
-        for name in measured_names:
-            if name not in recipes:
-                continue
-            learns_as = FIRST if name in SPEED_ONLY else name  # they differ in speed, not in what they learn
-            if learns_as == target_name:
-                tokens = [length]
-            else:
-                recipe = every_recipe[learns_as]
-                longest = runs.longest(learns_as, recipe)
-                tokens = [runs.tokens_to(targets[i], learns_as, recipe, seed, longest) for seed in seeds]
-            seconds = {}
-            if None not in tokens:
-                seconds = mean_and_spread([n * figures[name]["seconds_per_token"] for n in tokens])
-            figures[name]["seconds"][i] = seconds
-    return targets, figures
+    middle = names.index(SECOND_REFERENCE)
+    first_target = reference_target(runs, FIRST_REFERENCE, LENGTHS[-1], seeds)
+    for name in names[: middle + 1]:
+        if name in recipes:
+            figures[name]["seconds"][0] = seconds_to(first_target, runs, name, seeds)
+    second_target = reference_target(runs, SECOND_REFERENCE, DEFAULT_LENGTH, seeds)
+    for name in names[middle:]:
+        if name in recipes:
+            figures[name]["seconds"][1] = seconds_to(second_target, runs, name, seeds)
+    return [first_target.bpb, second_target.bpb], figures
+
+
+# -- leave-one-out and alternatives -----------------------------------------------------------------------------------
 
 
 def relative_figures(runs: Runs, recipes: dict[str, Recipe], seeds: list[int]) -> dict[str, dict]:
-    """Time of each recipe relative to today's recipe, to the bits per byte at which the recipe ends."""
-    today = list(cumulative().values())[-1]
-    today_seconds = runs.seconds_per_token(TODAY, today)
+    """Figures of each recipe; its time is relative to that of today's recipe to the same bits per byte."""
+    today = todays_recipe()
     figures = {}
     for name, recipe in recipes.items():
-        length = runs.longest(name, recipe, DEFAULT_LENGTH)
-        results = [runs.at(name, recipe, length, seed) for seed in seeds]
-        today_bpbs = [runs.at(TODAY, today, length, seed)["bpb"] for seed in seeds]
-        today_tokens = [runs.tokens_to(result["bpb"], TODAY, today, seed) for result, seed in zip(results, seeds)]
-        seconds_per_token = runs.seconds_per_token(name, recipe)
-        relative_time = None
-        if None not in today_tokens:
-            relative_time = mean_and_spread(
-                [r["tokens"] * seconds_per_token / (n * today_seconds) for r, n in zip(results, today_tokens)]
-            )
+        length = runs.longest_length(name, recipe, DEFAULT_LENGTH)
+        bpbs, differences, relative_times = [], [], []
+        for seed in seeds:
+            result = runs.tuned_run(name, recipe, length, seed)
+            bpbs.append(result["bpb"])
+            differences.append(result["bpb"] - runs.tuned_run(TODAY, today, length, seed)["bpb"])
+            relative_times.append(relative_time(runs, name, recipe, result, seed))
         figures[name] = {
-            "bpb": mean_and_spread([result["bpb"] for result in results]),
-            "bpb_difference": mean_and_spread([r["bpb"] - bpb for r, bpb in zip(results, today_bpbs)]),
-            "relative_time": relative_time,
+            "bpb": mean_and_spread(bpbs),
+            "bpb_difference": mean_and_spread(differences),
+            "relative_time": None if None in relative_times else mean_and_spread(relative_times),
             "length": length,
-            "seconds_per_token": seconds_per_token,
+            "seconds_per_token": runs.seconds_per_token(name, recipe),
             "lr_scale": runs.lr_scale(name, recipe),
         }
     return figures
 
 
+def relative_time(runs: Runs, name: str, recipe: Recipe, result: dict, seed: int) -> float | None:
+    """Time of a run, divided by the time that today's recipe needs for its bits per byte; None if that is too long."""
+    today = todays_recipe()
+    today_tokens = runs.tokens_to(result["bpb"], TODAY, today, seed)
+    if today_tokens is None:
+        return None
+    seconds = result["tokens"] * runs.seconds_per_token(name, recipe)
+    return seconds / (today_tokens * runs.seconds_per_token(TODAY, today))
+
+
 def longer_run_figures(runs: Runs, recipes: dict[str, Recipe], seeds: list[int], steps: int) -> dict[str, dict]:
-    """Bits per byte of the validation text after this many steps. `recipes` contains today's."""
+    """Bits per byte of the validation text after this many steps. `recipes` contains today's recipe, as TODAY."""
     tokens = steps * recipes[TODAY].rows * recipes[TODAY].context
-    bpbs = {
-        name: [runs.run(name, recipe, tokens, 1.0, seed, "val")["bpb"] for seed in seeds]
-        for name, recipe in recipes.items()
-    }
+    bpbs = {}
+    for name, recipe in recipes.items():
+        bpbs[name] = [runs.run(name, recipe, tokens, 1.0, seed, "val")["bpb"] for seed in seeds]
     figures = {}
     for name, recipe in recipes.items():
-        differences = [bpb - today for bpb, today in zip(bpbs[name], bpbs[TODAY])]
+        differences = [bpb - today_bpb for bpb, today_bpb in zip(bpbs[name], bpbs[TODAY])]
         figures[name] = {
             "bpb": mean_and_spread(bpbs[name]),
             "bpb_difference": mean_and_spread(differences),
@@ -150,8 +178,12 @@ def longer_run_figures(runs: Runs, recipes: dict[str, Recipe], seeds: list[int],
 
 
 def with_depth(recipes: dict[str, Recipe], depth: int) -> dict[str, Recipe]:
-    """The recipes of today's size with another depth, except those whose heads do not divide the new width."""
-    width, today = 64 * depth, recipes[TODAY]
+    """The recipes of today's size at another depth, without those whose heads do not divide the new width.
+
+    The width grows with the depth as in `pretrain`.
+    """
+    width = 64 * depth
+    today = recipes[TODAY]
     return {
         name: replace(recipe, depth=depth, width=width)
         for name, recipe in recipes.items()
@@ -159,13 +191,17 @@ def with_depth(recipes: dict[str, Recipe], depth: int) -> dict[str, Recipe]:
     }
 
 
+# -- command ----------------------------------------------------------------------------------------------------------
+
+
 def command(settings: LedgerSettings) -> None:
     hardware.prepare()
     for name in ("seeds", "steps", "depth"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1")
     if settings.depth and not settings.steps:
-        raise UserError("--depth needs --steps: without it the depth is fixed")
+        raise UserError("--depth needs --steps: the other runs have a fixed depth")
     selected = select_names("--recipes", settings.recipes, [*cumulative(), *leave_one_out(), *alternatives()])
     runs = Runs(settings.data, Display())
     if settings.force:
@@ -178,13 +214,18 @@ def command(settings: LedgerSettings) -> None:
         print(json.dumps(asdict(figures)))
 
 
+def todays_recipe() -> Recipe:
+    return list(cumulative().values())[-1]
+
+
 def measure(runs: Runs, settings: LedgerSettings, selected: list[str]) -> LedgerFigures:
+    """All runs of the command, of the recipes whose names are `selected`."""
+
     def select(group: dict[str, Recipe]) -> dict[str, Recipe]:
         return {name: recipe for name, recipe in group.items() if name in selected}
 
     seeds = list(range(1, settings.seeds + 1))  # seed 0 chooses the learning rates
-    every_recipe = cumulative()
-    today = list(every_recipe.values())[-1]
+    every_recipe, today = cumulative(), todays_recipe()
     figures = LedgerFigures(runs.kneser_ney_bpb("val" if settings.steps else "test"))
     if settings.steps:
         recipes = {TODAY: today} | select(leave_one_out() | alternatives())
@@ -192,7 +233,7 @@ def measure(runs: Runs, settings: LedgerSettings, selected: list[str]) -> Ledger
         runs.time_all(recipes)
         figures.longer_runs = longer_run_figures(runs, recipes, seeds, settings.steps)
         return figures
-    references = {FIRST: every_recipe[FIRST], MIDDLE: every_recipe[MIDDLE], TODAY: today}
+    references = {name: every_recipe[name] for name in (FIRST_REFERENCE, SECOND_REFERENCE)} | {TODAY: today}
     runs.time_all(references | select(every_recipe | leave_one_out() | alternatives()))
     if select(every_recipe):
         figures.targets, figures.cumulative = cumulative_figures(runs, select(every_recipe), seeds)

@@ -167,7 +167,7 @@ def write_report(path: Path, results: dict, digits: str, seeds: int) -> None:
     parts = [
         "# 1989 to now: a network that reads digits",
         f"Made by `{shlex.join(['nanoghost', *sys.argv[1:]])}`: {digits}, {seeds} seeds.",
-        f"![Bars of the same figures]({path.stem}.svg)",
+        f"![Bar chart of the same figures]({path.stem}.svg)",
         "\n".join("| " + " | ".join(line) + " |" for line in lines),
     ]
     write_atomic(path, "\n\n".join(parts) + "\n")
