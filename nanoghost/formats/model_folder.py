@@ -14,7 +14,7 @@ from nanoghost.formats.safetensors_file import read_tensors
 from nanoghost.home import read_json, write_atomic, write_json
 from nanoghost.model.lora import attach_adapters
 from nanoghost.model.registry import config_from_json, config_to_json, new_model
-from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE
+from nanoghost.tokenizer.chat_format import CHAT_TEMPLATE, is_own_template
 from nanoghost.tokenizer.jinja_template import ChatTemplate
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
@@ -25,9 +25,7 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
         save_adapter(folder, model.adapters[0])
         return
     template, special_tokens_map = tokenizer.chat_template, tokenizer.special_tokens_map
-    token_ids = {
-        "eos_token_id": sorted(template.stop_ids) if template else tokenizer.special_id(special_tokens_map["eos_token"])
-    }
+    token_ids = {"eos_token_id": sorted(tokenizer.stop_ids)}
     if "bos_token" in special_tokens_map:
         token_ids["bos_token_id"] = tokenizer.special_id(special_tokens_map["bos_token"])
     # Default sampling parameters for other programs.
@@ -41,7 +39,7 @@ def save_model(folder: Path, model, tokenizer: Tokenizer) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
             **special_tokens_map,
             "model_max_length": model.config.context,
-            "chat_template": template.source if template else CHAT_TEMPLATE,
+            "chat_template": template.to_json() if template else CHAT_TEMPLATE,
         },
     )
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.exported_tensors().items()}
@@ -72,11 +70,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer = Tokenizer.load(folder)
     config = read_json(folder / "tokenizer_config.json")
     generation_config = read_json(folder / "generation_config.json")
-    if config["chat_template"] != CHAT_TEMPLATE:
+    if not is_own_template(config["chat_template"]):
         special_tokens_map = {key: config[key] for key in ("bos_token", "eos_token") if config.get(key)}
         eos = generation_config["eos_token_id"]
         stop_ids = set(eos) if isinstance(eos, list) else {eos}
-        tokenizer.chat_template = ChatTemplate(config["chat_template"], special_tokens_map, stop_ids)
+        tokenizer.chat_template = ChatTemplate.from_json(config["chat_template"], special_tokens_map, stop_ids)
     return tokenizer
 
 

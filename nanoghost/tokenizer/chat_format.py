@@ -29,11 +29,22 @@ from collections.abc import Iterator
 
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
-# The same text as `render`, for programs that read the model folder. A test compares the two.
-CHAT_TEMPLATE = """\
+TEMPLATE_START = """\
 {%- macro text(content) -%}
 {%- if content is string -%}{{ content }}{%- elif content -%}{%- for part in content -%}{{ part.text }}{%- endfor -%}
 {%- endif -%}
+{%- endmacro -%}
+"""
+"""Every version of the template begins like this."""
+
+# The same text as `render`, for programs that read the model folder: they give arguments as text (OpenAI's form) or as
+# objects (that of transformers and vLLM). A test compares the two.
+CHAT_TEMPLATE = (
+    TEMPLATE_START
+    + """\
+{%- macro arguments(call) -%}
+{%- set value = call.function.arguments -%}
+{{ value | tojson if value is not string else value or '{}' }}
 {%- endmacro -%}
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}{{ '\\n' }}
@@ -42,13 +53,19 @@ CHAT_TEMPLATE = """\
 {%- else -%}
 {{ text(message.content) }}
 {%- for call in message.tool_calls or [] -%}
-<tool_call>{{ '\\n' }}{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments }}}
+<tool_call>{{ '\\n' }}{"name": {{ call.function.name | tojson }}, "arguments": {{ arguments(call) }}}
 {{- '\\n' }}</tool_call>
 {%- endfor -%}
 {%- endif -%}
 <|im_end|>{{ '\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant{{ '\\n' }}{%- endif -%}"""
+)
+
+
+def is_own_template(template: str | list[dict]) -> bool:
+    """Whether a model folder's template, in any version, is the format of this module."""
+    return isinstance(template, str) and template.startswith(TEMPLATE_START)
 
 
 def text_parts(message: dict) -> list[str]:
@@ -80,7 +97,8 @@ def segments(messages: list[dict]) -> Iterator[tuple[str, bool, bool]]:
             for call in message.get("tool_calls") or []:
                 name = json.dumps(call["function"]["name"], ensure_ascii=False)
                 yield "<tool_call>", True, is_assistant
-                yield f'\n{{"name": {name}, "arguments": {call["function"]["arguments"]}}}\n', False, is_assistant
+                arguments = call["function"]["arguments"] or "{}"  # clients send "" for no arguments
+                yield f'\n{{"name": {name}, "arguments": {arguments}}}\n', False, is_assistant
                 yield "</tool_call>", True, is_assistant
         yield "<|im_end|>", True, is_assistant
         yield "\n", False, False
@@ -118,13 +136,17 @@ def render_text(messages: list[dict], add_generation_prompt: bool = False) -> st
 def tool_response_ids(results: list[dict], tokenizer: Tokenizer) -> list[int]:
     """The tokens of tool results, from the end of the assistant message that calls the tools to the start of the next.
 
-    The results are rendered in a short conversation, because a template may not accept one that begins with them.
+    The results are rendered after a call, because a template may not accept a conversation that begins with them.
     """
-    context = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    function = {"name": "f", "arguments": "{}"}
+    calls = [{"id": result["tool_call_id"], "type": "function", "function": function} for result in results]
+    context = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
     context_ids, _ = render(context, tokenizer)
-    end = max(i for i, token_id in enumerate(context_ids) if token_id in tokenizer.stop_ids)
     ids, _ = render(context + results, tokenizer, add_generation_prompt=True)
-    return ids[end + 1 :]
+    # Templates can write an earlier answer in another way than the last one, but with as many stop tokens.
+    num_stops = sum(token_id in tokenizer.stop_ids for token_id in context_ids)
+    stops = [i for i, token_id in enumerate(ids) if token_id in tokenizer.stop_ids]
+    return ids[stops[num_stops - 1] + 1 :]
 
 
 def truncate_oldest_turns(

@@ -1,20 +1,32 @@
-"""The chat template of an imported model: the Jinja program of its authors, run in a sandbox.
+"""The chat template of an imported model: the Jinja program of its authors.
 
-Templates paste messages into one string, in which the text of a user looks the same as a special token. So the names of
-special tokens are escaped in messages before rendering, and unescaped when the rendered text is split into special
-tokens and plain text.
+    messages --template_messages.py--> what the template expects --jinja_environment.py--> text --here--> tokens
+
+In messages, the tokens of the template are escaped before rendering, so that what a person types stays text when the
+rendered text is split into tokens and plain text.
 """
 
-import json
-import re
+import os
 from dataclasses import dataclass
-from functools import lru_cache
-
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanoghost.errors import UserError
 from nanoghost.tokenizer.chat_format import text_of
+from nanoghost.tokenizer.jinja_environment import ESCAPE, PLACEHOLDER, render_template, split_generation_marks
+from nanoghost.tokenizer.template_messages import (
+    THINK_END,
+    THINK_START,
+    TemplateTraits,
+    adapt,
+    as_parts,
+    escape_message,
+    escape_tokens,
+    normalize,
+    template_traits,
+    without_reserved,
+)
+
+Span = tuple[int, int]
+"""(start, end) in a text."""
 
 
 @dataclass(frozen=True)
@@ -27,123 +39,146 @@ class ChatTemplate:
     """Names that the template uses for special tokens: bos_token, eos_token."""
     stop_ids: set[int]
     """Tokens that end a reply."""
+    tool_use_source: str = ""
+    """Another template for conversations with tools; empty if there is none."""
+
+    @classmethod
+    def from_json(cls, value: str | list[dict], special_tokens_map: dict[str, str], stop_ids: set[int]):
+        """`value`: chat_template of tokenizer_config.json, one template or a list of named ones."""
+        sources = (
+            {entry["name"]: entry["template"] for entry in value} if isinstance(value, list) else {"default": value}
+        )
+        return cls(sources["default"], special_tokens_map, stop_ids, sources.get("tool_use", ""))
+
+    def to_json(self) -> str | list[dict]:
+        """The value of chat_template in tokenizer_config.json."""
+        if not self.tool_use_source:
+            return self.source
+        sources = {"default": self.source, "tool_use": self.tool_use_source}
+        return [{"name": name, "template": source} for name, source in sources.items()]
+
+    def traits(self, with_tools: bool) -> TemplateTraits:
+        """What the template for conversations with or without tools can write."""
+        return template_traits(self.source_for(with_tools), tuple(self.special_tokens_map.items()))
+
+    def source_for(self, with_tools: bool) -> str:
+        return self.tool_use_source if with_tools and self.tool_use_source else self.source
 
     @property
     def supports_tools(self) -> bool:
         """Whether the template lists tools and writes calls in the form that reply_parser.py reads."""
-        return re.search(r"\btools\b", self.source) is not None and "<tool_call>" in self.source
+        traits = self.traits(with_tools=True)
+        return traits.lists_tools and traits.calls
 
     def render(
         self, messages: list[dict], tokenizer, add_generation_prompt: bool = False, tools: list[dict] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """(token ids, loss mask) of a conversation; arguments as for chat_format.render.
+        """(token ids, loss mask) of a conversation; arguments as for chat_format.render."""
+        pattern = tokenizer.template_token_pattern
+        traits = self.traits(with_tools=bool(tools))
+        messages = adapt([escape_message(message, pattern) for message in normalize(messages)], traits)
+        functions = [{"type": "function", "function": tool} for tool in tools or ()]
+        program = Program(
+            self.source_for(bool(tools)),
+            escape_tokens(without_reserved(functions), pattern) or None,
+            self.special_tokens_map,
+            traits,
+        )
+        if add_generation_prompt:  # a prompt for generation needs no loss mask
+            text, spans = program.render(messages, True), []
+        else:
+            text, spans = program.render_with_answers(messages)
+        return tokenize(text, spans, tokenizer)
 
-        The template does not mark what the assistant writes. A reply is found as the difference between the
-        conversation with it and the conversation up to the header before it. Some templates rewrite earlier replies
-        (they drop old reasoning). Then only the last reply can be found, and the mask covers only that one.
+
+@dataclass(frozen=True)
+class Program:
+    """A template with all that it is given beside the messages."""
+
+    source: str
+    tools: list[dict] | None
+    special_tokens_map: dict[str, str]
+    traits: TemplateTraits
+
+    def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        text, _ = self.render_with_generation_blocks(messages, add_generation_prompt)
+        return text
+
+    def render_with_generation_blocks(
+        self, messages: list[dict], add_generation_prompt: bool
+    ) -> tuple[str, list[Span]]:
+        return split_generation_marks(
+            render_template(self.source, messages, add_generation_prompt, self.tools, **self.special_tokens_map)
+        )
+
+    def generation_prompt(self, messages: list[dict]) -> str | None:
+        """The messages and the header of an answer; None if the template has no answer there (to no message at all)."""
+        try:
+            return self.render(messages, True)
+        except UserError:
+            return None
+
+    def render_with_answers(self, messages: list[dict]) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the span of each answer: what follows the generation prompt before it.
+
+        Templates mark what the assistant generates, or an answer is the difference between two renderings. Some
+        templates rewrite earlier answers (they drop old reasoning): then only the last one is found.
         """
-        if "tool" not in self.source:
-            messages = tool_messages_as_text(messages)
-        special_token_pattern = re.compile(
-            "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
-        )
-        escape_character = unused_character(messages)
-        messages = [escape_special_tokens(message, special_token_pattern, escape_character) for message in messages]
-        functions = [{"type": "function", "function": tool} for tool in tools or ()] or None
-        variables = self.special_tokens_map | {"tools": functions}
-
-        text = render_template(self.source, messages, add_generation_prompt, **variables)
-        reply_spans = []
-        if not add_generation_prompt:  # a prompt for generation needs no loss mask
-            reply_spans = self.find_replies(text, messages, variables)
-
-        ids, loss_mask, position = [], [], 0
-        for segment in re.split(f"({special_token_pattern.pattern})", text):
-            if segment in tokenizer.special_tokens:
-                ids.append(tokenizer.special_tokens[segment])
-                loss_mask.append(in_spans(position, reply_spans))
-            elif segment:
-                positions = [position + i for i, character in enumerate(segment) if character != escape_character]
-                for token_id, start in tokenizer.encode_with_offsets(segment.replace(escape_character, "")):
-                    ids.append(token_id)
-                    loss_mask.append(in_spans(positions[start], reply_spans))
-            position += len(segment)
-        return ids, loss_mask
-
-    def find_replies(self, text: str, messages: list[dict], variables: dict) -> list[tuple[int, int]]:
-        """(start, end) of each assistant message in the rendered text of the conversation."""
-        spans = []
+        text, spans = self.render_with_generation_blocks(messages, False)
+        if spans:
+            return text, spans
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            prompt = self.generation_prompt(messages[:i]) if message["role"] == "assistant" else None
+            if prompt is None:
                 continue
-            before = render_template(self.source, messages[:i], True, **variables)
-            with_reply = render_template(self.source, messages[: i + 1], False, **variables).rstrip()
-            if text.startswith(before) and text.startswith(with_reply):
-                spans.append((len(before), len(with_reply)))
-        return spans
+            is_last = i == len(messages) - 1
+            with_answer = text if is_last else self.render(messages[: i + 1], False)
+            end = len(with_answer.rstrip())
+            if text.startswith(prompt) and text.startswith(with_answer[:end]):
+                spans.append((len(prompt), end))
+            elif is_last and (answer := self.continuation(prompt, messages, text[:end])):
+                spans.append((len(prompt), len(prompt) + len(answer)))
+                text = prompt + answer + text[end:]
+        return text, spans
+
+    def continuation(self, prompt: str, messages: list[dict], text: str) -> str:
+        """The last answer of a conversation, if the generation prompt says more than the header of the answer in `text`.
+
+        A prompt that opens <think> is continued with the reasoning, whether the template writes it or drops it. Empty
+        if the template writes the messages before the answer in another way.
+        """
+        answer = messages[-1]
+        placeholder = {"role": "assistant", "content": PLACEHOLDER}
+        placeholder = as_parts(placeholder) if self.traits.content_is_parts else placeholder
+        header = os.path.commonprefix([prompt, text, self.render([*messages[:-1], placeholder], False)])
+        if len(header) < len(self.render(messages[:-1], False).rstrip()):
+            return ""
+        content, opened = text[len(header) :], prompt[len(header) :]
+        if THINK_START not in opened or THINK_END in opened:
+            return content
+        written = text_of(answer)
+        reasoning = written.partition(THINK_END)[0].removeprefix(THINK_START) if THINK_END in written else ""
+        reasoning = answer.get("reasoning_content", reasoning).strip("\n")
+        return f"{reasoning}\n{THINK_END}\n\n" + content.rpartition(THINK_END)[2].lstrip("\n")
 
 
-def in_spans(position: int, spans: list[tuple[int, int]]) -> bool:
-    return any(start <= position < end for start, end in spans)
-
-
-def render_template(source: str, messages: list[dict], add_generation_prompt: bool = False, **variables) -> str:
-    """The text of a conversation; `variables` are further names that templates use (bos_token, eos_token, tools).
-
-    Raises UserError if the template rejects the conversation.
-    """
-    try:
-        return compile_template(source).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **variables
-        )
-    except Exception as error:  # a template is a program by somebody else and can raise anything
-        raise UserError(f"the model's chat template rejects this conversation: {error}") from None
-
-
-@lru_cache(maxsize=16)
-def compile_template(source: str) -> Template:
-    """The template in the environment of transformers, which templates are written for."""
-
-    def raise_exception(message: str):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    return environment.from_string(source)
-
-
-def unused_character(messages: list[dict]) -> str:
-    """A character of Unicode's private use area that occurs in no message."""
-    text = json.dumps(messages, ensure_ascii=False)
-    return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
-
-
-def escape_special_tokens(value, special_token_pattern: re.Pattern, escape_character: str):
-    """Insert `escape_character` after the first character of each special token in all strings of a nested value."""
-    if isinstance(value, str):
-        return special_token_pattern.sub(lambda match: match[0][0] + escape_character + match[0][1:], value)
-    if isinstance(value, dict):
-        return {
-            key: escape_special_tokens(inner, special_token_pattern, escape_character) for key, inner in value.items()
-        }
-    if isinstance(value, list):
-        return [escape_special_tokens(inner, special_token_pattern, escape_character) for inner in value]
-    return value
-
-
-def tool_messages_as_text(messages: list[dict]) -> list[dict]:
-    """Tool calls and their results as text in the form of Hermes and Qwen, for templates that do not know tools."""
-    converted = []
-    for message in messages:
-        content = text_of(message)
-        if message["role"] == "tool":
-            converted.append({"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"})
+def tokenize(text: str, spans: list[Span], tokenizer) -> tuple[list[int], list[bool]]:
+    """(token ids, whether each begins in one of the spans) of a rendered conversation."""
+    ids, mask, position = [], [], 0
+    for segment in tokenizer.template_token_pattern.split(text):
+        if segment in tokenizer.template_tokens:
+            ids.append(tokenizer.template_tokens[segment])
+            mask.append(in_spans(position, spans))
+            position += len(segment)
             continue
-        for call in message.get("tool_calls") or ():
-            name, arguments = json.dumps(call["function"]["name"]), call["function"]["arguments"]
-            content += f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
-        converted.append({"role": message["role"], "content": content})
-    return converted
+        for part in segment.split(ESCAPE):  # encoded apart, they cannot be a token again
+            for token_id, start in tokenizer.encode_with_offsets(part):
+                ids.append(token_id)
+                mask.append(in_spans(position + start, spans))
+            position += len(part) + len(ESCAPE)
+        position -= len(ESCAPE)
+    return ids, mask
+
+
+def in_spans(position: int, spans: list[Span]) -> bool:
+    return any(start <= position < end for start, end in spans)

@@ -1,8 +1,8 @@
 """Parser of what a model writes: token ids in; text and tool calls out, as soon as they are certain.
 
 There are two syntaxes of a tool call. Models trained here write the special tokens <tool_call> and </tool_call> around
-one JSON object. Models with a chat template of their own write the same tags as ordinary text, which may be spread over
-several tokens, around one JSON object or a list of them.
+one JSON object. Models with a chat template of their own write the same tags as special tokens, if they have them, or as
+ordinary text, which may be spread over several tokens, around one JSON object or a list of them.
 
 Text that may turn out to be the start of a stop text or of a tag is held back until the next tokens decide.
 """
@@ -24,6 +24,8 @@ class ReplyDelta:
     text: str = ""
     tool_calls: list[dict] = field(default_factory=list)
     """Complete tool calls in OpenAI's form, with the ids call_1, call_2 ... within the reply."""
+    malformed_calls: list[str] = field(default_factory=list)
+    """What was between the special tokens of calls that cannot be read, if it does not stay in the text."""
     tokens: list[tuple[int, Any]] = field(default_factory=list)
     """The tokens of the text, each with what `feed` got about it (such as its log-probability)."""
 
@@ -38,23 +40,26 @@ class ReplyParser:
         parse_calls: bool = True,
         forced_call: bool = False,
         keep_stop_token: bool = False,
+        keep_malformed: bool = True,
     ):
         """`stop_texts` end the reply and are cut off; `parse_calls`: False leaves tool calls in the text.
 
         `forced_call`: the whole reply is one call, whose opening tag was part of the prompt.
         `keep_stop_token`: the stop token is reported among the tokens, though it has no text.
+        `keep_malformed`: a call between special tokens that cannot be read stays in the text.
         """
         self.tokenizer = tokenizer
         self.stop_texts = tuple(stop_texts)
         self.forced_call = forced_call
         self.keep_stop_token = keep_stop_token
+        self.keep_malformed = keep_malformed
         self.decoder = StreamDecoder(tokenizer)
         self.tags_are_text = parse_calls and tokenizer.chat_template is not None
         self.start_id = self.end_id = None
-        """Special tokens around a call, where the tags are tokens."""
-        if parse_calls and not self.tags_are_text:
-            self.start_id = tokenizer.special_id(TOOL_CALL_START)
-            self.end_id = tokenizer.special_id(TOOL_CALL_END)
+        """Special tokens around a call, if the tokenizer has them."""
+        if parse_calls:
+            self.start_id = tokenizer.special_tokens.get(TOOL_CALL_START)
+            self.end_id = tokenizer.special_tokens.get(TOOL_CALL_END)
         self.patterns = self.stop_texts
         """Texts whose beginning is held back."""
         if self.tags_are_text:
@@ -63,6 +68,8 @@ class ReplyParser:
         """Decoded text outside of calls that is not emitted yet."""
         self.call_text: str | None = "" if forced_call else None
         """Text of the call being written; None outside of a call."""
+        self.call_start = ""
+        """The opening tag of that call, if it was text."""
         self.num_calls = 0
         self.num_decoded = 0
         """Characters decoded so far."""
@@ -131,6 +138,7 @@ class ReplyParser:
             self._emit(self.held_text.index(TOOL_CALL_START), delta)
             self.call_text = self.held_text.removeprefix(TOOL_CALL_START)
             self.held_text = ""
+            self.call_start = TOOL_CALL_START
             self.num_emitted += len(TOOL_CALL_START)
             return True
         if not self.tags_are_text or self.forced_call or TOOL_CALL_END not in self.call_text:
@@ -167,25 +175,26 @@ class ReplyParser:
             delta.tokens.append(self.held_tokens.pop(0)[1])
 
     def _end_call(self, delta: ReplyDelta, end_tag: str = "") -> None:
-        call_text = self.call_text or ""
-        self.call_text = None
+        call_text, start_tag = self.call_text or "", self.call_start
+        self.call_text, self.call_start = None, ""
         functions = parse_functions(call_text, allow_list=self.tags_are_text)
-        if functions:
-            for function in functions:
-                self.num_calls += 1
-                delta.tool_calls.append({"id": f"call_{self.num_calls}", "type": "function", "function": function})
-            self.num_emitted += len(call_text + end_tag)
+        for function in functions:
+            self.num_calls += 1
+            delta.tool_calls.append({"id": f"call_{self.num_calls}", "type": "function", "function": function})
+        is_text = not functions and (self.keep_malformed or bool(start_tag))
+        if is_text:  # the model's mistake
+            self.num_emitted -= len(start_tag)
+            self.held_text += start_tag + call_text + end_tag
+            self._emit(len(self.held_text), delta)
             return
-        # The model's mistake. The user should see it, so it stays in the text.
-        start_tag = TOOL_CALL_START if self.tags_are_text and not self.forced_call else ""
-        self.num_emitted -= len(start_tag)
-        self.held_text += start_tag + call_text + end_tag
-        self._emit(len(self.held_text), delta)
+        self.num_emitted += len(call_text + end_tag)
+        if not functions:
+            delta.malformed_calls.append(call_text)
 
 
-def parse_reply(token_ids: list[int], tokenizer: Tokenizer) -> dict:
-    """The assistant message of a complete list of generated tokens."""
-    parser = ReplyParser(tokenizer)
+def parse_reply(token_ids: list[int], tokenizer: Tokenizer, parse_calls: bool = True) -> dict:
+    """The assistant message of a complete list of generated tokens; `parse_calls` as for ReplyParser."""
+    parser = ReplyParser(tokenizer, parse_calls=parse_calls)
     delta = parser.feed(token_ids)
     rest = parser.finish()
     message = {"role": "assistant", "content": delta.text + rest.text}

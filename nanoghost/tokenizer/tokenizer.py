@@ -11,6 +11,7 @@ the whole algorithm in readable Python; the tests compare the two id by id.
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,10 @@ PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# The time for learning merges grows with the square of the length of a word, so longer ones are learned in pieces of so
+# many characters. They are not words of a language, but lines of one symbol, blanks, or text without spaces.
+MAX_TRAINING_WORD = 512
+
 # A vocabulary file is text, so GPT-2 maps each byte to a character: a printable Latin-1 byte to itself, the others to
 # the characters from U+0100 on. The byte tokens are in the order of these characters.
 PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -50,7 +55,9 @@ FIRST_MERGE = FIRST_BYTE + 256
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary. Text never encodes to a special token; only `special_id(name)` returns one."""
+    """A byte-level BPE vocabulary. Text never encodes to a special token; only `special_id(name)` returns one.
+
+    (An added token that is not special is ordinary text to `encode`; chat templates tell it from what is typed.)"""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
@@ -59,6 +66,11 @@ class Tokenizer:
         added_tokens = backend.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added_tokens.items() if token.special}
         """Id of each special token by name."""
+        self.template_tokens = {
+            token.content: i for i, token in added_tokens.items() if token.special or not token.content.isspace()
+        }
+        """Id of each token, special or not, that a chat template writes and that nobody can type. (White space among
+        the added tokens is ordinary text.)"""
         self.chat_template = None
         """The ChatTemplate of an imported model; None for models trained here, whose format is chat_format.py."""
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -82,14 +94,12 @@ class Tokenizer:
             raise UserError(
                 f"a vocabulary of {vocab_size} is too small: bytes and special tokens alone take {FIRST_MERGE}"
             )
+        words = pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
         backend.decoder = decoders.ByteLevel()
+        pieces = pre_tokenizers.FixedLength(MAX_TRAINING_WORD)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, to_bytes])  # of the training alone
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
@@ -98,6 +108,7 @@ class Tokenizer:
             show_progress=False,
         )
         backend.train_from_iterator((replace_lone_surrogates(text) for text in texts), trainer)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
         return cls(backend)
 
     @classmethod
@@ -158,6 +169,12 @@ class Tokenizer:
         if self.chat_template:
             return self.chat_template.special_tokens_map
         return {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+
+    @cached_property
+    def template_token_pattern(self) -> re.Pattern:
+        """One group, which matches each of `template_tokens`: the longest of those that begin at a character."""
+        longest_first = sorted(self.template_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     @property
     def stop_ids(self) -> set[int]:
