@@ -66,9 +66,8 @@ class ChatTemplate:
 
     @property
     def supports_tools(self) -> bool:
-        """Whether the template lists tools and writes calls in the form that reply_parser.py reads."""
-        traits = self.traits(with_tools=True)
-        return traits.lists_tools and traits.calls
+        """Whether the template offers tools to the model, whose calls reply_parser.py reads."""
+        return self.traits(with_tools=True).offers_tools
 
     def render(
         self, messages: list[dict], tokenizer, add_generation_prompt: bool = False, tools: list[dict] | None = None
@@ -101,15 +100,13 @@ class Program:
     traits: TemplateTraits
 
     def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        text, _ = self.render_with_generation_blocks(messages, add_generation_prompt)
+        text, _ = self.render_with_blocks(messages, add_generation_prompt)
         return text
 
-    def render_with_generation_blocks(
-        self, messages: list[dict], add_generation_prompt: bool
-    ) -> tuple[str, list[Span]]:
-        return split_generation_marks(
-            render_template(self.source, messages, add_generation_prompt, self.tools, **self.special_tokens_map)
-        )
+    def render_with_blocks(self, messages: list[dict], add_generation_prompt: bool) -> tuple[str, list[Span]]:
+        """The text, and the spans of its generation blocks."""
+        text = render_template(self.source, messages, add_generation_prompt, self.tools, **self.special_tokens_map)
+        return split_generation_marks(text)
 
     def generation_prompt(self, messages: list[dict]) -> str | None:
         """The messages and the header of an answer; None if the template has no answer there (to no message at all)."""
@@ -124,7 +121,7 @@ class Program:
         Templates mark what the assistant generates, or an answer is the difference between two renderings. Some
         templates rewrite earlier answers (they drop old reasoning): then only the last one is found.
         """
-        text, spans = self.render_with_generation_blocks(messages, False)
+        text, spans = self.render_with_blocks(messages, False)
         if spans:
             return text, spans
         for i, message in enumerate(messages):
@@ -142,10 +139,10 @@ class Program:
         return text, spans
 
     def continuation(self, prompt: str, messages: list[dict], text: str) -> str:
-        """The last answer of a conversation, if the generation prompt says more than the header of the answer in `text`.
+        """The last answer of a conversation, where the generation prompt says more than the header of the answer does.
 
-        A prompt that opens <think> is continued with the reasoning, whether the template writes it or drops it. Empty
-        if the template writes the messages before the answer in another way.
+        `text` ends with the answer. A prompt that opens <think> is continued with the reasoning, whether the template
+        writes it or drops it. Empty if the template writes the messages before the answer in another way.
         """
         answer = messages[-1]
         placeholder = {"role": "assistant", "content": PLACEHOLDER}

@@ -1,8 +1,8 @@
 """Parser of what a model writes: token ids in; text and tool calls out, as soon as they are certain.
 
 There are two syntaxes of a tool call. Models trained here write the special tokens <tool_call> and </tool_call> around
-one JSON object. Models with a chat template of their own write the same tags as special tokens, if they have them, or as
-ordinary text, which may be spread over several tokens, around one JSON object or a list of them.
+one JSON object. Models with a chat template of their own write the same tags as special tokens, if they have them, or
+as ordinary text, which may be spread over several tokens, around one JSON object or a list of them.
 
 Text that may turn out to be the start of a stop text or of a tag is held back until the next tokens decide.
 """

@@ -102,13 +102,14 @@ class TemplateTraits:
     """It writes tool calls so that reply_parser.py reads them, and the results of tools."""
     arguments_are_text: bool
     """The arguments of tool calls must be text."""
-    lists_tools: bool
-    """It tells the model which tools there are."""
+    offers_tools: bool
+    """It tells the model which tools there are, and to call them so that reply_parser.py reads it."""
 
 
 TOOL_PARAMETERS = {"type": "object", "properties": {"near": {"type": "string", "description": "A place."}}}
 TOOL = {"name": "find_place", "description": "Find a place.", "parameters": TOOL_PARAMETERS}
 ARGUMENTS = {"near": "Rome"}
+RULE, QUESTION, RESULT = "wombat", "quokka", "numbat"  # words that no template says of itself
 
 
 @lru_cache(maxsize=16)
@@ -128,22 +129,23 @@ def template_traits(source: str, special_tokens: tuple[tuple[str, str], ...]) ->
     def reads_calls(arguments) -> bool:
         call = {"id": "call_1", "type": "function", "function": {"name": TOOL["name"], "arguments": arguments}}
         caller = message("assistant", "") | {"tool_calls": [call]}
-        text = render(user, caller, message("tool", "result") | {"tool_call_id": "call_1"})
-        return "result" in text and calls_in(text) == [{"name": TOOL["name"], "arguments": arguments_text}]
+        text = render(user, caller, message("tool", RESULT) | {"tool_call_id": "call_1"})
+        return RESULT in text and calls_in(text) == [{"name": TOOL["name"], "arguments": arguments_text}]
 
-    plain_user = {"role": "user", "content": "question"}
-    content_is_parts = "question" not in render(plain_user) and "question" in render(as_parts(plain_user))
-    system, user, answer = message("system", "rule"), message("user", "question"), message("assistant", "answer")
+    plain_user = {"role": "user", "content": QUESTION}
+    content_is_parts = QUESTION not in render(plain_user) and QUESTION in render(as_parts(plain_user))
+    system, user, answer = message("system", RULE), message("user", QUESTION), message("assistant", "Yes.")
+    listing = render(user, tools=[{"type": "function", "function": TOOL}])
     arguments_text = json.dumps(ARGUMENTS)
     takes_objects, takes_text = reads_calls(ARGUMENTS), reads_calls(arguments_text)
     return TemplateTraits(
         content_is_parts=content_is_parts,
-        first_system="rule" in render(system, user),
-        later_system="rule" in render(user, answer, system, user),
-        repeated_users=render(user, user).count("question") == 2,
+        first_system=RULE in render(system, user),
+        later_system=RULE in render(user, answer, system, user),
+        repeated_users=render(user, user).count(QUESTION) == 2,
         calls=takes_objects or takes_text,
         arguments_are_text=takes_text and not takes_objects,
-        lists_tools=TOOL["name"] in render(user, tools=[{"type": "function", "function": TOOL}]),
+        offers_tools=TOOL["name"] in listing and (takes_objects or takes_text or TOOL_CALL_START in listing),
     )
 
 

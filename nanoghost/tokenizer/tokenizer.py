@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from nanoghost.errors import UserError
 from nanoghost.home import write_atomic
@@ -80,6 +80,9 @@ class Tokenizer:
         largest_id = max(vocabulary.values())
         if largest_id >= 2 * len(vocabulary):
             raise UserError(f"the tokenizer has {len(vocabulary)} tokens, but an id of {largest_id}")
+        self._ids = frozenset(vocabulary.values())
+        self.unused_ids = [i for i in range(largest_id) if i not in self._ids]
+        """Ids below the largest one without a token."""
         self._bytes = [b""] * (largest_id + 1)
         for token, i in vocabulary.items():
             if i not in added_tokens:
@@ -112,8 +115,8 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """Read `tokenizer.json` of a folder."""
+    def load(cls, folder: Path, special_tokens: Iterable[str] = ()) -> "Tokenizer":
+        """Read `tokenizer.json` of a folder. `special_tokens`: tokens of the vocabulary to regard as special."""
         path = Path(folder) / "tokenizer.json"
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -123,6 +126,9 @@ class Tokenizer:
             raise UserError(f"{path} is not a readable tokenizer file: {error}") from error
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise UserError(f"{path} is not a byte-level BPE vocabulary, the only kind nanoghost reads")
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        ordinary = [token for token in {*special_tokens} - special if backend.token_to_id(token) is not None]
+        backend.add_special_tokens([AddedToken(token, special=True) for token in sorted(ordinary)])
         return cls(backend)
 
     def save(self, folder: Path) -> None:
@@ -186,6 +192,9 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self._bytes)
+
+    def has_token(self, token_id: int) -> bool:
+        return token_id in self._ids
 
     @cached_property
     def fingerprint(self) -> str:
