@@ -35,19 +35,13 @@ def read_conversations(file: Path) -> Iterator[tuple[str, list]]:
         yield row.where, messages_of(row, file)
 
 
-def has_conversations(file: Path) -> bool:
-    """Whether the first row of a file has one of the forms."""
-    first = next(read_rows(file, COLUMNS), None)
-    return first is not None and form_of(first.value) is not None
-
-
 def messages_of(row: Row, file: Path) -> list:
     """The messages of a row. Raises UserError if it has none of the forms."""
     name = form_of(row.value)
     if name is None:
         keys = f"with {', '.join(map(repr, row.value))}" if isinstance(row.value, dict) else "that is not an object"
         raise UserError(f"{row.where}: expected an object with 'messages' (or {OTHER_FORMS}), not one {keys}")
-    if name != "messages":
+    if name != "messages" or file.suffix != ".jsonl":
         note(f"{file}: read as conversations of the form {name}")
     for key in ("tools", "history"):
         if row.value.get(key):

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from nanoghost.data.conversation_files import COLUMNS, form_of, messages_of
 from nanoghost.data.conversations import check_messages
 from nanoghost.data.rows import Row, read_rows
-from nanoghost.data.text_io import check_unicode, note, read_text
+from nanoghost.data.text_io import check_unicode, read_text
 from nanoghost.errors import UserError
 from nanoghost.tokenizer.chat_format import text_of
 
@@ -31,6 +31,14 @@ def read_texts(name: str, file: Path) -> Iterator[tuple[str, str]]:
         yield f"{name}:{row.number}", row_text(row, file)
 
 
+def has_conversations(file: Path) -> bool:
+    """Whether the first row of a file is a conversation."""
+    if text_suffix(file.name) not in (".jsonl", ".json", ".parquet"):
+        return False
+    first = next(read_rows(file, ("text", *COLUMNS)), None)
+    return first is not None and form_of(first.value) is not None
+
+
 def row_text(row: Row, file: Path) -> str:
     """The text of a row: its "text", or the contents of its messages."""
     value = row.value
@@ -41,12 +49,3 @@ def row_text(row: Row, file: Path) -> str:
     if form_of(value) is None:
         raise UserError(f"{row.where}: expected an object with 'text' (or a conversation, for example 'messages')")
     return "\n".join(map(text_of, check_messages(messages_of(row, file), row.where)))
-
-
-def note_skipped(place: object, skipped: dict[str, list[str]]) -> None:
-    """Say on standard error which files are skipped: {reason: names}."""
-    groups = []
-    for reason, names in skipped.items():
-        groups.append(f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
-    if groups:
-        note(f"{place}: skipped {', '.join(groups)}")

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from nanoghost.data.file_reader import ALL_SUFFIXES, SUFFIXES, note_skipped, read_texts, text_suffix
+from nanoghost.data.file_reader import ALL_SUFFIXES, SUFFIXES, read_texts, text_suffix
 from nanoghost.data.sources import Document, Source, fingerprint, folder_name, sha256_of
 from nanoghost.data.splits import split_texts
+from nanoghost.data.text_io import note_skipped
 from nanoghost.errors import UserError
 
 

@@ -15,10 +15,11 @@ import fsspec
 from fsspec.core import has_magic, url_to_fs
 
 from nanoghost.data.download_cache import DownloadCache, RemoteFile, default_cache
-from nanoghost.data.file_reader import ALL_SUFFIXES, SUFFIXES, note_skipped, read_texts, text_suffix
+from nanoghost.data.file_reader import ALL_SUFFIXES, SUFFIXES, read_texts, text_suffix
 from nanoghost.data.retry import retry
 from nanoghost.data.sources import Document, Source, fingerprint, folder_name
 from nanoghost.data.splits import MIN_DOCUMENTS, assign_split, split_texts, splits_of_lowest_hashes
+from nanoghost.data.text_io import note_skipped
 from nanoghost.errors import UserError
 from nanoghost.home import read_json, write_json
 

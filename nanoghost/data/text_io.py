@@ -16,14 +16,14 @@ from typing import BinaryIO
 from nanoghost.errors import UserError
 
 
-def open_zstd(file: Path, mode: str) -> BinaryIO:
+def open_zstd(f: BinaryIO, mode: str) -> BinaryIO:
     import pyarrow  # slow to import
 
-    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+    return io.BufferedReader(pyarrow.input_stream(f, compression="zstd"))
 
 
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"(\xb5/\xfd": open_zstd}
-"""{first bytes: function that opens such a file}."""
+"""{first bytes: function that decompresses an open file}."""
 
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # before the mark of UTF-16, which has the same first bytes
@@ -38,17 +38,25 @@ MARKS = {
 def note(text: str) -> None:
     """Print a line about the user's files to standard error, once in a process."""
     if os.environ.get("RANK", "0") == "0":
-        print(UserError(text), file=sys.stderr)
+        print(UserError(text), file=sys.stderr)  # whose text has no control characters
+
+
+def note_skipped(place: object, skipped: dict[str, list[str]]) -> None:
+    """Say on standard error which files are skipped: {reason: names}."""
+    groups = []
+    for reason, names in skipped.items():
+        groups.append(f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+    if groups:
+        note(f"{place}: skipped {', '.join(groups)}")
 
 
 def read_lines(file: Path) -> Iterator[bytes]:
     """Yield the lines of a file, decompressed, and UTF-16 as UTF-8. A line ends at b"\\n" only."""
     with open(file, "rb") as f:
-        start = f.read(6)
-    opener = next((opener for magic, opener in COMPRESSIONS.items() if start.startswith(magic)), open)
-    with opener(file, "rb") as f:
+        start = f.peek(6)
+        opener = next((opener for magic, opener in COMPRESSIONS.items() if start.startswith(magic)), None)
         try:
-            yield from recode(f, file)
+            yield from recode(opener(f, "rb") if opener else f, file)
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"{file} is damaged or cut: {error}") from None
 
@@ -59,13 +67,14 @@ def recode(f: BinaryIO, file: Path) -> BinaryIO:
     encoding = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
     if encoding is None:
         return f
-    note(f"{file}: read as {encoding}")
     try:
-        return io.BytesIO(f.read().decode(encoding).encode())
+        text = f.read().decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file} starts with the mark of {encoding}, but byte {error.start} is not {encoding}"
         ) from None
+    note(f"{file}: read as {encoding}")
+    return io.BytesIO(text.encode())
 
 
 def read_text(file: Path) -> str:

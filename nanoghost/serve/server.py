@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 import uvicorn
 
+from nanoghost.data.text_io import read_text
 from nanoghost.errors import UserError
 from nanoghost.serve.app import make_app
 from nanoghost.serve.client import EngineClient
@@ -77,8 +78,7 @@ def read_api_key(settings: ServeSettings) -> str | None:
     """The API key. Raises UserError if it is required and missing, or too short."""
     key = os.environ.get("NANOGHOST_API_KEY") or None
     if settings.api_key_file:
-        lines = settings.api_key_file.read_text().splitlines()
-        key = lines[0].strip() if lines else ""
+        key = read_text(settings.api_key_file).partition("\n")[0].strip()
     if key is not None and (len(key) < 16 or not key.isascii() or " " in key):
         raise UserError("an API key needs at least 16 letters and digits; `openssl rand -hex 24` generates one")
     if key is None and not is_loopback(settings.host):

@@ -2,7 +2,7 @@
 
 --data builtin        the default mix
 --data tools          the same with tasks that call Python and look things up
---data FILE           a JSONL file of conversations
+--data FILE           a file of conversations (data/conversation_files.py)
 --data builtin+FILE   both
 """
 
