@@ -1,4 +1,4 @@
-"""`nanoghost lab baselines` with toy programs in place of nanochat and nanoGPT: they count characters."""
+"""`nanoghost lab baselines` with toy programs instead of nanochat and nanoGPT: unigram models of characters."""
 
 import json
 import math
@@ -14,8 +14,8 @@ COUNTS = """
 import math, sys
 from collections import Counter
 def bits(train, test):
-    seen = Counter(train)
-    return -sum(math.log2(seen[c] / len(train)) for c in test) / len(test)
+    counts = Counter(train)
+    return -sum(math.log2(counts[c] / len(train)) for c in test) / len(test)
 """
 NANOGPT = (
     COUNTS
@@ -54,13 +54,14 @@ open(os.environ["NANOCHAT_BASE_DIR"] + "/tokenizer/token_bytes.pt", "w").close()
 
 
 def bits(train: str, test: str) -> float:
-    seen = Counter(train)
-    return -sum(math.log2(seen[c] / len(train)) for c in test) / len(test)
+    """Bits per character of the test text, as the toy programs compute them."""
+    counts = Counter(train)
+    return -sum(math.log2(counts[c] / len(train)) for c in test) / len(test)
 
 
 @pytest.fixture
 def clones(tmp_path):
-    """Folders with toy programs in place of nanoGPT and nanochat."""
+    """Folders with toy programs instead of nanoGPT and nanochat."""
     programs = {
         "gpt/train.py": NANOGPT,
         "chat/scripts/tok_train.py": TOKENIZER,
@@ -84,14 +85,12 @@ def test_baselines_get_the_whole_text_and_their_logs_are_parsed(nanoghost, toy_f
     code, out, err = nanoghost(*arguments)
     assert code == 0, err
     points = json.loads(out)["points"]
-    texts = {
-        split: "".join(d.text for d in open_data_source(str(toy_file)).documents() if d.split == split)
-        for split in ("train", "test")
-    }
+    documents = list(open_data_source(str(toy_file)).documents())
+    train, test = ("".join(d.text for d in documents if d.split == split) for split in ("train", "test"))
     [[seconds, bpb]] = points["nanogpt"]
-    assert math.isclose(bpb, bits(**texts), abs_tol=1e-3)
+    assert math.isclose(bpb, bits(train, test), abs_tol=1e-3)
     assert math.isclose(seconds, 0.24, abs_tol=0.1), "four steps of 10 ms, and two that also evaluated"
-    assert points["nanochat"] == [[2.0, round(bits(**texts), 8)]]
+    assert points["nanochat"] == [[2.0, round(bits(train, test), 8)]]
     [[seconds, bpb]] = points["nanoghost"]
     assert 0 < seconds < 60
     assert 0 < bpb < 8
@@ -99,14 +98,14 @@ def test_baselines_get_the_whole_text_and_their_logs_are_parsed(nanoghost, toy_f
     assert nanoghost(*arguments)[1] == out, "a finished run is not repeated"
 
 
-def test_a_folder_that_is_no_clone_is_an_error(nanoghost, toy_file, tmp_path):
+def test_a_folder_that_is_not_a_clone_is_an_error(nanoghost, toy_file, tmp_path):
     code, _, err = nanoghost("lab", "baselines", "--data", toy_file, "--nanogpt", tmp_path)
     assert code == 2
     assert "is not a clone" in err
 
 
-def test_chunks_are_the_text(toy_file):
+def test_chunks_are_short_and_together_the_text(toy_file):
     source = open_data_source(str(toy_file))
-    chunks = baselines.chunks(source, "train")
+    chunks = baselines.split_into_chunks(source, "train")
     assert "".join(chunks) == "".join(d.text for d in source.documents() if d.split == "train")
-    assert max(map(len, chunks)) <= baselines.CHUNK
+    assert max(map(len, chunks)) <= baselines.CHUNK_CHARACTERS

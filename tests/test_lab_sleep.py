@@ -1,4 +1,4 @@
-"""`nanoghost lab sleep` and `nanoghost lab extraction`: their figures, and a run at toy size."""
+"""`nanoghost lab sleep` and `nanoghost lab extraction`: figures from given answers, and a run of toy size."""
 
 import json
 
@@ -8,7 +8,7 @@ from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder
 from nanoghost.lab import sleep, sleep_scores
 from nanoghost.lab.fact_extraction import ExtractedMessage, measure
-from nanoghost.lab.sleep import ARMS, facts_in_context, retained
+from nanoghost.lab.sleep import ARMS, facts_in_context, retention_since
 from nanoghost.lab.sleep_scores import Question
 from nanoghost.memory.router import Router
 from tests.support.people import make_fact
@@ -42,8 +42,8 @@ def test_extraction_figures_of_messages_without_facts():
         ("search", "The user's town is Porto."),
     ],
 )
-def test_arms_show_different_facts_with_a_question(arm, context):
-    """The question's words match the other fact, so that the oracle and the search differ."""
+def test_the_facts_in_the_system_message_depend_on_the_arm(arm, context):
+    """The words of the question are in the other fact, so that the search and the oracle differ."""
     rex, porto = make_fact(1, "dog's name", "Rex"), make_fact(2, "town", "Porto")
     assert facts_in_context(ARMS[arm], Question("Porto?", [rex]), [rex, porto]) == context
 
@@ -51,7 +51,7 @@ def test_arms_show_different_facts_with_a_question(arm, context):
 def test_retention_compares_correct_answers_about_the_first_day():
     first_night = {"correct_by_relation": {"car": [True, True], "town": [True, False]}}
     now = {"correct_by_relation": {"car": [True, False], "town": [True, False], "job": [True, True]}}
-    assert retained(first_night, now) == round(2 / 3, 4)
+    assert retention_since(first_night, now) == round(2 / 3, 4)
 
 
 def test_arms_are_compared_on_the_same_questions(base, nanoghost, monkeypatch):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from nanoghost.errors import UserError
 from nanoghost.lab import lecun1989
-from nanoghost.lab.lecun1989_digits import bundled_digits, folds, mnist_digits, resized
+from nanoghost.lab.lecun1989_digits import bundled_digits, folds, mnist_digits, resize
 from nanoghost.lab.lecun1989_network import DigitRecipe, Networks, error_rates, shift, train
 
 
@@ -27,13 +27,12 @@ def test_stacked_networks_compute_what_each_would_alone(relu):
     x = torch.rand(3, 4, 16, 16) * 2 - 1
     activation = torch.relu if relu else torch.tanh
     for i, logits in enumerate(networks.forward(x)):
-        p = {name: t[i] for name, t in networks.parameters.items()}
+        p = {name: stacked[i] for name, stacked in networks.parameters.items()}
         h = activation(F.conv2d(F.pad(x[i][:, None], (2,) * 4, value=-1.0), p["h1"], stride=2) + p["h1_bias"])
-        h = activation(
-            F.conv2d(F.pad(h, (2,) * 4, value=-1.0), p["h2"] * networks.connections[0], stride=2) + p["h2_bias"]
-        )
-        alone = F.linear(activation(F.linear(h.flatten(1), p["h3"], p["h3_bias"])), p["out"], p["out_bias"])
-        torch.testing.assert_close(logits, alone)
+        h2_weight = p["h2"] * networks.connections[0]
+        h = activation(F.conv2d(F.pad(h, (2,) * 4, value=-1.0), h2_weight, stride=2) + p["h2_bias"])
+        h = activation(F.linear(h.flatten(1), p["h3"], p["h3_bias"]))
+        torch.testing.assert_close(logits, F.linear(h, p["out"], p["out_bias"]))
 
 
 def test_digits_are_shifted_by_one_pixel_in_all_directions():
@@ -54,12 +53,12 @@ def test_folds_test_each_digit_once_and_never_train_on_it():
     assert all(not set(train.tolist()) & set(test.tolist()) for train, test in splits)
 
 
-def test_today_s_recipe_learns_digits_that_an_epoch_of_1989_does_not():
+def test_the_modern_recipe_reads_digits_better_than_that_of_1989_after_an_epoch():
     digits, labels = bundled_digits()
     train_indices, test_indices = folds(len(digits))[0]
-    today = replace(lecun1989.all_recipes()["+ ReLU, dropout"], epochs=8)
+    modern = replace(lecun1989.all_recipes()["+ ReLU, dropout"], epochs=8)
     errors = []
-    for recipe, learning_rate in ((DigitRecipe(epochs=1), 0.03), (today, 3e-3)):
+    for recipe, learning_rate in ((DigitRecipe(epochs=1), 0.03), (modern, 3e-3)):
         networks = train(recipe, digits, labels, [train_indices], [1], [learning_rate], lambda event: None)
         errors += error_rates(networks, digits, labels, [test_indices])
     assert errors[1] < 0.06
@@ -113,7 +112,7 @@ def test_mnist_is_read_in_its_own_format(mnist_folder):
     assert sorted(labels[:20].tolist()) == list(range(20))
     assert digits.min() >= -1
     assert digits.max() <= 1
-    torch.testing.assert_close(digits[0], resized(images[labels[0]][None] / 255)[0])
+    torch.testing.assert_close(digits[0], resize(images[labels[0]][None] / 255)[0])
 
 
 def test_damaged_or_missing_mnist_files_are_errors(mnist_folder):

@@ -1,16 +1,15 @@
 """`nanoghost lab baselines`: pretraining compared with nanochat and nanoGPT, on this machine, the same text and split.
 
-Every point is a run of its own, to the end of its schedule: seconds of training and bits per byte of the test text. The
-seconds contain compilation, but not reading the text or the final evaluation. Ours also contain the step-time
-calibration and nine evaluations on the validation text; the baselines' contain none.
+Every point is a complete run with its own schedule: seconds of training and bits per byte of the test text. The seconds
+include compilation, but not reading the text or the final evaluation. Those of nanoghost also include the step-time
+calibration and nine evaluations on the validation text; the baselines have neither.
 
 A baseline runs unchanged from a clone that you name, with the settings that its documentation gives for a CPU, in the
 Python environment of nanoghost (install what it needs there).
 
-    nanochat   depth 4, heads of 64, full attention, 256 tokens, 16 rows at once, 8,192 tokens per step, a vocabulary of
-    4,096
-               from its own tokenizer. It drops what does not fit into its rows, so texts are split into chunks of about
-               700 characters.
+    nanochat   depth 4, heads of 64, full attention, 256 tokens, 16 rows at once, 8,192 tokens per step, and its own
+               tokenizer with 4,096 tokens. It drops text that does not fit into its rows, so the text is split into
+               chunks of about 700 characters.
     nanogpt    its setting for a laptop: characters, 4 layers of 128, context 64, 12 rows, 2,000 steps
 """
 
@@ -45,7 +44,8 @@ from nanoghost.home import ModelFolder, home, read_json, write_atomic, write_jso
 from nanoghost.progress import Display, JsonFlag
 from nanoghost.train import pretrain
 
-CHUNK = 700  # characters
+CHUNK_CHARACTERS = 700
+NANOCHAT_BATCH_TOKENS = 16 * 256  # of one forward pass
 NANOCHAT_FLAGS = (
     "--depth=4",
     "--head-dim=64",
@@ -101,9 +101,11 @@ class BaselinesSettings(JsonFlag):
 
 @dataclass(frozen=True)
 class PlannedRun:
+    """A run of one system."""
+
     system: str
     path: Path
-    """File with the result, once the run is done."""
+    """File that stores the result."""
     run: Callable[[], Result]
 
 
@@ -113,18 +115,18 @@ def command(settings: BaselinesSettings) -> None:
         raise UserError("--seeds must be at least 1")
     source, display = open_data_source(settings.data), Display()
     folder = home() / "lab" / "baselines" / f"{source.name}-{source.fingerprint[:8]}"
-    planned = plan_our_runs(settings, source, folder) + plan_baseline_runs(settings, source, folder)
+    planned_runs = plan_our_runs(settings, source, folder) + plan_baseline_runs(settings, source, folder)
     if settings.force:
         shutil.rmtree(folder, ignore_errors=True)
     points: dict[str, list[Result]] = {}
-    for plan in planned:
-        if not plan.path.exists():
-            display.print(f"{plan.path.stem} ...")
-            seconds, bpb = plan.run()
-            write_json(plan.path, {"seconds": seconds, "bpb": bpb})
-        result = read_json(plan.path)
-        points.setdefault(plan.system, []).append((result["seconds"], result["bpb"]))
-        display.print(f"{plan.system}: {result['bpb']:.3f} bits per byte after {result['seconds']:.0f} s")
+    for planned_run in planned_runs:
+        if not planned_run.path.exists():
+            display.print(f"{planned_run.path.stem} ...")
+            seconds, bpb = planned_run.run()
+            write_json(planned_run.path, {"seconds": seconds, "bpb": bpb})
+        result = read_json(planned_run.path)
+        points.setdefault(planned_run.system, []).append((result["seconds"], result["bpb"]))
+        display.print(f"{planned_run.system}: {result['bpb']:.3f} bits per byte after {result['seconds']:.0f} s")
     if settings.out:
         title = "Bits per byte of held-out text, by seconds of training"
         write_atomic(settings.out, log_x_line_chart(title, points, "s"))
@@ -142,19 +144,20 @@ def plan_our_runs(settings: BaselinesSettings, source: Source, folder: Path) -> 
     for minutes in parse_numbers("--minutes", settings.minutes, 0.01, float):
         for seed in range(settings.seeds):
             label = f"{minutes}-{seed}"
-            stage = pretrain.PretrainSettings(
+            pretrain_settings = pretrain.PretrainSettings(
                 name=f"baselines-{source.fingerprint[:8]}-{label}",
                 data=settings.data,
                 minutes=minutes,
                 seed=seed,
                 force=settings.force,
             )
-            run = partial(run_nanoghost, stage)
+            run = partial(run_nanoghost, pretrain_settings)
             planned.append(PlannedRun("nanoghost", folder / f"nanoghost-{label}.json", run))
     return planned
 
 
 def plan_baseline_runs(settings: BaselinesSettings, source: Source, folder: Path) -> list[PlannedRun]:
+    """The runs of the baselines that the settings name. Raises UserError if one is not a clone."""
     planned = []
     for name, script, run in (
         ("nanochat", "scripts/base_train.py", run_nanochat),
@@ -175,8 +178,9 @@ def plan_baseline_runs(settings: BaselinesSettings, source: Source, folder: Path
 
 
 def run_nanoghost(settings: pretrain.PretrainSettings) -> Result:
-    figures = pretrain.main(settings) or ModelFolder(settings.name).card.figures
-    shutil.rmtree(ModelFolder(settings.name).path)
+    model_folder = ModelFolder(settings.name)
+    figures = pretrain.main(settings) or model_folder.card.figures  # None if it was finished by an earlier command
+    shutil.rmtree(model_folder.path)
     return figures["seconds"], figures["bpb"]
 
 
@@ -185,12 +189,13 @@ def run_nanochat(clone: Path, source: Source, workspace: Path, steps: int) -> Re
     if not (workspace / "tokenizer" / "token_bytes.pt").exists():
         data = workspace / "base_data_climbmix"
         data.mkdir(parents=True, exist_ok=True)
-        for shard, split in enumerate(("train", "test")):  # it validates on the last shard
-            table = pa.table({"text": chunks(source, split)})
+        for shard, split in enumerate(("train", "test")):  # nanochat validates on the last shard
+            table = pa.table({"text": split_into_chunks(source, split)})
             pq.write_table(table, data / f"shard_{shard:05d}.parquet", row_group_size=512)
         run_python(["-m", "scripts.tok_train", "--vocab-size=4096"], clone, environment)
-    characters = sum(len(chunk) for chunk in chunks(source, "test"))
-    eval_tokens = max(1, round(characters / 3 / 4096)) * 4096
+    characters = sum(len(chunk) for chunk in split_into_chunks(source, "test"))
+    eval_batches = max(1, round(characters / 3 / NANOCHAT_BATCH_TOKENS))  # about three characters per token
+    eval_tokens = eval_batches * NANOCHAT_BATCH_TOKENS
     flags = [*NANOCHAT_FLAGS, f"--num-iterations={steps}", f"--eval-tokens={eval_tokens}"]
     log = run_python(["-m", "scripts.base_train", *flags], clone, environment)
     milliseconds = re.findall(r"^step .*\| dt: ([\d.]+)ms", log, re.MULTILINE)
@@ -198,17 +203,17 @@ def run_nanochat(clone: Path, source: Source, workspace: Path, steps: int) -> Re
     return round(sum(map(float, milliseconds)) / 1000, 1), float(bpbs[-1])
 
 
-def chunks(source: Source, split: str) -> list[str]:
-    """The text in chunks of about CHUNK characters, each of whole lines."""
-    result = [""]
+def split_into_chunks(source: Source, split: str) -> list[str]:
+    """The text of a split in chunks of whole lines, about CHUNK_CHARACTERS long."""
+    chunks = [""]
     for document in source.documents():
         if document.split != split:
             continue
-        for line in document.text.splitlines(keepends=True):
-            if len(result[-1]) + len(line) > CHUNK:
-                result.append("")
-            result[-1] += line
-    return [chunk for chunk in result if chunk]
+        for line in re.split(r"(?<=\n)", document.text):
+            if len(chunks[-1]) + len(line) > CHUNK_CHARACTERS:
+                chunks.append("")
+            chunks[-1] += line
+    return [chunk for chunk in chunks if chunk]
 
 
 def run_nanogpt(clone: Path, source: Source, workspace: Path, steps: int) -> Result:
@@ -218,29 +223,32 @@ def run_nanogpt(clone: Path, source: Source, workspace: Path, steps: int) -> Res
     lengths = [f"--max_iters={steps}", f"--lr_decay_iters={steps}", f"--eval_interval={steps}"]
     log = run_python(["train.py", *NANOGPT_FLAGS, *lengths], workspace, {})
     nats_per_character = float(re.findall(r"val loss ([\d.]+)", log)[-1])
-    times = [float(t) / 1000 for t in re.findall(r"^iter \d+: .*time ([\d.]+)ms", log, re.MULTILINE)]
-    limit = 10 * statistics.median(times)  # the two steps that also evaluate are far above it
+    milliseconds = re.findall(r"^iter \d+: .*time ([\d.]+)ms", log, re.MULTILINE)
+    step_seconds = [float(text) / 1000 for text in milliseconds]
+    limit = 10 * statistics.median(step_seconds)  # the two steps that also evaluate take much longer
+    seconds = sum(min(duration, limit) for duration in step_seconds)
     bpb = nats_per_character / math.log(2) * len(texts["test"]) / len(texts["test"].encode())
-    return round(sum(min(t, limit) for t in times), 1), round(bpb, 4)
+    return round(seconds, 1), round(bpb, 4)
 
 
 def write_nanogpt_data(folder: Path, texts: dict[str, str]) -> None:
-    """nanoGPT's format: character ids as uint16, and the vocabulary."""
+    """Write a data set in nanoGPT's format: character ids as uint16, and the vocabulary."""
     folder.mkdir(exist_ok=True)
     characters = sorted(set("".join(texts.values())))
     ids = {character: i for i, character in enumerate(characters)}
     for name, split in (("train", "train"), ("val", "test")):
-        np.array([ids[c] for c in texts[split]], dtype=np.uint16).tofile(folder / f"{name}.bin")
+        text_ids = [ids[character] for character in texts[split]]
+        np.array(text_ids, dtype=np.uint16).tofile(folder / f"{name}.bin")
     meta = {"vocab_size": len(ids), "stoi": ids, "itos": dict(enumerate(characters))}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
 def run_python(arguments: list[str], folder: Path, environment: dict[str, str]) -> str:
-    """Run a program of a baseline; returns its output. Raises UserError with the last line of its errors."""
+    """Run a program of a baseline; returns its output. If it fails, raises UserError with its last line of errors."""
     process = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=os.environ | environment, capture_output=True, text=True
     )
     if process.returncode:
-        last_line = (process.stderr.strip().splitlines() or ["it printed no error"])[-1]
+        last_line = (process.stderr.strip() or "it printed no error").split("\n")[-1]
         raise UserError(f"{' '.join(arguments[:3])} in {folder} failed: {last_line}")
     return process.stdout

@@ -1,12 +1,12 @@
-"""`nanoghost lab dial`: checks that the dial chooses the best depth for a given training time.
+"""`nanoghost lab dial`: does the dial, which sets the depth from the training time, choose the best depth?
 
-Each choice of depth and vocabulary is trained by `pretrain` for as many steps as this machine makes of it in the given
-minutes, and evaluated on the validation text. The dial's own choice is one of them; the table shows how much worse it
-is than the best, in percent of the bits per byte.
+Each choice of depth and vocabulary is trained with `pretrain`, for as many steps as this machine makes in the given
+minutes, and evaluated on the validation text. The dial's choice is one of them. The table shows how much worse each is
+than the best one, in percent of the bits per byte.
 
-Steps are timed beforehand, the new choices of a command in turn, so that a disturbance during a run changes no figure.
-The time of the step-time calibration is not subtracted, and nothing is compiled: `pretrain --minutes` makes a few steps
-fewer, and in runs of more than 15 minutes a few more.
+Training speeds are measured beforehand, all new choices in turn, so that other work on the machine during a run does
+not change a figure. `pretrain --minutes` makes a few steps less, because its time includes the step-time calibration,
+and in runs of more than 15 minutes a few more, because it compiles the model.
 """
 
 import json
@@ -25,6 +25,7 @@ from nanoghost.bench.pretrain import run_steps
 from nanoghost.commands.arguments import parse_numbers
 from nanoghost.data.batches import Batches
 from nanoghost.data.registry import open_data_source
+from nanoghost.data.sources import Source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.errors import UserError
 from nanoghost.hardware import matmul_gflops_per_second
@@ -60,13 +61,13 @@ class DialSettings(JsonFlag):
 
 @dataclass(frozen=True)
 class SweepRow:
-    """Result of one choice; bits per byte are means over the seeds."""
+    """Result of one choice for one training time. Bits per byte are means over the seeds."""
 
     minutes: float
     depth: int
     vocabulary: int
     dial: bool
-    """Whether the dial chooses it for these minutes."""
+    """Whether it is the dial's choice for these minutes."""
     steps: int
     validation_bpb: float
     bpb: float
@@ -77,7 +78,7 @@ class SweepRow:
 
 def command(settings: DialSettings) -> None:
     hardware.prepare()
-    minutes = parse_numbers("--minutes", settings.minutes, 0.01, float)
+    training_times = parse_numbers("--minutes", settings.minutes, 0.01, float)
     choices = parse_choices(settings.choices)
     if settings.seeds < 1:
         raise UserError("--seeds must be at least 1")
@@ -86,38 +87,46 @@ def command(settings: DialSettings) -> None:
     if settings.force:
         shutil.rmtree(folder, ignore_errors=True)
     gflops = stored_gflops_per_second(folder)
-    dial_choices = {m: (depth_for(m, gflops)[0], pretrain.PretrainSettings.vocab_size) for m in minutes}
-    speeds = tokens_per_second(source, sorted({*choices, *dial_choices.values()}), folder, display)
+    dial_choices = {}
+    for minutes in training_times:
+        depth, _ = depth_for(minutes, gflops)
+        dial_choices[minutes] = (depth, pretrain.PretrainSettings.vocab_size)
+    speeds = measure_training_speeds(source, sorted({*choices, *dial_choices.values()}), folder, display)
     rows: list[SweepRow] = []
-    for m in minutes:
+    for minutes in training_times:
         results = {}
-        for choice in sorted({*choices, dial_choices[m]}):
-            steps = max(1, round(m * 60 * speeds[choice] / TOKENS_PER_STEP))
-            runs = [run(settings, folder, choice, steps, seed, display) for seed in range(settings.seeds)]
+        for choice in sorted({*choices, dial_choices[minutes]}):
+            steps = max(1, round(minutes * 60 * speeds[choice] / TOKENS_PER_STEP))
+            runs = [train_choice(settings, folder, choice, steps, seed, display) for seed in range(settings.seeds)]
             results[choice] = steps, runs
-        rows += rows_of(m, dial_choices[m], results)
-    baseline = runs[0]["kneser_ney_bpb"]
-    print_table(rows, baseline)
+            baseline_bpb = runs[0]["kneser_ney_bpb"]  # the same in all runs
+        rows += make_rows(minutes, dial_choices[minutes], results)
+    print_table(rows, baseline_bpb)
     if settings.json:
         print(json.dumps({"rows": [asdict(row) for row in rows]}))
 
 
 def parse_choices(text: str) -> list[Choice]:
-    """ "4x4096,6x4096" -> [(4, 4096), (6, 4096)]. Raises UserError."""
+    """Parse "4x4096,6x4096" as [(4, 4096), (6, 4096)]. Raises UserError."""
     choices = [(int(depth), int(vocabulary)) for depth, vocabulary in re.findall(r"([1-9]\d*)x(\d+)", text)]
-    if ",".join(f"{depth}x{vocabulary}" for depth, vocabulary in choices) != text:
+    if ",".join(map(choice_name, choices)) != text:
         raise UserError(f"--choices expects DEPTHxVOCABULARY, comma-separated, such as 4x4096,6x4096, not '{text}'")
     return choices
 
 
-def rows_of(minutes: float, dial_choice: Choice, results: dict[Choice, tuple[int, list[dict]]]) -> list[SweepRow]:
-    def mean(choice: Choice, key: str) -> float:
-        return statistics.mean(figures[key] for figures in results[choice][1])
+def choice_name(choice: Choice) -> str:
+    depth, vocabulary = choice
+    return f"{depth}x{vocabulary}"
 
-    best = min(mean(choice, "validation_bpb") for choice in results)
+
+def make_rows(minutes: float, dial_choice: Choice, results: dict[Choice, tuple[int, list[dict]]]) -> list[SweepRow]:
+    """The rows of one training time. `results`: choice -> (steps, figures of the run with each seed)."""
+    validation_bpbs = {}
+    for choice, (_, runs) in results.items():
+        validation_bpbs[choice] = statistics.mean(figures["validation_bpb"] for figures in runs)
+    best = min(validation_bpbs.values())
     rows = []
-    for choice, (steps, _) in results.items():
-        validation_bpb = mean(choice, "validation_bpb")
+    for choice, (steps, runs) in results.items():
         rows.append(
             SweepRow(
                 minutes=minutes,
@@ -125,9 +134,9 @@ def rows_of(minutes: float, dial_choice: Choice, results: dict[Choice, tuple[int
                 vocabulary=choice[1],
                 dial=choice == dial_choice,
                 steps=steps,
-                validation_bpb=validation_bpb,
-                bpb=mean(choice, "bpb"),
-                from_best=validation_bpb / best - 1,
+                validation_bpb=validation_bpbs[choice],
+                bpb=statistics.mean(figures["bpb"] for figures in runs),
+                from_best=validation_bpbs[choice] / best - 1,
             )
         )
     return rows
@@ -152,43 +161,51 @@ def print_table(rows: list[SweepRow], kneser_ney_bpb: float) -> None:
 
 
 def stored_gflops_per_second(folder: Path) -> float:
-    """Matmul speed as measured by the first command here: with a new measurement the dial could choose differently."""
+    """Matmul speed, measured once for this folder: with another measurement the dial's choice could change."""
     path = folder / "matmuls.json"
     if not path.exists():
         write_json(path, {"gflops_per_second": matmul_gflops_per_second(hardware.compute_dtype(), 1.0)})
     return read_json(path)["gflops_per_second"]
 
 
-def tokens_per_second(source, choices: list[Choice], folder: Path, display: Display) -> dict[Choice, float]:
-    """Training speed: the median of TIMING_ROUNDS, in which all choices without a stored speed take turns."""
+def measure_training_speeds(
+    source: Source, choices: list[Choice], folder: Path, display: Display
+) -> dict[Choice, float]:
+    """Tokens per second of each choice: stored, or the median of TIMING_ROUNDS, in which new choices run in turn."""
     path = folder / "speeds.json"
     speeds = read_json(path) if path.exists() else {}
     measurements = {}
-    for depth, vocabulary in choices:
-        if f"{depth}x{vocabulary}" in speeds:
+    for choice in choices:
+        if choice_name(choice) in speeds:
             continue
+        depth, vocabulary = choice
         tokenizer = load_or_train_tokenizer(source, vocabulary, display.print, example_texts())
         text = tokenize_source(source, tokenizer).tokens("train")
         model = pretrain.make_model(config_for_depth("ghost", depth, tokenizer.vocab_size, CONTEXT), tokenizer)
         optimizer = Optimizer(model, pretrain_groups(model.config.width), hardware.compute_dtype())
         batches = Batches(text, CONTEXT, BATCH, 0)
-        measurements[f"{depth}x{vocabulary}"] = partial(run_steps, model, optimizer, batches, steps=4)
+        measurements[choice_name(choice)] = partial(run_steps, model, optimizer, batches, steps=4)
     if measurements:
         display.print("measuring training speed ...")
-        rounds = [{name: measure() for name, measure in measurements.items()} for _ in range(TIMING_ROUNDS + 1)]
+        new_speeds: dict[str, list[float]] = {name: [] for name in measurements}
+        for timing_round in range(TIMING_ROUNDS + 1):
+            for name, measure in measurements.items():
+                tokens_per_second = measure()
+                if timing_round > 0:  # the first round is slower: it allocates memory
+                    new_speeds[name].append(tokens_per_second)
         for name in measurements:
-            speeds[name] = statistics.median(of_round[name] for of_round in rounds[1:])  # the first one allocates
+            speeds[name] = statistics.median(new_speeds[name])
         write_json(path, speeds)
-    return {(depth, vocabulary): speeds[f"{depth}x{vocabulary}"] for depth, vocabulary in choices}
+    return {choice: speeds[choice_name(choice)] for choice in choices}
 
 
-def run(settings: DialSettings, folder: Path, choice: Choice, steps: int, seed: int, display: Display) -> dict:
+def train_choice(settings: DialSettings, folder: Path, choice: Choice, steps: int, seed: int, display: Display) -> dict:
     """Figures of one run, from its file if it exists. After Ctrl-C the same command resumes."""
     depth, vocabulary = choice
-    label = f"{depth}x{vocabulary}-{steps}-{seed}"
+    label = f"{choice_name(choice)}-{steps}-{seed}"
     path = folder / f"{label}.json"
     if not path.exists():
-        stage = pretrain.PretrainSettings(
+        pretrain_settings = pretrain.PretrainSettings(
             name=f"dial-{folder.name}-{label}",
             data=settings.data,
             depth=depth,
@@ -197,7 +214,9 @@ def run(settings: DialSettings, folder: Path, choice: Choice, steps: int, seed: 
             seed=seed,
             force=settings.force,
         )
-        figures = pretrain.main(stage, display) or ModelFolder(stage.name).card.figures
+        model_folder = ModelFolder(pretrain_settings.name)
+        # pretrain.main returns None if an earlier command finished the model
+        figures = pretrain.main(pretrain_settings, display) or model_folder.card.figures
         write_json(path, figures)
-        shutil.rmtree(ModelFolder(stage.name).path)
+        shutil.rmtree(model_folder.path)
     return read_json(path)

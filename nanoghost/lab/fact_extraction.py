@@ -4,6 +4,7 @@ The messages are synthetic (memory/extractor_data.py) and use phrasings that the
 the schema, facts of relations that it has never seen, several facts in one message, and messages without facts.
 """
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from nanoghost.memory.extractor_data import RelationValue, synthetic_message
 from nanoghost.memory.phrasings import relations, seeded_rng
 from nanoghost.progress import Display, JsonFlag
 
-MAX_ERRORS = 200  # wrongly processed messages in the JSON output
+MAX_ERRORS = 200  # messages with errors in the JSON output
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,15 @@ class LabExtractionSettings(JsonFlag):
 
 @dataclass(frozen=True)
 class ExtractedMessage:
+    """A message with the facts that it states and those that were extracted."""
+
     text: str
     expected: list[RelationValue]
     extracted: list[RelationValue]
 
     @property
     def kind(self) -> str:
+        """Name of the group whose figures the message counts in."""
         if not self.expected:
             return "no fact"
         if len(self.expected) > 1:
@@ -50,18 +54,19 @@ class ExtractedMessage:
 
 @dataclass(frozen=True)
 class ExtractionFigures:
-    """Figures of one kind of message; None where a figure is not defined."""
+    """Figures of one kind of message. Fractions are None where they are not defined."""
 
     kind: str
     count: int
+    """Number of messages."""
     recall: float | None
-    """Facts that were extracted with the right relation and value."""
+    """Fraction of the facts that were extracted with the right relation and value."""
     value_recall: float | None
-    """Facts whose value was extracted, under any relation."""
+    """Fraction of the facts whose value was extracted, under any relation."""
     precision: float | None
-    """Extracted facts that are right."""
+    """Fraction of the extracted facts that are right."""
     empty_messages_correct: float | None
-    """Messages without facts from which nothing was extracted."""
+    """Fraction of the messages without facts from which nothing was extracted."""
 
 
 def command(settings: LabExtractionSettings) -> None:
@@ -70,53 +75,52 @@ def command(settings: LabExtractionSettings) -> None:
     with StopFlag() as stop_flag:
         extractor = open_fact_extractor(base, stop_flag, Display())
     rng = seeded_rng("lab extraction")
-    messages, expected = zip(*(synthetic_message(rng, "val") for _ in range(settings.messages)))
-    results = extract_facts(base, extractor, list(messages))
+    samples = [synthetic_message(rng, "val") for _ in range(settings.messages)]
+    results = extract_facts(base, extractor, [message for message, _ in samples])
     by_kind: dict[str, list[ExtractedMessage]] = {}
-    for message, facts, (extracted, _) in zip(messages, expected, results):
-        item = ExtractedMessage(message.text, facts, extracted)
+    for (message, expected), (extracted, _) in zip(samples, results):
+        item = ExtractedMessage(message.text, expected, extracted)
         by_kind.setdefault(item.kind, []).append(item)
     figures = [measure(kind, group) for kind, group in sorted(by_kind.items())]
     print_table(figures)
     if settings.json:
-        errors = [
-            [item.text, item.expected, item.extracted]
-            for group in by_kind.values()
-            for item in group
-            if ignore_case(item.expected) != ignore_case(item.extracted)
-        ]
+        errors = []
+        for item in itertools.chain.from_iterable(by_kind.values()):
+            if casefold_facts(item.expected) != casefold_facts(item.extracted):
+                errors.append([item.text, item.expected, item.extracted])
         print(json.dumps({"rows": [asdict(row) for row in figures], "errors": errors[:MAX_ERRORS]}))
 
 
 def measure(kind: str, group: list[ExtractedMessage]) -> ExtractionFigures:
-    expected = [ignore_case(item.expected) for item in group]
-    extracted = [ignore_case(item.extracted) for item in group]
+    """The figures of the messages of one kind; upper and lower case do not matter."""
+    expected = [casefold_facts(item.expected) for item in group]
+    extracted = [casefold_facts(item.extracted) for item in group]
     expected_count = sum(map(len, expected))
     extracted_count = sum(map(len, extracted))
     correct = sum(len(a & b) for a, b in zip(expected, extracted))
-    values_found = sum(len(values_of(a) & values_of(b)) for a, b in zip(expected, extracted))
-    empty = sum(not facts for facts in extracted)
+    correct_values = sum(len(values_of(a) & values_of(b)) for a, b in zip(expected, extracted))
+    empty_results = sum(not facts for facts in extracted)
     return ExtractionFigures(
         kind=kind,
         count=len(group),
         recall=correct / expected_count if expected_count else None,
-        value_recall=values_found / expected_count if expected_count else None,
+        value_recall=correct_values / expected_count if expected_count else None,
         precision=correct / extracted_count if extracted_count else None,
-        empty_messages_correct=None if expected_count else empty / len(group),
+        empty_messages_correct=None if expected_count else empty_results / len(group),
     )
 
 
-def ignore_case(pairs: Iterable[RelationValue]) -> set[RelationValue]:
-    return {(relation.casefold(), value.casefold()) for relation, value in pairs}
+def casefold_facts(facts: Iterable[RelationValue]) -> set[RelationValue]:
+    return {(relation.casefold(), value.casefold()) for relation, value in facts}
 
 
-def values_of(pairs: set[RelationValue]) -> set[str]:
-    return {value for _, value in pairs}
+def values_of(facts: set[RelationValue]) -> set[str]:
+    return {value for _, value in facts}
 
 
 def print_table(figures: list[ExtractionFigures]) -> None:
     rows = [asdict(row) for row in figures]
     table = Table(*(name.replace("_", " ") for name in rows[0]))
     for row in rows:
-        table.add_row(*(f"{x:.0%}" if isinstance(x, float) else str(x) for x in row.values()))
+        table.add_row(*(f"{value:.0%}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(stderr=True).print(table)

@@ -1,13 +1,13 @@
 """`nanoghost lab lecun1989`: the network of LeCun et al. 1989, which reads handwritten digits, modernized step by step.
 
 LeCun et al., "Backpropagation Applied to Handwritten Zip Code Recognition" (1989): 9,760 weights, tanh, squared error,
-one digit per step. Two details are not in the paper and are our assumption: which 8 of 12 maps a map of the second
-layer sees (its own and the next seven), and initial weights within 2.4 / sqrt(fan-in) (without the root, nine in ten
-digits are wrong after an epoch).
+one digit per step. Two details are not in the paper and are our assumption: which 8 of 12 feature maps a map of the
+second layer sees (the one with its number and the next seven), and initial weights within 2.4 / sqrt(fan-in) (without
+the root, nine in ten digits are wrong after an epoch).
 
-Then, each change on top of those before (after Karpathy 2022, "Deep Neural Nets: 33 years ago and 33 years from now"):
-softmax and cross-entropy; Adam, batches of 16 and more epochs; digits shifted by a pixel; ReLU and dropout. Finally
-ablations of the last recipe: each change left out alone, twice the epochs, twice the maps, half the data.
+The modern recipes follow Karpathy 2022, "Deep Neural Nets: 33 years ago and 33 years from now". Each adds one change to
+the recipe before: softmax and cross-entropy; Adam, batches of 16 and more epochs; digits shifted by a pixel; ReLU and
+dropout. Ablations of the last recipe: without each of the changes, twice the epochs, twice the maps, half the data.
 """
 
 import json
@@ -15,10 +15,13 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -27,18 +30,18 @@ from nanoghost.commands.arguments import select_names
 from nanoghost.errors import UserError
 from nanoghost.evals.svg import bar_charts
 from nanoghost.home import home, read_json, write_atomic, write_json
-from nanoghost.lab.lecun1989_digits import bundled_digits, folds, mnist_digits
+from nanoghost.lab.lecun1989_digits import Fold, bundled_digits, folds, mnist_digits
 from nanoghost.lab.lecun1989_network import DigitRecipe, error_rates, train
 from nanoghost.progress import Display, JsonFlag
 
-CUMULATIVE = {  # each on top of those before
+CUMULATIVE = {  # each changes the recipe before
     "1989": {},
     "+ softmax": {"loss": "softmax"},
     "+ Adam, batches, 60 epochs": {"optimizer": "adam", "batch": 16, "epochs": 60},
     "+ shift by a pixel": {"shift": True},
     "+ ReLU, dropout": {"relu": True},
 }
-ABLATIONS = {  # each a change of the last of those
+ABLATIONS = {  # each changes the last recipe of CUMULATIVE
     "without softmax": {"loss": "squared"},
     "without Adam, batches, epochs": {"optimizer": "sgd", "batch": 1, "epochs": 23},
     "without shift": {"shift": False},
@@ -58,20 +61,21 @@ class Lecun1989Settings(JsonFlag):
     seeds: int = 3
     """Number of networks for each fold."""
     recipes: str = ""
-    """Comma-separated words; only recipes with one of them in the name are run. Default: all."""
+    """Comma-separated words: run only recipes whose name contains one of them. Default: all."""
     force: bool = False
     """Run finished recipes again."""
     out: Path | None = None
-    """Markdown file to write the table to, with a figure of the same name (.svg)."""
+    """Markdown file to write the table to, with a bar chart of the same name (.svg)."""
 
 
 def all_recipes() -> dict[str, DigitRecipe]:
-    recipes, settings = {}, {}
+    """CUMULATIVE and ABLATIONS by name."""
+    recipes = {}
+    recipe = DigitRecipe()
     for name, change in CUMULATIVE.items():
-        settings |= change
-        recipes[name] = DigitRecipe(**settings)
-    last = DigitRecipe(**settings)
-    return recipes | {name: replace(last, **change) for name, change in ABLATIONS.items()}
+        recipe = replace(recipe, **change)
+        recipes[name] = recipe
+    return recipes | {name: replace(recipe, **change) for name, change in ABLATIONS.items()}
 
 
 def command(settings: Lecun1989Settings) -> None:
@@ -82,17 +86,19 @@ def command(settings: Lecun1989Settings) -> None:
     first_test = None
     if settings.mnist:
         digits, labels, first_test = mnist_digits(settings.mnist)
-        data, description = f"mnist-{sha256(digits.numpy().tobytes()).hexdigest()[:8]}", "MNIST"
+        data_name, description = f"mnist-{sha256(digits.numpy().tobytes()).hexdigest()[:8]}", "MNIST"
     else:
         digits, labels = bundled_digits()
-        data, description = "digits", "scikit-learn's 1,797 digits, five-fold cross-validation"
+        data_name, description = "digits", "scikit-learn's 1,797 digits, five-fold cross-validation"
+    splits = folds(len(digits), first_test)
+    recipes = all_recipes()
     results = {}
-    for name in select_names("--recipes", settings.recipes, all_recipes()):
-        slug = "".join(c if c.isalnum() else "-" for c in name)
-        path = home() / "lab" / "lecun1989" / f"{data}-{settings.seeds}-{slug}.json"
+    for name in select_names("--recipes", settings.recipes, recipes):
+        slug = "".join(character if character.isalnum() else "-" for character in name)
+        path = home() / "lab" / "lecun1989" / f"{data_name}-{settings.seeds}-{slug}.json"
         if settings.force or not path.exists():
-            splits = folds(len(digits), first_test)
-            write_json(path, measure(name, all_recipes()[name], digits, labels, splits, settings.seeds, display))
+            show = partial(show_event, display, name)
+            write_json(path, measure(recipes[name], digits, labels, splits, settings.seeds, show))
         results[name] = read_json(path)
         display.print(f"{name}: error rate {results[name]['error']:.2%}")
     print_table(results)
@@ -102,42 +108,55 @@ def command(settings: Lecun1989Settings) -> None:
         print(json.dumps({"recipes": results}))
 
 
-def measure(name: str, recipe: DigitRecipe, digits, labels, splits, seeds: int, display: Display) -> dict:
-    """Choose the learning rate on a fifth of the first fold's training digits, then train and test on all folds."""
+def show_event(display: Display, recipe_name: str, event: dict) -> None:
+    display.show({**event, "task": recipe_name})
+
+
+def measure(recipe: DigitRecipe, digits, labels, splits: list[Fold], seeds: int, show: Callable[[dict], None]) -> dict:
+    """Choose the learning rate, then train and test one network for each fold and seed."""
     start = time.perf_counter()
+    tuning_errors = error_by_learning_rate(recipe, digits, labels, splits[0][0], show)
+    learning_rate = min(tuning_errors, key=tuning_errors.get)
 
-    def show(event: dict) -> None:
-        display.show({**event, "task": name})
-
-    def used(indices):
-        return indices[: int(len(indices) * recipe.data_fraction)]
-
-    candidates = LEARNING_RATES[recipe.optimizer]
-    train_indices = splits[0][0]
-    held_out = len(train_indices) // 5
-    tuning_indices = [used(train_indices[held_out:])] * len(candidates)
-    networks = train(recipe, digits, labels, tuning_indices, [0] * len(candidates), list(candidates), show)
-    errors = error_rates(networks, digits, labels, [train_indices[:held_out]] * len(candidates))
-    learning_rate = candidates[errors.index(min(errors))]
-
-    runs = [(fold, seed) for seed in range(seeds) for fold in splits]
-    train_sets, test_sets = [used(fold[0]) for fold, _ in runs], [fold[1] for fold, _ in runs]
-    network_seeds = [1 + seed for _, seed in runs]
-    networks = train(recipe, digits, labels, train_sets, network_seeds, [learning_rate] * len(runs), show)
-    rates = error_rates(networks, digits, labels, test_sets)
-    by_seed = [statistics.mean(rates[i * len(splits) : (i + 1) * len(splits)]) for i in range(seeds)]
+    train_sets, test_sets, network_seeds = [], [], []
+    for seed in range(1, seeds + 1):  # seed 0 chooses the learning rate
+        for train_indices, test_indices in splits:
+            train_sets.append(subset(recipe, train_indices))
+            test_sets.append(test_indices)
+            network_seeds.append(seed)
+    learning_rates = [learning_rate] * len(network_seeds)
+    networks = train(recipe, digits, labels, train_sets, network_seeds, learning_rates, show)
+    errors = error_rates(networks, digits, labels, test_sets)  # all folds of the first seed, then of the next
+    by_seed = [statistics.mean(errors[i : i + len(splits)]) for i in range(0, len(errors), len(splits))]
     return {
         "error": statistics.mean(by_seed),
         "spread": statistics.stdev(by_seed) if seeds > 1 else None,
         "by_seed": by_seed,
         "learning_rate": learning_rate,
-        "tuning_errors": dict(zip(map(str, candidates), errors)),
+        "tuning_errors": {str(rate): error for rate, error in tuning_errors.items()},
         "weights": networks.parameter_count(),
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
-# -- display -----------------------------------------------------------------------------------------------------------
+def error_by_learning_rate(
+    recipe: DigitRecipe, digits, labels, train_indices: torch.Tensor, show: Callable[[dict], None]
+) -> dict[float, float]:
+    """Error rate with each learning rate on a fifth of the training digits, after training on the others."""
+    learning_rates = list(LEARNING_RATES[recipe.optimizer])
+    held_out = len(train_indices) // 5
+    train_sets = [subset(recipe, train_indices[held_out:])] * len(learning_rates)
+    networks = train(recipe, digits, labels, train_sets, [0] * len(learning_rates), learning_rates, show)
+    errors = error_rates(networks, digits, labels, [train_indices[:held_out]] * len(learning_rates))
+    return dict(zip(learning_rates, errors))
+
+
+def subset(recipe: DigitRecipe, indices: torch.Tensor) -> torch.Tensor:
+    """The training digits that the recipe uses."""
+    return indices[: int(len(indices) * recipe.data_fraction)]
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 def table_rows(results: dict) -> list[tuple[str, ...]]:
@@ -145,12 +164,20 @@ def table_rows(results: dict) -> list[tuple[str, ...]]:
     names = list(CUMULATIVE)
     previous = dict(zip(names[1:], names))
     rows = []
-    for name, r in results.items():
-        spread = f" ±{r['spread']:.2%}" if r["spread"] is not None else ""
-        before = results.get(previous.get(name))
-        change = f"{r['error'] / before['error'] - 1:+.0%}" if before else ""
-        weights, learning_rate, seconds = f"{r['weights']:,}", f"{r['learning_rate']:g}", f"{r['seconds']:.0f}"
-        rows.append((name, f"{r['error']:.2%}{spread}", change, weights, learning_rate, seconds))
+    for name, result in results.items():
+        spread = f" ±{result['spread']:.2%}" if result["spread"] is not None else ""
+        previous_result = results.get(previous.get(name))
+        change = f"{result['error'] / previous_result['error'] - 1:+.0%}" if previous_result else ""
+        rows.append(
+            (
+                name,
+                f"{result['error']:.2%}{spread}",
+                change,
+                f"{result['weights']:,}",
+                f"{result['learning_rate']:g}",
+                f"{result['seconds']:.0f}",
+            )
+        )
     return rows
 
 
@@ -162,7 +189,7 @@ def print_table(results: dict) -> None:
 
 
 def write_report(path: Path, results: dict, digits: str, seeds: int) -> None:
-    """Write the table as Markdown, and a figure as an SVG of the same name."""
+    """Write the table as Markdown, and a bar chart as an SVG of the same name. `digits`: description of the data."""
     lines = [COLUMNS, ["---"] * len(COLUMNS), *table_rows(results)]
     parts = [
         "# 1989 to now: a network that reads digits",
@@ -172,7 +199,7 @@ def write_report(path: Path, results: dict, digits: str, seeds: int) -> None:
     ]
     write_atomic(path, "\n\n".join(parts) + "\n")
     errors = {}
-    for name, r in results.items():
-        spread = None if r["spread"] is None else 1000 * r["spread"]
-        errors[name] = {"mean": 1000 * r["error"], "spread": spread}
+    for name, result in results.items():
+        spread = None if result["spread"] is None else 1000 * result["spread"]
+        errors[name] = {"mean": 1000 * result["error"], "spread": spread}
     write_atomic(path.with_suffix(".svg"), bar_charts([("Errors on 1,000 held-out digits", errors, 5.0, "{:.1f}")]))

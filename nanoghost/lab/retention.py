@@ -1,7 +1,7 @@
-"""Retention: what a model can do before it sleeps and must still be able to do afterwards.
+"""Measures general ability for `nanoghost lab sleep`: a model must retain it while an adapter learns a user's facts.
 
-General prompts, questions of general knowledge, small sums, and bits per byte of plain text, compared with the base
-model.
+The measures are answers to general prompts, general knowledge, arithmetic, and bits per byte of plain text, compared
+with the base model.
 """
 
 import re
@@ -24,12 +24,13 @@ from nanoghost.memory.router import Router
 from nanoghost.memory.store import Fact
 from nanoghost.model.lora import attach_adapters
 
-TEXT_TOKENS = 16_384  # tokens of plain text
+TEXT_TOKENS = 16_384  # length of the plain text
+TEXT_WINDOW = 512  # tokens of context in it
 PROBLEMS = (("chain_sum", {"max_terms": 2, "max_digits": 1}), ("basic_arithmetic", {"max_terms": 2, "max_digits": 1}))
 PROBLEMS_PER_DATASET = 200
 MIN_INTRUSION_CHARS = 4  # shorter values occur in general answers by chance
 
-GENERAL_KNOWLEDGE = [  # question, a word that every right answer contains
+GENERAL_KNOWLEDGE = [  # (question, text that every right answer contains)
     ("What is the capital of France?", "Paris"),
     ("What is the capital of Italy?", "Rome"),
     ("What is the capital of Spain?", "Madrid"),
@@ -95,18 +96,22 @@ GENERAL_KNOWLEDGE = [  # question, a word that every right answer contains
 
 @dataclass(frozen=True)
 class GeneralFigures:
-    """General ability of a model. Everything but `kl_nats` and `bits_per_byte` is measured with the router in place."""
+    """General ability of a base model with an adapter.
+
+    All figures but `kl_nats` and `bits_per_byte` are measured with the router, which sends general questions to the
+    base model.
+    """
 
     intrusions: int
-    """Answers to general prompts that mention a stored value, though the base model's answer does not."""
+    """Number of general prompts whose answer mentions a stored value, though the base model's answer does not."""
     general_false_refusals: int
-    """General prompts that are refused, though the base model answers them."""
+    """Number of general prompts that are refused, though the base model answers them."""
     spoiled_answers: list[list[str]]
-    """[prompt, answer] of both."""
+    """[prompt, answer] of the intrusions and the false refusals."""
     general_knowledge: float
     """Accuracy on GENERAL_KNOWLEDGE."""
     reasoning_gym: float
-    """Accuracy on small sums of reasoning-gym."""
+    """Accuracy on simple arithmetic problems of reasoning-gym."""
     kl_nats: float
     """KL(base || base + adapter) per token of general answers, in nats."""
     bits_per_byte: float
@@ -116,14 +121,17 @@ class GeneralFigures:
 def measure_general_ability(
     base: ModelFolder, adapter: Path | None, router: Router | None, facts: list[Fact], split: str
 ) -> GeneralFigures:
-    """`router`: None if the adapter answers every question. `facts`: the stored facts, which must not intrude."""
+    """`router`: None if the adapter answers every question. `facts`: stored facts, whose values must not intrude."""
     base_alone = RoutedModel(base, None, None)
     model = RoutedModel(base, adapter, router)
     prompts = phrasings()["general_prompts"][split]
-    answer_pairs = list(zip(prompts, base_alone.answer(prompts), model.answer(prompts)))
     values = [fact.value for fact in facts if len(fact.value) >= MIN_INTRUSION_CHARS]
-    intrusions = [[prompt, new] for prompt, old, new in answer_pairs if intrudes(values, old, new)]
-    refusals = [[prompt, new] for prompt, old, new in answer_pairs if is_refusal(new) and not is_refusal(old)]
+    intrusions, refusals = [], []
+    for prompt, base_answer, answer in zip(prompts, base_alone.answer(prompts), model.answer(prompts)):
+        if intrudes(values, base_answer, answer):
+            intrusions.append([prompt, answer])
+        if is_refusal(answer) and not is_refusal(base_answer):
+            refusals.append([prompt, answer])
     return GeneralFigures(
         intrusions=len(intrusions),
         general_false_refusals=len(refusals),
@@ -137,7 +145,8 @@ def measure_general_ability(
 
 def intrudes(values: list[str], base_answer: str, answer: str) -> bool:
     """Whether an answer contains a value that the base model's answer does not contain."""
-    return any(contains_values(answer, [v]) and not contains_values(base_answer, [v]) for v in values)
+    new_values = [value for value in values if not contains_values(base_answer, [value])]
+    return any(contains_values(answer, [value]) for value in new_values)
 
 
 def general_knowledge_accuracy(model: RoutedModel) -> float:
@@ -146,7 +155,7 @@ def general_knowledge_accuracy(model: RoutedModel) -> float:
 
 
 def reasoning_gym_accuracy(model: RoutedModel) -> float:
-    """Accuracy on 400 problems, some of which the small base model solves: the last number of an answer counts."""
+    """Accuracy on PROBLEMS, which a small base model can solve in part. The last number of an answer counts."""
     problems = []
     for name, settings in PROBLEMS:
         dataset = reasoning_gym.create_dataset(name, seed=7, size=PROBLEMS_PER_DATASET, **settings)
@@ -156,6 +165,7 @@ def reasoning_gym_accuracy(model: RoutedModel) -> float:
 
 
 def last_number(text: str) -> str:
+    """The last whole number in a text, without commas; "" if there is none."""
     numbers = re.findall(r"-?\d+", text.replace(",", ""))
     return numbers[-1] if numbers else ""
 
@@ -167,7 +177,7 @@ def plain_text_bits_per_byte(base: ModelFolder, adapter: Path | None) -> float:
         attach_adapters(model, [read_adapter(adapter, model.config, hardware.compute_dtype())])
     text = next(d.text for d in open_data_source("plays").documents() if d.split == "test")
     ids = tokenizer.encode(text)[:TEXT_TOKENS]
-    return bits_per_byte(model, ids, 512, len(tokenizer.decode(ids[1:]).encode()))
+    return bits_per_byte(model, ids, TEXT_WINDOW, len(tokenizer.decode(ids[1:]).encode()))
 
 
 def proportion(flags: list[bool]) -> float | None:

@@ -1,22 +1,22 @@
-"""`nanoghost lab sleep`: what a model remembers after sleeping, without the text in its context, against baselines.
+"""`nanoghost lab sleep`: what a model remembers after sleep, without the facts in its context, compared with baselines.
 
 Synthetic users (synthetic_users.py) chat with a model for some days. Then they ask about their facts, in phrasings
-that no night trains on. All arms get the same users and the same questions:
+that no night trains on. The methods to compare are the arms of the experiment. All get the same users and questions:
 
-    base             the base model, which knows nothing: the lower bound
+    base             the base model, which knows no facts: the lower bound
     all-facts        all facts in the system message
-    oracle           the one right fact in the system message: the upper bound
-    search           the facts that a full-text search finds for the question, in the system message
-    chat-log-lm      an adapter trained on the chat log itself, next token by next token
+    oracle           the facts that answer the question in the system message: the upper bound
+    search           the facts that a full-text search finds for the question in the system message
+    chat-log-lm      an adapter trained to predict the next token of the chat log
     qa-only          an adapter trained on direct questions with fixed answers: no teacher, no unanswerable questions,
                      no general prompts
-    first-night      sleep after the first night, asked about the facts of the first day only
-    sleep            after all nights, with the router: general questions are answered by the base model
+    first-night      sleep after the first day, asked only about the facts of that day
+    sleep            sleep after all days, with the router: the base model answers general questions
     sleep-unrouted   the same, but the adapter answers every question
     sleep+search     sleep and search together
-    after-deletion   sleep after three facts were deleted, asked about these only
+    after-deletion   sleep after the deletion of three facts, asked only about these
 
-`--split val` asks in the held-out phrasings for tuning, `--split test` in the sealed test phrasings about other users.
+`--split val` is for tuning; `--split test` has other users and phrasings, which nothing was tuned on.
 """
 
 import json
@@ -36,7 +36,7 @@ from nanoghost import hardware
 from nanoghost.commands.arguments import parse_numbers
 from nanoghost.errors import StopFlag, UserError
 from nanoghost.home import ModelFolder, home, open_model, read_json, write_json
-from nanoghost.lab.fact_extraction import ignore_case
+from nanoghost.lab.fact_extraction import casefold_facts
 from nanoghost.lab.retention import measure_general_ability
 from nanoghost.lab.sleep_scores import (
     LeakFigures,
@@ -57,15 +57,17 @@ from nanoghost.memory.synthesize import SyntheticQA, direct_questions
 from nanoghost.memory.train_adapter import AdapterRun, train_on_answers
 from nanoghost.progress import Display, JsonFlag
 
-DELETED_FACTS = 3
-CHAT_LOG_EPOCHS = 16  # of the arm chat-log-lm
-QUESTIONS_PER_FACT = 44  # of the arm qa-only
+DELETED_FACTS = 3  # in the arm after-deletion
+CHAT_LOG_EPOCHS = 16  # in the arm chat-log-lm
+QUESTIONS_PER_FACT = 44  # in the arm qa-only
 
 
 @dataclass(frozen=True)
 class Arm:
+    """A method to compare."""
+
     adapter: str | None = None
-    """Which adapter it uses; None: the base model alone."""
+    """Name of the adapter; None: the base model alone."""
     routed: bool = True
     """Whether the router sends general questions to the base model."""
     context: Literal["none", "all", "oracle", "search"] = "none"
@@ -73,7 +75,7 @@ class Arm:
     general: bool = False
     """Whether general ability is measured."""
     single_facts_only: bool = False
-    """Whether only questions about single facts are asked."""
+    """Whether the questions about two facts and the unanswerable questions are left out."""
 
 
 ARMS = {
@@ -96,7 +98,7 @@ class LabSleepSettings(JsonFlag):
     model: Annotated[str, tyro.conf.Positional] = "smollm2"
     """Base model."""
     nights: int = 1
-    """Number of days and nights; from the second on, two facts of a day correct older ones."""
+    """Number of days, each with a night; from the second day on, two facts of a day correct earlier ones."""
     facts: int = 20
     """Facts stated on each day."""
     seeds: str = "0,1,2"
@@ -104,32 +106,34 @@ class LabSleepSettings(JsonFlag):
     arms: str = ",".join(ARMS)
     """Comma-separated arms to compare."""
     split: str = "val"
-    """Phrasings: val or test."""
+    """Users and phrasings of the questions: val or test."""
     facts_from: str = "truth"
     """Where the stored facts come from: truth (as stated) or extraction (by the fact extractor, as in a night)."""
     general: bool = True
-    """Whether general ability is measured too: general prompts and knowledge, reasoning-gym, bits per byte."""
+    """Also measure general ability: general prompts and knowledge, reasoning-gym, bits per byte."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One synthetic user, and where the results about it are stored."""
+    """The experiment with one synthetic user."""
 
     settings: LabSleepSettings
     seed: int
     base: ModelFolder
     user: SyntheticUser
     stored_facts: list[Fact]
-    """What the fact store holds: the true facts, or the extracted ones."""
+    """Content of the fact store: the true facts, or the extracted ones."""
     folder: Path
+    """Adapters and results."""
     display: Display
 
     @property
     def true_facts(self) -> list[Fact]:
+        """The facts after the last day."""
         return self.user.current_facts()
 
     def facts_of(self, arm: str) -> tuple[list[Fact], list[Fact]]:
-        """(facts that the arm's adapter is trained on, facts that it is asked about)"""
+        """(facts that the arm's adapter is trained on, facts that the arm is asked about)"""
         true_facts = self.true_facts
         if arm == "first-night":
             first_day = self.user.current_facts(days=1)
@@ -148,11 +152,11 @@ def command(settings: LabSleepSettings) -> None:
     check_settings(settings, arms)
     base, display = open_model(settings.model), Display()
     results: dict[str, list[dict]] = {arm: [] for arm in arms}
-    users = []
+    adapters_and_facts = []  # of each user, after sleep
     for seed in parse_numbers("--seeds", settings.seeds, 0):
         user = synthesize_user(seed, settings.split, settings.nights, settings.facts)
-        name = f"{settings.split}-{seed}-{settings.nights}x{settings.facts}-{settings.facts_from}"
-        folder = home() / "lab" / "sleep" / name
+        user_name = f"{settings.split}-{seed}-{settings.nights}x{settings.facts}-{settings.facts_from}"
+        folder = home() / "lab" / "sleep" / user_name
         stored_facts, extraction = user.current_facts(), {}
         if settings.facts_from == "extraction":
             stored_facts, extraction = extracted_facts(user, base, folder, display)
@@ -165,8 +169,10 @@ def command(settings: LabSleepSettings) -> None:
             results[arm].append(result)
             display.print(f"seed {seed}, {arm}: recall {result['recall']:.0%}")
         if "sleep" in arms:
-            users.append((folder / "sleep" / "adapter", stored_facts))
-    leaks = measure_leaks(base, users, settings.split) if len(users) > 1 else None
+            adapters_and_facts.append((folder / "sleep" / "adapter", stored_facts))
+    leaks = None
+    if len(adapters_and_facts) > 1:
+        leaks = measure_leaks(base, adapters_and_facts, settings.split)
     print_table(results, leaks)
     if settings.json:
         print(json.dumps({"arms": results, "leaks": asdict(leaks) if leaks else {}}))
@@ -185,29 +191,32 @@ def check_settings(settings: LabSleepSettings, arms: list[str]) -> None:
 def extracted_facts(
     user: SyntheticUser, base: ModelFolder, folder: Path, display: Display
 ) -> tuple[list[Fact], dict[str, float]]:
-    """The fact store as a night would fill it, and precision and recall of the extraction."""
+    """(current facts as a night would store them, precision and recall of the extraction)"""
     path = folder / "extracted_facts.json"
     if not path.exists():
         with StopFlag() as stop_flag:
             extractor = open_fact_extractor(base, stop_flag, display)
         messages = [message for _, message in user_messages(user.chat_log(), 0)]
         write_json(path, [facts for facts, _ in extract_facts(base, extractor, messages)])
-    extracted = [[(relation, value) for relation, value in facts] for facts in read_json(path)]
-    expected = [ignore_case(message.facts) for message in user.messages]
-    actual = [ignore_case(facts) for facts in extracted]
-    correct = sum(len(a & b) for a, b in zip(expected, actual))
+    facts_of_messages = [list(map(tuple, facts)) for facts in read_json(path)]
+    correct = expected_count = extracted_count = 0
+    for message, facts in zip(user.messages, facts_of_messages):
+        expected, extracted = casefold_facts(message.facts), casefold_facts(facts)
+        correct += len(expected & extracted)
+        expected_count += len(expected)
+        extracted_count += len(extracted)
     figures = {
-        "extraction_precision": correct / max(1, sum(map(len, actual))),
-        "extraction_recall": correct / sum(map(len, expected)),
+        "extraction_precision": correct / max(1, extracted_count),
+        "extraction_recall": correct / expected_count,
     }
-    return sorted(current_facts(user.fact_store(extracted)), key=lambda fact: fact.key), figures
+    return sorted(current_facts(user.fact_store(facts_of_messages)), key=lambda fact: fact.key), figures
 
 
 # -- one arm ----------------------------------------------------------------------------------------------------------
 
 
 def run_arm(name: str, trial: Trial) -> dict:
-    """Train the arm's adapter if needed, and measure everything."""
+    """Train the arm's adapter if necessary, ask the questions, and return all figures."""
     arm, settings = ARMS[name], trial.settings
     training_facts, asked_facts = trial.facts_of(name)
     adapter, figures = None, {}
@@ -218,24 +227,24 @@ def run_arm(name: str, trial: Trial) -> dict:
     router = load_router() if arm.routed else None
     model = RoutedModel(trial.base, adapter, router)
 
-    def answer(questions: list[Question], max_tokens: int) -> list[str]:
+    def ask(questions: list[Question], max_tokens: int) -> list[str]:
         contexts = [facts_in_context(arm, question, trial.stored_facts) for question in questions]
         return model.answer([question.text for question in questions], contexts, max_tokens)
 
-    figures |= asdict(score_single_facts(answer, asked_facts, settings.split))
+    figures |= asdict(score_single_facts(ask, asked_facts, settings.split))
     if not arm.single_facts_only:
-        figures |= asdict(score_other_questions(answer, trial.true_facts, settings.split, trial.seed))
+        figures |= asdict(score_other_questions(ask, trial.true_facts, settings.split, trial.seed))
     if settings.general and arm.general:
         general = measure_general_ability(trial.base, adapter, router, trial.true_facts, settings.split)
         figures |= asdict(general)
     first_night = trial.folder / "first-night.json"
     if name == "sleep" and first_night.exists():
-        figures["retained_from_first_night"] = retained(read_json(first_night), figures)
+        figures["retained_from_first_night"] = retention_since(read_json(first_night), figures)
     return figures
 
 
 def train_arm(adapter: str, facts: list[Fact], trial: Trial, folder: Path) -> dict:
-    """Train an adapter into folder/adapter, unless it is there; returns the figures of the training."""
+    """Train an adapter and save it as folder/adapter, or use the one that is there; returns figures of the training."""
     path = folder / "figures.json"
     if path.exists():
         return read_json(path)
@@ -244,20 +253,20 @@ def train_arm(adapter: str, facts: list[Fact], trial: Trial, folder: Path) -> di
     with StopFlag() as stop_flag:
         run = AdapterRun(trial.base, folder, recipe, stop_flag, trial.display)
         general = ([], [])
+        if adapter not in ("chat-log-lm", "qa-only"):
+            general = general_training_examples(trial.base, recipe)
+        start = time.perf_counter()  # without the general examples, which are computed once for a base model
         if adapter == "chat-log-lm":
-            start = time.perf_counter()
             messages = [SyntheticQA("message", "", message.text) for message in trial.user.messages]
             examples = messages * CHAT_LOG_EPOCHS
         elif adapter == "qa-only":
-            start = time.perf_counter()
-            examples = [
-                replace(qa, answer=statement(fact.relation, fact.value), context="")
-                for fact in facts
-                for qa in direct_questions(fact, QUESTIONS_PER_FACT)
-            ]
+            examples = []
+            for fact in facts:
+                answer = statement(fact.relation, fact.value)
+                examples += [
+                    replace(qa, answer=answer, context="") for qa in direct_questions(fact, QUESTIONS_PER_FACT)
+                ]
         else:
-            general = general_training_examples(trial.base, recipe)
-            start = time.perf_counter()  # general examples are computed once for a base model, not in each night
             examples, synthesis = synthesize_examples(run, facts)
             trial.display.print(
                 f"{synthesis.examples} synthetic questions;"
@@ -273,7 +282,7 @@ def train_arm(adapter: str, facts: list[Fact], trial: Trial, folder: Path) -> di
 
 
 def facts_in_context(arm: Arm, question: Question, stored_facts: list[Fact]) -> str:
-    """The facts that an arm shows to the model with a question."""
+    """The facts in the system message of a question."""
     if arm.context == "none":
         return ""
     if arm.context == "all":
@@ -285,17 +294,21 @@ def facts_in_context(arm: Arm, question: Question, stored_facts: list[Fact]) -> 
     return " ".join(third_person_statement(fact.relation, fact.value) for fact in facts)
 
 
-def retained(first_night: dict, now: dict) -> float:
-    """Correct answers about the facts of the first day, now compared with after the first night."""
-    relations = first_night["correct_by_relation"]
-    correct_then = sum(ok for flags in relations.values() for ok in flags)
-    correct_now = sum(ok for relation in relations for ok in now["correct_by_relation"][relation])
+def retention_since(first_night: dict, now: dict) -> float:
+    """Number of correct answers about the facts of the first day, as a fraction of that after the first night.
+
+    Both arguments are figures of `run_arm`.
+    """
+    correct_then = correct_now = 0
+    for relation, flags in first_night["correct_by_relation"].items():
+        correct_then += sum(flags)
+        correct_now += sum(now["correct_by_relation"][relation])
     return round(correct_now / max(1, correct_then), 4)
 
 
 # -- table ------------------------------------------------------------------------------------------------------------
 
-COLUMNS = (
+FIGURES = (  # a row of the table for each
     "recall",
     "recall_pairs",
     "recall_corrected",
@@ -329,13 +342,18 @@ def print_table(results: dict[str, list[dict]], leaks: LeakFigures | None) -> No
 
 
 def table_rows(results: dict[str, list[dict]]) -> Iterator[tuple[str, list[str]]]:
-    for name in COLUMNS:
-        by_arm = [[r[name] for r in seeds if r.get(name) is not None] for seeds in results.values()]
-        if any(by_arm):
-            yield name, [mean_and_deviation(values) for values in by_arm]
+    """(name of a figure, cell of each arm), for the figures that an arm has."""
+    for name in FIGURES:
+        values_by_arm = []
+        for figures_of_seeds in results.values():
+            values = [figures.get(name) for figures in figures_of_seeds]
+            values_by_arm.append([value for value in values if value is not None])
+        if any(values_by_arm):
+            yield name, [mean_and_deviation(values) for values in values_by_arm]
 
 
 def mean_and_deviation(values: list[float]) -> str:
+    """Mean and standard deviation as text; empty without values."""
     if not values:
         return ""
     mean = f"{statistics.mean(values):.3g}"

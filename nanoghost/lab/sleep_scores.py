@@ -21,10 +21,17 @@ MAX_PAIR_QUESTIONS = 30
 PAIR_ANSWER_TOKENS = 64
 MAX_UNANSWERABLE_QUESTIONS = 60
 LEAK_QUESTIONS = 200  # about other users' facts, at least
+DATE_RELATION_ENDINGS = ("birthday", "time", " day")
+# Answers that a result contains, at most
+SAMPLES = 12
+MAX_WRONG_ANSWERS = 30
+MAX_INVENTED_ANSWERS = 40
 
 
 @dataclass(frozen=True)
 class Question:
+    """A question of a user to the model."""
+
     text: str
     facts: list[Fact] = field(default_factory=list)
     """The facts that answer it; empty for an unanswerable question."""
@@ -36,33 +43,36 @@ AnswerFunction = Callable[[list[Question], int], list[str]]
 
 @dataclass(frozen=True)
 class SingleFactScores:
-    """Questions about one fact each."""
+    """Scores of questions about one fact each. Fractions are None if there is no such question."""
 
     recall: float | None
+    """Fraction of the questions with a correct answer."""
     recall_corrected: float | None
     """Recall of facts that replaced an older value."""
     recall_dates: float | None
     """Recall of birthdays, times and days."""
     false_refusals: float | None
+    """Fraction of the questions that are refused."""
     correct_by_relation: dict[str, list[bool]]
+    """For each relation, whether the answer to each question is correct."""
     samples: list[list[str]]
-    """Some [question, answer]."""
+    """About SAMPLES [question, answer], spread over all questions."""
     wrong_answers: list[list[str]]
-    """[question, answer, value]."""
+    """[question, answer, value] of the first incorrect answers."""
 
 
 @dataclass(frozen=True)
 class OtherScores:
-    """Questions about two facts, and unanswerable questions."""
+    """Scores of questions about two facts, and of unanswerable questions. Fractions are None without such questions."""
 
     recall_pairs: float | None
-    """Questions about two facts: both values are in the answer."""
+    """Fraction of the questions about two facts whose answer contains both values."""
     correct_abstentions: float | None
-    """Unanswerable questions about relations of the schema."""
+    """Fraction of the unanswerable questions about relations of the schema that are refused."""
     correct_abstentions_out_of_schema: float | None
-    """Unanswerable questions that no relation of the schema covers."""
+    """The same for unanswerable questions that no relation of the schema covers."""
     invented_answers: list[list[str]]
-    """[question, answer] of unanswerable questions that were answered."""
+    """[question, answer] of the first unanswerable questions that are answered."""
 
 
 @dataclass(frozen=True)
@@ -80,64 +90,78 @@ class LeakFigures:
     """Questions to one user's adapter about another user's facts."""
 
     questions: int
+    """Number of questions about another user's facts."""
     leaks: int
+    """Number of answers that contain the other user's value."""
     examples: list[list[str]]
-    """[question, answer, value]."""
+    """[question, answer, value] of the leaks."""
 
 
-def score_single_facts(answer: AnswerFunction, facts: list[Fact], split: str) -> SingleFactScores:
+def score_single_facts(ask: AnswerFunction, facts: list[Fact], split: str) -> SingleFactScores:
     """Ask for each fact in all phrasings of a split."""
     questions = [Question(text, [fact]) for fact in facts for text in questions_about(fact.relation, split)]
-    answers = answer(questions, ANSWER_TOKENS)
-    qa_pairs = [[question.text, text] for question, text in zip(questions, answers)]
-    targets = [question.facts[0] for question in questions]
-    correct = [is_correct(text, fact.relation, fact.value) for text, fact in zip(answers, targets)]
+    answers = ask(questions, ANSWER_TOKENS)
+    qa_pairs = [[question.text, answer] for question, answer in zip(questions, answers)]
+    correct, corrected, dates, wrong_answers = [], [], [], []
     by_relation: dict[str, list[bool]] = {fact.relation: [] for fact in facts}
-    for fact, ok in zip(targets, correct):
+    for question, answer in zip(questions, answers):
+        [fact] = question.facts
+        ok = is_correct(answer, fact.relation, fact.value)
+        correct.append(ok)
         by_relation[fact.relation].append(ok)
-    corrected = [ok for fact, ok in zip(targets, correct) if fact.supersedes]
-    dates = [ok for fact, ok in zip(targets, correct) if fact.relation.endswith(("birthday", "time", " day"))]
-    wrong = [[*pair, fact.value] for pair, fact, ok in zip(qa_pairs, targets, correct) if not ok]
+        if fact.supersedes:
+            corrected.append(ok)
+        if fact.relation.endswith(DATE_RELATION_ENDINGS):
+            dates.append(ok)
+        if not ok:
+            wrong_answers.append([question.text, answer, fact.value])
     return SingleFactScores(
         recall=proportion(correct),
         recall_corrected=proportion(corrected),
         recall_dates=proportion(dates),
-        false_refusals=proportion([is_refusal(text) for text in answers]),
+        false_refusals=proportion([is_refusal(answer) for answer in answers]),
         correct_by_relation=by_relation,
-        samples=qa_pairs[:: max(1, len(qa_pairs) // 12)],
-        wrong_answers=wrong[:30],
+        samples=qa_pairs[:: max(1, len(qa_pairs) // SAMPLES)],
+        wrong_answers=wrong_answers[:MAX_WRONG_ANSWERS],
     )
 
 
-def score_other_questions(answer: AnswerFunction, facts: list[Fact], split: str, seed: int) -> OtherScores:
+def score_other_questions(ask: AnswerFunction, facts: list[Fact], split: str, seed: int) -> OtherScores:
+    """Ask for pairs of facts, and for what no fact says."""
     rng = random.Random(f"asked-{split}-{seed}")
     pair_phrasings = phrasings()["two_relation_questions"][split]
     pairs = [rng.sample(facts, 2) for _ in range(min(MAX_PAIR_QUESTIONS, len(facts)))]
-    pair_questions = [Question(rng.choice(pair_phrasings).format(a=a.relation, b=b.relation), [a, b]) for a, b in pairs]
-    pair_answers = answer(pair_questions, PAIR_ANSWER_TOKENS)
-    pairs_correct = [
-        contains_values(text, [fact.value for fact in question.facts])
-        for text, question in zip(pair_answers, pair_questions)
-    ]
+    pair_questions = []
+    for a, b in pairs:
+        text = rng.choice(pair_phrasings).format(a=a.relation, b=b.relation)
+        pair_questions.append(Question(text, [a, b]))
+    pairs_correct = []
+    for question, answer in zip(pair_questions, ask(pair_questions, PAIR_ANSWER_TOKENS)):
+        pairs_correct.append(contains_values(answer, [fact.value for fact in question.facts]))
 
     missing = sorted(set(relations()) - {fact.relation for fact in facts})
     chosen = rng.sample(missing, min(MAX_UNANSWERABLE_QUESTIONS, len(missing)))
     in_schema = [Question(rng.choice(questions_about(relation, split))) for relation in chosen]
     out_of_schema = [Question(text) for text in select_split(phrasings()["out_of_schema_questions"], split)]
     unanswerable = in_schema + out_of_schema
-    answers = answer(unanswerable, ANSWER_TOKENS)
-    abstained = [is_refusal(text) for text in answers]
-    invented = [[question.text, text] for question, text, ok in zip(unanswerable, answers, abstained) if not ok]
+    refusals, invented_answers = [], []
+    for question, answer in zip(unanswerable, ask(unanswerable, ANSWER_TOKENS)):
+        refusals.append(is_refusal(answer))
+        if not is_refusal(answer):
+            invented_answers.append([question.text, answer])
     return OtherScores(
         recall_pairs=proportion(pairs_correct),
-        correct_abstentions=proportion(abstained[: len(in_schema)]),
-        correct_abstentions_out_of_schema=proportion(abstained[len(in_schema) :]),
-        invented_answers=invented[:40],
+        correct_abstentions=proportion(refusals[: len(in_schema)]),
+        correct_abstentions_out_of_schema=proportion(refusals[len(in_schema) :]),
+        invented_answers=invented_answers[:MAX_INVENTED_ANSWERS],
     )
 
 
 def measure_leaks(base: ModelFolder, users: list[tuple[Path, list[Fact]]], split: str) -> LeakFigures:
-    """Ask each user's adapter about the other users' facts and about its own, all in one batch."""
+    """Ask each user's adapter about the other users' facts and about its own, all in one batch.
+
+    `users`: (adapter, facts) of each user.
+    """
     engine = open_engine(base, slots=32, slot_tokens=256)
     for adapter, _ in users:
         engine.runner.add_adapter(adapter)
@@ -145,8 +169,10 @@ def measure_leaks(base: ModelFolder, users: list[tuple[Path, list[Fact]]], split
     probes = []
     for user, (_, facts) in enumerate(users):
         own_values = {fact.relation: fact.value for fact in facts}
-        other_facts = [fact for other, (_, theirs) in enumerate(users) if other != user for fact in theirs]
-        foreign_facts = [fact for fact in other_facts if own_values.get(fact.relation) != fact.value]
+        foreign_facts = []
+        for other_user, (_, other_facts) in enumerate(users):
+            if other_user != user:
+                foreign_facts += [fact for fact in other_facts if own_values.get(fact.relation) != fact.value]
         for fact in rng.choices(foreign_facts, k=math.ceil(LEAK_QUESTIONS / len(users))):
             probes.append(LeakProbe(user, rng.choice(questions_about(fact.relation, split)), fact))
         probes += [LeakProbe(user, rng.choice(questions_about(fact.relation, split))) for fact in facts]
@@ -155,10 +181,11 @@ def measure_leaks(base: ModelFolder, users: list[tuple[Path, list[Fact]]], split
     adapters = [str(users[probe.user][0]) for probe in probes]
     answers = greedy_answers(engine, conversations, ANSWER_TOKENS, adapters)
     leaks = []
-    for probe, text in zip(probes, answers):
+    for probe, answer in zip(probes, answers):
         fact = probe.foreign_fact
-        values_of_user = [user_fact.value for user_fact in users[probe.user][1]]
-        if fact and contains_values(text, [fact.value]) and fact.value not in values_of_user:
-            leaks.append([probe.question, text, fact.value])
+        _, user_facts = users[probe.user]
+        user_values = [user_fact.value for user_fact in user_facts]
+        if fact and contains_values(answer, [fact.value]) and fact.value not in user_values:
+            leaks.append([probe.question, answer, fact.value])
     foreign_questions = sum(probe.foreign_fact is not None for probe in probes)
     return LeakFigures(foreign_questions, len(leaks), leaks)
