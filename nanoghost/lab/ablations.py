@@ -53,9 +53,14 @@ class LedgerSettings(JsonFlag):
     """Markdown file to write the tables to, with a figure of the same name (.svg)."""
 
 
+def todays_recipe() -> Recipe:
+    return list(cumulative().values())[-1]
+
+
 def mean_and_spread(values: list[float]) -> dict:
     """Mean and standard deviation; the latter is None for a single value."""
-    return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "spread": spread}
 
 
 # -- cumulative -------------------------------------------------------------------------------------------------------
@@ -74,22 +79,24 @@ class Target:
 
 
 def reference_target(runs: Runs, reference: str, max_tokens: int, seeds: list[int]) -> Target:
+    """Train the reference recipe for at most `max_tokens` and MAX_SECONDS."""
     recipe = cumulative()[reference]
     tokens = runs.longest_length(reference, recipe, max_tokens)
     bpbs = [runs.tuned_run(reference, recipe, tokens, seed)["bpb"] for seed in seeds]
     return Target(reference, tokens, statistics.mean(bpbs))
 
 
-def seconds_to(target: Target, runs: Runs, name: str, seeds: list[int]) -> dict:
+def seconds_to_target(runs: Runs, name: str, target: Target, seeds: list[int]) -> dict:
     """Seconds until a recipe reaches a target, mean and spread; {} if a run of MAX_SECONDS is too short for it."""
     recipes = cumulative()
-    same_learning = FIRST_REFERENCE if name in SPEED_ONLY else name  # a recipe that learns the same, token by token
-    if same_learning == target.reference:
+    # The recipe that is trained for it: those of SPEED_ONLY would need the same tokens, but more time
+    trained_name = FIRST_REFERENCE if name in SPEED_ONLY else name
+    if trained_name == target.reference:
         tokens = [target.tokens]
     else:
-        recipe = recipes[same_learning]
-        max_tokens = runs.longest_length(same_learning, recipe)
-        tokens = [runs.tokens_to(target.bpb, same_learning, recipe, seed, max_tokens) for seed in seeds]
+        recipe = recipes[trained_name]
+        max_tokens = runs.longest_length(trained_name, recipe)
+        tokens = [runs.tokens_to(target.bpb, trained_name, recipe, seed, max_tokens) for seed in seeds]
     if None in tokens:
         return {}
     seconds_per_token = runs.seconds_per_token(name, recipes[name])
@@ -116,11 +123,11 @@ def cumulative_figures(runs: Runs, recipes: dict[str, Recipe], seeds: list[int])
     first_target = reference_target(runs, FIRST_REFERENCE, LENGTHS[-1], seeds)
     for name in names[: middle + 1]:
         if name in recipes:
-            figures[name]["seconds"][0] = seconds_to(first_target, runs, name, seeds)
+            figures[name]["seconds"][0] = seconds_to_target(runs, name, first_target, seeds)
     second_target = reference_target(runs, SECOND_REFERENCE, DEFAULT_LENGTH, seeds)
     for name in names[middle:]:
         if name in recipes:
-            figures[name]["seconds"][1] = seconds_to(second_target, runs, name, seeds)
+            figures[name]["seconds"][1] = seconds_to_target(runs, name, second_target, seeds)
     return [first_target.bpb, second_target.bpb], figures
 
 
@@ -184,11 +191,12 @@ def with_depth(recipes: dict[str, Recipe], depth: int) -> dict[str, Recipe]:
     """
     width = 64 * depth
     today = recipes[TODAY]
-    return {
-        name: replace(recipe, depth=depth, width=width)
-        for name, recipe in recipes.items()
-        if (recipe.depth, recipe.width) == (today.depth, today.width) and width % recipe.head_width == 0
-    }
+    resized = {}
+    for name, recipe in recipes.items():
+        has_todays_size = (recipe.depth, recipe.width) == (today.depth, today.width)
+        if has_todays_size and width % recipe.head_width == 0:
+            resized[name] = replace(recipe, depth=depth, width=width)
+    return resized
 
 
 # -- command ----------------------------------------------------------------------------------------------------------
@@ -212,10 +220,6 @@ def command(settings: LedgerSettings) -> None:
         write_report(settings.out, figures, shlex.join(["nanoghost", *sys.argv[1:]]))
     if settings.json:
         print(json.dumps(asdict(figures)))
-
-
-def todays_recipe() -> Recipe:
-    return list(cumulative().values())[-1]
 
 
 def measure(runs: Runs, settings: LedgerSettings, selected: list[str]) -> LedgerFigures:
