@@ -59,13 +59,13 @@ def development_pairs(pairs: list[Pair]) -> list[Pair]:
     return pairs[::3]
 
 
-def held_out_pairs(pairs: list[Pair]) -> list[Pair]:
+def test_pairs(pairs: list[Pair]) -> list[Pair]:
     return [pair for i, pair in enumerate(pairs) if i % 3 != 0]
 
 
 def similarities(texts: Path) -> list[dict]:
     """Jaccard similarity of pairs of editions and of all other pairs of texts: a row for each form of the shingles."""
-    files = {file.stem: file.read_text() for file in sorted(texts.glob("shkspr-*_gut*.txt"))}
+    files = {file.stem: file.read_text(encoding="utf-8") for file in sorted(texts.glob("shkspr-*_gut*.txt"))}
     pairs = edition_pairs(set(files))
     unrelated_pairs = []
     for pair in itertools.combinations(sorted(files), 2):
@@ -77,14 +77,14 @@ def similarities(texts: Path) -> list[dict]:
         for n in (2, 3, 4, 5):
             sets = {name: np.unique(shingles(h, n)) for name, h in hashes.items()}
             development = [jaccard(sets, pair) for pair in development_pairs(pairs)]
-            held_out = [jaccard(sets, pair) for pair in held_out_pairs(pairs)]
-            recalls = [expected_recall(similarity) for similarity in development + held_out]
+            test = [jaccard(sets, pair) for pair in test_pairs(pairs)]
+            recalls = [expected_recall(similarity) for similarity in development + test]
             rows.append(
                 {
                     "words": form,
                     "n": n,
                     "lowest_of_development_pairs": round(min(development), 3),
-                    "lowest_of_held_out_pairs": round(min(held_out), 3),
+                    "lowest_of_test_pairs": round(min(test), 3),
                     "highest_of_unrelated_pairs": round(max(jaccard(sets, pair) for pair in unrelated_pairs), 3),
                     "expected_recall": round(sum(recalls) / len(recalls), 3),
                     "lowest_expected_recall": round(min(recalls), 3),
@@ -116,13 +116,13 @@ def deduplication_quality(texts: Path, refined: Path) -> dict:
     """Recall and precision of the clusters of near duplicates in the output of `data refine`."""
     clustered = clustered_pairs(refined)
     pairs = [tuple(sorted(pair)) for pair in edition_pairs({file.stem for file in texts.iterdir()})]
-    held_out = held_out_pairs(pairs)
+    test = test_pairs(pairs)
     return {
         "pairs": len(pairs),
         "clustered_pairs": len(clustered),
         "precision": len(clustered & set(pairs)) / max(1, len(clustered)),
         "recall": len(clustered & set(pairs)) / len(pairs),
-        "recall_of_held_out_pairs": len(clustered & set(held_out)) / len(held_out),
+        "recall_of_test_pairs": len(clustered & set(test)) / len(test),
         "wrong": sorted(clustered - set(pairs)),
         "exact_copies": read_json(refined / "manifest.json")["dropped"]["exact copy"]["documents"],
     }

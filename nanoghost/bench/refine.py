@@ -107,7 +107,7 @@ def make_text(texts: Path, folder: Path, megabytes: int, seed: int = 0) -> None:
     lines = []
     for file in sorted(texts.iterdir()):
         if not file.stem.removeprefix("shkspr-").startswith(held_out):
-            lines += [line for line in file.read_text().splitlines() if len(line.split()) > 3]
+            lines += [line for line in file.read_text(encoding="utf-8").split("\n") if len(line.split()) > 3]
     rng = random.Random(seed)
     folder.mkdir()
     bytes_left = megabytes * 10**6
@@ -176,7 +176,7 @@ def print_figures(figures: dict, console: Console) -> None:
         "words",
         "n",
         "lowest of the development pairs",
-        "lowest of the held-out pairs",
+        "lowest of the test pairs",
         "highest of unrelated texts",
         "expected recall",
         "of the hardest pair",
@@ -188,7 +188,7 @@ def print_figures(figures: dict, console: Console) -> None:
     quality = figures["editions"]
     console.print(f"{quality['clustered_pairs']} pairs found, {quality['pairs']} exist")
     console.print(f"precision {quality['precision']:.1%}, recall {quality['recall']:.1%}")
-    console.print(f"recall of the held-out pairs {quality['recall_of_held_out_pairs']:.1%}")
+    console.print(f"recall of the test pairs {quality['recall_of_test_pairs']:.1%}")
     console.print(json.dumps(quality["by_default"], indent=2))
     for row in figures["rows"]:
         console.print("  ".join(f"{key} {value}" for key, value in row.items()))
