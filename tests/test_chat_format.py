@@ -107,6 +107,36 @@ def test_tokens_text_and_jinja_template_agree(messages, generation):
     assert template().render(messages=messages, add_generation_prompt=generation) == text
 
 
+def json_bodies(text):
+    return [json.loads(body.partition("\n</tool_call>")[0]) for body in text.split("<tool_call>\n")[1:]]
+
+
+def as_objects(messages):
+    """The arguments of calls as objects, as transformers and vLLM hand them to a template."""
+
+    def convert(call):
+        return call | {"function": call["function"] | {"arguments": json.loads(call["function"]["arguments"])}}
+
+    return [m | {"tool_calls": [convert(c) for c in m["tool_calls"]]} if "tool_calls" in m else m for m in messages]
+
+
+@FAST
+@given(CALLS.map(lambda calls: [{"role": "assistant", "content": None, "tool_calls": calls}]))
+def test_the_template_takes_arguments_as_objects(messages):
+    """One that is itself a string stays ambiguous: OpenAI's form is text."""
+    if any(json.loads(c["function"]["arguments"]).__class__ is str for c in messages[0]["tool_calls"]):
+        return
+    assert json_bodies(template().render(messages=as_objects(messages))) == json_bodies(render_text(messages))
+
+
+def test_no_arguments_are_an_empty_object():
+    """Clients send "" for a function without parameters."""
+    empty = {"id": "a", "type": "function", "function": {"name": "now", "arguments": ""}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [empty]}]
+    assert '{"name": "now", "arguments": {}}' in render_text(messages)
+    assert template().render(messages=messages) == render_text(messages)
+
+
 def test_the_documented_example():
     ids, _ = render(
         [
@@ -203,11 +233,43 @@ def test_truncation_drops_the_oldest_turns_and_no_more(messages, room, generatio
     [
         [{"name": "calculator"}],
         ["calculator"],
-        [{"function": {"name": "calculator", "arguments": {"expression": "1"}}}],
+        [{"function": {"name": "calculator", "arguments": 1}}],
+        {"name": "calculator", "arguments": "{}"},
     ],
 )
 def test_a_file_with_invalid_calls_is_rejected(tmp_path, tool_calls):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "assistant", "content": None, "tool_calls": tool_calls}]}))
     with pytest.raises(UserError, match="tool_calls"):
+        load_conversations(path)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"town": "Zürich"}'}},
+        {"id": "a", "type": "function", "function": {"name": "weather", "arguments": {"town": "Zürich"}}},
+        {"name": "weather", "arguments": {"town": "Zürich"}},
+    ],
+    ids=["OpenAI", "transformers", "bare"],
+)
+def test_arguments_in_a_file_are_text_or_an_object(tmp_path, call):
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
+    [(system, _, caller)] = load_conversations(path)
+    assert system == {"role": "system", "content": "Be brief."}
+    assert caller["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"town": "Zürich"}'}
+    assert '"arguments": {"town": "Zürich"}}' in render_text([caller])
+
+
+@pytest.mark.parametrize("content", [[{"type": "image_url", "image_url": {"url": "a.png"}}], 3, None])
+def test_content_in_a_file_is_text(tmp_path, content):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": content}]}))
+    with pytest.raises(UserError, match="chats.jsonl:1: message 1: 'content'"):
         load_conversations(path)

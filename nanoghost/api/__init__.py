@@ -68,8 +68,8 @@ class Model:
         schemas = [tool.schema for tool in self.tools.values()]
         prompts = []
         for i, messages in enumerate(conversations):
-            check_messages(messages, f"conversation {i}")
-            prompts.append(render(messages, self.tokenizer, add_generation_prompt=True, tools=schemas)[0])
+            checked = check_messages(messages, f"conversation {i}")
+            prompts.append(render(checked, self.tokenizer, add_generation_prompt=True, tools=schemas)[0])
         return self._complete(prompts, sampling, partial(run_tool, tools=self.tools) if self.tools else None)
 
     def generate(self, prompt: str, **sampling) -> Completion:
@@ -114,7 +114,8 @@ class Model:
             raise UserError("the text has fewer than two tokens: there is nothing to predict")
         logprobs = []
         for start in range(0, len(ids) - 1, context - 1):
-            for chunk in prompt_logprobs(self.engine.runner, ids[start : start + context], self.engine.adapter, top=0):
+            window = ids[start : start + context]
+            for chunk in prompt_logprobs(self.engine.runner, self.tokenizer, window, self.engine.adapter, top=0):
                 logprobs += [logprob for logprob, _ in chunk]
         num_bytes = sum(len(self.tokenizer.token_bytes(i)) for i in ids[1:])
         return Score(logprobs, -sum(logprobs) / math.log(2) / num_bytes)

@@ -1,52 +1,83 @@
 """Conversations for finetuning: lists of OpenAI messages. conversation_files.py reads the files."""
 
+import json
 from pathlib import Path
 
 from nanoghost.data.conversation_files import read_conversations
 from nanoghost.data.text_io import check_unicode
 from nanoghost.errors import UserError
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def load_conversations(path: str | Path) -> list[list[dict]]:
+class FileConversation(list):
+    """The messages of a conversation from a file."""
+
+    def __init__(self, messages: list[dict], where: str):
+        super().__init__(messages)
+        self.where = where
+        """FILE:LINE, for messages to the user."""
+
+
+def load_conversations(path: str | Path) -> list[FileConversation]:
     """All conversations of a file, in any form of conversation_files.py. Raises UserError, with the file and line."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f'no file {path}: conversations are in one file, for example with {{"messages": [...]}} a line')
     conversations = []
     for where, messages in read_conversations(path):
-        conversations.append(check_messages(messages, where))
+        conversations.append(FileConversation(check_messages(messages, where), where))
     if not conversations:
         raise UserError(f"{path}: it contains no conversation")
     return conversations
 
 
 def check_messages(messages, where: str) -> list[dict]:
-    """Return the messages if each has a valid role, and text or tool calls. Raises UserError otherwise."""
+    """The messages in OpenAI's form. Raises UserError unless each has a valid role, and text or tool calls."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: 'messages' must be a list with at least one message")
-    for number, message in enumerate(messages, start=1):
-        check_message(message, f"{where}: message {number}")
-    return messages
+    return [check_message(message, f"{where}: message {number}") for number, message in enumerate(messages, start=1)]
 
 
-def check_message(message, where: str) -> None:
+def check_message(message, where: str) -> dict:
+    """The message with the role system for developer, text for a list of text parts, arguments of calls as text."""
     if not isinstance(message, dict):
         raise UserError(f"{where} is not an object")
-    if message.get("role") not in ROLES:
-        raise UserError(f"{where}: role {message.get('role')!r:.40} must be one of {', '.join(ROLES)}")
-    calls = message.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(map(is_tool_call, calls))):
-        example = '{"function": {"name": "NAME", "arguments": "JSON as a string"}}'
-        raise UserError(f"{where}: 'tool_calls' must be a list of {example}")
-    content = message.setdefault("content", None)
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role not in ROLES:
+        raise UserError(f"{where}: role {role!r:.40} must be one of {', '.join(ROLES)}")
+    if isinstance(content, list) and all(map(is_text_part, content)):
+        content = "".join(part["text"] for part in content)
     if isinstance(content, str):
         check_unicode(content, where)
     elif content is not None or not calls:
-        raise UserError(f"{where}: 'content' must be a string (null only together with 'tool_calls')")
+        raise UserError(f"{where}: 'content' must be a string or text parts (null only together with 'tool_calls')")
+    checked = message | {"role": "system" if role == "developer" else role, "content": content}
+    if calls is not None:
+        if not isinstance(calls, list):
+            raise invalid_calls(where)
+        checked["tool_calls"] = [check_tool_call(call, where) for call in calls]
+    return checked
 
 
-def is_tool_call(call) -> bool:
-    function = call.get("function") if isinstance(call, dict) else None
-    return isinstance(function, dict) and all(isinstance(function.get(key), str) for key in ("name", "arguments"))
+def is_text_part(part) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def check_tool_call(call, where: str) -> dict:
+    """OpenAI's form. Many data sets have the arguments as an object (transformers' form), or no "function" around."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid_calls(where)
+    arguments = function.get("arguments")
+    if isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, str):
+        raise invalid_calls(where)
+    others = {key: call[key] for key in ("id", "type") if key in call}
+    return others | {"function": {"name": function["name"], "arguments": arguments}}
+
+
+def invalid_calls(where: str) -> UserError:
+    example = '{"function": {"name": "NAME", "arguments": {...} or the same as text}}'
+    return UserError(f"{where}: 'tool_calls' must be a list of {example}")

@@ -13,10 +13,19 @@ from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
 from nanoghost.formats.model_card import ModelCard
+from nanoghost.progress import Display
 from nanoghost.tasks.sft_mix import builtin_conversations
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.train.distill_loss import distill_loss, student_bucket_logprobs
-from nanoghost.train.packing import PackedBatches, TokenizedExample, collate, pack, tokenize_conversations
+from nanoghost.train.packing import (
+    PackedBatches,
+    TokenizedExample,
+    collate,
+    name_of,
+    pack,
+    report_left_out,
+    tokenize_conversations,
+)
 from nanoghost.train.run import Run
 from nanoghost.train.settings import sampling_seed
 from nanoghost.train.sft import accumulate_packed_gradients
@@ -52,10 +61,23 @@ def sample_conversations(settings, conversations: list[list[dict]], root: ModelC
     return sample + builtin_conversations(settings.data, root, settings.name, settings.examples, settings.seed)
 
 
-def up_to_last_question(messages: list[dict]) -> list[dict]:
-    """A conversation up to its last user message; empty if it has none."""
-    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    return messages[: last + 1]
+def prompts_of(conversations: list[list[dict]], tokenizer, display: Display) -> list[list[dict]]:
+    """Each conversation up to its last user message. Names those that have none, or that the chat template rejects."""
+    prompts, left_out = [], []
+    for messages in conversations:
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        if last < 0:
+            left_out.append(f"{name_of(messages)}: it has no user message to answer")
+            continue
+        try:
+            render(messages[: last + 1], tokenizer, add_generation_prompt=True)
+            prompts.append(messages[: last + 1])
+        except UserError as error:
+            left_out.append(f"{name_of(messages)}: {error}")
+    report_left_out(left_out, len(conversations), display)
+    if not prompts:
+        raise UserError("no conversation has a user message to answer" + "".join(f"; {line}" for line in left_out[:1]))
+    return prompts
 
 
 # -- the methods ------------------------------------------------------------------------------------------------------
@@ -65,13 +87,10 @@ class SequenceDistillation:
     """SFT on the teacher's answers (Kim and Rush 2016)."""
 
     def __init__(self, settings, conversations, tokenizer, context: int, teacher: Teacher, run: Run):
-        prompts = [prompt for prompt in map(up_to_last_question, conversations) if prompt]
-        if not prompts:
-            raise UserError(f"{settings.data}: no conversation has a user message to answer")
+        prompts = prompts_of(conversations, teacher.tokenizer, run.display)
         answered = teacher_answers(settings, prompts, teacher, run)
-        examples, dropped = tokenize_conversations(answered, tokenizer, context)
-        if dropped:
-            run.display.print(f"{dropped} answers do not fit into {context} tokens and are dropped")
+        examples, left_out = tokenize_conversations(answered, tokenizer, context)
+        report_left_out(left_out, len(answered), run.display)
         self.tokens_per_step = settings.batch * context
         self.batches = PackedBatches(
             examples, context, settings.batch, settings.seed, *distributed.rank_and_world_size()
@@ -86,7 +105,9 @@ class TokenDistillation:
 
     def __init__(self, settings, examples, tokenizer, context: int, teacher: Teacher, run: Run):
         if not isinstance(examples[0], TokenizedExample):
-            examples, _ = tokenize_conversations(examples, tokenizer, context)
+            conversations = examples
+            examples, left_out = tokenize_conversations(conversations, tokenizer, context)
+            report_left_out(left_out, len(conversations), run.display)
         self.examples, self.context, self.settings = examples, context, settings
         self.targets = teacher_probabilities(settings, examples, context, tokenizer.vocab_size, teacher, run)
         self.batches = PackedBatches(
@@ -114,7 +135,7 @@ class OnPolicyDistillation:
             # The first quarter of a row is the prompt; the student continues it.
             prompts = [row.ids[: context // 4] for row in examples]
         else:
-            questions = [question for question in map(up_to_last_question, examples) if question]
+            questions = prompts_of(examples, tokenizer, run.display)
             prompts = [render(question, tokenizer, add_generation_prompt=True)[0] for question in questions]
         self.prompts = [ids for ids in prompts if len(ids) + settings.max_tokens <= context]
         if not self.prompts:

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 
 from nanoghost.errors import UserError
+from nanoghost.progress import Display
 from nanoghost.tokenizer.chat_format import render, truncate_oldest_turns
+
+MAX_LINES = 5  # of a list for the user
 
 
 @dataclass
@@ -26,27 +29,56 @@ class TokenizedExample:
 
 def tokenize_conversations(
     conversations: list[list[dict]], tokenizer, context: int
-) -> tuple[list[TokenizedExample], int]:
-    """(examples, number of conversations that were dropped).
+) -> tuple[list[TokenizedExample], list[str]]:
+    """(examples, "WHERE: reason" for each conversation that is left out).
 
     A conversation longer than `context` loses its oldest turns. If its last turn alone is too long, the end of that
-    turn is cut off, and with it the stop token. A conversation that then has no token in the loss is dropped, so that
-    no row consists of padding.
+    turn is cut off, and with it the stop token. A conversation is left out if then no token is in the loss, so that no
+    row consists of padding, and if the model's chat template rejects it, as the server would.
     """
-    examples = []
+    examples, left_out = [], []
     for messages in conversations:
-        ids, loss_mask = render(messages, tokenizer)
-        if len(ids) > context:
-            ids, loss_mask = render(truncate_oldest_turns(messages, tokenizer, context), tokenizer)
-        example = TokenizedExample(ids[:context], loss_mask[:context])
-        if any(example.loss_mask[1:]):
-            examples.append(example)
+        try:
+            example = tokenize_conversation(messages, tokenizer, context)
+        except UserError as error:
+            left_out.append(f"{name_of(messages)}: {error}")
+            continue
+        if any(example.loss_mask[1:context]):
+            examples.append(TokenizedExample(example.ids[:context], example.loss_mask[:context]))
+        elif any(example.loss_mask):
+            left_out.append(f"{name_of(messages)}: no answer within a context of {context} tokens")
+        elif any(message["role"] == "assistant" for message in messages):
+            left_out.append(f"{name_of(messages)}: the model's chat template does not write its answers as they are")
+        else:
+            left_out.append(f"{name_of(messages)}: it has no assistant message")
     if not examples:
-        raise UserError(
-            f"none of the {len(conversations)} conversations has an assistant's answer"
-            f" within a context of {context} tokens"
-        )
-    return examples, len(conversations) - len(examples)
+        example = "".join(f"; {line}" for line in left_out[:1])
+        raise UserError(f"none of the {len(conversations)} conversations has an answer to learn{example}")
+    return examples, left_out
+
+
+def tokenize_conversation(messages: list[dict], tokenizer, context: int) -> TokenizedExample:
+    """Without the oldest turns, if the conversation is longer than `context`."""
+    example = TokenizedExample(*render(messages, tokenizer))
+    if len(example.ids) > context:
+        example = TokenizedExample(*render(truncate_oldest_turns(messages, tokenizer, context), tokenizer))
+    return example
+
+
+def name_of(messages: list[dict]) -> str:
+    """Where a conversation comes from, for messages to the user."""
+    return getattr(messages, "where", "a built-in conversation")
+
+
+def report_left_out(left_out: list[str], num_conversations: int, display: Display) -> None:
+    """Name the first of the conversations that are left out."""
+    if not left_out:
+        return
+    display.print(f"{len(left_out)} of {num_conversations} conversations are left out:")
+    for line in left_out[:MAX_LINES]:
+        display.print(f"  {line}")
+    if len(left_out) > MAX_LINES:
+        display.print(f"  and {len(left_out) - MAX_LINES} more")
 
 
 def pack(lengths: list[int], capacity: int, order: Iterable[int], max_open_rows: int = 32) -> list[list[int]]:

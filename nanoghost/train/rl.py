@@ -27,10 +27,18 @@ from nanoghost.tools import sandbox
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
-from nanoghost.train.packing import PackedBatches, tokenize_conversations
+from nanoghost.train.packing import PackedBatches, report_left_out, tokenize_conversations
 from nanoghost.train.policy_loss import VARIANTS
 from nanoghost.train.rollouts import accumulate_policy_gradients, compute_advantages, rollout_stats, sample_rollouts
-from nanoghost.train.run import Run, build_optimizer, load_parent, prepare_finetuning, print_figures, start_run
+from nanoghost.train.run import (
+    Run,
+    build_optimizer,
+    fingerprint_of_conversations,
+    load_parent,
+    prepare_finetuning,
+    print_results,
+    start_run,
+)
 from nanoghost.train.settings import DEFAULT_FINETUNE_MINUTES, FinetuneSettings
 from nanoghost.train.sft import accumulate_packed_gradients
 
@@ -57,7 +65,7 @@ class RlSettings(FinetuneSettings):
     max_tokens: int = 32
     """Longest rollout in tokens; sums with their calculator calls need up to 56, programs and lookup up to 96."""
     data: str = "builtin"
-    """SFT examples in each step: builtin or tools (without the RL tasks), a JSONL file, or builtin+FILE."""
+    """SFT examples in each step: builtin or tools (without the RL tasks), a file, or builtin+FILE."""
     sft_rows: int = 4
     """Packed rows of SFT examples in a step, over all processes (0 = none)."""
     eval_problems: int = 500
@@ -80,7 +88,8 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
     check_rl_settings(settings, world_size)
     conversations = file_conversations(settings.data)
 
-    with start_run("rl", settings, display, parent) as run:
+    inputs = {"data": fingerprint_of_conversations(conversations)}
+    with start_run("rl", settings, display, inputs, parent) as run:
         if run is None:
             return None
         setup_clock = Clock()
@@ -91,7 +100,7 @@ def main(settings: RlSettings, display: Display | None = None) -> dict | None:
         tasks = {name: tasks_by_name[name] for name in settings.task_names}
         sft_batches = None
         if settings.sft_rows:
-            sft_batches = pack_sft_examples(conversations, settings, parent, model, tokenizer)
+            sft_batches = pack_sft_examples(conversations, settings, parent, model, tokenizer, display)
         if run.card.steps is None:
             plan_run(run, settings, parent, model, tokenizer, groups, tasks, sft_batches, setup_clock)
         model, optimizer = build_optimizer(model, groups, settings)
@@ -159,7 +168,7 @@ def check_rl_settings(settings: RlSettings, world_size: int) -> None:
 
 
 def pack_sft_examples(
-    conversations: list, settings: RlSettings, parent: ModelFolder, model, tokenizer
+    conversations: list, settings: RlSettings, parent: ModelFolder, model, tokenizer, display: Display
 ) -> PackedBatches:
     """Batches of the given conversations and of the built-in mix, without the tasks that RL trains."""
     rank, world_size = distributed.rank_and_world_size()
@@ -174,7 +183,8 @@ def pack_sft_examples(
         settings.task_names,
     )
     context = finetune_context(model.config.context)
-    examples, _ = tokenize_conversations(conversations, tokenizer, context)
+    examples, left_out = tokenize_conversations(conversations, tokenizer, context)
+    report_left_out(left_out, len(conversations), display)
     return PackedBatches(examples, context, settings.sft_rows, settings.seed, rank, world_size)
 
 
@@ -221,4 +231,4 @@ def evaluate(model, tokenizer, tasks: dict[str, Task], settings: RlSettings) -> 
 
 
 def command(settings: RlSettings) -> None:
-    print_figures(main(settings), settings)
+    print_results(main(settings), settings)

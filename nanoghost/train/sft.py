@@ -17,8 +17,15 @@ from nanoghost.tasks.sft_mix import builtin_conversations, file_conversations
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
-from nanoghost.train.packing import PackedBatches, tokenize_conversations
-from nanoghost.train.run import build_optimizer, load_parent, prepare_finetuning, print_figures, start_run
+from nanoghost.train.packing import PackedBatches, report_left_out, tokenize_conversations
+from nanoghost.train.run import (
+    build_optimizer,
+    fingerprint_of_conversations,
+    load_parent,
+    prepare_finetuning,
+    print_results,
+    start_run,
+)
 from nanoghost.train.settings import DEFAULT_FINETUNE_MINUTES, FinetuneSettings, check_batch_is_divisible
 
 
@@ -29,7 +36,7 @@ class SftSettings(FinetuneSettings):
     name: str = "ghost-sft"
     """Name of the new model."""
     data: str = "builtin"
-    """Conversations: builtin, tools (builtin with Python and lookup), a JSONL file, or builtin+FILE."""
+    """Conversations: builtin, tools (builtin with Python and lookup), a file, or builtin+FILE."""
     conversations: int = 40000
     """Number of conversations from the built-in mix."""
     batch: int = 8
@@ -54,7 +61,8 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
     conversations = file_conversations(settings.data)
     forward_backward = AutoMicroBatch(accumulate_packed_gradients, settings.batch, display.print)
 
-    with start_run("sft", settings, display, parent) as run:
+    inputs = {"data": fingerprint_of_conversations(conversations)}
+    with start_run("sft", settings, display, inputs, parent) as run:
         if run is None:
             return None
         setup_clock = Clock()
@@ -63,16 +71,16 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         count, seed = settings.conversations, settings.seed
         conversations += builtin_conversations(settings.data, root, settings.name, count, seed)
         context = finetune_context(model.config.context, settings.context)
-        examples, dropped = tokenize_conversations(conversations, tokenizer, context)
-        if dropped:
-            display.print(f"{dropped} conversations have no answer within {context} tokens and are dropped")
+        examples, left_out = tokenize_conversations(conversations, tokenizer, context)
+        report_left_out(left_out, len(conversations), display)
         batches = PackedBatches(examples, context, settings.batch, settings.seed, rank, world_size)
         groups = finetune_groups(root, model.config.width, settings.learning_rate)
         model, optimizer = build_optimizer(model, groups, settings)
         if run.card.steps is None:
             steps = settings.steps or calibrated_steps(settings, parent, groups, batches, forward_backward, setup_clock)
             adapters = [adapter.summary() for adapter in model.adapters]
-            run.update_card(steps=steps, conversations=len(examples), dropped_conversations=dropped, adapters=adapters)
+            counts = {"conversations": len(examples), "dropped_conversations": len(left_out)}
+            run.update_card(steps=steps, adapters=adapters, **counts)
         guard = StepGuard(run, optimizer)
         start, saved = guard.resume()
         steps, tokens = run.card.steps, saved.get("tokens", 0)
@@ -138,4 +146,4 @@ def calibrated_steps(
 
 
 def command(settings: SftSettings) -> None:
-    print_figures(main(settings), settings)
+    print_results(main(settings), settings)

@@ -15,8 +15,8 @@ from nanoghost import distributed, hardware
 from nanoghost.data.conversations import load_conversations
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import SamplingParams
-from nanoghost.errors import Stopped, UserError
-from nanoghost.formats.model_folder import load_model
+from nanoghost.errors import UserError
+from nanoghost.formats.model_folder import load_model, load_tokenizer
 from nanoghost.home import ModelFolder, home, write_atomic
 from nanoghost.tokenizer.chat_format import render, truncate_oldest_turns
 from nanoghost.tools.registry import TOOLS, run_tool
@@ -37,6 +37,10 @@ class Teacher:
         self.folder = folder
         self.model_and_tokenizer = None
 
+    @property
+    def tokenizer(self):
+        return load_tokenizer(ModelFolder(self.folder.base).path)
+
     def load(self):
         """(model, tokenizer)."""
         if self.model_and_tokenizer is None:
@@ -55,8 +59,6 @@ def cached_files(kind: str, key: list, count: int, compute: Callable[[int], byte
     rank, world_size = distributed.rank_and_world_size()
     last_report = time.monotonic()
     for number in range(rank, count, world_size):
-        if run.stop_flag.requested:
-            raise Stopped
         if not paths[number].exists():
             write_atomic(paths[number], compute(number))
             if rank == 0 and time.monotonic() - last_report > REPORT_SECONDS:
