@@ -21,6 +21,8 @@ REQUEST_HEAD = (
 
 @dataclass(frozen=True)
 class Reply:
+    """A complete reply of the server."""
+
     text: str
     tokens: int
     """Length in tokens, as the server reports it."""
@@ -98,7 +100,7 @@ async def complete_chat(port: int, body: dict) -> Reply:
 def running_server(model: str, slots: int) -> Iterator[tuple[int, subprocess.Popen]]:
     """(port, process) of `nanoghost serve`, once its model is loaded."""
     command = [sys.executable, "-m", "nanoghost", "serve", model, "--port", "0", "--slots", str(slots)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
     try:
         port = printed_port(process)
         asyncio.run(complete_chat(port, chat_request(model, "Hello!", 2)))  # waits until the model is loaded

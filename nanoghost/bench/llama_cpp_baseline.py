@@ -15,6 +15,8 @@ BATCH_TOKENS = 512  # tokens of a prompt in one call
 
 
 class LlamaCpp:
+    """A model in llama.cpp."""
+
     def __init__(self, folder: ModelFolder, slots: int, quant: str, slot_tokens: int):
         """A copy of the model in the format `quant`, with memory for `slots` sequences of `slot_tokens` tokens."""
         import llama_cpp

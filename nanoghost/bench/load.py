@@ -66,7 +66,7 @@ class LoadStats:
     """What all clients together observe."""
 
     first_token_seconds: list[float] = field(default_factory=list)
-    """Of each complete reply."""
+    """Time to the first text of each complete reply."""
     tokens: int = 0
     """Tokens of all complete replies."""
     counts: Counter = field(default_factory=Counter)

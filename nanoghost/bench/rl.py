@@ -18,6 +18,7 @@ from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder, open_model
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import JsonFlag
+from nanoghost.tasks.base import Problem
 from nanoghost.tasks.registry import all_tasks
 from nanoghost.train import rl
 from nanoghost.train.hyperparameters import finetune_groups
@@ -77,6 +78,16 @@ class NanoghostRl:
         return 60 * self.settings.problems * self.settings.rollouts / (time.perf_counter() - start)
 
 
+def problems_by_text(settings: RlBenchSettings, task: CoinTossTask) -> dict[str, Problem]:
+    """More problems than the steps of all rounds need, by the text of their last message."""
+    problem_settings = rl.RlSettings(tasks=settings.task, problems=settings.problems)
+    problems = {}
+    for step in range(2 * settings.rounds + 2):
+        for problem in problems_of_step({settings.task: task}, problem_settings, step, rank=0, world_size=1):
+            problems.setdefault(problem.messages[-1]["content"], problem)
+    return problems
+
+
 class TrlBaseline:
     """RL training with TRL's GRPOTrainer."""
 
@@ -85,11 +96,7 @@ class TrlBaseline:
         import trl
         from transformers import TrainerCallback
 
-        problem_settings = rl.RlSettings(tasks=settings.task, problems=settings.problems)
-        problems = {}  # text of the last message -> problem
-        for step in range(2 * settings.rounds + 2):
-            for problem in problems_of_step({settings.task: task}, problem_settings, step, 0, 1):
-                problems.setdefault(problem.messages[-1]["content"], problem)
+        problems = problems_by_text(settings, task)
         self.rollouts = settings.problems * settings.rollouts
         self.step_seconds: list[float] = []
 

@@ -8,6 +8,8 @@ from nanoghost.home import ModelFolder
 
 
 class TransformersEngine:
+    """A model in transformers."""
+
     def __init__(self, folder: ModelFolder):
         from transformers import AutoModelForCausalLM
 

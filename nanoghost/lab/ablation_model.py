@@ -36,6 +36,8 @@ class LayerNorm(nn.Module):
 
 
 class RMSNormWithoutWeight(nn.Module):
+    """The norm of a ghost as a module."""
+
     def forward(self, x):
         return norm(x)
 

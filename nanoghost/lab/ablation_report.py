@@ -51,6 +51,8 @@ class LedgerFigures:
 
 @dataclass(frozen=True)
 class ReportTable:
+    """A table of the report, as text."""
+
     title: str
     columns: list[str]
     rows: list[list[str]]
