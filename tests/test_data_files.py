@@ -21,6 +21,7 @@ from nanoghost.data.text_io import read_text
 from nanoghost.errors import UserError
 from nanoghost.home import read_json
 from nanoghost.serve.server import ServeSettings, read_api_key
+from nanoghost.tools.retrieval import DocumentFolder
 from nanoghost.train.distill import is_text
 
 TEXT = "Grüße, 朝 \U0001f41d\u2028one line\u0085still the same\n" * 3
@@ -231,6 +232,10 @@ FORMS = {
         [SYSTEM, USER, ASSISTANT],
     ),
     "prompt": ({"prompt": [SYSTEM, USER]}, [SYSTEM, USER]),
+    "messages beside pairs of answers": (
+        {"prompt": "Six?", "chosen": [ASSISTANT], "rejected": [USER], "messages": [USER, ASSISTANT]},
+        [USER, ASSISTANT],
+    ),
 }
 
 
@@ -261,35 +266,36 @@ def test_text_rows_are_text_for_distillation(tmp_path):
         assert is_text(str(path)), name
 
 
-@pytest.mark.parametrize("as_text", [True, False])
-def test_tool_calls_in_sharegpt_form_become_openai_calls(tmp_path, as_text):
-    call = {"name": "add", "arguments": {"a": 1}}
+@pytest.mark.parametrize("several", [False, True])
+def test_tool_calls_in_sharegpt_form_become_openai_calls(tmp_path, several):
+    call = {"name": "add", "arguments": {"a": 1, "b": float("nan")}}
     conversation = [
         {"from": "human", "value": "1?"},
-        {"from": "function_call", "value": json.dumps([call, call] if as_text else call)},
+        {"from": "function_call", "value": json.dumps([call, call] if several else call)},
         {"from": "observation", "value": "1"},
         {"from": "gpt", "value": "One."},
     ]
     (tmp_path / "a.json").write_text(json.dumps([{"conversations": conversation, "tools": "[]"}]))
     [messages] = load_conversations(tmp_path / "a.json")
-    expected = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    expected = {"function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
-    assert messages[1]["tool_calls"] == [expected] * (2 if as_text else 1)
+    assert messages[1]["tool_calls"] == [expected] * (2 if several else 1)
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"text": "x"}, "expected an object with 'messages' .*'conversations', or 'prompt' .* not one with 'text'"),
+        ({"text": "x"}, "expected an object with 'messages' .*'conversations', or 'prompt' .*, not with 'text'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "expected an object with 'messages'"),
-        ([1], "expected an object with 'messages' .* not one that is not an object"),
+        ([1], "expected an object with 'messages' \\(or .*'output'.*\\)$"),
         ({"conversations": "x"}, "'conversations' must be a list"),
         ({"conversations": []}, "'conversations' must be a list with at least one message"),
         ({"conversations": [{"from": "human"}]}, "message 1: 'content' must be a string"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "message 1: role 'narrator' must be one of"),
         ({"conversations": [{"from": ["x"], "value": "x"}]}, "message 1: role None must be one of"),
         ({"conversations": [*SHAREGPT, {"from": "function_call", "value": "add(1)"}]}, "message 3: a call must be"),
-        ({"conversations": [{"from": "function_call", "value": '"x"'}]}, "message 1: a call must be JSON"),
+        ({"conversations": [{"from": "function_call", "value": '"x"'}]}, "message 1: 'tool_calls' must be a list of"),
+        ({"conversations": [{"from": "function_call", "value": r'{"name": "\ud83d"}'}]}, "message 1: .*surrogate"),
         ({"instruction": 7, "output": "x"}, "'instruction' is 7, not a string"),
         ({"instruction": "x", "input": ["y"], "output": "x"}, r"'input' is \['y'\], not a string"),
         ({"system": {}, "instruction": "x", "output": 1.5}, "'output' is 1.5, not a string"),
@@ -327,12 +333,12 @@ def test_links_in_a_folder_are_followed_once_and_what_is_skipped_is_named(tmp_pa
     assert names == {"z/one.txt", "linked/two.txt", "linked/deeper/three.md", "file.txt"}
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{data}: skipped ")
-    groups = dict(re.findall(r"(\d+ [a-z ]+) \(([^)]*)\)", line))
+    groups = dict(re.findall(r"(\d+ [a-z, ]+?) \(([^)]*)\)", line))
     assert groups == {
         "1 hidden": ".git",
-        "2 broken links": "broken.txt, self.txt",
+        "2 behind broken links": "broken.txt, self.txt",
         "6 of other kinds": "image.png, noending, package.json, ...",
-        "3 linked folders that are read already": "a loop, b, linked/deeper/loop",
+        "3 linked, but read already": "a loop, b, linked/deeper/loop",
     }
 
 
@@ -356,3 +362,18 @@ def test_a_file_name_that_is_not_text_is_read(tmp_path):
     (tmp_path / os.fsdecode(b"na\xefve.txt")).write_text("one")
     assert text_of_source(tmp_path) == "one"
     assert open_local(tmp_path).fingerprint
+
+
+def test_documents_to_search_may_be_utf_16_and_what_is_skipped_is_named(tmp_path, capsys):
+    notes = tmp_path / "notes"
+    (notes / ".git").mkdir(parents=True)
+    (notes / "windows.txt").write_text("The queen lives in the blue hive.", encoding="utf-16")
+    (notes / "binary.txt").write_bytes(b"queen \0 queen")
+    (notes / "unmarked.md").write_bytes("queen".encode("utf-16-le"))
+    (notes / "link").symlink_to(tmp_path)
+    (notes / "program.py").write_text("queen")
+    assert [passage.source for passage in DocumentFolder(notes).search("queen", 10)] == ["windows.txt"]
+    assert capsys.readouterr().err == (
+        f"{notes}: skipped 1 hidden (.git), 1 behind links (link), 1 of other kinds (program.py),"
+        " 2 without text (binary.txt, unmarked.md)\n"
+    )

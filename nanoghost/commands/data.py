@@ -22,7 +22,7 @@ from nanoghost.tasks.sft_mix import example_texts
 @dataclass(frozen=True)
 class DataSettings(JsonFlag):
     data: Annotated[str, tyro.conf.Positional] = "plays"
-    """plays, a file or folder (.txt .md .jsonl .parquet), hub:OWNER/NAME, a URL, refined data, or NAME=0.7,NAME=0.3."""
+    """plays, a file or folder (.txt .md .json .jsonl .parquet), hub:OWNER/NAME, a URL, refined data, or A=0.7,B=0.3."""
     vocab_size: int = 4096
     """Size of the tokenizer's vocabulary."""
     context: int = 256

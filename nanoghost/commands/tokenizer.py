@@ -73,7 +73,7 @@ def shortest_path(graph, start, goal):
 @dataclass(frozen=True)
 class TokenizerTrainSettings:
     data: str = "plays"
-    """Training text: plays, a file or folder (.txt .md .jsonl .parquet), or hub:OWNER/NAME."""
+    """Training text: plays, a file or folder (.txt .md .jsonl .json .parquet), or hub:OWNER/NAME."""
     vocab_size: int = 4096
     """Number of tokens, with the 256 bytes and the special tokens; fewer if the text has too few repeated pairs."""
     name: str = "plays-4096"

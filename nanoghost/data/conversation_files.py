@@ -4,8 +4,8 @@
     messages                messages (role, content)                          OpenAI, TRL
     ShareGPT                conversations (from, value; or role, content)     ShareGPT, axolotl, LLaMA-Factory
     prompt and completion   prompt, completion: texts or lists of messages    TRL, older OpenAI
-    prompt                  prompt                                            TRL
     Alpaca                  instruction, input, output                        Stanford Alpaca, LLaMA-Factory
+    prompt                  prompt                                            TRL
 
 All but the first may have a `system` text. conversations.py checks what the messages contain.
 """
@@ -14,8 +14,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nanoghost.data.rows import Row, read_rows
-from nanoghost.data.text_io import note
+from nanoghost.data.rows import DECODER, Row, read_rows
+from nanoghost.data.text_io import check_unicode, note
 from nanoghost.errors import UserError
 
 ROLES_OF_SENDERS = {
@@ -39,8 +39,8 @@ def messages_of(row: Row, file: Path) -> list:
     """The messages of a row. Raises UserError if it has none of the forms."""
     name = form_of(row.value)
     if name is None:
-        keys = f"with {', '.join(map(repr, row.value))}" if isinstance(row.value, dict) else "that is not an object"
-        raise UserError(f"{row.where}: expected an object with 'messages' (or {OTHER_FORMS}), not one {keys}")
+        keys = f", not with {', '.join(map(repr, row.value)):.200}" if isinstance(row.value, dict) else ""
+        raise UserError(f"{row.where}: expected an object with 'messages' (or {OTHER_FORMS}){keys}")
     if name != "messages" or file.suffix != ".jsonl":
         note(f"{file}: read as conversations of the form {name}")
     for key in ("tools", "history"):
@@ -51,12 +51,12 @@ def messages_of(row: Row, file: Path) -> list:
 
 
 def form_of(value) -> str | None:
-    """The first form whose keys the row has; None if there is none, and for pairs of a chosen and a rejected answer."""
-    if not isinstance(value, dict) or value.get("chosen") is not None:
+    """The first form whose keys the row has. None if there is none, or if a prompt has two answers to choose from."""
+    if not isinstance(value, dict):
         return None
     for name, (keys, _) in FORMS.items():
         if all(value.get(key) is not None for key in keys):
-            return name
+            return None if name == "prompt" and value.get("chosen") else name
     return None
 
 
@@ -90,8 +90,8 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], list]]] = {
     "messages": (("messages",), from_messages),
     "ShareGPT": (("conversations",), from_sharegpt),
     "prompt and completion": (("prompt", "completion"), from_prompt_and_completion),
-    "prompt": (("prompt",), from_prompt),
     "Alpaca": (("instruction", "output"), from_alpaca),
+    "prompt": (("prompt",), from_prompt),
 }
 """{name: (keys that a row must have, function that makes messages of it)}."""
 
@@ -137,18 +137,11 @@ def turn(item, where: str):
     return message(ROLES_OF_SENDERS.get(sender, sender), item.get("value"))
 
 
-def tool_calls(value, where: str) -> list[dict]:
-    """OpenAI's tool calls from the JSON of one or several calls."""
+def tool_calls(value, where: str) -> list:
+    """The calls in a text of JSON: one, or a list of them."""
     try:
-        calls = json.loads(value)
-        functions = [{"name": call["name"], "arguments": call["arguments"]} for call in as_list(calls)]
-    except (ValueError, RecursionError, TypeError, KeyError):
+        calls = DECODER.decode(value)
+    except (TypeError, ValueError, RecursionError):
         raise UserError(f'{where}: a call must be JSON: {{"name": "NAME", "arguments": {{...}}}}') from None
-    for function in functions:
-        if not isinstance(function["arguments"], str):
-            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-    return [{"type": "function", "function": function} for function in functions]
-
-
-def as_list(value) -> list:
-    return value if isinstance(value, list) else [value]
+    check_unicode(json.dumps(calls, ensure_ascii=False), where)
+    return calls if isinstance(calls, list) else [calls]

@@ -51,7 +51,7 @@ def list_folder(path: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
     while folders:
         folder = folders.popleft()
         if folder.resolve() in resolved:
-            skipped["linked folders that are read already"].append(folder.relative_to(path).as_posix())
+            skipped["linked, but read already"].append(folder.relative_to(path).as_posix())
             continue
         resolved.add(folder.resolve())
         for child in sorted(folder.iterdir()):
@@ -59,7 +59,7 @@ def list_folder(path: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
             if child.name.startswith("."):
                 skipped["hidden"].append(name)
             elif not os.access(child, os.R_OK):
-                skipped["broken links" if child.is_symlink() else "without permission to read"].append(name)
+                skipped["behind broken links" if child.is_symlink() else "without permission to read"].append(name)
             elif child.is_dir() and child.is_symlink():
                 folders.append(child)
             elif child.is_dir():

@@ -25,7 +25,7 @@ def open_zstd(f: BinaryIO, mode: str) -> BinaryIO:
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"(\xb5/\xfd": open_zstd}
 """{first bytes: function that decompresses an open file}."""
 
-MARKS = {
+BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # before the mark of UTF-16, which has the same first bytes
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -45,6 +45,8 @@ def note_skipped(place: object, skipped: dict[str, list[str]]) -> None:
     """Say on standard error which files are skipped: {reason: names}."""
     groups = []
     for reason, names in skipped.items():
+        if not names:
+            continue
         groups.append(f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
     if groups:
         note(f"{place}: skipped {', '.join(groups)}")
@@ -64,7 +66,7 @@ def read_lines(file: Path) -> Iterator[bytes]:
 def recode(f: BinaryIO, file: Path) -> BinaryIO:
     """The file itself, or its content as UTF-8 if it starts with the mark of UTF-16 or UTF-32."""
     start = f.peek(4)
-    encoding = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
+    encoding = next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
     if encoding is None:
         return f
     try:
