@@ -23,7 +23,7 @@ CALL = '\n{"name": "calculator", "arguments": {"expression": "1+1"}}\n'
 TOOL_RESULT = "(tool result)"  # the engine inserts the result here, whatever the script says
 
 
-def shown(tokenizer, *script):  # noqa: F811
+def reply_of_script(tokenizer, *script):  # noqa: F811
     """(fragments, messages) of a reply that consists of these texts; names of special tokens stand for the tokens."""
     ids = []
     for text in script:
@@ -71,20 +71,38 @@ def test_text_streams_whole_characters_and_a_tool_call_becomes_a_line(tokenizer)
     assert not any("\ufffd" in fragment.text for fragment in fragments)
 
 
-def test_a_call_that_is_not_valid_is_shown(tokenizer):  # noqa: F811
-    fragments, messages = shown(tokenizer, "<tool_call>", "\n{oops\n", "</tool_call>", "<|im_end|>")
-    assert text_of_fragments(fragments) == messages[-1]["content"] == "\n{oops\n"
+MALFORMED = {
+    "not JSON": ("<tool_call>", "\n{oops\n", "</tool_call>", "<|im_end|>"),
+    "no arguments": ("<tool_call>", '\n{"name": "calculator"}\n', "</tool_call>", "<|im_end|>"),
+    "cut off by its end": ("<tool_call>", '\n{"name": "calculator", "argum', "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("script", MALFORMED.values(), ids=MALFORMED)
+def test_a_call_that_cannot_be_read_is_a_line_without_json(tokenizer, script):  # noqa: F811
+    fragments, _ = reply_of_script(tokenizer, "Well.", *script)
+    assert text_of_fragments(fragments).strip() == "Well."
+    assert [f.text for f in fragments if f.is_tool_call] == ["(a tool call that cannot be read)"]
+
+
+def test_a_call_that_the_token_limit_cuts_is_a_line_without_json(tokenizer):  # noqa: F811
+    prompt, _ = render([QUESTION], tokenizer, add_generation_prompt=True)
+    ids = [tokenizer.special_id("<tool_call>"), *tokenizer.encode(CALL)]
+    engine = Engine(TorchRunner(ScriptedModel(tokenizer, prompt, ids), 1, 512), tokenizer)
+    [sequence] = engine.add(prompt, SamplingParams(max_tokens=len(ids) - 4, temperature=0), run_tool=run_tool)
+    fragments = list(stream_fragments(engine, sequence))
+    assert [f.text for f in fragments] == ["(a tool call that cannot be read)"]
 
 
 def test_a_call_without_end_tag_does_not_hide_the_answer(tokenizer):  # noqa: F811
-    fragments, _ = shown(tokenizer, "<tool_call>", CALL, "<|im_end|>", TOOL_RESULT, "It is 2.", "<|im_end|>")
+    fragments, _ = reply_of_script(tokenizer, "<tool_call>", CALL, "<|im_end|>", TOOL_RESULT, "It is 2.", "<|im_end|>")
     assert fragments[0].is_tool_call
     assert text_of_fragments(fragments[1:]) == "It is 2."
 
 
 def test_a_tool_call_gets_a_line_of_its_own(tokenizer):  # noqa: F811
     script = ["Let me see.", "<tool_call>", CALL, "</tool_call>", "<|im_end|>", TOOL_RESULT, "2.", "<|im_end|>"]
-    fragments, _ = shown(tokenizer, *script)
+    fragments, _ = reply_of_script(tokenizer, *script)
     texts = [f"[{fragment.text}]" if fragment.is_tool_call else fragment.text for fragment in fragments]
     assert "".join(texts) == "Let me see.\n[calculator(1+1) → 2]2."
 

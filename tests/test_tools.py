@@ -118,28 +118,67 @@ def test_a_folder_without_documents_is_refused(documents):
         available_tools(documents / "empty")
 
 
-def model_folder(stage):
+def model_folder(stage, **fields):
     folder = ModelFolder("other")
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write_card(ModelCard(name="other", stage=stage))
+    folder.write_card(ModelCard(name="other", stage=stage, **fields))
     return folder
+
+
+ADOPTED = ModelCard(name="base", stage="adopt")
 
 
 def chat_template(source, tokenizer):  # noqa: F811
     return ChatTemplate(source, {"eos_token": "<|im_end|>"}, {tokenizer.special_id("<|im_end|>")})
 
 
-def test_an_adopted_model_whose_template_supports_tools_gets_them(tokenizer, home, documents):  # noqa: F811
+def test_an_adopted_model_gets_the_tools_that_the_user_asks_for(tokenizer, home, documents):  # noqa: F811
+    """Its authors taught it other tools. A coder that is offered ours answers with calls."""
     template = chat_template(TEMPLATE_WITH_TOOLS, tokenizer)
+    assert tools_for_model(model_folder("adopt"), template, None) == {}
     tools = tools_for_model(model_folder("adopt"), template, documents)
-    assert list(tools) == list(available_tools(documents))
+    assert list(tools) == ["lookup"]
     assert run_tool(call("lookup", {"query": "queen"}), tools).startswith("[1] bees.md")
+    assert list(tools_for_model(model_folder("adopt"), template, None, "calculator")) == ["calculator"]
+    assert tools_for_model(model_folder("adopt"), template, documents, "") == {}
+
+
+@pytest.mark.parametrize("name", ["dice", "lookup"])
+def test_a_tool_that_is_not_available_is_named(tokenizer, home, name):  # noqa: F811
+    with pytest.raises(UserError, match=f"no tool '{name}' here; available: calculator"):
+        tools_for_model(
+            model_folder("adopt"), chat_template(TEMPLATE_WITH_TOOLS, tokenizer), None, f"calculator,{name}"
+        )
+
+
+@pytest.mark.parametrize(
+    "stage, settings, learned",
+    [
+        ("sft", {"data": "builtin"}, True),
+        ("sft", {"data": "tools+mine.jsonl"}, True),
+        ("distill", {"data": "builtin"}, True),
+        ("rl", {"data": "mine.jsonl"}, True),
+        ("sft", {"data": "mine.jsonl"}, False),
+        ("distill", {"data": "notes.txt"}, False),
+        ("pretrain", {"data": "tools"}, False),
+    ],
+)
+def test_a_model_that_learned_tool_calls_here_gets_all_tools(tokenizer, home, stage, settings, learned):  # noqa: F811
+    """Also if its last stage is another one."""
+    template = chat_template(TEMPLATE_WITH_TOOLS, tokenizer)
+    parent = ModelCard(name="parent", stage=stage, settings=settings, parent=ADOPTED)
+    for folder in (
+        model_folder(stage, settings=settings, parent=ADOPTED),
+        model_folder("sft", settings={"data": "mine.jsonl"}, parent=parent),
+    ):
+        tools = tools_for_model(folder, template, None)
+        assert list(tools) == (list(available_tools(None)) if learned else [])
 
 
 def test_the_template_lists_the_tools_before_the_conversation(tokenizer, home, documents):  # noqa: F811
     question = [{"role": "user", "content": "Where does the queen live?"}]
     template = chat_template(TEMPLATE_WITH_TOOLS, tokenizer)
-    tools = tools_for_model(model_folder("adopt"), template, documents)
+    tools = tools_for_model(model_folder("adopt"), template, documents, "calculator,lookup")
     schemas = [tool.schema for tool in tools.values()]
     without_tools = tokenizer.decode(template.render(question, tokenizer, add_generation_prompt=True)[0])
     with_tools = tokenizer.decode(template.render(question, tokenizer, add_generation_prompt=True, tools=schemas)[0])
@@ -156,8 +195,10 @@ def test_an_adopted_model_whose_template_has_no_tools_gets_none(tokenizer, home,
 
 
 def test_a_model_finetuned_here_gets_tools_whatever_its_template(tokenizer, home):  # noqa: F811
-    """It may have been trained on tool calls here."""
-    assert tools_for_model(model_folder("sft"), chat_template(TEMPLATE_WITHOUT_TOOLS, tokenizer), None)
+    """It was trained on tool calls here."""
+    assert tools_for_model(
+        model_folder("sft", settings={"data": "builtin"}), chat_template(TEMPLATE_WITHOUT_TOOLS, tokenizer), None
+    )
 
 
 def test_templates_with_another_form_of_calls_do_not_support_tools(tokenizer):  # noqa: F811

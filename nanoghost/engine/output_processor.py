@@ -58,9 +58,21 @@ def has_stop_text(sequence: Sequence, tokenizer: Tokenizer) -> bool:
     return any(stop in text for stop in sequence.sampling.stop)
 
 
+def reads_calls(sequence: Sequence, tokenizer: Tokenizer) -> bool:
+    """Whether calls are read from a reply. A model with a template of its own writes tags as text: without tools they
+    are nothing but text."""
+    return sequence.run_tool is not None or tokenizer.chat_template is None
+
+
+def parse_message(sequence: Sequence, tokenizer: Tokenizer) -> dict:
+    """The message that the sequence has written last."""
+    token_ids = sequence.completion_ids[sequence.message_start :]
+    return parse_reply(token_ids, tokenizer, parse_calls=reads_calls(sequence, tokenizer))
+
+
 def finish_message(sequence: Sequence, tokenizer: Tokenizer, can_continue: bool) -> None:
     """The model ended its message. If it calls tools, append their results for the model to read; otherwise finish."""
-    message = parse_reply(sequence.completion_ids[sequence.message_start :], tokenizer)
+    message = parse_message(sequence, tokenizer)
     sequence.messages.append(message)
     num_rounds = sum(m["role"] == "tool" for m in sequence.messages)
     if sequence.run_tool and can_continue and "tool_calls" in message and num_rounds < MAX_TOOL_ROUNDS:
@@ -78,7 +90,7 @@ def finish_message(sequence: Sequence, tokenizer: Tokenizer, can_continue: bool)
 
 def finish_incomplete_message(sequence: Sequence, tokenizer: Tokenizer) -> None:
     """The sequence was cut off: keep the last message as far as it goes, up to the first stop text."""
-    message = parse_reply(sequence.completion_ids[sequence.message_start :], tokenizer)
+    message = parse_message(sequence, tokenizer)
     content = message["content"]
     stops = [content.find(text) for text in sequence.sampling.stop if text in content]
     sequence.messages.append(message | {"content": content[: min(stops, default=None)]})

@@ -8,14 +8,16 @@ from itertools import compress
 from pathlib import Path
 
 from nanoghost.engine.engine import Engine, open_engine
+from nanoghost.engine.output_processor import reads_calls
 from nanoghost.engine.sampler import SamplingParams
 from nanoghost.engine.sequence import Sequence
 from nanoghost.errors import UserError
-from nanoghost.home import open_model
+from nanoghost.home import line_history, open_model
 from nanoghost.tokenizer.chat_format import render, truncate_oldest_turns
 from nanoghost.tokenizer.reply_parser import ReplyParser
 from nanoghost.tools.registry import run_tool, tools_for_model
 
+MALFORMED_CALL = "(a tool call that cannot be read)"
 MIN_REPLY_TOKENS = 8  # tokens of the context that a message must leave for the reply
 
 
@@ -36,22 +38,25 @@ class Conversation:
         sampling: SamplingParams,
         system: str | None,
         documents: Path | None = None,
+        tools: str | None = None,
         adapter: Path | None = None,
     ):
         """`model`: default is the one finished last; `documents`: the folder that the tool `lookup` searches;
-        `adapter`: the folder of an adapter to load instead of the model's own."""
+        `tools`: names for tools_for_model; `adapter`: the folder of an adapter to load instead of the model's own."""
         self.folder = open_model(model)
         self.engine = open_engine(self.folder, adapter=adapter)
         self.tokenizer = self.engine.tokenizer
         self.sampling = sampling
         self.num_replies = 0
+        self.line_history = line_history()
+        """File of the lines typed in earlier sessions of the terminal."""
         self.messages: list[dict] = []
         self.dropped_messages: list[dict] = []
         """Oldest messages, which no longer fit into the context."""
         self.set_system(system)
-        tools = tools_for_model(self.folder, self.tokenizer.chat_template, documents)
-        self.tool_schemas = [tool.schema for tool in tools.values()]
-        self.run_tool = partial(run_tool, tools=tools) if tools else None
+        offered = tools_for_model(self.folder, self.tokenizer.chat_template, documents, tools)
+        self.tool_schemas = [tool.schema for tool in offered.values()]
+        self.run_tool = partial(run_tool, tools=offered) if offered else None
 
     def set_system(self, text: str | None) -> None:
         """Replace or remove the system message."""
@@ -119,7 +124,9 @@ class Conversation:
             self.engine.cancel(sequence)
             replies = list(sequence.messages)
             unfinished_ids = sequence.completion_ids[sequence.message_start :]
-            unfinished_text = ReplyParser(self.tokenizer).feed(unfinished_ids).text  # without an unfinished tool call
+            unfinished_text = (
+                reply_parser(self.engine, sequence).feed(unfinished_ids).text
+            )  # without an unfinished call
             if unfinished_text:
                 replies.append({"role": "assistant", "content": unfinished_text})
             self.messages = self.messages[:num_messages] + replies
@@ -133,9 +140,14 @@ def without_system(messages: list[dict]) -> list[dict]:
     return [message for message in messages if message["role"] != "system"]
 
 
+def reply_parser(engine: Engine, sequence: Sequence) -> ReplyParser:
+    """A parser of a message whose text is for people: calls that cannot be read are not part of it."""
+    return ReplyParser(engine.tokenizer, parse_calls=reads_calls(sequence, engine.tokenizer), keep_malformed=False)
+
+
 def stream_fragments(engine: Engine, sequence: Sequence) -> Iterator[ReplyFragment]:
     """Run the engine until the sequence is finished; yields its text as it grows, and its tool calls with results."""
-    parser = ReplyParser(engine.tokenizer)
+    parser = reply_parser(engine, sequence)
     num_ids = 0
     num_messages = 0
     functions: dict[str, dict] = {}  # that the current message calls, by call id
@@ -146,22 +158,25 @@ def stream_fragments(engine: Engine, sequence: Sequence) -> Iterator[ReplyFragme
         new_messages = sequence.messages[num_messages:]
         num_ids = len(sequence.completion_ids)
         num_messages = len(sequence.messages)
-        text = parser.feed(new_ids).text
+        deltas = [parser.feed(new_ids)]
         if new_messages:
-            text += parser.finish().text
-            parser = ReplyParser(engine.tokenizer)
+            deltas.append(parser.finish())
+            parser = reply_parser(engine, sequence)
+        text = "".join(delta.text for delta in deltas)
         if text:
             needs_newline = True
             yield ReplyFragment(text)
+        lines = [MALFORMED_CALL for delta in deltas for _ in delta.malformed_calls]
         for message in new_messages:
             if message["role"] == "assistant":
                 functions = {call["id"]: call["function"] for call in message.get("tool_calls", ())}
                 continue
+            lines.append(f"{format_call(functions[message['tool_call_id']])} → {message['content']}")
+        for line in lines:
             if needs_newline:
                 yield ReplyFragment("\n")
             needs_newline = False
-            function = functions[message["tool_call_id"]]
-            yield ReplyFragment(f"{format_call(function)} → {message['content']}", is_tool_call=True)
+            yield ReplyFragment(line, is_tool_call=True)
 
 
 def sampled_ids(sequence: Sequence, start: int) -> list[int]:

@@ -29,15 +29,17 @@ class PersonalConversation(Conversation):
         sampling: SamplingParams,
         system: str | None,
         documents: Path | None = None,
+        tools: str | None = None,
     ):
         """`lookup`: also show the model the stored fact that fits the message best."""
         self.person = Person(person)
         self.lookup = lookup
         folder = open_model(model)
-        super().__init__(folder.name, sampling, system, documents, adapter=self.person.adapter_for(folder))
+        super().__init__(folder.name, sampling, system, documents, tools, adapter=self.person.adapter_for(folder))
         self.adapter = self.engine.adapter
         """Name of the person's adapter in the engine, or of the model's own; empty if there is none."""
         self.person.create()
+        self.line_history = self.person.line_history
 
     def ask(self, text: str) -> int:
         num_dropped = super().ask(text)

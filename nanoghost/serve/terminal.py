@@ -12,7 +12,7 @@ from nanoghost import hardware
 from nanoghost.commands.arguments import ModelArgument
 from nanoghost.engine.sampler import SamplingParams, check_sampling
 from nanoghost.errors import UserError
-from nanoghost.home import home, write_atomic
+from nanoghost.home import write_atomic
 from nanoghost.serve.conversation import Conversation, ReplyFragment
 from nanoghost.serve.personal_chat import PersonalConversation
 
@@ -51,6 +51,9 @@ class ChatSettings(ModelArgument):
     """With --person: also search their stored facts and show the model the one that fits the message best."""
     documents: Path | None = None
     """Folder of texts that the model may search, if it can call tools."""
+    tools: str | None = None
+    """Tools that the model may call, comma-separated: calculator, python, lookup (with --documents); "" for none.
+    Default: all, if it learned here to call tools; otherwise only lookup, if --documents is given."""
 
 
 def command(settings: ChatSettings) -> None:
@@ -69,9 +72,15 @@ def open_conversation(settings: ChatSettings) -> Conversation:
     sampling = SamplingParams(settings.max_tokens, settings.temperature, settings.top_k, settings.top_p, seed)
     check_sampling(sampling)
     if settings.person is None:
-        return Conversation(settings.model, sampling, settings.system, settings.documents)
+        return Conversation(settings.model, sampling, settings.system, settings.documents, settings.tools)
     return PersonalConversation(
-        settings.person, settings.lookup, settings.model, sampling, settings.system, settings.documents
+        settings.person,
+        settings.lookup,
+        settings.model,
+        sampling,
+        settings.system,
+        settings.documents,
+        settings.tools,
     )
 
 
@@ -111,7 +120,7 @@ def talk(conversation: Conversation) -> None:
     print(dim(greeting(conversation)))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
-        load_line_history()
+        load_line_history(conversation.line_history)
     while True:
         try:
             line = input(INPUT_PROMPT if interactive else "").strip()
@@ -127,7 +136,7 @@ def talk(conversation: Conversation) -> None:
         elif line:
             print_reply(conversation, line)
     if interactive:
-        save_line_history()
+        save_line_history(conversation.line_history)
 
 
 def greeting(conversation: Conversation) -> str:
@@ -200,23 +209,17 @@ def save_conversation(messages: list[dict], path: Path) -> str:
     return f"saved to {path}"
 
 
-def load_line_history() -> None:
+def load_line_history(path: Path) -> None:
     """Enable line editing, with the lines of earlier sessions."""
     import readline  # `input` then uses it
 
-    path = line_history_file()
     if path.exists():
         readline.read_history_file(path)
     readline.set_history_length(MAX_HISTORY)
 
 
-def save_line_history() -> None:
+def save_line_history(path: Path) -> None:
     import readline
 
-    path = line_history_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     readline.write_history_file(path)
-
-
-def line_history_file() -> Path:
-    return home() / "chat_history"

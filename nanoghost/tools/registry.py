@@ -9,11 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanoghost.errors import UserError
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder
 from nanoghost.tools import sandbox
 from nanoghost.tools.base import Tool, ToolResult
 from nanoghost.tools.calculator import calculate
 from nanoghost.tools.retrieval import DocumentFolder, Passage
+
+MIXES_WITH_CALLS = ("builtin", "tools")
+"""Values of --data: the built-in mixes of SFT conversations (tasks/sft_mix.py)."""
 
 # ── the tools ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -96,16 +100,37 @@ def available_tools(documents: Path | None) -> dict[str, Tool]:
     return tools
 
 
-def tools_for_model(model: ModelFolder, chat_template, documents: Path | None) -> dict[str, Tool]:
-    """The available tools; none for an adopted model whose chat template (None for ours) has no place for tools.
+def learned_tool_calls(card: ModelCard) -> bool:
+    """Whether a stage of its training here taught a model to call tools: RL, or a built-in mix of conversations."""
+    return any(
+        ancestor.stage == "rl" or ancestor.settings.get("data", "").partition("+")[0] in MIXES_WITH_CALLS
+        for ancestor in card.lineage()
+        if ancestor.stage in ("sft", "distill", "rl")
+    )
 
-    Raises UserError if such a model is given documents.
+
+def tools_for_model(
+    model: ModelFolder, chat_template, documents: Path | None, names: str | None = None
+) -> dict[str, Tool]:
+    """The tools that a chat offers to a model.
+
+    `names`: those that the user asks for, separated by commas. Otherwise a model that learned here to call tools gets
+    all that are available, and any other model only lookup, if there are `documents`. Raises UserError for a name that
+    is not available, and for an adopted model whose `chat_template` (None for ours) cannot offer tools.
     """
-    if model.card.stage == "adopt" and chat_template and not chat_template.supports_tools:
-        if documents:
-            raise UserError(f"{model.name} was not trained to call tools, so it cannot look anything up in {documents}")
-        return {}
-    return available_tools(documents)
+    available = available_tools(documents)
+    if names is not None:
+        requested = [name for name in names.split(",") if name]
+    elif learned_tool_calls(model.card):
+        return available
+    else:
+        requested = ["lookup"] if documents else []
+    for name in requested:
+        if name not in available:
+            raise UserError(f"there is no tool '{name}' here; available: {', '.join(available)} (lookup: --documents)")
+    if requested and chat_template and not (chat_template.supports_tools or learned_tool_calls(model.card)):
+        raise UserError(f"{model.name} was not trained to call tools, so it cannot call {', '.join(requested)}")
+    return {name: available[name] for name in requested}
 
 
 # ── calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
