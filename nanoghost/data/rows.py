@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,7 @@ def json_rows(file: Path) -> Iterator[Row]:
         is_first = False
         value, end = parse_json(text, len(text) - len(text.lstrip()), file, number)
         if end < len(text):
-            raise UserError(f"{file}:{number}: not JSON: Extra data at column {end + 1}")
+            raise not_json(file, number, f"Extra data at column {end + 1}")
         yield Row(number, f"{file}:{number}", value)
 
 
@@ -79,9 +80,7 @@ def parse_json(text: str, start: int, file: Path, line: int) -> tuple[object, in
         return value, end
     except json.JSONDecodeError as error:
         line += text.count("\n", start, error.pos)
-        raise UserError(
-            f"{file}:{line}: not JSON: {error.msg} at column {error.colno}; a file has one value a line, or is one list"
-        ) from None
+        raise not_json(file, line, f"{error.msg} at column {error.colno}") from None
     except RecursionError:
         raise UserError(f"{where}: too many brackets inside one another") from None
     except JSONError as error:
@@ -90,11 +89,15 @@ def parse_json(text: str, start: int, file: Path, line: int) -> tuple[object, in
         raise UserError(f"{where}: a number has too many digits: write it as a string") from None
 
 
+def not_json(file: Path, line: int, problem: str) -> UserError:
+    return UserError(f"{file}:{line}: not JSON: {problem}; a file of JSON has one value a line, or is one list")
+
+
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:
     keys = dict(pairs)
     if len(keys) < len(pairs):
-        repeated = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise JSONError(f"an object has the key {repeated!r:.40} twice")
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise JSONError(f"an object has the key {key!r:.40} twice")
     return keys
 
 
