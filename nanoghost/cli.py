@@ -334,7 +334,7 @@ def parse(settings_class: type, name: str, arguments: list[str]):
 def error_text(error_box: str) -> str:
     """The message inside one of tyro's error boxes, without its frame, its title and its hints."""
     frame_and_colors = r"\x1b\[[0-9;]*m|[│╭╮╰╯─]"
-    lines = [re.sub(frame_and_colors, " ", line).strip() for line in error_box.splitlines()]
+    lines = [re.sub(frame_and_colors, " ", line).strip() for line in error_box.split("\n")]
     message_lines = []
     for line in lines[1:]:  # the first line is the title
         if line.startswith(("Argument helptext", "For full helptext")):

@@ -9,6 +9,7 @@ A model is a folder under `$NANOGHOST_HOME/models/NAME/` (an adapter is called B
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,11 @@ def home() -> Path:
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
+
+def line_history() -> Path:
+    """File of the lines typed into chats without a person."""
+    return home() / "chat_history"
+
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -55,8 +61,8 @@ def write_json(path: Path, value) -> None:
 
 def read_json(path: Path):
     try:
-        return json.loads(path.read_text())
-    except ValueError as e:  # not JSON, or not even text
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:  # not JSON, or not even text
         raise UserError(f"{path} is damaged: {e}") from None
 
 
@@ -69,14 +75,44 @@ def append_json_line(path: Path, value) -> None:
             if f.read(1) != b"\n":
                 f.seek(0)
                 f.truncate(f.read().rfind(b"\n") + 1)
-        f.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        f.write(json_line(value))
+
+
+def json_line(value) -> bytes:
+    """A line of a file of JSON lines. Half of a surrogate pair, which UTF-8 does not have, becomes "?"."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 def read_json_lines(path: Path) -> list:
-    """All values of a file of JSON lines; none if the file does not exist. An incomplete last line is ignored."""
+    """All values of a file of JSON lines; none if the file does not exist. An incomplete last line is ignored.
+
+    Lines end with "\\n" only: texts may contain U+2028 and other characters that `str.splitlines` takes for ends.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    values = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}, line {number} is damaged: {e}; correct or delete this line") from None
+    return values
+
+
+def cached_sha256(file: Path) -> str:
+    """SHA-256 (hex) of a large file, computed again only if its size, time of modification or inode has changed."""
+    stat = file.stat()
+    version = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    cache_file = home() / "data" / "sha256.json"
+    cache = read_json(cache_file) if cache_file.exists() else {}
+    *cached_version, digest = cache.get(str(file)) or [""]
+    if cached_version == version:
+        return digest
+    with open(file, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    existing = {path: entry for path, entry in cache.items() if os.path.exists(path)}
+    write_json(cache_file, existing | {str(file): [*version, digest]})
+    return digest
 
 
 @contextmanager

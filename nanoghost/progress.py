@@ -46,7 +46,7 @@ class Display:
 
     def print(self, text: str) -> None:
         """Print a line to standard error, above the progress bar."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, event: dict) -> None:
         """Show an event of events.jsonl. Only events of training steps are shown: those with the key "steps"."""

@@ -106,6 +106,11 @@ def test_no_function_is_long(name):
     assert [function for function in MODULES[name].functions() if function[1] > 70] == []
 
 
+def test_lines_end_with_line_feeds_only():
+    """`str.splitlines` also splits at U+2028, U+0085 and six others, which texts may contain."""
+    assert not [name for name, module in MODULES.items() if ".splitlines(" in module.path.read_text()]
+
+
 def test_public_class_names_are_unique():
     """But for the parts of a transformer: ghost.py and llama.py both have an Attention, an MLP and a Block."""
     places = defaultdict(list)

@@ -3,12 +3,14 @@
 import json
 import stat
 import threading
+import unicodedata
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from nanoghost.errors import UserError
+from nanoghost.memory.extract import parse_facts
 from nanoghost.memory.store import Fact, LogEntry, Person, current_facts, merge_facts
 from nanoghost.tools.retrieval import TextIndex
 from tests.support.people import make_fact, memory
@@ -29,6 +31,49 @@ def test_chat_log_survives_a_crash_in_the_middle_of_a_line(me):
         f.write('{"id": 2, "te')
     second = me.log_message("user", "still here")
     assert me.read_chat_log() == [first, second]
+
+
+ODD_TEXT = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj\r\nk\x00l\ud800m [/red] \x1b[2J"
+"""Everything that some program takes for the end of a line, half of a surrogate pair, markup, a control sequence."""
+
+
+def test_no_character_locks_a_persons_memory(me, capsys):
+    """Everything can be stored, listed, searched, corrected and forgotten."""
+    stored = ODD_TEXT.replace("\ud800", "?")
+    me.log_message("user", ODD_TEXT)
+    memory(me, add=(ODD_TEXT, ODD_TEXT))
+    assert [entry.text for entry in me.read_chat_log()] == [stored, f"My {stored} is {stored}."]
+    [fact] = me.read_facts()
+    assert (fact.relation, fact.value) == (stored, stored)
+    memory(me, correct=(1, f"{ODD_TEXT} bello"))
+    capsys.readouterr()
+    memory(me, search="bello")
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+    memory(me, json=True)
+    assert len(capsys.readouterr().out.split("\n")) == 2
+    memory(me, forget=2)
+    assert not me.read_facts()
+    assert not me.read_chat_log()
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0c", "\x1e"])
+def test_an_extracted_fact_may_contain_line_separators(separator):
+    value = f"Rex{separator}Max"
+    facts, rejected = parse_facts(f"dog's name: {value}\nnothing", f"It is {value}")
+    assert (facts, rejected) == ([("dog's name", value)], [])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"nonsense", b'{"id": 1', b'{"id": 1}', b"[]", b"\xff\xfe", b"[" * 10**5, b"\0\0\0"],
+)
+def test_a_damaged_line_of_the_chat_log_is_named_with_a_remedy(me, line):
+    me.log_message("user", "hello")
+    with open(me.path / "chat_log.jsonl", "ab") as f:
+        f.write(line + b"\n")
+    with pytest.raises(UserError, match=r"chat_log.jsonl, line 2\b.*delete this line"):
+        me.read_chat_log()
 
 
 def test_folder_of_a_person_is_readable_by_its_owner_only(me):
@@ -78,6 +123,15 @@ def test_newer_value_supersedes_older_one_and_equal_value_adds_a_source():
     assert merged.corrections == [maren]
     assert merged.added == merged.facts
     assert merge_facts(merged.facts, []).facts == merged.facts
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_value_in_another_unicode_form_is_the_same_value(form):
+    stored = [make_fact(1, unicodedata.normalize("NFC", "café"), "Zoé")]
+    relation, value = (unicodedata.normalize(form, text) for text in ("Café", "zoé"))
+    merged = merge_facts(stored, [(LogEntry(7, 1.0, "user", ""), [(relation, value)])])
+    assert not merged.added
+    assert merged.facts[0].sources == (7,)
 
 
 def test_deleting_a_fact_deletes_older_values_messages_nights_and_adapter(me):
@@ -136,6 +190,10 @@ def test_facts_can_be_written_by_hand(me):
         ('{"relation": 1, "value": "y"}', "relation"),
         ('["x", "y"]', "relation"),
         ('{"relation": "x", "value": "y", "note": "z"}', '"note" is not a key'),
+        ('{"relation": "x", "value": "y", "id": "1"}', "\"id\" of a fact cannot be '1'"),
+        ('{"relation": "x", "value": "y", "sources": 5}', '"sources" of a fact cannot be 5'),
+        ('{"relation": "x", "value": "y", "supersedes": [1]}', '"supersedes"'),
+        ("[" * 10**5, "line 1"),
     ],
 )
 def test_an_invalid_line_of_the_fact_store_is_named(me, line, error):
@@ -253,6 +311,21 @@ SEARCHED_TEXTS = [
 )
 def test_search_matches_word_stems(query, limit, matches):
     assert TextIndex(SEARCHED_TEXTS).search(query, limit) == matches
+
+
+def test_facts_are_found_in_every_script(me, capsys):
+    for relation, value in (
+        ("town", "上海"),
+        ("dog's name", "レックス"),
+        ("friend", "สมชาย"),
+        ("pet", "🐶"),
+        ("car", "Škoda"),
+    ):
+        memory(me, add=(relation, value))
+    for query, fact_id in (("住在上海吗", 1), ("ﾚｯｸｽは？", 2), ("ชื่อสมชายไหม", 3), ("a 🐶?", 4), ("ＳＫＯＤＡ", 5)):
+        capsys.readouterr()
+        memory(me, search=query)
+        assert capsys.readouterr().out.split()[0] == str(fact_id), query
 
 
 def test_search_in_an_empty_index_finds_nothing():

@@ -2,10 +2,12 @@
 
 import os
 import re
+import sqlite3
 import stat
 import string
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from nanoghost.tools.retrieval import (
     MAX_SNIPPET_CHARACTERS,
     MIN_PASSAGE_WORDS,
     STOP_WORDS,
+    TOKENIZER,
     DocumentFolder,
     TextIndex,
     passages_of,
@@ -98,6 +101,83 @@ def test_every_word_of_every_document_is_found(tmp_path_factory, texts):
         for word in text.split()[:10]:
             if word.casefold() not in STOP_WORDS:
                 assert f"{i}.txt" in [p.source for p in documents.search(word, 1000)], ascii(word)
+
+
+# One text in each script, with questions that find it.
+SCRIPTS = {
+    "我妹妹住在上海浦东，她是护士。": ["上海", "妹妹住在哪里", "护士"],
+    "私の犬の名前はレックスです。": ["犬", "犬の名前は何ですか", "レックス", "ﾚｯｸｽ"],
+    "佐々木さんはサッカーが好き": ["佐々木", "サッカー"],
+    "แมวของฉันชื่อสมชาย": ["แมว", "สมชาย"],
+    "우리 강아지 이름은 렉스예요": ["강아지", "렉스", unicodedata.normalize("NFD", "렉스")],
+    "ຂ້ອຍຢູ່ວຽງຈັນ": ["ວຽງຈັນ"],
+    "ខ្ញុំរស់នៅភ្នំពេញ": ["ភ្នំពេញ"],
+    "Ice cream 🍦 and ❤️‍🔥": ["🍦", "❤", "🔥"],
+    "Toyotaは車です": ["toyota", "車"],
+    unicodedata.normalize("NFD", "Das Café in Zürich"): ["café", "CAFÉ", "zurich", "Zürich"],
+    "Ｏｓａｋａ ｃａｓｔｌｅ": ["Osaka", "castle"],
+    "Straßenbahn und Gauß": ["GAUSS", "strassenbahn"],
+    "a zero\u200bwidth, a soft\u00adhyphen and the \ufb01nale": ["zerowidth", "softhyphen", "finale"],
+    "Собака Анны, ее зовут Рекс": ["СОБАКА", "рекс"],
+    "ქართული ენა": ["ენა"],
+}
+
+
+@pytest.mark.parametrize("text, question", [(text, question) for text in SCRIPTS for question in SCRIPTS[text]])
+def test_texts_are_found_in_every_script_and_unicode_form(tmp_path, text, question):
+    assert TextIndex(list(SCRIPTS)).search(question)[:1] == [list(SCRIPTS).index(text)]
+    (tmp_path / "note.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "other.txt").write_text("Something else: 別の話。 다른 것 เรื่องอื่น", encoding="utf-8")
+    assert sources(DocumentFolder(tmp_path), question)[0] == "note.txt"
+
+
+def test_a_folder_and_a_heading_are_found_in_scripts_without_blanks(tmp_path):
+    (tmp_path / "旅行日記").mkdir()
+    (tmp_path / "旅行日記" / "a.md").write_text("# 京都の寺\n\nvisited\n", encoding="utf-8")
+    documents = DocumentFolder(tmp_path)
+    assert sources(documents, "旅行") == sources(documents, "京都に行った？") == ["旅行日記/a.md"]
+
+
+def test_a_long_text_without_blanks_becomes_passages_whose_excerpts_match(tmp_path):
+    sentences = [f"これは{i}番目の文で、特に何もありません。" for i in range(400)]
+    sentences[333] = "宝物は古い井戸の底にあります。"
+    (tmp_path / "story.txt").write_text("".join(sentences), encoding="utf-8")
+    passages = DocumentFolder(tmp_path).search("宝物はどこですか", 1)
+    assert "宝物は古い井戸の底にあります" in passages[0].snippet
+    assert len(passages[0].text) < 1000
+    assert all(text.endswith("。") for _, text in passages_of("".join(sentences), False))
+
+
+ENGLISH_WORDS = (
+    "sister sisters birthday Rex's naïve café co-op 10² 20°C ½ Nike™ “quoted” it’s the July rain raining Ω".split()
+)
+ENGLISH = st.lists(st.lists(st.sampled_from(ENGLISH_WORDS), max_size=12).map(" ".join), min_size=1, max_size=12)
+
+
+@given(ENGLISH, st.lists(st.sampled_from(ENGLISH_WORDS), max_size=5).map(" ".join))
+@settings(max_examples=100, deadline=None)
+def test_texts_with_blanks_are_ranked_by_their_words_alone(texts, question):
+    """The oracle is SQLite's full-text search over the texts as they are."""
+    database = sqlite3.connect(":memory:")
+    database.execute(f"create virtual table texts using fts5(text, {TOKENIZER})")
+    database.executemany("insert into texts(rowid, text) values (?, ?)", enumerate(texts))
+    words = [word for word in re.findall(r"[^\W_]+", question) if word.casefold() not in STOP_WORDS]
+    query = " OR ".join(f'"{word}"' for word in words)
+    ranked = "select rowid from texts where texts match ? order by rank, rowid"
+    expected = [row for (row,) in database.execute(ranked, (query,))] if words else []
+    assert TextIndex(texts).search(question, 100) == expected
+
+
+def test_only_line_feeds_end_the_lines_of_a_document():
+    text = "# one\u2028# two\nbody\x0c# three\x85\n# four\nend"
+    assert list(passages_of(text, True)) == [("one # two", "body\x0c# three"), ("four", "end")]
+
+
+@pytest.mark.parametrize("line_end", ["\r\n", "\r"])
+def test_documents_may_have_line_ends_of_other_systems(tmp_path, line_end):
+    (tmp_path / "a.md").write_bytes(f"# Bees{line_end}{line_end}The queen.{line_end}".encode())
+    [passage] = DocumentFolder(tmp_path).search("queen")
+    assert (passage.heading, passage.text) == ("Bees", "The queen.")
 
 
 def test_the_index_follows_the_folder(notes):

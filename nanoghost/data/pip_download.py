@@ -19,8 +19,8 @@ def pip_download(
     requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", *options]
     command += ["--require-hashes", "-r", str(requirements), "-d", str(folder)]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    result = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
     if result.returncode:
-        reason = (result.stderr.strip() or "no error message").splitlines()[-1]
+        reason = (result.stderr.strip() or "no error message").split("\n")[-1]
         name = description.partition(" (")[0]
         raise UserError(f"pip could not download {name} ({reason}): {remedy}")

@@ -19,7 +19,7 @@ def build_manifest(name: str, data: str, settings: dict, source: Source, work: P
         dropped[folder.name] = dropped_counts(folder)
     files = {}
     for file in sorted((work / "output").glob("*.jsonl")):
-        with open(file) as lines:
+        with open(file, "rb") as lines:
             sizes = [len(json.loads(line)["text"].encode()) for line in lines]
         files[file.name] = {"documents": len(sizes), "bytes": sum(sizes), "sha256": sha256_of(file)}
     if not files:

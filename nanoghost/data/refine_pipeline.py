@@ -151,7 +151,7 @@ class TaskReader(PipelineStep):
     def run(self, data=None, rank: int = 0, world_size: int = 1):
         file = Path(self.folder, f"{rank:05d}.jsonl")
         if file.exists():
-            with open(file) as lines:
+            with open(file, "rb") as lines:
                 for line in lines:
                     row = json.loads(line)
                     yield Document(row["text"], row["name"])

@@ -65,9 +65,9 @@ def build(library: Path, instructions: tuple[str, ...]) -> str:
         command = [hardware.compiler_name(), *flags, str(SOURCES[0]), "-o", str(output)]
         command += ["-ltorch", "-ltorch_cpu", "-lc10"]
         print("compiling the engine's C++ kernels (once, about 20 s) ...", file=sys.stderr)
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
-            lines = result.stderr.strip().splitlines() or ["no error message"]
-            return f"the C++ compiler failed: {lines[0]}"
+            first_line = (result.stderr.strip() or "no error message").split("\n")[0]
+            return f"the C++ compiler failed: {first_line}"
         output.rename(library)
     return ""

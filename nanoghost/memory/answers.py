@@ -1,6 +1,5 @@
 """Greedy answers to many questions at once, and how they are scored."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from nanoghost.memory.phrasings import other_values
 from nanoghost.memory.router import Router
 from nanoghost.memory.synthesize import SyntheticQA
 from nanoghost.tokenizer.chat_format import render
+from nanoghost.tools.text_forms import fold, whole_word
 
 ANSWER_TOKENS = 48  # maximum length of an answer
 
@@ -61,7 +61,8 @@ def greedy_answers(
 
 def contains_values(answer: str, values: Iterable[str]) -> bool:
     """Whether an answer contains all values, each as a whole word ("4" is not in "42")."""
-    return all(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", answer, re.IGNORECASE) for value in values)
+    folded = fold(answer)
+    return all(whole_word(value).search(folded) for value in values)
 
 
 def is_correct(answer: str, relation: str, value: str) -> bool:

@@ -24,6 +24,7 @@ from nanoghost.memory.teacher import one_hot_targets
 from nanoghost.memory.train_adapter import AdapterExample, AdapterRun, train_adapter
 from nanoghost.progress import Display
 from nanoghost.tokenizer.chat_format import render
+from nanoghost.tools.text_forms import fold
 from nanoghost.train.packing import TokenizedExample
 
 INSTRUCTION = (
@@ -107,12 +108,12 @@ def extract_facts(
 def parse_facts(answer: str, message: str) -> tuple[list[RelationValue], list[str]]:
     """(facts, rejected lines): a fact has a short relation, and a value that occurs in the message."""
     facts, rejected = [], []
-    for line in answer.splitlines():
+    for line in answer.split("\n"):
         relation, colon, value = line.partition(":")
         relation = relation.strip()
         value = value.strip().rstrip(".")
         relation_is_short = 0 < len(relation.split()) <= MAX_RELATION_WORDS
-        if colon and value and value.casefold() in message.casefold() and relation_is_short:
+        if colon and value and fold(value) in fold(message) and relation_is_short:
             facts.append((relation, value))
         elif line.strip() and line.strip() != NO_FACTS:
             rejected.append(line.strip())

@@ -4,7 +4,8 @@
     --search WORDS       list the facts that match these words
     --add RELATION VALUE, --correct ID VALUE
                          store a fact, or replace a value; the next night learns it
-    --forget ID          delete a fact and everything derived from it, then run a night without it
+    --forget ID          delete a fact and everything derived from it, and replace the adapter by a night without it;
+                         messages that may mention it in another form are shown first, and at the end what is left
     --export FILE.zip    write everything stored about this person into an archive
     --delete             delete everything stored about this person
 
@@ -13,20 +14,24 @@ learns what it contains then.
 """
 
 import json
+import re
 import shutil
+import sys
 import time
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from nanoghost import hardware
 from nanoghost.commands.models import confirm_removal
 from nanoghost.errors import StopFlag, UserError
-from nanoghost.home import write_lock
+from nanoghost.home import ModelFolder, write_lock
 from nanoghost.memory.extract import unprocessed_messages
 from nanoghost.memory.night import base_model, run_night
 from nanoghost.memory.phrasings import statement
-from nanoghost.memory.store import Person, current_facts, merge_facts, open_person, search_facts
+from nanoghost.memory.store import Fact, LogEntry, Person, current_facts, merge_facts, open_person, search_facts
 from nanoghost.progress import Display, JsonFlag
 
 ACTIONS = ("search", "add", "correct", "forget", "export", "delete")
@@ -43,7 +48,9 @@ class MemorySettings(JsonFlag):
     correct: tuple[int, str] | None = None
     """Id of a fact, and its correct value."""
     forget: int | None = None
-    """Id of a fact to delete, with the messages that stated it; then runs a night without it."""
+    """Id of a fact to delete, with the messages that mention it; then a night without it replaces the adapter."""
+    mentions: Literal["delete", "keep"] | None = None
+    """With --forget: what happens to messages that may mention the value in another form; default: asks."""
     export: Path | None = None
     """Zip file to write, with everything stored about this person."""
     delete: bool = False
@@ -51,7 +58,7 @@ class MemorySettings(JsonFlag):
     yes: bool = False
     """Do not ask for confirmation before --delete."""
     model: str | None = None
-    """Base model of the night after --forget; default: that of the last night, or smollm2."""
+    """Base model of the night after --forget; default: that of the last night."""
 
 
 def command(settings: MemorySettings) -> None:
@@ -62,7 +69,7 @@ def command(settings: MemorySettings) -> None:
     elif settings.delete:
         delete(person, settings.yes)
     elif settings.forget is not None:
-        forget(person, settings.forget, settings.model)
+        forget(person, settings.forget, settings.mentions, settings.model)
     else:
         if settings.add:
             store_fact(person, *settings.add)
@@ -76,6 +83,8 @@ def check_settings(settings: MemorySettings) -> None:
     actions = [name for name in ACTIONS if getattr(settings, name)]
     if len(actions) > 1:
         raise UserError(f"--{actions[0]} and --{actions[1]} exclude each other")
+    if settings.mentions and settings.forget is None:
+        raise UserError("--mentions needs --forget")
     if settings.add and not all(part.strip() for part in settings.add):
         raise UserError("--add needs a non-empty relation and a non-empty value")
     if settings.correct and not settings.correct[1].strip():
@@ -84,27 +93,73 @@ def check_settings(settings: MemorySettings) -> None:
 
 def store_fact(person: Person, relation: str, value: str) -> None:
     """Store a fact as if the person had written it in a chat; it supersedes an older value."""
+    relation, value = (text.encode(errors="replace").decode().strip() for text in (relation, value))
     with write_lock(person):
         entry = person.log_message("user", f"My {relation} is {value}.")
-        relation, value = relation.strip(), value.strip()
         person.write_facts(merge_facts(person.read_facts(), [(entry, [(relation, value)])]).facts)
     Display().print(
         f"stored: {statement(relation, value)} The next night learns it: `nanoghost sleep --person {person.name}`"
     )
 
 
-def forget(person: Person, fact_id: int, model: str | None) -> None:
-    """Delete a fact, then run a night without it."""
+def forget(person: Person, fact_id: int, mentions: str | None, model: str | None) -> None:
+    """Delete a fact, show what still mentions it, then run a night without it if there was an adapter."""
     hardware.prepare()
-    base = base_model(person, model)  # before the adapter, which names it, is deleted
+    inputs = person.adapter_inputs
+    has_base = model or (inputs and ModelFolder(inputs.base).is_finished)
+    base = base_model(person, model) if has_base else None  # before the adapter, which names it, is deleted
+    history = person.fact_history(fact_id)
+    possible = person.traces(history).possible
+    if possible and not mentions:
+        mentions = "delete" if confirm_possible_mentions(possible, history[-1]) else "keep"
     with write_lock(person), StopFlag() as stop_flag:
-        fact, deleted_entries = person.delete_fact(fact_id)
+        fact, deleted_entries = person.delete_fact(fact_id, mentions == "delete")
+        show_what_is_left(person, history)
         display = Display()
-        display.print(
-            f"deleted: your {fact.relation}, {deleted_entries} messages of the chat log,"
-            " and the adapter that was trained on it"
+        adapter = ", and the adapter that was trained on it" if inputs else ""
+        display.print(f"deleted: your {fact.relation}, {deleted_entries} messages of the chat log{adapter}")
+        if base:
+            run_night(person, base, display, stop_flag, deleted_facts=1)
+
+
+def confirm_possible_mentions(entries: list[LogEntry], fact: Fact) -> bool:
+    """Show messages that may mention a fact, and ask the user whether to delete them, too."""
+    show_lines(f'messages that may mention "{fact.value}" in another form:', map(describe_message, entries))
+    if not sys.stdin.isatty():
+        raise UserError(
+            f"{len(entries)} messages may mention your {one_line(fact.relation)}: add --mentions delete or keep"
         )
-        run_night(person, base, display, stop_flag, deleted_facts=1)
+    print("delete these messages, too? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def show_what_is_left(person: Person, history: list[Fact]) -> None:
+    """List what still mentions, or may mention, facts that were deleted."""
+    left = person.traces(history)
+    lines = [describe_message(entry) for entry in left.certain + left.possible]
+    lines += [f"fact {fact.id}: {statement(fact.relation, fact.value)}" for fact in left.facts]
+    lines += [f"file {path}" for path in left.files]
+    if lines:
+        show_lines("still there, and may mention it:", lines)
+    Display().print(
+        "not searched: archives of --export, conversations that the chat page stored in a browser, and open chats"
+    )
+
+
+def describe_message(entry: LogEntry) -> str:
+    return f"message {entry.id} ({entry.role}): {entry.text}"
+
+
+def show_lines(title: str, lines: Iterable[str]) -> None:
+    """Print to standard error."""
+    print(title, file=sys.stderr)
+    for line in lines:
+        print(f"  {one_line(line)}", file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """The text in one line, without control characters."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "", " ".join(text.split()))
 
 
 def show(person: Person, query: str | None, as_json: bool) -> None:
@@ -117,7 +172,7 @@ def show(person: Person, query: str | None, as_json: bool) -> None:
         return
     for fact in facts:
         day = time.strftime("%Y-%m-%d", time.localtime(fact.time)) if fact.time else ""
-        print(f"{fact.id:>4}  {day:10}  {statement(fact.relation, fact.value)}")
+        print(f"{fact.id:>4}  {day:10}  {one_line(statement(fact.relation, fact.value))}")
     if not facts:
         Display().print("no facts match" if query else "no facts are stored yet")
     waiting = len(unprocessed_messages(person))

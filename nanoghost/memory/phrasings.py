@@ -59,7 +59,7 @@ class ExtractorRelation:
 @cache
 def phrasings() -> dict:
     """Contents of phrasings.toml."""
-    return tomllib.loads(Path(__file__).with_name("phrasings.toml").read_text())
+    return tomllib.loads(Path(__file__).with_name("phrasings.toml").read_text(encoding="utf-8"))
 
 
 @cache
@@ -100,7 +100,7 @@ def parse_relation(entry: dict, name: str, relative: str = "") -> Relation:
 @cache
 def extractor_phrasings() -> dict:
     """Contents of extractor_relations.toml."""
-    return tomllib.loads(Path(__file__).with_name("extractor_relations.toml").read_text())
+    return tomllib.loads(Path(__file__).with_name("extractor_relations.toml").read_text(encoding="utf-8"))
 
 
 @cache

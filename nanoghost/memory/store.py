@@ -5,6 +5,7 @@
     facts.jsonl            the fact store: id, relation, value, subject, time, sources, supersedes
     adapter/               LoRA adapter (PEFT format) that knows the facts; inputs.json names what it was trained from
     nights/NNNN/           a folder for each night, that is, each run of `nanoghost sleep`: its record and its report
+    line_history           lines typed in the terminal, for its arrow keys
     last_processed.json    id of the last message that the fact extractor has processed
 
 People share nothing: no file, no adapter, no cache.
@@ -23,14 +24,20 @@ from nanoghost.home import (
     append_json_line,
     exclusive_lock,
     home,
+    json_line,
+    line_history,
     read_json,
     read_json_lines,
     write_atomic,
     write_json,
 )
+from nanoghost.memory.mentions import Mentions
 from nanoghost.memory.phrasings import statement
 from nanoghost.tools.retrieval import TextIndex
+from nanoghost.tools.text_forms import fold
 
+PERSON_FILES = "chat_log.jsonl facts.jsonl last_processed.json .chat_log.lock .lock line_history".split()
+PERSON_FOLDERS = ("adapter", ".adapter.old", "nights")
 REPEAT_SECONDS = 3600  # the same message again within this time is a request for another answer, and is logged once
 
 
@@ -65,7 +72,7 @@ class Fact:
     @property
     def key(self) -> tuple[str, str]:
         """What the fact is about. Of several facts with the same key the newest holds."""
-        return self.subject.casefold(), self.relation.casefold()
+        return fold(self.subject), fold(self.relation)
 
     @classmethod
     def from_json(cls, values: dict, default_id: int) -> "Fact":
@@ -75,12 +82,23 @@ class Fact:
         for name in ("relation", "value"):
             if not isinstance(values.get(name), str) or not values[name].strip():
                 raise ValueError(f'a fact needs "{name}", a text that is not empty')
+            values = values | {name: values[name].encode(errors="replace").decode()}  # without lone surrogates
         keys = [field.name for field in fields(cls)]
         unknown_keys = sorted(set(values) - set(keys))
         if unknown_keys:
             raise ValueError(f'"{unknown_keys[0]}" is not a key of a fact; the keys are {", ".join(keys)}')
-        values = {"id": default_id} | values
-        return cls(**values | {"sources": tuple(values.get("sources", ()))})
+        fact = cls(**{"id": default_id} | values)
+        has_valid_type = {
+            "id": isinstance(fact.id, int),
+            "subject": isinstance(fact.subject, str),
+            "time": isinstance(fact.time, (int, float)),
+            "sources": isinstance(fact.sources, (list, tuple)) and all(isinstance(i, int) for i in fact.sources),
+            "supersedes": isinstance(fact.supersedes, int | None),
+        }
+        for name, is_valid in has_valid_type.items():
+            if not is_valid:
+                raise ValueError(f'"{name}" of a fact cannot be {values[name]!r:.40}')
+        return replace(fact, sources=tuple(fact.sources))
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -116,6 +134,20 @@ class AdapterInputs:
         write_json(adapter / "inputs.json", asdict(self))
 
 
+@dataclass(frozen=True)
+class Traces:
+    """What says something of a fact."""
+
+    certain: list[LogEntry]
+    """Messages that stated it or mention its value."""
+    possible: list[LogEntry]
+    """Other messages that may mention its value (mentions.py)."""
+    facts: list[Fact]
+    """Other facts that mention or may mention it."""
+    files: list[Path]
+    """Files of other programs that mention or may mention it."""
+
+
 class Person:
     """The folder of a person. Each call reads the files again, since a chat, a server and a night may write them."""
 
@@ -135,10 +167,21 @@ class Person:
     def exists(self) -> bool:
         return self.path.exists()
 
+    @property
+    def line_history(self) -> Path:
+        """File of the lines typed in earlier sessions of the terminal."""
+        return self.path / "line_history"
+
     # -- chat log -----------------------------------------------------------------------------------------------------
 
     def read_chat_log(self) -> list[LogEntry]:
-        return [LogEntry(**values) for values in read_json_lines(self.path / "chat_log.jsonl")]
+        path = self.path / "chat_log.jsonl"
+        entries = []
+        for number, values in enumerate(read_json_lines(path), 1):
+            if not isinstance(values, dict) or values.keys() != {"id", "time", "role", "text"}:
+                raise UserError(f"{path}, line {number}: not a message of a chat log; delete this line")
+            entries.append(LogEntry(**values))
+        return entries
 
     def log_message(self, role: str, text: str, timestamp: float | None = None) -> LogEntry:
         """Append a message of `role` (user or assistant) to the chat log."""
@@ -179,13 +222,13 @@ class Person:
         """All facts, the oldest first, superseded ones included. The file may be edited by hand."""
         path = self.path / "facts.jsonl"
         facts = []
-        for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
             if not line.strip():
                 continue
             try:
                 facts.append(Fact.from_json(json.loads(line), next_fact_id(facts)))
-            except ValueError as e:
-                raise UserError(f"{path}, line {number}: {e}") from None
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{path}, line {number}: {e}; correct or delete this line") from None
         return facts
 
     def write_facts(self, facts: list[Fact]) -> None:
@@ -197,25 +240,56 @@ class Person:
                 return fact
         raise UserError(f"there is no fact {fact_id}: `nanoghost memory --person {self.name}` lists the facts")
 
-    def delete_fact(self, fact_id: int) -> tuple[Fact, int]:
+    def fact_history(self, fact_id: int) -> list[Fact]:
+        """A fact and the older values of it."""
+        fact = self.find_fact(fact_id)
+        return [other for other in self.read_facts() if other.key == fact.key]
+
+    def traces(self, history: list[Fact]) -> "Traces":
+        """What the files of this person say of these facts (their own lines in the fact store aside)."""
+        mentions = Mentions.of(fact.value for fact in history)
+        sources = {source for fact in history for source in fact.sources}
+        certain, possible = [], []
+        for entry in self.read_chat_log():
+            if entry.id in sources or mentions.is_certain(entry.text):
+                certain.append(entry)
+            elif mentions.is_possible(entry.text):
+                possible.append(entry)
+        ids = {fact.id for fact in history}
+        facts = [f for f in self.read_facts() if f.id not in ids and mentions.is_possible(f"{f.relation} {f.value}")]
+        files = [path for path in self.foreign_files() if mentions.is_possible(path.read_text(errors="replace"))]
+        return Traces(certain, possible, facts, files)
+
+    def foreign_files(self) -> list[Path]:
+        """Files that are not written for this person alone: backups of an editor, lines typed into other chats."""
+        names = (*PERSON_FILES, *PERSON_FOLDERS)
+        inside = [path for path in self.path.rglob("*") if path.relative_to(self.path).parts[0] not in names]
+        return sorted(path for path in [*inside, line_history()] if path.is_file())
+
+    def delete_fact(self, fact_id: int, with_possible: bool = False) -> tuple[Fact, int]:
         """Delete a fact and everything derived from it; returns the fact, and the number of deleted chat-log entries.
 
         Deletes older values of the same fact, all chat-log entries that stated or mention one of the values, the
-        records of all nights, and the adapter. The next night trains another adapter, which never saw the fact.
+        records of all nights, the adapter, and the lines typed in the terminal. The next night trains another adapter,
+        which never saw the fact.
+        `with_possible`: also the chat-log entries that may mention it.
         """
         fact = self.find_fact(fact_id)
-        deleted = [other for other in self.read_facts() if other.key == fact.key]
-        sources = {source for other in deleted for source in other.sources}
-        values = "|".join(rf"(?<!\w){re.escape(other.value)}(?!\w)" for other in deleted)
-        value_pattern = re.compile(values, re.IGNORECASE)
+        history = self.fact_history(fact_id)
         # The fact store comes last: after a crash in between, the fact is still listed and can be deleted again.
-        for path in (self.path / "adapter", self.path / ".adapter.old", *(self.path / "nights").glob("*")):
-            shutil.rmtree(path, ignore_errors=True)
+        derived = [self.path / "adapter", self.path / ".adapter.old", self.line_history, *self.path.glob("nights/*")]
+        left_by_a_crash = [*self.path.glob(".*.tmp"), *self.path.glob(".export.zip")]
+        for path in derived + left_by_a_crash:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         with self.chat_log_lock():
-            entries = self.read_chat_log()
-            remaining = [e for e in entries if e.id not in sources and not value_pattern.search(e.text)]
+            entries, traces = self.read_chat_log(), self.traces(history)
+            deleted = {entry.id for entry in traces.certain + (traces.possible if with_possible else [])}
+            remaining = [entry for entry in entries if entry.id not in deleted]
             write_json_lines(self.path / "chat_log.jsonl", [asdict(entry) for entry in remaining])
-        self.write_facts([other for other in self.read_facts() if other not in deleted])
+        self.write_facts([other for other in self.read_facts() if other not in history])
         return fact, len(entries) - len(remaining)
 
     # -- adapter ------------------------------------------------------------------------------------------------------
@@ -291,7 +365,7 @@ def merge_facts(stored: list[Fact], stated: list[tuple[LogEntry, list[tuple[str,
         for relation, value in pairs:
             fact = Fact(next_fact_id(facts), relation, value, time=entry.time, sources=(entry.id,))
             previous = next((f for f in current_facts(facts) if f.key == fact.key), None)
-            if previous and previous.value.casefold() == value.casefold():
+            if previous and fold(previous.value) == fold(value):
                 restated = replace(previous, sources=(*previous.sources, entry.id))
                 facts = [restated if f is previous else f for f in facts]
                 added = [restated if f is previous else f for f in added]
@@ -304,4 +378,4 @@ def merge_facts(stored: list[Fact], stated: list[tuple[LogEntry, list[tuple[str,
 
 
 def write_json_lines(path: Path, values: list[dict]) -> None:
-    write_atomic(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+    write_atomic(path, b"".join(map(json_line, values)))

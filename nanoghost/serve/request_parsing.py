@@ -216,6 +216,7 @@ def compile_grammar(schema: dict, param: str) -> str:
     """The grammar of a JSON schema. Raises RequestError if the schema is invalid or not supported."""
     grammar = json_grammar(schema)
     if error := grammar_error(grammar):
-        message = f"this JSON schema is not supported: {error.splitlines()[0][:300]}"
+        first_line = error.split("\n")[0]
+        message = f"this JSON schema is not supported: {first_line[:300]}"
         raise RequestError(400, message, param, "invalid_schema")
     return grammar

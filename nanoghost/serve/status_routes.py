@@ -71,9 +71,9 @@ def find_run(name: str) -> ModelFolder:
     return ModelFolder(name)
 
 
-def complete_lines(path: Path) -> list[str]:
+def complete_lines(path: Path) -> list[bytes]:
     """The lines of a file that is being written, without an incomplete last one."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 # ── health ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -262,7 +262,7 @@ def grammar_error_of(sequence: Sequence) -> str:
     if processor is None or processor.matcher is None:
         return ""
     error = processor.matcher.get_error()
-    return error.splitlines()[0] if error else ""
+    return error.split("\n")[0] if error else ""
 
 
 def load_engine(base: str, capacity: Capacity) -> Engine:

@@ -120,7 +120,7 @@ class Lookup(Task):
         while True:
             document = rng.choice(synthetic_documents()[0])
             content = numbered_passages(search_synthetic(document.person)).content
-            numbers = [line[1] for line in content.splitlines() if line.endswith(document.text)]  # "[2] ..."
+            numbers = [line[1] for line in content.split("\n") if line.endswith(document.text)]  # "[2] ..."
             if split_of(document.person) == split and numbers:
                 break
         phrases = DOCUMENT_PHRASES[document.kind]
@@ -132,7 +132,7 @@ class Lookup(Task):
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
         citations = []
         for result in tool_results(reply, "lookup"):
-            citations += [line[:3] for line in result.splitlines() if line.endswith(problem.answer)]
+            citations += [line[:3] for line in result.split("\n") if line.endswith(problem.answer)]
         text = final_text(reply)
         value = problem.answer.rstrip(".").split()[-1]
         is_cited = any(citation in text for citation in citations)

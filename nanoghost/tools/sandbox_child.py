@@ -88,7 +88,8 @@ def run(compiled: str, seconds: str) -> None:
     except wasmtime.ExitTrap:
         pass
     except wasmtime.Trap as trap:  # for example a recursion in C that is too deep
-        print(f"\nerror: the interpreter broke down: {trap.message.splitlines()[-1].strip()}", flush=True)
+        last_line = trap.message.strip().split("\n")[-1]
+        print(f"\nerror: the interpreter broke down: {last_line.strip()}", flush=True)
     os._exit(0)
 
 

@@ -28,7 +28,7 @@ export class Sidebar {
   }
 
   async draw() {
-    const query = this.search.value.trim();
+    const query = this.search.value.trim().normalize("NFKC");
     const count = ++this.drawCount;
     const all = await loadAll();
     const isRenaming = this.list.querySelector(".rename");
@@ -104,7 +104,9 @@ export class Sidebar {
     this.page.stored(id);
     await this.changed(id);
     byId("new-chat").focus();
-    toast(`Deleted “${conversation.title}”.`, "Undo", async () => {
+    const { person } = conversation.settings;
+    const kept = person ? ` The chat log of ${person} keeps the messages.` : "";
+    toast(`Deleted “${conversation.title}”.${kept}`, "Undo", async () => {
       await restore(conversation);
       await this.changed(id);
       location.hash = `#/c/${id}`;

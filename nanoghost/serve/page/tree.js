@@ -95,9 +95,9 @@ export function titleFrom(text) {
 export function find(conversation, query) {
   const needle = query.toLowerCase();
   for (const node of Object.values(conversation.tree.nodes)) {
-    const text = textOf(node);
-    const at = text.toLowerCase().indexOf(needle);
-    if (at >= 0) return text.slice(Math.max(0, at - 24), at + needle.length + 48).replace(/\s+/g, " ");
+    const text = textOf(node).normalize("NFKC");
+    const start = text.toLowerCase().indexOf(needle);
+    if (start >= 0) return text.slice(Math.max(0, start - 24), start + needle.length + 48).replace(/\s+/g, " ");
   }
-  return conversation.title.toLowerCase().includes(needle) ? "" : null;
+  return conversation.title.normalize("NFKC").toLowerCase().includes(needle) ? "" : null;
 }
