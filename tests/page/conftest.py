@@ -55,11 +55,11 @@ class Page:
     def js(self, script, *arguments):
         return self.browser.execute_script(script, *arguments)
 
-    def later(self, script, *arguments):
+    def run_async(self, script, *arguments):
         """Runs the body of an async function; returns its value."""
         done = self.browser.execute_async_script(
             "const done = arguments[arguments.length - 1];"
-            f"(async (...given) => {{ {script} }})(...arguments)"
+            f"(async (...args) => {{ {script} }})(...arguments)"
             ".then((value) => done({value}), (e) => done({error: String(e.stack)}))",
             *arguments,
         )
@@ -73,18 +73,18 @@ class Page:
             time.sleep(0.02)
         return value
 
-    def one(self, selector):
+    def find(self, selector):
         return self.browser.find_element("css selector", selector)
 
-    def all(self, selector):
+    def find_all(self, selector):
         return self.browser.find_elements("css selector", selector)
 
     def click(self, selector):
-        self.one(selector).click()
+        self.find(selector).click()
 
     def send(self, words, wait=True):
         before = self.js("return document.querySelectorAll('.message').length")
-        self.one("#message").send_keys(words, ENTER)
+        self.find("#message").send_keys(words, ENTER)
         self.wait("return document.querySelectorAll('.message').length > arguments[0]", before)
         if wait:
             self.idle()
@@ -106,9 +106,9 @@ class Page:
         return self.js("return [...document.querySelectorAll('#conversations .title')].map((e) => e.textContent)")
 
     def stored(self):
-        return self.later("const store = await import('/static/store.js'); return store.loadAll();")
+        return self.run_async("const store = await import('/static/store.js'); return store.loadAll();")
 
-    def healthy(self):
+    def check_errors(self):
         assert self.js("return window.problems") == []
         assert self.js("return window.violations") == []
 
@@ -129,10 +129,10 @@ def page(browser, server):
     page = Page(browser, server)
     page.open("/empty", "return true")
     page.js("localStorage.clear(); sessionStorage.clear()")
-    page.later(
+    page.run_async(
         "await new Promise((done) => { const request = indexedDB.deleteDatabase('nanoghost');"
         " request.onsuccess = request.onerror = done; });"
     )
     page.open()
     yield page
-    page.healthy()
+    page.check_errors()

@@ -76,7 +76,7 @@ def test_everything_works_with_the_keyboard_alone(page):
     page.press(Keys.ENTER)
     page.wait("return document.querySelectorAll('.message').length === 2")
     page.js("document.activeElement.blur()")
-    page.one("body").send_keys("?")
+    page.find("body").send_keys("?")
     assert page.js("return document.getElementById('keys-sheet').open")
     page.press(Keys.ESCAPE)
     page.js("document.activeElement.blur()")
@@ -125,7 +125,7 @@ def test_screen_readers_get_whole_sentences(page):
         "The second one is here.",
         "And the rest",
     ]
-    assert page.one("#live").get_attribute("aria-live") == "polite"
+    assert page.find("#live").get_attribute("aria-live") == "polite"
 
 
 def test_scrolling_follows_a_reply_only_at_the_end(page):
@@ -168,6 +168,6 @@ def test_code_and_replies_can_be_copied(page):
     )
     page.send("markdown")
     page.click(".copy-code")
-    assert page.later("return navigator.clipboard.readText();") == "print(1)"
+    assert page.run_async("return navigator.clipboard.readText();") == "print(1)"
     page.click("[aria-label='Copy reply']")
-    assert page.later("return navigator.clipboard.readText();").startswith("# Title")
+    assert page.run_async("return navigator.clipboard.readText();").startswith("# Title")

@@ -11,14 +11,14 @@ Keys = KEYS_MODULE.Keys
 def test_a_reply_survives_a_reload(page):
     page.send("Hello there, ghost")
     assert page.texts() == ["Hello there, ghost", "You said: Hello there, ghost"]
-    assert "187 tokens/s" in page.one(".figures").text
-    assert "context 412 of 2,048" in page.one(".figures").text
+    assert "187 tokens/s" in page.find(".figures").text
+    assert "context 412 of 2,048" in page.find(".figures").text
     body = page.server.bodies[0]
     assert body["messages"] == [{"role": "user", "content": "Hello there, ghost"}]
     assert body["stream"]
     assert body["timings"]
     fields = {"model", "messages", "stream", "timings", "stream_options", "temperature", "top_p", "max_tokens"}
-    assert set(body) == fields, "the server rejects unknown fields"
+    assert set(body) == fields | {"server_tools"}, "the server rejects unknown fields"
     assert page.titles() == ["Hello there, ghost"]
     page.send("And now?")
     assert [m["role"] for m in page.server.bodies[1]["messages"]] == ["user", "assistant", "user"]
@@ -35,9 +35,9 @@ def test_stopping_keeps_the_text_and_cancels_the_request(page):
     page.idle()
     text_so_far = page.texts()[1]
     assert text_so_far.startswith("I begin. Word 1.")
-    assert "stopped" in page.one(".figures").text
+    assert "stopped" in page.find(".figures").text
     until = time.time() + 20
-    while not page.server.stopped:
+    while not page.server.num_aborted:
         assert time.time() < until, "the request was not cancelled"
         time.sleep(0.02)
     page.browser.refresh()
@@ -90,19 +90,38 @@ def test_regenerating_and_editing_create_branches(page):
     page.click(".user [aria-label='Previous version']")
     page.wait("return document.querySelectorAll('.message').length === 4")
     assert page.texts()[0] == "first"
-    assert page.one(".message:last-child .count").text == "2 / 2"
+    assert page.find(".message:last-child .count").text == "2 / 2"
     page.click(".message:last-child [aria-label='Previous version']")
     page.wait("return document.querySelector('.message:last-child .count').textContent === '1 / 2'")
     page.browser.refresh()
     page.wait("return document.querySelectorAll('.message').length === 4")
-    assert [e.text for e in page.all(".count")] == ["1 / 2", "1 / 2"]
+    assert [e.text for e in page.find_all(".count")] == ["1 / 2", "1 / 2"]
     page.send("third")
     assert [m["content"] for m in page.server.bodies[-1]["messages"]][::2] == ["first", "second", "third"]
 
 
+def test_tools_follow_the_model_until_the_user_chooses_some(page):
+    """All for a model that learned here to call them, none for one that others trained."""
+    choose = "const m = document.getElementById('model'); m.value = '{}'; m.dispatchEvent(new Event('change'))"
+    page.js(choose.format("smollm2"))
+    page.send("one")
+    page.js(choose.format("smollm2@me"))
+    page.js("document.getElementById('temperature').dispatchEvent(new Event('input', {bubbles: true}))")
+    page.send("two")
+    page.js(choose.format("smollm2"))
+    page.send("three")
+    page.click("#settings")
+    page.click("[name=tools][value=python]")
+    page.press(Keys.ESCAPE)
+    page.js(choose.format("smollm2@me"))
+    page.send("four")
+    everything = ["calculator", "python", "lookup"]
+    assert [body["server_tools"] for body in page.server.bodies] == [[], everything, [], ["python"]]
+
+
 def test_each_conversation_has_its_own_settings(page):
     page.click("#settings")
-    page.one("#system").send_keys("Be brief.")
+    page.find("#system").send_keys("Be brief.")
     page.js("""
         for (const [id, value] of [['temperature', 0.2], ['top_p', 0.5], ['max_tokens', 99], ['person', 'maya']]) {
           const field = document.getElementById(id);
@@ -119,7 +138,7 @@ def test_each_conversation_has_its_own_settings(page):
     assert body["server_tools"] == ["lookup"]
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.2, 0.5, 99)
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert "as maya" in page.one("#settings-summary").text
+    assert "as maya" in page.find("#settings-summary").text
     page.click("#new-chat")
     page.js("const m = document.getElementById('model'); m.value = 'ghost'; m.dispatchEvent(new Event('change'))")
     assert page.js("return document.getElementById('tools').disabled"), "this model was not trained to use tools"
@@ -135,26 +154,26 @@ def test_each_conversation_has_its_own_settings(page):
 
 def test_tool_calls_and_passages_expand(page):
     page.send("tool")
-    line = page.one(".call summary")
+    line = page.find(".call summary")
     assert line.text == "Calculated 17 * 23 → 391"
-    assert not page.one(".call pre").is_displayed()
+    assert not page.find(".call pre").is_displayed()
     line.click()
-    assert "expression: 17 * 23" in page.one(".call").text
+    assert "expression: 17 * 23" in page.find(".call").text
     page.send("next")
     roles = page.server.bodies[-1]["messages"]
     assert [m["role"] for m in roles] == ["user", "assistant", "tool", "assistant", "user"]
     assert roles[1]["tool_calls"][0]["id"] == roles[2]["tool_call_id"]
     assert roles[2]["content"] == "391"
     page.send("lookup")
-    assert [e.text for e in page.all(".passages summary")] == [
+    assert [e.text for e in page.find_all(".passages summary")] == [
         "1notes/garden.mdThe pear tree was planted in 1974.",
         "2notes/house.mdThe roof is from 1911.",
     ]
-    cites = page.all(".cite")
+    cites = page.find_all(".cite")
     assert [e.text for e in cites] == ["1", "2"]
     assert "[7]" in page.texts()[-1]
     cites[0].click()
-    assert "1974" in page.one(".passages details[open] blockquote").text
+    assert "1974" in page.find(".passages details[open] blockquote").text
     page.browser.refresh()
     page.wait("return document.querySelectorAll('.passages details').length === 2")
 
@@ -173,9 +192,9 @@ def test_tool_calls_and_passages_expand(page):
 )
 def test_errors_are_shown_and_can_be_retried(page, message, error, partial_text):
     page.send(message)
-    assert error in page.one(".foot .problem").text
+    assert error in page.find(".foot .problem").text
     assert page.texts()[1] == partial_text
-    page.server.healed = True
+    page.server.recovered = True
     page.server.answers.clear()
     page.click(".retry")
     page.idle()
@@ -192,7 +211,7 @@ def test_an_unreachable_server_is_reported(page):
         {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1},
     )
     page.send("anyone?")
-    assert "does not respond" in page.one(".foot .problem").text
+    assert "does not respond" in page.find(".foot .problem").text
     page.browser.execute_cdp_cmd(
         "Network.emulateNetworkConditions",
         {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1},

@@ -19,15 +19,15 @@ def start_three_conversations(page):
 
 def test_search_rename_delete_and_undo(page):
     start_three_conversations(page)
-    page.one("#search").send_keys("SAID: A ROOF")
+    page.find("#search").send_keys("SAID: A ROOF")
     page.wait("return document.querySelectorAll('#conversations a').length === 1")
-    assert page.one("mark").text.lower() == "said: a roof"
+    assert page.find("mark").text.lower() == "said: a roof"
     assert page.titles() == ["A roof of slate"]
     page.press(Keys.ENTER)
     page.wait("return document.querySelector('.content').textContent === 'A roof of slate'")
-    page.one("#search").send_keys("xyzzy")
+    page.find("#search").send_keys("xyzzy")
     page.wait("return document.getElementById('search-status').textContent === 'No results.'")
-    page.one("#search").send_keys(Keys.ESCAPE)
+    page.find("#search").send_keys(Keys.ESCAPE)
     page.wait("return document.querySelectorAll('#conversations a').length === 3")
     page.click("#more summary")
     page.click("[data-do=rename]")
@@ -104,14 +104,14 @@ def test_export_and_import_restore_conversations(page):
     page.click("#export-all")
     file = downloaded(page, "conversations.json")
     assert len(json.loads(file.read_text())["conversations"]) == 3
-    page.later(
+    page.run_async(
         "const store = await import('/static/store.js');"
         " for (const one of await store.loadAll()) await store.remove(one.id);"
     )
     page.open()
     page.wait("return document.getElementById('search-status').textContent === 'No conversations yet.'")
     for notification in ("3 conversations imported.", "0 conversations imported; 3 already up to date."):
-        page.one("#file").send_keys(str(file))
+        page.find("#file").send_keys(str(file))
         page.wait("return document.getElementById('toast').textContent === arguments[0]", notification)
     assert page.stored() == before
     page.js("document.querySelector('#conversations a').click()")
@@ -129,10 +129,10 @@ def test_export_and_import_restore_conversations(page):
 def test_imported_files_are_validated_field_by_field(empty):
     read = (
         "const store = await import('/static/store.js');"
-        " try { return store.fromJson(given[0]); } catch (e) { return e.message; }"
+        " try { return store.fromJson(args[0]); } catch (e) { return e.message; }"
     )
-    assert "not JSON" in empty.later(read, "{")
-    assert "no nanoghost conversations" in empty.later(read, "[]")
+    assert "not JSON" in empty.run_async(read, "{")
+    assert "no nanoghost conversations" in empty.run_async(read, "[]")
     nodes = {
         "a": {"id": "a", "parent": "root", "role": "user", "text": "hi", "extra": 1},
         "b": {
@@ -153,7 +153,7 @@ def test_imported_files_are_validated_field_by_field(empty):
         "version": 1,
         "conversations": [{"id": 7, "tree": {"nodes": nodes}, "settings": {"temperature": "hot"}}, None],
     }
-    first, second = empty.later(read, json.dumps(file))
+    first, second = empty.run_async(read, json.dumps(file))
     assert {"a", "b"} <= set(first["tree"]["nodes"]) <= {"a", "b", "__proto__"}
     assert "extra" not in first["tree"]["nodes"]["a"]
     assert first["settings"]["temperature"] == 0.7

@@ -25,7 +25,7 @@ ALLOWED_TAGS = set(
 
 def test_hostile_replies_cause_no_request_no_script_and_no_hang(page):
     requests_of(page.browser)
-    del page.server.seen[:]
+    del page.server.requests[:]
     slowest = {}
     for number in range(len(HOSTILE)):
         page.click("#new-chat")
@@ -69,9 +69,9 @@ def test_hostile_replies_cause_no_request_no_script_and_no_hang(page):
     requested = {url.removeprefix(page.server.address) for url in requests_of(page.browser)}
     assert requested
     assert all(ALLOWED.fullmatch(url) for url in requested), requested
-    assert all(ALLOWED.fullmatch(path) for _, path in page.server.seen), page.server.seen
+    assert all(ALLOWED.fullmatch(path) for _, path in page.server.requests), page.server.requests
     page.open()
-    page.one("#search").send_keys("window.ran")
+    page.find("#search").send_keys("window.ran")
     page.wait("return document.querySelectorAll('mark').length > 3")
     assert page.js("return window.ran") is None
 

@@ -16,12 +16,12 @@ def test_reports_and_growing_training_curves_of_models(page):
     page.server.report += "<img src=x onerror='parent.ranScript = true'>"
     page.click("#models")
     page.wait("return document.querySelectorAll('.runs li').length === 3")
-    assert "in training" in page.one(".runs li").text
+    assert "in training" in page.find(".runs li").text
     page.click(".runs a")
     page.wait("return document.querySelectorAll('.chart').length >= 6")
     titles = page.js("return [...document.querySelectorAll('.chart figcaption')].map((e) => e.firstChild.textContent)")
     assert {"Loss", "Reward", "Tokens per second", "Pass rate"} <= set(titles)
-    assert "step 60 of 73" in page.one("#runs [role=status]").text
+    assert "step 60 of 73" in page.find("#runs [role=status]").text
     color = "return getComputedStyle(document.querySelector('.chart .line')).stroke"
     light = page.js(color)
     page_browser.theme(page.browser, "dark")
@@ -37,14 +37,14 @@ def test_reports_and_growing_training_curves_of_models(page):
     assert page.js(frame + "return getComputedStyle(d.querySelector('p')).letterSpacing") == "3px"
     assert page.js("return window.ranScript") is None
     assert page.js("return window.violations.splice(0)") == ["script-src-attr inline"], "the policy blocked the script"
-    assert "allow-scripts" not in page.one("iframe").get_attribute("sandbox")
+    assert "allow-scripts" not in page.find("iframe").get_attribute("sandbox")
     page.click(".back")
     page.wait("return document.querySelectorAll('.runs li').length === 3")
-    before = len(page.server.seen)
+    before = len(page.server.requests)
     page.click("#new-chat")
     page.wait("return !document.getElementById('chat').hidden")
     time.sleep(2.2)
-    assert not [path for _, path in page.server.seen[before:] if "events" in path], (
+    assert not [path for _, path in page.server.requests[before:] if "events" in path], (
         "curves that are not shown are not requested"
     )
     page.open("/#/runs/nobody", "return document.querySelector('#runs .problem')")
@@ -65,7 +65,7 @@ def test_axe_finds_no_serious_accessibility_problem(page, theme):
     def check(where):
         time.sleep(0.3)  # until transitions have ended
         page.js(axe + "; window.axe = axe")
-        found = page.later("return (await window.axe.run()).violations;")
+        found = page.run_async("return (await window.axe.run()).violations;")
         serious = [
             (v["id"], n["html"][:200], n["failureSummary"])
             for v in found

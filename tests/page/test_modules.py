@@ -4,7 +4,7 @@ import re
 
 PIECES = """
 const { Markdown } = await import('/static/markdown.js');
-let state = given[0];
+let state = args[0];
 const random = (n) => {
   state = (state * 1664525 + 1013904223) % 4294967296;
   return Math.floor(state / 4294967296 * n);
@@ -30,7 +30,7 @@ const draw = (text, sizes) => {
 
 
 def test_incremental_markdown_equals_markdown_at_once(empty):
-    wrong = empty.later(
+    wrong = empty.run_async(
         PIECES
         + """
         for (let n = 0; n < 400; n++) {
@@ -48,7 +48,7 @@ def test_incremental_markdown_equals_markdown_at_once(empty):
 
 
 def test_markdown_keeps_all_words_in_order(empty):
-    wrong = empty.later(
+    wrong = empty.run_async(
         PIECES
         + """
         for (let n = 0; n < 1500; n++) {
@@ -102,10 +102,10 @@ CASES = [
 
 
 def test_markdown(empty):
-    markup = empty.later(
+    markup = empty.run_async(
         """
         const { Markdown } = await import('/static/markdown.js');
-        return given[0].map((source) => {
+        return args[0].map((source) => {
           const box = document.createElement('div');
           new Markdown(box, new Set([1])).update(source, true);
           return box.innerHTML;
@@ -120,7 +120,7 @@ def test_markdown(empty):
 
 
 def test_unclosed_marks_are_not_shown_while_text_arrives(empty):
-    shown = empty.later("""
+    shown = empty.run_async("""
         const { Markdown } = await import('/static/markdown.js');
         const seen = [];
         const text = 'It is **very bold** and `code` [link](https://a.b/c)';
@@ -134,7 +134,7 @@ def test_unclosed_marks_are_not_shown_while_text_arrives(empty):
 
 
 def test_trees(empty):
-    results = empty.later("""
+    results = empty.run_async("""
         const tree = await import('/static/tree.js');
         const user = (id, parent) => ({id, parent, role: 'user', text: id});
         const answer = (id, parent) => ({id, parent, role: 'assistant', model: 'm', parts: [{text: id}]});

@@ -222,7 +222,7 @@ def take_all(browser, server, folder):
         picture(f"phone-{theme}")
         browser.execute_script("document.getElementById('menu').click()")
         picture(f"phone-drawer-{theme}")
-        browser.execute_script("document.getElementById('veil').click()")
+        browser.execute_script("document.getElementById('backdrop').click()")
 
 
 if __name__ == "__main__":

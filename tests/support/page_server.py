@@ -37,18 +37,18 @@ def text(*pieces, pause=0.0):
 
 def call(number, name, arguments, content, **more):
     function = {"name": name, "arguments": json.dumps(arguments)}
-    given = {"index": 0, "id": f"call_{number}", "type": "function", "function": function}
-    yield {"choices": [{"index": 0, "delta": {"tool_calls": [given]}, "finish_reason": None}]}
+    tool_call = {"index": 0, "id": f"call_{number}", "type": "function", "function": function}
+    yield {"choices": [{"index": 0, "delta": {"tool_calls": [tool_call]}, "finish_reason": None}]}
     time.sleep(0.05)
     yield {"choices": [], "tool_result": {"tool_call_id": f"call_{number}", **function, "content": content, **more}}
 
 
-def counted():
+def calculator_reply():
     yield from call(1, "calculator", {"expression": "17 * 23"}, "391")
     yield from text("It is ", "**391**.")
 
 
-def looked_up():
+def lookup_reply():
     passages = [
         {"n": 1, "source": "notes/garden.md", "text": "The pear tree was planted in 1974."},
         {"n": 2, "source": "notes/house.md", "text": "The roof is from 1911."},
@@ -57,7 +57,7 @@ def looked_up():
     yield from text("It was planted in 1974 [1], the house is older [2]. Not a note: [7].")
 
 
-def forever():
+def endless_reply():
     yield from text("I begin. ")
     n = 0
     while True:
@@ -65,29 +65,29 @@ def forever():
         yield from text(f"Word {n}. ", pause=0.05)
 
 
-def broken(message, code):
+def failing_reply(message, code):
     yield from text("Half an ans")
     yield {"error": {"message": message, "type": "server_error", "param": None, "code": code}}
 
 
-def cut():
+def interrupted_reply():
     yield from text("Until here")
     yield None
 
 
-def long():
+def long_reply():
     for n in range(400):
         yield from text(f"## Part {n}\n\nSome *words* about `{n}` and **more**.\n\n- one\n- two\n\n")
 
 
 ANSWERS = {
-    "tool": counted,
-    "lookup": looked_up,
-    "forever": forever,
-    "broken": lambda: broken("something is wrong", None),
-    "died": lambda: broken("the engine stopped", "engine_stopped"),
-    "cut": cut,
-    "long": long,
+    "tool": calculator_reply,
+    "lookup": lookup_reply,
+    "forever": endless_reply,
+    "broken": lambda: failing_reply("something is wrong", None),
+    "died": lambda: failing_reply("the engine stopped", "engine_stopped"),
+    "cut": interrupted_reply,
+    "long": long_reply,
     "markdown": lambda: text(
         "# Title\n\nSome **bold** text.\n\n```python\nprint(1)\n",
         "```\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n\n> quoted\n",
@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.server.seen.append((self.command, self.path))
+        self.server.requests.append((self.command, self.path))
         path, _, query = self.path.partition("?")
         if path == "/" or path.startswith("/static/"):
             file = PAGE / ("index.html" if path == "/" else path.removeprefix("/static/"))
@@ -141,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.seen.append((self.command, self.path))
+        self.server.requests.append((self.command, self.path))
         if not self.allowed():
             return
         if self.path != "/v1/chat/completions":
@@ -149,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(raw)
         self.server.bodies.append(body)
         message = body["messages"][-1]["content"]
-        if message in ERRORS and not self.server.healed:
+        if message in ERRORS and not self.server.recovered:
             return self.error(*ERRORS[message])
         if message.startswith("hostile "):
             stream = text(*HOSTILE[int(message.split()[1])](self.server.address))
@@ -176,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
             self.wfile.write(b"data: [DONE]\n\n")
         except (BrokenPipeError, ConnectionResetError):
-            self.server.stopped += 1
+            self.server.num_aborted += 1
 
     def allowed(self) -> bool:
         if self.server.key is None or self.headers.get("Authorization") == f"Bearer {self.server.key}":
@@ -218,12 +218,12 @@ class Server(ThreadingHTTPServer):
 
     def reset(self):
         self.report = REPORT
-        self.key, self.healed, self.stopped = None, False, 0
-        self.seen, self.bodies, self.answers = [], [], dict(ANSWERS)
+        self.key, self.recovered, self.num_aborted = None, False, 0
+        self.requests, self.bodies, self.answers = [], [], dict(ANSWERS)
         model = {"object": "model", "owned_by": "nanoghost", "created": 0, "context": 2048, "parameters": 134515008}
         self.models = [
-            {"id": "smollm2", "adapters": ["me"], "tools": True, **model},
-            {"id": "smollm2@me", "adapters": [], "tools": True, **model},
+            {"id": "smollm2", "adapters": ["me"], "tools": True, "learned_tools": False, **model},
+            {"id": "smollm2@me", "adapters": [], "tools": True, "learned_tools": True, **model},
             {"id": "ghost", "adapters": [], "tools": False, **model, "parameters": 3900000, "context": 1024},
         ]
         self.people = [{"name": "maya", "base": "smollm2"}, {"name": "ben", "base": None}]

@@ -3,6 +3,7 @@
 import { byId, el } from "./dom.js";
 
 const SENTENCE_END = /[.!?…。！？]["'”’)\]*_]*\s|\n/;
+const MAX_MESSAGES = 8;  // that stay in the element
 const MAX_LENGTH = 400;  // characters that are announced even if no sentence ends
 
 export class Announcer {
@@ -13,22 +14,25 @@ export class Announcer {
 
   feed(text) {
     this.rest += text;
-    for (let end; (end = SENTENCE_END.exec(this.rest)) || this.rest.length > MAX_LENGTH; ) {
-      const at = end ? end.index + end[0].length : MAX_LENGTH;
-      this.say(this.rest.slice(0, at));
-      this.rest = this.rest.slice(at);
+    for (;;) {
+      const end = SENTENCE_END.exec(this.rest);
+      if (!end && this.rest.length <= MAX_LENGTH) return;
+      const length = end ? end.index + end[0].length : MAX_LENGTH;
+      this.announceSentence(this.rest.slice(0, length));
+      this.rest = this.rest.slice(length);
     }
   }
 
   finish() {
-    this.say(this.rest);
+    this.announceSentence(this.rest);
     this.rest = "";
   }
 
-  say(sentence) {
+  announceSentence(sentence) {
     if (/^\s*(```|~~~)/.test(sentence)) {
       this.inCode = !this.inCode;
-      return this.inCode && announce("Code.");
+      if (this.inCode) announce("Code.");
+      return;
     }
     const plain = sentence.replace(/!?\[([^\]\n]*)\]\([^)\s]*\)/g, "$1").replace(/[*_`#>|~]+/g, "").trim();
     if (plain && !this.inCode) announce(plain);  // code is not announced
@@ -38,5 +42,5 @@ export class Announcer {
 export function announce(text) {
   const live = byId("live");
   live.append(el("p", {}, text));
-  while (live.children.length > 8) live.firstChild.remove();
+  while (live.children.length > MAX_MESSAGES) live.firstChild.remove();
 }

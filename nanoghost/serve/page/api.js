@@ -9,7 +9,8 @@ export class ServerError extends Error {
   }
 }
 
-// The page sets the function that asks the user for the API key. Requests that are rejected at the same time share one prompt.
+// The page sets the function that asks the user for the API key. Requests that are rejected at the same time share one
+// prompt.
 let promptForKey = null;
 let pendingPrompt = null;
 export const onKeyNeeded = (prompt) => (promptForKey = prompt);
@@ -93,12 +94,12 @@ export async function* chat(body, signal) {
 }
 
 // The body of a chat request: only fields that the API accepts, and only settings that have a value.
-export function chatBody(settings, messages, supportsTools) {
+export function chatBody(settings, messages, tools) {
   const body = { model: settings.model, messages, stream: true, timings: true, stream_options: { include_usage: true } };
   for (const name of ["temperature", "top_p", "max_tokens"]) {
     if (Number.isFinite(settings[name])) body[name] = settings[name];
   }
   if (settings.person) body.person = settings.person;
-  if (supportsTools && settings.tools.length) body.server_tools = settings.tools;
+  if (tools) body.server_tools = tools;
   return body;
 }

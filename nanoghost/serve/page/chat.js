@@ -5,13 +5,15 @@ import { chat, chatBody } from "./api.js";
 import { byId, copyText, el } from "./dom.js";
 import { Reply, userMessage } from "./message.js";
 import { load, newConversation, save } from "./store.js";
-import { add, ancestry, change, messages, newId, path, ROOT, siblings, textOf, titleFrom, showSibling, without } from "./tree.js";
+import {
+  add, ancestry, change, messages, newId, path, ROOT, showSibling, siblings, textOf, titleFrom, without,
+} from "./tree.js";
 
 const SAVE_INTERVAL = 400;  // milliseconds; closing the page during a reply loses at most this much of it
 const NEAR_END = 60;  // pixels; within this distance from the end, the view follows a reply
 
 export class Chat {
-  // `page`: callbacks to the rest of the page: {supportsTools(model), defaults(), update(), changed(conversation)}.
+  // `page`: callbacks to the rest of the page: {tools(settings), defaults(), update(), onChange(conversation)}.
   constructor(page) {
     this.page = page;
     this.running = new Map();  // conversation id -> {conversation, controller} of the reply that is generated in it
@@ -20,11 +22,12 @@ export class Chat {
     this.thread = byId("thread");
     this.conversation = newConversation();
     this.following = true;
+    this.endScrollTop = 0;  // scroll position at the end of the messages, when the view was last there
     this.openCount = 0;  // so that a conversation that loads slowly does not replace one opened later
-    this.scroller.addEventListener("scroll", () => this.scrolled());
-    this.thread.addEventListener("click", (event) => this.clicked(event));
+    this.scroller.addEventListener("scroll", () => this.onScroll());
+    this.thread.addEventListener("click", (event) => this.onClick(event));
     byId("to-end").addEventListener("click", () => this.scrollToEnd());
-    this.act = {
+    this.actions = {
       copy: (node, button) => copyText(textOf(node), button),
       edit: (node, text, bar) => this.edit(node, text, bar),
       regenerate: (node) => this.regenerate(node),
@@ -58,11 +61,11 @@ export class Chat {
   // Unchanged messages keep their elements, so that a long conversation is not rebuilt for every change.
   draw() {
     const { tree } = this.conversation;
-    const before = this.drawn;
+    const previouslyDrawn = this.drawn;
     this.drawn = new Map();
     for (const node of path(tree)) {
       const versions = siblings(tree, node.id).join();
-      const previous = before.get(node.id);
+      const previous = previouslyDrawn.get(node.id);
       const unchanged = previous?.node === node && previous.versions === versions;
       this.drawn.set(node.id, unchanged ? previous : { node, versions, ...this.elementOf(node) });
     }
@@ -72,10 +75,10 @@ export class Chat {
 
   elementOf(node) {
     const { tree } = this.conversation;
-    if (node.role === "user") return { element: userMessage(node, tree, this.act) };
+    if (node.role === "user") return { element: userMessage(node, tree, this.actions) };
     // If the page was closed during a reply, the saved reply has no finish reason.
     const current = node.finish === undefined && !this.busy ? { ...node, finish: "stopped" } : node;
-    const reply = new Reply(current, tree, this.act);
+    const reply = new Reply(current, tree, this.actions);
     return { element: reply.element, reply };
   }
 
@@ -132,10 +135,13 @@ export class Chat {
       if (box.value.trim() && !this.busy) this.ask(node.parent, box.value.trim());
     };
     const form = el("form", { class: "edit", on: { submit } }, box, el("div", {},
-      el("button", { type: "button", class: "plain", on: { click: close } }, "Cancel"),
-      el("button", { class: "main" }, "Send")));
+      el("button", { type: "button", class: "text-button", on: { click: close } }, "Cancel"),
+      el("button", { class: "primary" }, "Send")));
     box.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") (event.stopPropagation(), close());
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        close();
+      }
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
     });
     text.replaceWith(form);
@@ -163,7 +169,7 @@ export class Chat {
     const { conversation } = this;
     const { settings } = conversation;
     const node = { id: newId(), parent, role: "assistant", model: settings.model, parts: [] };
-    const line = ancestry(conversation.tree, parent);
+    const previousNodes = ancestry(conversation.tree, parent);
     conversation.tree = add(conversation.tree, node);
     conversation.updated = Date.now();
     const controller = new AbortController();
@@ -171,25 +177,25 @@ export class Chat {
     this.running.set(conversation.id, { conversation, controller });
     this.draw();
     this.scrollToEnd();
-    this.page.changed(conversation);
+    this.page.onChange(conversation);
     announce(`${settings.model} is replying.`);
-    const supportsTools = this.page.supportsTools(settings.model);
+    const tools = this.page.tools(settings);
     try {
-      const body = chatBody(settings, messages(line, settings.system, supportsTools), supportsTools);
+      const body = chatBody(settings, messages(previousNodes, settings.system, Boolean(tools)), tools);
       for await (const chunk of chat(body, controller.signal)) writer.add(chunk);
-      node.finish ??= "stop";
+      node.finish = writer.finishReason === "length" ? "length" : "stop";
     } catch (error) {
       node.finish = error.name === "AbortError" ? "stopped" : "error";
       if (node.finish === "error") node.error = error.message;
     }
     this.running.delete(conversation.id);
     writer.close();
-    this.page.changed(conversation);
+    this.page.onChange(conversation);
   }
 
   // ── scrolling ──
 
-  scrolled() {
+  onScroll() {
     const { scrollHeight, scrollTop, clientHeight } = this.scroller;
     this.following = scrollHeight - scrollTop - clientHeight < NEAR_END;
     byId("to-end").hidden = this.following;
@@ -197,18 +203,18 @@ export class Chat {
 
   // Called before drawing: the user may have scrolled up, and the scroll event has not arrived yet.
   isFollowing() {
-    return this.following && this.scroller.scrollTop > this.top - 4;
+    return this.following && this.scroller.scrollTop > this.endScrollTop - 4;
   }
 
   scrollToEnd() {
     this.following = true;
     this.scroller.scrollTop = this.scroller.scrollHeight;
-    this.top = this.scroller.scrollTop;
+    this.endScrollTop = this.scroller.scrollTop;
   }
 
-  clicked({ target }) {
-    const code = target.closest(".copy-code");
-    if (code) copyText(code.closest(".code").querySelector("code").textContent, code);
+  onClick({ target }) {
+    const copyButton = target.closest(".copy-code");
+    if (copyButton) copyText(copyButton.closest(".code").querySelector("code").textContent, copyButton);
     const cite = target.closest(".cite");
     if (cite) {
       const passages = cite.closest(".message").querySelector(".passages");
@@ -224,9 +230,10 @@ class ReplyWriter {
   constructor(chat, conversation, node) {
     Object.assign(this, { chat, conversation, node });
     this.announcer = new Announcer();
-    this.saved = 0;
-    this.frame = null;
-    this.drawTime = 0;  // milliseconds that drawing took the last time
+    this.finishReason = null;  // the server's
+    this.saveTime = 0;
+    this.drawTimer = null;
+    this.drawDuration = 0;  // milliseconds that drawing took the last time
   }
 
   add(chunk) {
@@ -246,11 +253,11 @@ class ReplyWriter {
       const part = parts.findLast(({ call }) => call?.id === id);
       if (part) part.call = { ...part.call, content, passages };
     }
-    if (choice?.finish_reason) this.node.finish_reason = choice.finish_reason;
+    if (choice?.finish_reason) this.finishReason = choice.finish_reason;
     if (chunk.timings) this.node.timings = chunk.timings;
     // The longer drawing takes, the less often it happens, so that the page stays responsive.
-    this.frame ??= setTimeout(() => this.draw(), Math.max(16, this.drawTime * 4));
-    if (Date.now() - this.saved > SAVE_INTERVAL) this.save();
+    this.drawTimer ??= setTimeout(() => this.draw(), Math.max(16, this.drawDuration * 4));
+    if (Date.now() - this.saveTime > SAVE_INTERVAL) this.save();
   }
 
   get visible() {
@@ -258,27 +265,25 @@ class ReplyWriter {
   }
 
   draw() {
-    this.frame = null;
+    this.drawTimer = null;
     const reply = this.chat.drawn.get(this.node.id)?.reply;
     if (!reply || !this.visible) return;
     const start = performance.now();
     const isFollowing = this.chat.isFollowing();
     reply.update(this.node, this.conversation.tree, this.node.finish === undefined);
     if (isFollowing) this.chat.scrollToEnd();
-    this.drawTime = performance.now() - start;
+    this.drawDuration = performance.now() - start;
   }
 
   save() {
-    this.saved = Date.now();
+    this.saveTime = Date.now();
     this.conversation.tree = change(this.conversation.tree, this.node.id, this.node);
     save(this.conversation);
   }
 
   close() {
-    clearTimeout(this.frame);
+    clearTimeout(this.drawTimer);
     const { node } = this;
-    if (node.finish === "stop" && node.finish_reason === "length") node.finish = "length";
-    delete node.finish_reason;
     this.conversation.updated = Date.now();
     this.save();
     this.draw();

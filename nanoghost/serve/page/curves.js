@@ -35,22 +35,22 @@ export function charts(events) {
   const keys = [...new Set(events.flatMap(Object.keys))];
   return CHARTS.map(([title, chartKeys]) => {
     const lines = new Map();
-    const fits = (key) => chartKeys.some((name) => key === name || (name.endsWith("_") && key.startsWith(name)));
-    for (const key of keys.filter(fits)) {
+    const belongs = (key) => chartKeys.some((name) => key === name || (name.endsWith("_") && key.startsWith(name)));
+    for (const key of keys.filter(belongs)) {
       const points = events.filter((event) => Number.isFinite(event[key])).map((event) => [event.step, event[key]]);
-      if (points.length > 1) lines.set(key.replace("pass_rate_", "").replaceAll("_", " "), averaged(points));
+      if (points.length > 1) lines.set(key.replace("pass_rate_", "").replaceAll("_", " "), averagePoints(points));
     }
     return { title, lines };
   }).filter(({ lines }) => lines.size);
 }
 
 // Averages of adjacent points, so that a long run is quick to draw.
-function averaged(points) {
+function averagePoints(points) {
   const size = Math.ceil(points.length / MAX_POINTS);
   if (size === 1) return points;
   return Array.from({ length: Math.ceil(points.length / size) }, (_, i) => {
-    const part = points.slice(i * size, (i + 1) * size);
-    return [part.at(-1)[0], part.reduce((sum, [, value]) => sum + value, 0) / part.length];
+    const group = points.slice(i * size, (i + 1) * size);
+    return [group.at(-1)[0], group.reduce((sum, [, value]) => sum + value, 0) / group.length];
   });
 }
 
@@ -69,33 +69,36 @@ export function chart({ title, lines }) {
   const parts = [];
   for (const y of ticks(y0, y1, 4)) {
     parts.push(svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: toY(y), y2: toY(y) }));
-    parts.push(svg("text", { x: LEFT - 7, y: toY(y) + 3.5, "text-anchor": "end" }, short(y)));
+    parts.push(svg("text", { x: LEFT - 7, y: toY(y) + 3.5, "text-anchor": "end" }, formatNumber(y)));
   }
-  for (const x of ticks(x0, x1, 4)) parts.push(svg("text", { x: toX(x), y: HEIGHT - 8, "text-anchor": "middle" }, short(x)));
+  for (const x of ticks(x0, x1, 4)) {
+    parts.push(svg("text", { x: toX(x), y: HEIGHT - 8, "text-anchor": "middle" }, formatNumber(x)));
+  }
   const legend = [];
   [...lines].forEach(([name, points], i) => {
     const coordinates = points.map(([x, y]) => `${toX(x).toFixed(1)},${toY(y).toFixed(1)}`).join(" ");
     parts.push(svg("polyline", { class: `line line-${i % 4}`, points: coordinates }));
     const [x, y] = points.at(-1);
     parts.push(svg("circle", { class: `dot line-${i % 4}`, cx: toX(x), cy: toY(y), r: 3 }));
-    legend.push(el("span", { class: `key line-${i % 4}` }, lines.size > 1 ? `${name} ${short(y)}` : short(y)));
+    legend.push(el("span", { class: `key line-${i % 4}` }, lines.size > 1 ? `${name} ${formatNumber(y)}` : formatNumber(y)));
   });
-  const label = `${title}: ${legend.map((entry) => entry.textContent).join(", ")} at step ${short(x1)}`;
+  const label = `${title}: ${legend.map((entry) => entry.textContent).join(", ")} at step ${formatNumber(x1)}`;
   const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label }, parts);
   return el("figure", { class: "chart" }, el("figcaption", {}, title, el("span", { class: "keys" }, legend)), picture);
 }
 
+// Round values between two limits, at most about `count`.
 export function ticks(low, high, count) {
-  const raw = (high - low) / count;
-  if (!(raw > 0)) return [low];
-  const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((candidate) => candidate >= raw);
+  const minStep = (high - low) / count;
+  if (!(minStep > 0)) return [low];
+  const power = 10 ** Math.floor(Math.log10(minStep));
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= minStep);
   const values = [];
   for (let n = Math.ceil(low / step); n * step <= high; n += 1) values.push(Number((n * step).toPrecision(10)));
   return values;
 }
 
-function short(n) {
+function formatNumber(n) {
   if (Math.abs(n) >= 10000) return `${Number((n / 1000).toPrecision(3))}k`;
   return Math.abs(n) >= 100 ? Math.round(n).toLocaleString("en") : String(Number(n.toPrecision(3)));
 }

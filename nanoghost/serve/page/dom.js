@@ -49,17 +49,22 @@ export function icon(name) {
 
 // A button with an icon only; the label is for screen readers and for the tooltip.
 export function iconButton(name, label, click, attributes = {}) {
-  return el("button", { type: "button", class: "quiet", "aria-label": label, title: label, on: { click }, ...attributes }, icon(name));
+  const common = { type: "button", class: "icon-button", "aria-label": label, title: label, on: { click } };
+  return el("button", { ...common, ...attributes }, icon(name));
 }
 
 export const byId = (id) => document.getElementById(id);
 
-// A notification at the bottom of the page for 8 seconds, with one action.
-export function toast(text, action, act) {
+// A notification at the bottom of the page for 8 seconds, with a button if there is an action.
+export function toast(text, actionLabel, onAction) {
   const box = byId("toast");
   clearTimeout(toast.timer);
   const close = () => box.replaceChildren();
-  const button = action && el("button", { type: "button", on: { click: () => (close(), act()) } }, action);
+  const click = () => {
+    close();
+    onAction();
+  };
+  const button = actionLabel && el("button", { type: "button", on: { click } }, actionLabel);
   box.replaceChildren(el("div", { class: "toast" }, el("span", {}, text), button));
   toast.timer = setTimeout(close, 8000);
 }
@@ -67,9 +72,9 @@ export function toast(text, action, act) {
 export async function copyText(text, button) {
   if (!navigator.clipboard) return toast("Copying requires HTTPS or a localhost address.");
   await navigator.clipboard.writeText(text);
-  const before = [...button.childNodes];
-  button.replaceChildren(button.matches(".quiet") ? icon("done") : "Copied");
-  setTimeout(() => button.replaceChildren(...before), 1500);
+  const content = [...button.childNodes];
+  button.replaceChildren(button.matches(".icon-button") ? icon("done") : "Copied");
+  setTimeout(() => button.replaceChildren(...content), 1500);
 }
 
 export function download(name, text, type) {

@@ -22,7 +22,8 @@ const MARK = new RegExp(
   ].join("|"),
   "gi",
 );
-const TARGET = /\(\s*<?([^\s<>()]*(?:\([^\s()]*\)[^\s<>()]*)*)>?(?:\s+(?:"[^"\n]*"|'[^'\n]*'))?\s*\)/y;
+// (address "title") after the text of a link
+const LINK_TARGET = /\(\s*<?([^\s<>()]*(?:\([^\s()]*\)[^\s<>()]*)*)>?(?:\s+(?:"[^"\n]*"|'[^'\n]*'))?\s*\)/y;
 
 // Links may be http, https or mailto. Entities are not decoded, and whitespace is not tolerated.
 export function safeUrl(address) {
@@ -35,29 +36,33 @@ export function safeUrl(address) {
 // `passages`: numbers of passages that [1] may cite.
 export function inline(target, text, { writing = false, passages = null } = {}) {
   const recent = writing ? RECENT : 0;
-  build(target, pair(tokens(writing ? tidy(text) : text, passages, recent), recent));
+  const tokens = tokenize(writing ? withoutIncompleteEnd(text) : text, passages, recent);
+  pairMarks(tokens, recent);
+  build(target, tokens);
 }
 
-// An incomplete mark or address at the end of an incomplete text is not shown yet.
-function tidy(text) {
-  const label = (whole, words, rest) => (rest === "]" && /^\d*$/.test(words) ? whole : words);  // [1] may be a citation
-  const end = text.slice(-RECENT).replace(/!?\[([^\]\n]*)(\]\([^)\s]*|\])?$/, label).replace(/[*_~`]+$/, "");
+// An incomplete text without the mark or the address that is incomplete at its end: it is not shown yet.
+function withoutIncompleteEnd(text) {
+  const linkText = (match, label, rest) => (rest === "]" && /^\d*$/.test(label) ? match : label);  // [1] may be a citation
+  const end = text.slice(-RECENT).replace(/!?\[([^\]\n]*)(\]\([^)\s]*|\])?$/, linkText).replace(/[*_~`]+$/, "");
   return text.slice(0, -RECENT) + end;
 }
 
-function tokens(text, passages, recent) {
+function tokenize(text, passages, recent) {
   const result = [];
   const brackets = [];
   const missing = new Set();  // closing marks that do not occur again, so that each is searched only once
-  let at = 0;
+  let done = 0;  // characters that the tokens so far cover
   const closing = (mark, from) => {
     if (missing.has(mark)) return -1;
-    const place = text.indexOf(mark, from);
-    if (place < 0) missing.add(mark);
-    return place;
+    const index = text.indexOf(mark, from);
+    if (index < 0) missing.add(mark);
+    return index;
   };
   MARK.lastIndex = 0;
-  for (let match; (match = MARK.exec(text)); ) {
+  for (;;) {
+    const match = MARK.exec(text);
+    if (!match) break;
     const mark = match[0];
     const start = match.index;
     let end = start + mark.length;
@@ -71,31 +76,33 @@ function tokens(text, passages, recent) {
     else if (first === "`") {
       let close = closing(mark, end);
       while (close >= 0 && (text[close + mark.length] === "`" || text[close - 1] === "`")) {
-        let past = close;  // a longer run of backticks is another mark: skip it
-        while (text[past] === "`") past += 1;
-        close = closing(mark, past);
+        let runEnd = close;  // a longer run of backticks is another mark: skip it
+        while (text[runEnd] === "`") runEnd += 1;
+        close = closing(mark, runEnd);
       }
       if (close < 0 && recent && text.length - start < recent && mark.length < 3) close = text.length;
       token = close < 0 ? { text: mark } : { code: unpadded(text.slice(end, close)) };
       if (close >= 0) end = close + mark.length;
-    } else if (first === "$") token = formula(text, mark, start, (past) => (end = past));
-    else if (first === "\n") token = { line: true };
+    } else if (first === "$") {
+      token = formula(text, mark, start);
+      end = token.end ?? end;
+    } else if (first === "\n") token = { line: true };
     else if (first === "*" || first === "_" || first === "~") token = delimiter(text, mark, start);
     else if (first === "<") token = /^<br/i.test(mark) ? { line: true } : address(mark.slice(1, -1), mark);
     else if (mark === "[" || mark === "![") {
-      token = { text: mark, after: end, image: mark === "![" };
+      token = { text: mark, labelStart: end, image: mark === "![" };
       brackets.push(token);
     } else if (mark === "]") {
       const opener = brackets.pop();
       token = { text: "]" };
-      TARGET.lastIndex = end;
-      const target = opener && text[end] === "(" && TARGET.exec(text);
+      LINK_TARGET.lastIndex = end;
+      const target = opener && text[end] === "(" && LINK_TARGET.exec(text);
       const url = target && safeUrl(target[1]);
-      const label = opener && text.slice(opener.after, start);
+      const label = opener && text.slice(opener.labelStart, start);
       if (url) {
         opener.url = url;
         token.ends = "link";
-        end = TARGET.lastIndex;
+        end = LINK_TARGET.lastIndex;
         brackets.length = 0;  // no link inside a link
       } else if (opener && /^\d{1,3}$/.test(label) && passages?.has(Number(label))) {
         opener.passage = Number(label);
@@ -106,12 +113,13 @@ function tokens(text, passages, recent) {
       end = start + trimmed.length;
       token = address(trimmed, trimmed);
     }
-    if (start > at) result.push({ text: text.slice(at, start) });
+    if (start > done) result.push({ text: text.slice(done, start) });
     token.at = start;
     result.push(token);
-    at = MARK.lastIndex = end;
+    done = end;
+    MARK.lastIndex = end;
   }
-  result.push({ text: text.slice(at), at: text.length });
+  result.push({ text: text.slice(done), at: text.length });
   return result;
 }
 
@@ -131,13 +139,12 @@ function trimAddress(url) {
 }
 
 // $x^2$ by pandoc's rules: no space inside the dollar signs and no digit after them, so that prices are not formulas.
-function formula(text, mark, start, endsAt) {
+function formula(text, mark, start) {
   const from = start + mark.length;
   const line = text.slice(from, from + 400);
   const close = line.indexOf(mark);
   if (close < 1 || (mark === "$" && !/^\S([^\n]*[^\s\\])?\$(?!\d)/.test(line.slice(0, close + 2)))) return { text: mark };
-  endsAt(from + close + mark.length);
-  return { formula: line.slice(0, close) };
+  return { formula: line.slice(0, close), end: from + close + mark.length };
 }
 
 // CommonMark 6.2: the characters before and after a run of marks decide whether it can open or close emphasis.
@@ -145,106 +152,114 @@ function delimiter(text, mark, start) {
   const before = text[start - 1] ?? " ";
   const after = text[start + mark.length] ?? " ";
   const space = /\s/;
-  const sign = /[\p{P}\p{S}]/u;
-  const left = !space.test(after) && (!sign.test(after) || space.test(before) || sign.test(before));
-  const right = !space.test(before) && (!sign.test(before) || space.test(after) || sign.test(after));
-  const word = mark[0] === "_";
-  const opens = left && (!word || !right || sign.test(before));
-  const closes = right && (!word || !left || sign.test(after));
-  return { mark: mark[0], count: mark.length, whole: mark.length, opens, closes, begin: [], end: [] };
+  const punctuation = /[\p{P}\p{S}]/u;
+  const beforeIsBoundary = space.test(before) || punctuation.test(before);
+  const afterIsBoundary = space.test(after) || punctuation.test(after);
+  const leftFlanking = !space.test(after) && (!punctuation.test(after) || beforeIsBoundary);
+  const rightFlanking = !space.test(before) && (!punctuation.test(before) || afterIsBoundary);
+  const isUnderscore = mark[0] === "_";  // which does not open or close inside a word
+  const opens = leftFlanking && (!isUnderscore || !rightFlanking || punctuation.test(before));
+  const closes = rightFlanking && (!isUnderscore || !leftFlanking || punctuation.test(after));
+  // `count`: how many characters of the run are not paired yet; `openTags`, `closeTags`: elements that begin and end here.
+  return { mark: mark[0], count: mark.length, runLength: mark.length, opens, closes, openTags: [], closeTags: [] };
 }
 
-// Pair the marks (CommonMark's "process emphasis"); emphasis does not cross the boundary of a link. `recent`: marks that are
-// still open this close to the end are closed there.
-function pair(list, recent) {
-  const stack = [];
-  const bottoms = new Map();  // below this height of the stack there is no partner for such a mark: do not search again
-  const cut = (height) => {
-    stack.length = height;
-    for (const [key, value] of bottoms) if (value > height) bottoms.set(key, height);
+const EMPHASIS = [[], ["em"], ["strong"], ["em", "strong"]];  // elements of a run of * or _, by its length
+
+// Pairs the marks (CommonMark's "process emphasis"): fills their `openTags` and `closeTags`. Emphasis does not cross the
+// boundary of a link. `recent`: marks that are still open this close to the end are closed there.
+function pairMarks(tokens, recent) {
+  const openers = [];  // a stack
+  const openersBottom = new Map();  // kind of mark -> height of the stack below which it has no partner: do not search again
+  const truncateOpeners = (height) => {
+    openers.length = height;
+    for (const [key, bottom] of openersBottom) if (bottom > height) openersBottom.set(key, height);
   };
-  const boundaries = [];
-  for (const token of list) {
-    if (token.url || token.passage) boundaries.push(stack.length);
-    if (token.ends) cut(Math.min(boundaries.pop(), stack.length));
+  const linkBottoms = [];  // for each link that is open, the height of the stack at its beginning
+  for (const token of tokens) {
+    if (token.url || token.passage) linkBottoms.push(openers.length);
+    if (token.ends) truncateOpeners(Math.min(linkBottoms.pop(), openers.length));
     if (!token.mark) continue;
     while (token.closes && token.count) {
-      const key = `${token.mark}${token.opens}${token.whole % 3}${boundaries.length}`;
-      const bottom = Math.max(bottoms.get(key) ?? 0, boundaries.at(-1) ?? 0);
-      let at = stack.length - 1;
-      while (at >= bottom && !partners(stack[at], token)) at -= 1;
-      if (at < bottom) {
-        bottoms.set(key, stack.length);
+      const key = `${token.mark}${token.opens}${token.runLength % 3}${linkBottoms.length}`;
+      const bottom = Math.max(openersBottom.get(key) ?? 0, linkBottoms.at(-1) ?? 0);
+      let index = openers.length - 1;
+      while (index >= bottom && !arePartners(openers[index], token)) index -= 1;
+      if (index < bottom) {
+        openersBottom.set(key, openers.length);
         break;
       }
-      const opener = stack[at];
-      const size = token.mark === "~" || (opener.count > 1 && token.count > 1) ? 2 : 1;
-      const name = token.mark === "~" ? "del" : size === 2 ? "strong" : "em";
-      opener.begin.unshift(name);
-      token.end.push(name);
-      opener.count -= size;
-      token.count -= size;
-      cut(opener.count ? at + 1 : at);
+      const opener = openers[index];
+      const isDouble = token.mark === "~" || (opener.count > 1 && token.count > 1);
+      const [name] = token.mark === "~" ? ["del"] : EMPHASIS[isDouble ? 2 : 1];
+      opener.openTags.unshift(name);
+      token.closeTags.push(name);
+      opener.count -= isDouble ? 2 : 1;
+      token.count -= isDouble ? 2 : 1;
+      truncateOpeners(opener.count ? index + 1 : index);
     }
-    if (token.opens && token.count) stack.push(token);
+    if (token.opens && token.count) openers.push(token);
   }
-  for (const token of stack) {
-    if (!recent || list.at(-1).at - token.at > recent || token.count > 3) continue;
-    token.begin.unshift(...(token.mark === "~" ? ["del"] : [[], ["em"], ["strong"], ["em", "strong"]][token.count]));
-    token.count = 0;
+  for (const opener of openers) {
+    if (!recent || tokens.at(-1).at - opener.at > recent || opener.count > 3) continue;
+    opener.openTags.unshift(...(opener.mark === "~" ? ["del"] : EMPHASIS[opener.count]));
+    opener.count = 0;
   }
-  return list;
 }
 
-function partners(opener, closer) {
+// CommonMark's "rule of three": if one of the runs can both open and close, the sum of their lengths must not be a multiple
+// of three, unless both lengths are.
+function arePartners(opener, closer) {
   if (opener.mark !== closer.mark) return false;
-  const odd = (opener.whole + closer.whole) % 3 === 0 && (opener.whole % 3 || closer.whole % 3);
-  return !((opener.closes || closer.opens) && odd);
+  const isMultipleOfThree = (opener.runLength + closer.runLength) % 3 === 0;
+  const areMultiplesOfThree = opener.runLength % 3 === 0 && closer.runLength % 3 === 0;
+  const isAmbiguous = opener.closes || closer.opens;
+  return !isAmbiguous || !isMultipleOfThree || areMultiplesOfThree;
 }
 
-function build(target, list) {
+function build(target, tokens) {
   const stack = [target];
-  let pending = "";
-  let linked = false;
-  const put = (node) => {
-    if (pending) stack.at(-1).append(pending);
-    pending = "";
+  let pendingText = "";
+  let insideLink = false;
+  const append = (node) => {
+    if (pendingText) stack.at(-1).append(pendingText);
+    pendingText = "";
     if (node) stack.at(-1).append(node);
   };
   const enter = (element) => {
-    const deep = stack.length > MAX_DEPTH;
-    put(deep ? null : element);
-    stack.push(deep ? stack.at(-1) : element);
+    const isTooDeep = stack.length > MAX_DEPTH;  // then its content goes into the element around it
+    append(isTooDeep ? null : element);
+    stack.push(isTooDeep ? stack.at(-1) : element);
   };
   const leave = () => {
-    put();
+    append();
     stack.pop();
   };
-  for (const token of list) {
+  for (const token of tokens) {
     if (token.mark) {
-      token.end.forEach(leave);
-      pending += token.mark.repeat(token.count);
-      for (const name of token.begin) enter(el(name));
+      token.closeTags.forEach(leave);
+      pendingText += token.mark.repeat(token.count);
+      for (const name of token.openTags) enter(el(name));
     } else if (token.passage) {
-      pending = pending.trimEnd();  // the number is attached to the word before it
+      pendingText = pendingText.trimEnd();  // the number is attached to the word before it
       enter(cite(token.passage));
     } else if (token.url) {
       enter(link(token.url));
-      linked = true;
-      if (token.image) pending += "Image: ";  // a link; images are never fetched
+      insideLink = true;
+      if (token.image) pendingText += "Image: ";  // a link; images are never fetched
     } else if (token.ends) {
       if (token.ends === "link") {
-        if (!pending && !stack.at(-1).textContent) pending = stack.at(-1).href ?? "";
-        linked = false;
+        if (!pendingText && !stack.at(-1).textContent) pendingText = stack.at(-1).href ?? "";
+        insideLink = false;
       }
       leave();
-    } else if (token.link && !linked) put(link(token.link, token.text));
-    else if (token.code !== undefined) put(el("code", {}, token.code));
-    else if (token.formula !== undefined) put(el("code", { class: "formula" }, token.formula));
-    else if (token.line) put(el("br"));
-    else pending += token.text;
+    } else if (token.link && !insideLink) append(link(token.link, token.text));
+    else if (token.code !== undefined) append(el("code", {}, token.code));
+    else if (token.formula !== undefined) append(el("code", { class: "formula" }, token.formula));
+    else if (token.line) append(el("br"));
+    else pendingText += token.text;
   }
-  put();
+  append();
 }
 
 const cite = (number) =>

@@ -20,22 +20,26 @@ const settings = new Settings(server, (fields) => {
 });
 
 const chat = new Chat({
-  supportsTools: (model) => settings.supportsTools(model),
+  tools: (values) => settings.tools(values),
   defaults: () => settings.defaults(),
   update: () => update(),
-  async changed(conversation) {
+  async onChange(conversation) {
     if (conversation === chat.conversation) update();
     if (!Object.keys(conversation.tree.nodes).length) return;
     await save(conversation);
-    await sidebar.changed(conversation.id);
+    await sidebar.onChange(conversation.id);
   },
 });
 
 const sidebar = new Sidebar({
   openId: () => (byId("chat").hidden ? null : chat.conversation.id),
   inMemory: (id) => chat.inMemory(id),
-  deleted: (id) => chat.forget(id),
-  stored: (id) => id === chat.conversation.id && !byId("chat").hidden && (chat.busy ? update() : reopen(id)),
+  onDeleted: (id) => chat.forget(id),
+  onStored(id) {
+    if (id !== chat.conversation.id || byId("chat").hidden) return;
+    if (chat.busy) update();
+    else reopen(id);
+  },
 });
 
 const runs = new Runs();
@@ -61,14 +65,15 @@ function update() {
 
 async function route() {
   const [, view, name] = location.hash.split("/");
-  const models = view === "runs";
+  const showsRuns = view === "runs";
   closeDrawer();
-  byId("chat").hidden = models;
-  byId("runs-view").hidden = !models;
-  if (models) byId("models").setAttribute("aria-current", "page");
-  else byId("models").removeAttribute("aria-current");
-  if (models) await runs.open(name && decodeURIComponent(name));
-  else {
+  byId("chat").hidden = showsRuns;
+  byId("runs-view").hidden = !showsRuns;
+  if (showsRuns) {
+    byId("models").setAttribute("aria-current", "page");
+    await runs.open(name && decodeURIComponent(name));
+  } else {
+    byId("models").removeAttribute("aria-current");
     runs.leave();
     await reopen(view === "c" ? name : null);
     if (!narrow.matches) box.focus();
@@ -96,7 +101,7 @@ async function start() {
 
 // ── the message box ──
 
-function grow() {
+function onInput() {
   box.style.height = "auto";
   box.style.height = `${Math.min(box.scrollHeight, innerHeight * 0.4)}px`;
   update();
@@ -104,19 +109,22 @@ function grow() {
 
 function submit() {
   const text = box.value.trim();
-  if (chat.busy) return chat.stop();
+  if (chat.busy) {
+    chat.stop();
+    return;
+  }
   if (!text) return;
   box.value = "";
   chat.send(text);
   history.replaceState(null, "", `#/c/${chat.conversation.id}`);
-  grow();
+  onInput();
 }
 
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   submit();
 });
-box.addEventListener("input", grow);
+box.addEventListener("input", onInput);
 box.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
@@ -132,7 +140,7 @@ box.addEventListener("keydown", (event) => {
 
 function openDrawer() {
   document.body.classList.toggle("drawer", narrow.matches);
-  document.body.classList.remove("wide");
+  document.body.classList.remove("sidebar-hidden");
   byId("main").inert = narrow.matches;
   byId("menu").setAttribute("aria-expanded", "true");
 }
@@ -144,15 +152,15 @@ function closeDrawer() {
 }
 
 byId("menu").addEventListener("click", () => {
-  if (narrow.matches || document.body.classList.contains("wide")) {
+  if (narrow.matches || document.body.classList.contains("sidebar-hidden")) {
     openDrawer();
     byId(narrow.matches ? "new-chat" : "menu").focus();
   } else {
-    document.body.classList.add("wide");
+    document.body.classList.add("sidebar-hidden");
     byId("menu").setAttribute("aria-expanded", "false");
   }
 });
-byId("veil").addEventListener("click", closeDrawer);
+byId("backdrop").addEventListener("click", closeDrawer);
 
 addEventListener("keydown", (event) => {
   const typing = event.target.closest("input, textarea, select");
@@ -163,8 +171,10 @@ addEventListener("keydown", (event) => {
     byId("search").focus();
   } else if (event.key === "?" && !typing) byId("keys-sheet").showModal();
   else if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
-    if (document.body.classList.contains("drawer")) (closeDrawer(), byId("menu").focus());
-    else if (byId("more").open) byId("more").open = false;
+    if (document.body.classList.contains("drawer")) {
+      closeDrawer();
+      byId("menu").focus();
+    } else if (byId("more").open) byId("more").open = false;
     else if (chat.busy) chat.stop();
   }
 });
@@ -176,7 +186,10 @@ byId("theme").addEventListener("click", () => {
   localStorage.setItem("nanoghost-theme", root.dataset.theme);
 });
 
-byId("new-chat").addEventListener("click", () => (location.hash === "#/" ? route() : (location.hash = "#/")));
+byId("new-chat").addEventListener("click", () => {
+  if (location.hash === "#/") route();
+  else location.hash = "#/";
+});
 byId("help").addEventListener("click", () => byId("keys-sheet").showModal());
 byId("server-retry").addEventListener("click", start);
 byId("skip").addEventListener("click", (event) => {
@@ -184,18 +197,26 @@ byId("skip").addEventListener("click", (event) => {
   (byId("chat").hidden ? byId("runs") : box).focus();
 });
 for (const dialog of document.querySelectorAll("dialog")) {
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.id !== "key-sheet" && dialog.close());
+  dialog.addEventListener("click", ({ target }) => {
+    const isOutside = target === dialog;  // its form fills it: the dialog itself is the target of clicks next to it
+    if (isOutside && dialog.id !== "key-sheet") dialog.close();
+  });
 }
 byId("more").addEventListener("click", ({ target }) => {
   const { id } = chat.conversation;
   const actions = {
-    rename: () => (openDrawer(), sidebar.rename(id)),
+    rename() {
+      openDrawer();
+      sidebar.rename(id);
+    },
     markdown: () => sidebar.exportOne(id, true),
     json: () => sidebar.exportOne(id, false),
     delete: () => sidebar.delete(id),
   };
-  const act = target.closest("[data-do]")?.dataset.do;
-  if (act) (byId("more").open = false), actions[act]();
+  const name = target.closest("[data-do]")?.dataset.do;
+  if (!name) return;
+  byId("more").open = false;
+  actions[name]();
 });
 
 // The key is stored in the session of this tab and sent only to this server.
@@ -212,6 +233,6 @@ onKeyNeeded((rejected) => new Promise((resolve) => {
 }));
 byId("key-sheet").addEventListener("cancel", (event) => event.preventDefault());
 
-for (const place of document.querySelectorAll("[data-icon]")) place.prepend(icon(place.dataset.icon));
+for (const element of document.querySelectorAll("[data-icon]")) element.prepend(icon(element.dataset.icon));
 addEventListener("hashchange", route);
 start();

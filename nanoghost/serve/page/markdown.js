@@ -10,7 +10,7 @@ const HEADING = /^ {0,3}(#{1,6})(?:[ \t](.*))?$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:( +)|$)/;
 const QUOTE = /^ {0,3}> ?/;
-const DASHES = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const TABLE_RULE = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 const FORMULA = /^ {0,3}(\$\$|\\\[)(.*)$/;
 
 // Control characters and characters that change the text direction are replaced by U+FFFD.
@@ -22,47 +22,54 @@ export class Markdown {
   constructor(target, passages = null) {
     this.target = target;
     this.passages = passages;
-    this.settled = 0;  // characters of the blocks that cannot change any more
-    this.live = [];  // elements of the text after them
+    this.finalLength = 0;  // characters of the blocks that cannot change any more
+    this.lastElements = [];  // elements of the text after them
   }
 
   // `source`: the whole text so far; each call must extend the text of the call before.
   update(source, finished = false) {
     const text = clean(source);
-    if (!finished) this.settle(text);
-    const parsed = blocks(text.slice(this.settled).split("\n"));
+    if (!finished) this.buildCompleteBlocks(text);
+    const parsed = blocks(text.slice(this.finalLength).split("\n"));
     if (!finished && this.growCode(parsed)) return;
-    for (const node of this.live) node.remove();
-    this.live = parsed.map((block, i) => this.element(block, !finished && i === parsed.length - 1));
-    this.target.append(...this.live);
-    if (finished) [this.live, this.settled] = [[], text.length];
+    for (const node of this.lastElements) node.remove();
+    this.lastElements = parsed.map((block, i) => this.element(block, !finished && i === parsed.length - 1));
+    this.target.append(...this.lastElements);
+    if (finished) {
+      this.lastElements = [];
+      this.finalLength = text.length;
+    }
   }
 
-  // Build the blocks that are complete. An unfinished line is ambiguous: "-" may become "-5" or a list.
-  settle(text) {
-    const whole = text.lastIndexOf("\n") + 1;
-    if (whole <= this.settled) return;
-    const lines = text.slice(this.settled, whole - 1).split("\n");
+  // Only whole lines count: an unfinished line is ambiguous, because "-" may become "-5" or a list.
+  buildCompleteBlocks(text) {
+    const end = text.lastIndexOf("\n") + 1;
+    if (end <= this.finalLength) return;
+    const lines = text.slice(this.finalLength, end - 1).split("\n");
     const parsed = blocks(lines);
     if (parsed.length < 2) return;
-    for (const node of this.live) node.remove();
-    this.live = [];
+    for (const node of this.lastElements) node.remove();
+    this.lastElements = [];
     this.target.append(...parsed.slice(0, -1).map((block) => this.element(block, false)));
-    for (const line of lines.slice(0, parsed.at(-1).start)) this.settled += line.length + 1;
+    for (const line of lines.slice(0, parsed.at(-1).start)) this.finalLength += line.length + 1;
   }
 
   // A code block that only grew keeps its element, and with it its scroll position.
   growCode(parsed) {
     const [block] = parsed;
-    const [node] = this.live;
-    if (parsed.length !== 1 || this.live.length !== 1) return false;
+    const [node] = this.lastElements;
+    if (parsed.length !== 1 || this.lastElements.length !== 1) return false;
     if (block.type !== "code" || node.dataset.language !== block.language) return false;
     node.querySelector("code").firstChild.data = block.text;
     return true;
   }
 
+  // `writing`: the block is the last one of an incomplete text.
   element(block, writing) {
-    const fill = (node, text) => (inline(node, text, { writing, passages: this.passages }), node);
+    const fill = (node, text) => {
+      inline(node, text, { writing, passages: this.passages });
+      return node;
+    };
     const children = (inner) => inner.map((child, i) => this.element(child, writing && i === inner.length - 1));
     switch (block.type) {
       case "heading":
@@ -111,15 +118,16 @@ function codeElement({ language, text }) {
 const blank = (line) => !line.trim();
 const indent = (line) => line.length - line.trimStart().length;
 const isTable = (lines, i) =>
-  i + 1 < lines.length && lines[i].includes("|") && DASHES.test(lines[i + 1])
+  i + 1 < lines.length && lines[i].includes("|") && TABLE_RULE.test(lines[i + 1])
   && cells(lines[i]).length === cells(lines[i + 1]).length;
 
 // Whether this line interrupts a paragraph. A number does so only if it is 1, because sentences contain numbers.
 function interrupts(lines, i) {
   const line = lines[i];
-  const item = ITEM.exec(line);
-  return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || FORMULA.test(line)
-    || (item && item[3] && (!/\d/.test(item[2]) || parseInt(item[2], 10) === 1)) || isTable(lines, i);
+  if ([FENCE, HEADING, RULE, QUOTE, FORMULA].some((pattern) => pattern.test(line))) return true;
+  const [, , marker, space] = ITEM.exec(line) ?? [];
+  if (space && (!/\d/.test(marker) || parseInt(marker, 10) === 1)) return true;
+  return isTable(lines, i);
 }
 
 // Blocks of these lines; `start` is the first line of each.
@@ -215,12 +223,14 @@ function list(lines, begin, first, depth) {
       if (/\d/.test(item[2]) !== ordered) break;
       margin = item[0].length - (item[3]?.length > 4 ? item[3].length - 1 : 0);
       items.push([line.slice(margin)]);
-    } else if (indent(line) > base + 1) items.at(-1).push(line.slice(Math.min(indent(line), Math.max(margin, base + 2))));
-    else if (blank(lines[i - 1]) || interrupts(lines, i)) break;
+    } else if (indent(line) > base + 1) {
+      const contentIndent = Math.max(margin, base + 2);
+      items.at(-1).push(line.slice(Math.min(indent(line), contentIndent)));
+    } else if (blank(lines[i - 1]) || interrupts(lines, i)) break;
     else items.at(-1).push(line.trim());
   }
-  const block = { type: "list", ordered, first: parseInt(first[2], 10), items: items.map((inner) => blocks(inner, depth + 1)) };
-  return [block, i];
+  const itemBlocks = items.map((itemLines) => blocks(itemLines, depth + 1));
+  return [{ type: "list", ordered, first: parseInt(first[2], 10), items: itemBlocks }, i];
 }
 
 function cells(line) {
@@ -228,9 +238,13 @@ function cells(line) {
   return inner.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
 }
 
+function alignment(dashes) {
+  if (!dashes.endsWith(":")) return null;  // left
+  return dashes.startsWith(":") ? "center" : "right";
+}
+
 function table(lines, i) {
-  const side = (dashes) => (!dashes.endsWith(":") ? null : dashes.startsWith(":") ? "center" : "right");
-  const align = cells(lines[i + 1]).map(side);
+  const align = cells(lines[i + 1]).map(alignment);
   let end = i + 2;
   while (end < lines.length && lines[end].includes("|") && !FENCE.test(lines[end])) end += 1;
   return [{ type: "table", align, head: cells(lines[i]), rows: lines.slice(i + 2, end).map(cells) }, end];

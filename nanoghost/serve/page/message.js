@@ -4,22 +4,25 @@ import { el, icon, iconButton } from "./dom.js";
 import { Markdown } from "./markdown.js";
 import { siblings, textOf } from "./tree.js";
 
-// `act`: what the buttons do with the node: {copy, edit, regenerate, showSibling}.
-export function userMessage(node, tree, act) {
+const TOOL_TITLES = { calculator: "Calculated", python: "Ran Python", lookup: "Looked up" };
+
+// `actions`: what the buttons do with the node: {copy, edit, regenerate, showSibling}.
+export function userMessage(node, tree, actions) {
   const text = el("div", { class: "content", dir: "auto" }, node.text);
   const bar = el("div", { class: "actions" },
-    iconButton("edit", "Edit message", () => act.edit(node, text, bar)),
-    iconButton("copy", "Copy message", (event) => act.copy(node, event.currentTarget)),
-    branches(node, tree, act));
-  return el("article", { class: "message user", "data-id": node.id }, el("h2", { class: "visually-hidden" }, "You"), text, bar);
+    iconButton("edit", "Edit message", () => actions.edit(node, text, bar)),
+    iconButton("copy", "Copy message", (event) => actions.copy(node, event.currentTarget)),
+    branches(node, tree, actions));
+  const heading = el("h2", { class: "visually-hidden" }, "You");
+  return el("article", { class: "message user", "data-id": node.id }, heading, text, bar);
 }
 
-function branches(node, tree, act) {
+function branches(node, tree, actions) {
   const all = siblings(tree, node.id);
   if (all.length < 2) return null;
   const index = all.indexOf(node.id);
   const arrow = (name, label, offset, disabled) =>
-    iconButton(name, label, () => act.showSibling(node, offset), { disabled, "data-offset": offset });
+    iconButton(name, label, () => actions.showSibling(node, offset), { disabled, "data-offset": offset });
   return el("span", { class: "branches", role: "group", "aria-label": "Versions" },
     arrow("left", "Previous version", -1, index === 0),
     el("span", { class: "count" }, `${index + 1} / ${all.length}`),
@@ -27,8 +30,8 @@ function branches(node, tree, act) {
 }
 
 export class Reply {
-  constructor(node, tree, act) {
-    this.act = act;
+  constructor(node, tree, actions) {
+    this.actions = actions;
     this.views = [];  // Text or ToolCall for each part of the reply
     this.passages = new Set();  // numbers that the text may cite
     this.body = el("div", { class: "content prose", dir: "auto" });
@@ -51,11 +54,12 @@ export class Reply {
   }
 
   close(node, tree) {
-    const problem = node.error && el("p", { class: "problem" }, node.error, " ",
-      el("button", { type: "button", class: "plain retry", on: { click: () => this.act.regenerate(node) } }, "Try again"));
-    const bar = el("div", { class: "actions" }, branches(node, tree, this.act),
-      textOf(node) ? iconButton("copy", "Copy reply", (event) => this.act.copy(node, event.currentTarget)) : null,
-      iconButton("regenerate", "Regenerate reply", () => this.act.regenerate(node)),
+    const click = () => this.actions.regenerate(node);
+    const retry = el("button", { type: "button", class: "text-button retry", on: { click } }, "Try again");
+    const problem = node.error && el("p", { class: "problem" }, node.error, " ", retry);
+    const bar = el("div", { class: "actions" }, branches(node, tree, this.actions),
+      textOf(node) ? iconButton("copy", "Copy reply", (event) => this.actions.copy(node, event.currentTarget)) : null,
+      iconButton("regenerate", "Regenerate reply", () => this.actions.regenerate(node)),
       figures(node));
     this.foot.replaceChildren(...[passageList(node), problem, bar].filter(Boolean));
   }
@@ -87,12 +91,12 @@ class ToolCall {
 
   update({ call }, writing) {
     const done = call.content !== undefined;
-    const result = done ? firstLine(call.content) : writing ? "…" : "stopped";
-    const names = { calculator: "Calculated", python: "Ran Python", lookup: "Looked up" };
-    this.line.replaceChildren(el("span", { class: "tool-name" }, names[call.name] ?? call.name), " ",
+    const placeholder = writing ? "…" : "stopped";
+    const result = done ? firstLine(call.content) : placeholder;
+    this.line.replaceChildren(el("span", { class: "tool-name" }, TOOL_TITLES[call.name] ?? call.name), " ",
       el("code", {}, firstLine(values(call.arguments))), call.passages?.length ? "" : ` → ${result}`);
     this.arguments.textContent = pretty(call.arguments);
-    this.result.textContent = done ? call.content : result;
+    this.result.textContent = done ? call.content : placeholder;
   }
 }
 
@@ -134,16 +138,16 @@ function passageList(node) {
       el("blockquote", {}, passage.text))));
 }
 
-const rounded = (n) => Math.round(n).toLocaleString("en");
+const formatInteger = (n) => Math.round(n).toLocaleString("en");
 
 function figures(node) {
   const { tokens_per_second: speed, first_token_seconds: first, context_used: used, context } = node.timings ?? {};
   const endings = { stopped: "stopped", length: "maximum length reached" };
   const text = [
     endings[node.finish],
-    speed && `${speed < 10 ? speed.toFixed(1) : rounded(speed)} tokens/s`,
+    speed && `${speed < 10 ? speed.toFixed(1) : formatInteger(speed)} tokens/s`,
     first !== undefined && `first token after ${first.toFixed(first < 1 ? 2 : 1)} s`,
-    used && context && `context ${rounded(used)} of ${rounded(context)}`,
+    used && context && `context ${formatInteger(used)} of ${formatInteger(context)}`,
   ].filter(Boolean).join(" · ");
   return el("span", { class: "figures" }, el("span", { class: "by" }, node.model, text && " · "), text);
 }

@@ -22,7 +22,7 @@ export class Runs {
   async open(name) {
     this.leave();
     const viewId = this.viewCount;
-    this.view.replaceChildren(el("p", { class: "soft" }, "…"));
+    this.view.replaceChildren(el("p", { class: "muted" }, "…"));
     try {
       const { data } = await getJson("/runs");
       if (viewId !== this.viewCount) return;
@@ -36,23 +36,25 @@ export class Runs {
   }
 
   problem(error, retry) {
-    const button = el("button", { type: "button", class: "plain", on: { click: retry } }, "Try again");
+    const button = el("button", { type: "button", class: "text-button", on: { click: retry } }, "Try again");
     return el("p", { class: "problem" }, error.message, " ", button);
   }
 
   list(runs) {
     const rows = runs.map(({ name, stage, finished, report }) => {
-      const state = !finished ? ", in training" : report ? ", report" : "";
+      let state = stageName(stage);
+      if (!finished) state += ", in training";
+      else if (report) state += ", report";
       return el("li", {}, el("a", { href: `#/runs/${encodeURIComponent(name)}` }, el("span", { class: "title" }, name),
-        el("span", { class: finished ? "soft" : "live" }, stageName(stage) + state), icon("right")));
+        el("span", { class: finished ? "muted" : "in-training" }, state), icon("right")));
     });
     this.view.replaceChildren(el("h2", { class: "view-title" }, "Models"),
-      el("p", { class: "soft" }, runs.length ? "How each model was trained, and its evaluation." : "No models yet."),
+      el("p", { class: "muted" }, runs.length ? "How each model was trained, and its evaluation." : "No models yet."),
       el("ul", { class: "runs" }, rows));
   }
 
   async showRun(run, viewId) {
-    this.state = el("p", { class: "soft", role: "status" });
+    this.state = el("p", { class: "muted", role: "status" });
     this.curves = el("div");
     // A report has its own title.
     const title = el("h2", { class: run.finished && run.report ? "visually-hidden" : "view-title" }, run.name);
@@ -75,7 +77,8 @@ export class Runs {
       if (viewId !== this.viewCount) return;
       next = position;
       this.events.push(...data);
-      if (data.length) return await this.follow(run, next, viewId);  // there may be more: a response has a limited number of events
+      // A response has a limited number of events: there may be more.
+      if (data.length) return await this.follow(run, next, viewId);
       this.draw(run);
       if (!finished) finished = (await getJson("/runs")).data.find(({ name }) => name === run.name)?.finished ?? true;
     } catch (error) {
@@ -87,13 +90,15 @@ export class Runs {
   }
 
   draw(run) {
-    const stages = byStage(this.events).map(([stage, events]) => [stage, charts(events)]).filter(([, drawn]) => drawn.length);
+    const stages = byStage(this.events)
+      .map(([stage, events]) => ({ stage, stageCharts: charts(events) }))
+      .filter(({ stageCharts }) => stageCharts.length);
     const last = this.events.at(-1);
     if (!run.finished) this.state.textContent = last ? progress(last) : "Not started yet.";
     else this.state.textContent = stages.length ? "" : "No training curves for this model.";
     // The latest stage comes first.
-    this.curves.replaceChildren(...stages.reverse().map(([stage, drawn]) =>
-      el("section", {}, el("h3", {}, stageName(stage)), el("div", { class: "charts" }, drawn.map(chart)))));
+    this.curves.replaceChildren(...stages.reverse().map(({ stage, stageCharts }) =>
+      el("section", {}, el("h3", {}, stageName(stage)), el("div", { class: "charts" }, stageCharts.map(chart)))));
   }
 
   // The report is an HTML page. It goes into a frame without scripts. A frame with an address could not send the API key, so
@@ -110,7 +115,10 @@ export class Runs {
     const sheet = new frameWindow.CSSStyleSheet();
     const styles = [];
     const markup = text
-      .replace(/<style[^>]*>(.*?)<\/style>/gs, (_, rules) => (styles.push(rules), ""))
+      .replace(/<style[^>]*>(.*?)<\/style>/gs, (_, rules) => {
+        styles.push(rules);
+        return "";
+      })
       .replace(/(<[^<>]*\s)style=/g, "$1data-style=");
     const parsed = new DOMParser().parseFromString(markup, "text/html");
     for (const node of parsed.querySelectorAll("script, meta[http-equiv], link, base")) node.remove();
@@ -121,8 +129,10 @@ export class Runs {
   }
 }
 
-function progress({ stage, step, steps, seconds_left: left }) {
-  const position = steps ? `step ${Math.floor(step) + 1} of ${steps}` : `step ${Math.floor(step) + 1}`;
-  const remaining = left > 90 ? `, about ${Math.round(left / 60)} minutes left` : left > 0 ? `, ${Math.round(left)} s left` : "";
-  return `${stageName(stage)}, ${position}${remaining}`;
+function progress({ stage, step, steps, seconds_left: secondsLeft }) {
+  let text = `${stageName(stage)}, step ${Math.floor(step) + 1}`;
+  if (steps) text += ` of ${steps}`;
+  if (secondsLeft > 90) text += `, about ${Math.round(secondsLeft / 60)} minutes left`;
+  else if (secondsLeft > 0) text += `, ${Math.round(secondsLeft)} s left`;
+  return text;
 }

@@ -17,7 +17,7 @@ export class Settings {
     };
     this.model.addEventListener("change", () => changed({ model: this.model.value }));
     byId("settings").addEventListener("click", () => byId("settings-sheet").showModal());
-    this.form.addEventListener("input", () => changed(this.read()));
+    this.form.addEventListener("input", ({ target }) => changed(this.read(target.name === "tools")));
   }
 
   // A new conversation starts with the last settings, but without a system message.
@@ -33,7 +33,8 @@ export class Settings {
     localStorage.setItem(STORAGE_KEY, JSON.stringify({ ...this.defaults(), ...fields, system: "" }));
   }
 
-  read() {
+  // With the tools only once the user has chosen some: until then they follow the model.
+  read(withTools) {
     const { elements } = this.form;
     const tools = [...this.form.querySelectorAll("[name=tools]:checked")].map((box) => box.value);
     const maxTokens = parseInt(elements.max_tokens.value, 10);
@@ -43,13 +44,17 @@ export class Settings {
       temperature: Number(elements.temperature.value),
       top_p: Number(elements.top_p.value),
       max_tokens: maxTokens >= 1 ? maxTokens : DEFAULTS.max_tokens,
-      tools,
+      ...(withTools && { tools }),
     };
   }
 
-  supportsTools(name) {
-    const model = (id) => this.server.models.find((entry) => entry.id === id);
-    return Boolean(model(name)?.tools ?? model(name.split("@")[0])?.tools);
+  // The tools that are offered to the model, null if it cannot call any. Unless the user has chosen some, these are the
+  // server's for a model that learned here to call them, and none for another.
+  tools({ model: name, tools }) {
+    const find = (id) => this.server.models.find((model) => model.id === id);
+    const model = find(name) ?? find(name.split("@")[0]);  // an adapter may be deleted: BASE@ADAPTER
+    if (!model?.tools) return null;
+    return tools ?? (model.learned_tools ? this.server.tools.map((tool) => tool.name) : []);
   }
 
   // Fills the lists with what the server has.
@@ -75,16 +80,20 @@ export class Settings {
     for (const name of ["person", "system", "temperature", "top_p", "max_tokens"]) {
       if (document.activeElement !== elements[name]) elements[name].value = settings[name];
     }
-    for (const box of this.form.querySelectorAll("[name=tools]")) box.checked = settings.tools.includes(box.value);
+    const tools = this.tools(settings);
+    for (const box of this.form.querySelectorAll("[name=tools]")) box.checked = Boolean(tools?.includes(box.value));
     byId("temperature-value").textContent = settings.temperature.toFixed(2);
     byId("top-p-value").textContent = settings.top_p.toFixed(2);
-    const supported = this.supportsTools(settings.model);
-    byId("tools").disabled = !supported;
-    byId("tools-status").textContent = !this.server.tools.length ? "This server has no tools."
-      : supported ? "The server runs these tools during a reply." : `${settings.model || "This model"} was not trained to use tools.`;
-    const tools = supported && settings.tools.join(", ");
-    const summary = [settings.person && `as ${settings.person}`, settings.system && "system message", tools];
+    byId("tools").disabled = !tools;
+    byId("tools-status").textContent = this.toolsStatus(settings.model, Boolean(tools));
+    const summary = [settings.person && `as ${settings.person}`, settings.system && "system message", tools?.join(", ")];
     byId("settings-summary").textContent = summary.filter(Boolean).join(" · ");
+  }
+
+  toolsStatus(model, supported) {
+    if (!this.server.tools.length) return "This server has no tools.";
+    if (supported) return "The server runs these tools during a reply.";
+    return `${model || "This model"} was not trained to use tools.`;
   }
 
   // Description of the model for the empty page.

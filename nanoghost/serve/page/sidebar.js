@@ -5,8 +5,11 @@ import { fromJson, load, loadAll, remove, restore, save, toJson, toMarkdown } fr
 import { find } from "./tree.js";
 
 export class Sidebar {
-  // `page`: callbacks: openId() returns the id of the conversation that is shown, inMemory(id) the conversation object if it
-  // is in use, stored(id) is called when the stored conversation was changed or deleted, deleted(id) when it was deleted here
+  // `page`: callbacks to the rest of the page:
+  //   openId()        id of the conversation that is shown
+  //   inMemory(id)    the conversation object, if it is in use
+  //   onStored(id)    the stored conversation was changed or deleted
+  //   onDeleted(id)   it was deleted in this tab
   constructor(page) {
     this.page = page;
     this.list = byId("conversations");
@@ -18,11 +21,15 @@ export class Sidebar {
     byId("file").addEventListener("change", ({ target }) => this.import(target));
     // Another tab may change the list.
     this.otherTabs = new BroadcastChannel("nanoghost");
-    this.otherTabs.addEventListener("message", ({ data }) => (this.draw(), this.page.stored(data)));
+    this.otherTabs.addEventListener("message", ({ data: id }) => {
+      this.draw();
+      this.page.onStored(id);
+    });
     this.drawCount = 0;  // so that a slow draw does not replace a later one
   }
 
-  async changed(id) {
+  // Called when this tab has changed a stored conversation.
+  async onChange(id) {
     this.otherTabs.postMessage(id);
     await this.draw();
   }
@@ -56,7 +63,10 @@ export class Sidebar {
       if (!this.search.value.trim()) location.hash = "#/";
       else if (links[0]) links[0].click();
     }
-    if (event.key === "ArrowDown" && links[0]) (event.preventDefault(), links[0].focus());
+    if (event.key === "ArrowDown" && links[0]) {
+      event.preventDefault();
+      links[0].focus();
+    }
     if (event.key === "Escape" && this.search.value) {
       event.stopPropagation();
       this.search.value = "";
@@ -81,15 +91,18 @@ export class Sidebar {
         const current = this.page.inMemory(id) ?? (await load(id));
         current.title = title;
         await save(current);
-        this.page.stored(id);
+        this.page.onStored(id);
       }
-      await this.changed(id);
+      await this.onChange(id);
       this.list.querySelector(`[data-id="${CSS.escape(id)}"] a`)?.focus();
     };
     box.onblur = () => finish(true);
     box.addEventListener("keydown", (event) => {
       if (event.key === "Enter") finish(true);
-      if (event.key === "Escape") (event.stopPropagation(), finish(false));
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        finish(false);
+      }
     });
     row.replaceChildren(box);
     box.focus();
@@ -100,15 +113,15 @@ export class Sidebar {
     const conversation = await load(id);
     if (!conversation) return;
     await remove(id);
-    this.page.deleted(id);
-    this.page.stored(id);
-    await this.changed(id);
+    this.page.onDeleted(id);
+    this.page.onStored(id);
+    await this.onChange(id);
     byId("new-chat").focus();
     const { person } = conversation.settings;
     const kept = person ? ` The chat log of ${person} keeps the messages.` : "";
     toast(`Deleted “${conversation.title}”.${kept}`, "Undo", async () => {
       await restore(conversation);
-      await this.changed(id);
+      await this.onChange(id);
       location.hash = `#/c/${id}`;
     });
   }
@@ -144,7 +157,7 @@ export class Sidebar {
       const existing = await load(conversation.id);
       if (existing && existing.updated >= conversation.updated) continue;
       await restore(conversation);
-      this.page.stored(conversation.id);
+      this.page.onStored(conversation.id);
       this.otherTabs.postMessage(conversation.id);
       numImported += 1;
     }
@@ -156,8 +169,9 @@ export class Sidebar {
 }
 
 function highlight(excerpt, query) {
-  const at = excerpt.toLowerCase().indexOf(query.toLowerCase());
-  if (at < 0) return el("span", { class: "excerpt" }, excerpt);
-  const end = at + query.length;
-  return el("span", { class: "excerpt" }, excerpt.slice(0, at), el("mark", {}, excerpt.slice(at, end)), excerpt.slice(end));
+  const start = excerpt.toLowerCase().indexOf(query.toLowerCase());
+  if (start < 0) return el("span", { class: "excerpt" }, excerpt);
+  const end = start + query.length;
+  const match = el("mark", {}, excerpt.slice(start, end));
+  return el("span", { class: "excerpt" }, excerpt.slice(0, start), match, excerpt.slice(end));
 }

@@ -4,7 +4,7 @@
 
 import { emptyTree, newId, path, ROOT, textOf } from "./tree.js";
 
-export const DEFAULTS = { model: "", person: "", system: "", temperature: 0.7, top_p: 0.95, max_tokens: 512, tools: [] };
+export const DEFAULTS = { model: "", person: "", system: "", temperature: 0.7, top_p: 0.95, max_tokens: 512, tools: null };
 
 export function newConversation(settings = {}) {
   const now = Date.now();
@@ -31,21 +31,21 @@ async function objectStore(mode) {
   return (await database()).transaction("conversations", mode).objectStore("conversations");
 }
 
-const removed = new Set();  // ids; a reply that is still being generated must not save its conversation again
+const deletedIds = new Set();  // a reply that is still being generated must not save its conversation again
 
 export const load = async (id) => resultOf((await objectStore("readonly")).get(id));
 
 export async function save(conversation) {
-  if (!removed.has(conversation.id)) await resultOf((await objectStore("readwrite")).put(conversation));
+  if (!deletedIds.has(conversation.id)) await resultOf((await objectStore("readwrite")).put(conversation));
 }
 
 export async function remove(id) {
-  removed.add(id);
+  deletedIds.add(id);
   await resultOf((await objectStore("readwrite")).delete(id));
 }
 
 export async function restore(conversation) {
-  removed.delete(conversation.id);
+  deletedIds.delete(conversation.id);
   await save(conversation);
 }
 
@@ -93,7 +93,9 @@ function validConversation(input) {
   const inputSettings = input?.settings ?? {};
   const settings = { ...DEFAULTS };
   for (const name of ["model", "person", "system"]) settings[name] = validText(inputSettings[name]);
-  for (const name of ["temperature", "top_p", "max_tokens"]) settings[name] = validNumber(inputSettings[name], DEFAULTS[name]);
+  for (const name of ["temperature", "top_p", "max_tokens"]) {
+    settings[name] = validNumber(inputSettings[name], DEFAULTS[name]);
+  }
   if (Array.isArray(inputSettings.tools)) settings.tools = inputSettings.tools.map(validText).filter(Boolean);
   // An object without a prototype: the id of a node can be any word.
   const nodes = Object.create(null);
@@ -134,4 +136,8 @@ function validNode(node, parent) {
   return reply;
 }
 
-const validPassage = (passage) => ({ n: validNumber(passage?.n, 0), source: validText(passage?.source), text: validText(passage?.text) });
+const validPassage = (passage) => ({
+  n: validNumber(passage?.n, 0),
+  source: validText(passage?.source),
+  text: validText(passage?.text),
+});

@@ -22,10 +22,12 @@ export function change(tree, id, fields) {
 
 // The tree without a node that has no children.
 export function without(tree, id) {
-  const { [id]: removed, ...nodes } = tree.nodes;
-  const { [removed.parent]: shown, ...chosen } = tree.chosen;
-  const lastSibling = children({ nodes }, removed.parent).at(-1)?.id;
-  return { nodes, chosen: shown !== id ? tree.chosen : lastSibling ? { ...chosen, [removed.parent]: lastSibling } : chosen };
+  const { [id]: node, ...nodes } = tree.nodes;
+  if (tree.chosen[node.parent] !== id) return { nodes, chosen: tree.chosen };
+  const { [node.parent]: _, ...chosen } = tree.chosen;
+  const lastSibling = children({ nodes }, node.parent).at(-1);
+  if (lastSibling) chosen[node.parent] = lastSibling.id;
+  return { nodes, chosen };
 }
 
 const children = (tree, parent) => Object.values(tree.nodes).filter((node) => node.parent === parent);
@@ -42,25 +44,26 @@ export function showSibling(tree, id, offset) {
 
 // The nodes that are shown, from the first message on; only those before the node `until`.
 export function path(tree, until) {
-  const shown = [];
-  for (let at = tree.chosen[ROOT]; at && at !== until; at = tree.chosen[at]) shown.push(tree.nodes[at]);
-  return shown;
+  const nodes = [];
+  for (let id = tree.chosen[ROOT]; id && id !== until; id = tree.chosen[id]) nodes.push(tree.nodes[id]);
+  return nodes;
 }
 
 // The nodes from the first message to this one, whether they are shown or not.
 export function ancestry(tree, id) {
-  const line = [];
-  for (let at = id; at !== ROOT; at = tree.nodes[at].parent) line.unshift(tree.nodes[at]);
-  return line;
+  const nodes = [];
+  for (let current = id; current !== ROOT; current = tree.nodes[current].parent) nodes.unshift(tree.nodes[current]);
+  return nodes;
 }
 
 export const textOf = (node) =>
   node.role === "user" ? node.text : node.parts.map((part) => part.text ?? "").filter(Boolean).join("\n\n");
 
-// The messages for OpenAI's API. A model that does not support tools gets only the texts.
-export function messages(line, system, supportsTools) {
+// The messages of these nodes for OpenAI's API. A model that does not support tools gets only the texts.
+export function messages(nodes, system, supportsTools) {
   const systemMessages = system ? [{ role: "system", content: system }] : [];
-  return systemMessages.concat(line.flatMap((node) => (node.role === "user" || !supportsTools ? textMessage(node) : withCalls(node))));
+  const messagesOf = (node) => (node.role === "assistant" && supportsTools ? replyMessages(node) : textMessage(node));
+  return systemMessages.concat(nodes.flatMap(messagesOf));
 }
 
 function textMessage(node) {
@@ -68,7 +71,8 @@ function textMessage(node) {
   return content || node.role === "user" ? [{ role: node.role, content }] : [];
 }
 
-function withCalls(node) {
+// A reply with its tool calls and their results.
+function replyMessages(node) {
   const result = [];
   let text = "";
   for (const part of node.parts) {
@@ -91,7 +95,8 @@ export function titleFrom(text) {
   return characters.length <= 48 ? line : characters.slice(0, 48).join("").replace(/\s\S*$/, "") + "…";
 }
 
-// An excerpt with the text that was searched for, "" if only the title matches, null if nothing does. All branches are searched.
+// An excerpt with the text that was searched for, "" if only the title matches, null if nothing does. All branches are
+// searched.
 export function find(conversation, query) {
   const needle = query.toLowerCase();
   for (const node of Object.values(conversation.tree.nodes)) {
