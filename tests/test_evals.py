@@ -12,7 +12,7 @@ from torch import nn
 
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.kneser_ney import kneser_ney_bpb
-from nanoghost.evals.task_accuracy import wilson
+from nanoghost.evals.task_accuracy import wilson_interval
 from tests.support.toys import toy_text
 
 FAST = settings(deadline=None, max_examples=60)
@@ -128,7 +128,7 @@ def test_longer_ngrams_help_on_repetitive_text():
     ],
 )
 def test_wilson_known_values(solved, count, low, high):
-    assert wilson(solved, count) == pytest.approx((low, high), abs=6e-5)
+    assert wilson_interval(solved, count) == pytest.approx((low, high), abs=6e-5)
 
 
 @FAST
@@ -136,12 +136,12 @@ def test_wilson_known_values(solved, count, low, high):
 def test_wilson_interval_is_symmetric_and_narrows_with_the_count(pair):
     """Its bounds are the proportions from which the measured one is 1.96 standard deviations away."""
     solved, count = pair
-    low, high = wilson(solved, count)
+    low, high = wilson_interval(solved, count)
     assert 0 <= low <= solved / count + 1e-12 and solved / count - 1e-12 <= high <= 1
     for bound in (low, high):
         assert (solved / count - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / count, abs=1e-12)
-    assert wilson(count - solved, count) == pytest.approx((1 - high, 1 - low), abs=1e-12)
-    narrower = wilson(4 * solved, 4 * count)
+    assert wilson_interval(count - solved, count) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+    narrower = wilson_interval(4 * solved, 4 * count)
     assert narrower[1] - narrower[0] < high - low
 
 

@@ -35,6 +35,6 @@ def test_a_grammar_does_not_let_a_model_write_whitespace_forever():
         processor.accept(ids[-1])
         assert len(ids) < 60
     assert "  " not in TOKENIZER.decode(ids)
-    assert len(processor.recorded) == len(ids)
-    _, top = processor.recorded[0]
+    assert len(processor.recorded_logprobs) == len(ids)
+    _, top = processor.recorded_logprobs[0]
     assert top[0] == (space, pytest.approx(0, abs=1e-3))

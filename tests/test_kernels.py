@@ -1,5 +1,7 @@
 """Quantization and the C++ kernels, compared with plain PyTorch."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,9 +174,9 @@ def test_attention_over_blocks_equals_scaled_dot_product_attention(H, J, D, wind
         for length in pieces:
             slots = torch.full((length,), slot, dtype=torch.int32)
             positions = torch.arange(start, start + length, dtype=torch.int32)
-            where = (cache, block_table, slots, positions, D**-0.5, window)
-            part = qkv[start : start + length].clone()
-            outputs.append(torch.ops.nanoghost.attend(part, cos, sin, *where, q_norm, k_norm, 1e-5))
+            chunk = qkv[start : start + length].clone()
+            cache_arguments = (cache, block_table, slots, positions, D**-0.5, window)
+            outputs.append(torch.ops.nanoghost.attend(chunk, cos, sin, *cache_arguments, q_norm, k_norm, 1e-5))
             start += length
         expected = reference_attention(qkv.view(T, -1, D), H, J, cos[:T], sin[:T], q_norm, k_norm, window)
         assert_close(torch.cat(outputs), expected, rtol=1e-3, atol=1e-4)
@@ -205,7 +207,7 @@ def rotate(x_THD, cos, sin):
 
 def all_logits(model, ids: list[int], adapter: Adapter | None = None) -> torch.Tensor:
     """Logits (T, V) of a text in one pass."""
-    return model.forward_one(ids, 0, model.new_kv_cache(-(-len(ids) // LANES)), adapter)
+    return model.forward_one(ids, 0, model.new_kv_cache(math.ceil(len(ids) / LANES)), adapter)
 
 
 VARIANTS = [

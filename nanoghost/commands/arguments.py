@@ -36,7 +36,7 @@ def parse_numbers(flag: str, text: str, minimum: float = 1, number_type: type = 
 
 
 def select_names(flag: str, text: str, names: Iterable[str]) -> list[str]:
-    """Names that contain one of the comma-separated words, case ignored; all names if there is no word.
+    """The names that contain one of the comma-separated words, in any case; all names if there is no word.
 
     Raises UserError if no name matches.
     """

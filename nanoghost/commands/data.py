@@ -18,6 +18,8 @@ from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_sou
 from nanoghost.progress import JsonFlag
 from nanoghost.tasks.sft_mix import example_texts
 
+BATCH_ROWS = 16  # of the batches that are timed
+
 
 @dataclass(frozen=True)
 class DataSettings(JsonFlag):
@@ -26,7 +28,7 @@ class DataSettings(JsonFlag):
     vocab_size: int = 4096
     """Size of the tokenizer's vocabulary."""
     context: int = 256
-    """Tokens in a row, for the measurement of the loader."""
+    """Tokens in each row of the batches that are timed."""
 
 
 def command(settings: DataSettings) -> None:
@@ -54,7 +56,7 @@ def command(settings: DataSettings) -> None:
     if milliseconds is None:
         console.print(f"the text is too short for a training row of {settings.context} + 1 tokens")
     else:
-        console.print(f"a batch of 16 x {settings.context} tokens takes {milliseconds:.2f} ms")
+        console.print(f"a batch of {BATCH_ROWS} x {settings.context} tokens takes {milliseconds:.2f} ms")
 
 
 def splits_table(source: Source, dataset: TokenDataset) -> Table:
@@ -66,10 +68,10 @@ def splits_table(source: Source, dataset: TokenDataset) -> Table:
     return table
 
 
-def batch_milliseconds(tokens: np.ndarray, context: int, batches: int = 50) -> float:
-    """Time of the loader for a batch of 16 rows."""
-    loader = Batches(tokens, context, 16, seed=0)
+def batch_milliseconds(tokens: np.ndarray, context: int, num_batches: int = 50) -> float:
+    """Mean time to load a batch of BATCH_ROWS rows."""
+    loader = Batches(tokens, context, BATCH_ROWS, seed=0)
     start = time.perf_counter()
-    for step in range(batches):
+    for step in range(num_batches):
         loader.at(step)
-    return (time.perf_counter() - start) / batches * 1000
+    return (time.perf_counter() - start) / num_batches * 1000

@@ -34,7 +34,10 @@ class ExportSettings(ModelArgument, JsonFlag):
 
 
 def main(settings: ExportSettings) -> dict:
-    """Write the file, an adapter merged into its base; returns its path and size. A failed export leaves no file."""
+    """Write the GGUF file; returns its path and size. An adapter is exported as one model, merged into its base.
+
+    Raises UserError if the model or the settings do not allow it. A failed export leaves no file.
+    """
     folder = open_model(settings.model)
     if settings.quant not in QUANTIZATIONS:
         raise UserError(f"--quant is '{settings.quant}'; expected one of {', '.join(QUANTIZATIONS)}")
@@ -46,7 +49,7 @@ def main(settings: ExportSettings) -> dict:
     if path.exists() and not settings.force:
         raise UserError(f"{path} exists; choose another --out, or --force to replace it")
     model, tokenizer = load_model(folder.path, torch.float32)
-    provenance = describe(folder.name, folder.card, settings.quant)
+    provenance = provenance_of(folder.name, folder.card, settings.quant)
     temporary = path.with_name(f".{path.name}.tmp")
     with rename_on_success(temporary, path):
         write_gguf(temporary, merge_adapter(model), tokenizer, provenance, settings.quant)
@@ -54,8 +57,8 @@ def main(settings: ExportSettings) -> dict:
     return {"name": folder.name, "path": str(path), "bytes": path.stat().st_size, "quant": settings.quant}
 
 
-def describe(name: str, card: ModelCard, quantization: str) -> Provenance:
-    """Sources, licenses and changes: licenses ask that derived weights name them."""
+def provenance_of(name: str, card: ModelCard, quantization: str) -> Provenance:
+    """Where the weights come from and what was changed: licenses require that derived weights state it."""
     sources = [f"{entry['name']} ({entry['license']}; {entry['attribution']})" for entry in card.data]
     changes = [entry["changes"] for entry in card.data if "changes" in entry]
     changes += [f"nanoghost {ancestor.stage}" for ancestor in card.lineage() if ancestor.stage != "adopt"]

@@ -43,7 +43,8 @@ class RemoveSettings:
     """Do not ask for confirmation."""
 
 
-def summary(name: str) -> dict:
+def model_row(name: str) -> dict:
+    """What `nanoghost list` shows about a model."""
     card = ModelFolder(name).card
     return {
         "name": name,
@@ -60,7 +61,7 @@ def adapters_of(name: str) -> list[str]:
 
 
 def list_command(settings: ListSettings) -> None:
-    rows = [summary(name) for name in model_names()]
+    rows = [model_row(name) for name in model_names()]
     if settings.json:
         print(json.dumps({"models": rows}))
         return
@@ -97,7 +98,8 @@ def existing_folder(name: str) -> ModelFolder:
 
 
 def rename_command(settings: RenameSettings) -> None:
-    old, new = existing_folder(settings.model), ModelFolder(settings.new_name)
+    old = existing_folder(settings.model)
+    new = ModelFolder(settings.new_name)
     if new.path.exists():
         raise UserError(f"model '{new.name}' exists already")
     is_adapter = "@" in old.name
@@ -106,22 +108,24 @@ def rename_command(settings: RenameSettings) -> None:
     if not is_adapter and "@" in new.name:
         raise UserError(f"'{old.name}' is not an adapter: only adapters have names like '{old.base}@NAME'")
     for adapter in adapters_of(old.name):  # they are renamed with their base
-        move(ModelFolder(adapter), ModelFolder(f"{new.name}@{adapter.partition('@')[2]}"))
-    move(old, new)
+        adapter_name = adapter.removeprefix(f"{old.name}@")
+        rename_folder(ModelFolder(adapter), ModelFolder(f"{new.name}@{adapter_name}"))
+    rename_folder(old, new)
 
 
-def move(old: ModelFolder, new: ModelFolder) -> None:
+def rename_folder(old: ModelFolder, new: ModelFolder) -> None:
     with write_lock(old):
-        # The card first: only writing it can fail on a full disk. If killed in between, the same command finishes.
+        # The card comes first, because only this write can fail on a full disk. If the process is killed in between,
+        # the same command completes the renaming.
         old.write_card(replace(old.card, name=new.name))
         old.path.rename(new.path)
 
 
-def confirm_removal(what: str) -> bool:
-    """Ask the user whether to remove `what`. Raises UserError if standard input is not a terminal."""
+def confirm_removal(description: str) -> bool:
+    """Ask the user whether to remove what is described. Raises UserError if standard input is not a terminal."""
     if not sys.stdin.isatty():
-        raise UserError(f"removing {what} needs --yes, because standard input is not a terminal")
-    print(f"permanently remove {what}? [y/N] ", end="", file=sys.stderr, flush=True)
+        raise UserError(f"removing {description} needs --yes, because standard input is not a terminal")
+    print(f"permanently remove {description}? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -132,7 +136,6 @@ def remove_command(settings: RemoveSettings) -> None:
     if not settings.yes and not confirm_removal(f"model '{folder.name}'"):
         return
     with write_lock(folder):
-        (
-            folder.path / "card.json"
-        ).unlink()  # without a card it is not a model, even if removing the rest is interrupted
+        # Without a card the folder is not a model, even if removing the rest is interrupted.
+        (folder.path / "card.json").unlink()
         shutil.rmtree(folder.path)

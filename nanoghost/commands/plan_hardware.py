@@ -1,4 +1,4 @@
-"""Hardware that `nanoghost plan` knows: peak FLOPs, memory, links and prices, and how much of them training reaches."""
+"""Hardware that `nanoghost plan` knows: peak FLOP/s, memory, links and prices, and what fraction training reaches."""
 
 import re
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ USABLE_MEMORY = 0.9  # fraction of a device's memory that a plan may fill
 
 @dataclass(frozen=True)
 class DeviceSpec:
+    """One device: a GPU, or all cores of this computer."""
+
     tflops: float
     """Peak of dense bf16 matmuls, TFLOP/s, from the data sheet (for `this`: measured)."""
     memory_gb: float
@@ -29,7 +31,7 @@ class DeviceSpec:
     """Bandwidth to other nodes per device, 10^9 bytes/s: a 100 Gbit/s card, or what is usual with this device."""
 
 
-DEVICES = {
+DEVICES = {  # TFLOP/s, memory, dollars, bandwidth in the node, bandwidth to other nodes
     "b200": DeviceSpec(2250, 192, None, 900, 50),
     "h200": DeviceSpec(989, 141, 3.75, 450, 50),
     "h100": DeviceSpec(989, 80, 2.95, 450, 50),
@@ -49,24 +51,25 @@ class Cluster:
     count: int
     device: DeviceSpec
     is_this: bool
-    """Whether it is this computer."""
+    """Whether it is this computer, whose speed is measured."""
     is_gpu: bool
 
 
 def parse_hardware(text: str) -> Cluster:
-    """The cluster of "this" or "8xH100". Raises UserError."""
+    """The cluster that --hardware names: "this", "A100", "8xH100". Raises UserError for unknown hardware."""
     if text == "this":
         tflops = hardware.matmul_gflops_per_second(hardware.compute_dtype()) / 1e3
-        return Cluster("this", 1, DeviceSpec(tflops, memory_gb()), True, hardware.device().type == "cuda")
+        device = DeviceSpec(tflops, device_memory_gb())
+        return Cluster("this", 1, device, is_this=True, is_gpu=hardware.device().type == "cuda")
     match = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+)", text, re.IGNORECASE)
     if not match or match[2].lower() not in DEVICES:
         names = ", ".join(["this", *DEVICES])
         raise UserError(f"--hardware: unknown hardware '{text}'; choose from {names}, with a count such as 8xH100")
     count = int(match[1] or 1)
-    return Cluster(f"{count}x{text.rpartition('x')[2]}", count, DEVICES[match[2].lower()], False, True)
+    return Cluster(f"{count}x{match[2]}", count, DEVICES[match[2].lower()], is_this=False, is_gpu=True)
 
 
-def memory_gb() -> float:
+def device_memory_gb() -> float:
     """Memory of the device that this process computes on, in 10^9 bytes."""
     device = hardware.device()
     if device.type == "cuda":
@@ -75,7 +78,10 @@ def memory_gb() -> float:
 
 
 def transfer_seconds(sent_bytes: int, messages: int, cluster: Cluster) -> float:
-    """Time of ring collectives: bandwidth of the slowest link between neighbors, and latency once around the ring."""
+    """Time of ring collectives in which each device sends `sent_bytes`, in `messages` collectives.
+
+    The slowest link between neighbors limits the bandwidth; each message passes once around the ring.
+    """
     if cluster.count == 1:
         return 0.0
     device = cluster.device

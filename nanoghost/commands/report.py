@@ -24,7 +24,8 @@ def command(settings: ReportSettings) -> None:
     Console(stderr=True).print(f"\n{path}", highlight=False, markup=False, soft_wrap=True)
     if settings.json:
         data = report_data(folder)
-        keys = ("bpb", "tasks", "memorized")
-        evaluations = {stage: {key: event[key] for key in keys} for stage, event in data.evaluations.items()}
+        evaluations = {}
+        for stage, event in data.evaluations.items():
+            evaluations[stage] = {key: event[key] for key in ("bpb", "tasks", "memorized")}
         figures = {card.stage: card.figures for card in data.cards}
         print(json.dumps({"name": data.card.name, "figures": figures, "evaluations": evaluations}))

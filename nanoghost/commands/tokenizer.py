@@ -87,7 +87,7 @@ class TokenizerEvalSettings(JsonFlag):
 
 
 def tokenizer_folder(name: str) -> Path:
-    """Folder of the tokenizer with that name."""
+    """Folder of the tokenizer with that name. Raises UserError if the name is a path."""
     if Path(name).name != name:
         raise UserError(f"'{name}' is not a tokenizer name: it must not contain '/'")
     return home() / "data" / "tokenizers" / name
@@ -105,15 +105,18 @@ def eval_command(settings: TokenizerEvalSettings) -> None:
     console = Console(stderr=True)
     tokenizer = Tokenizer.load(tokenizer_folder(settings.name))
     figures = {kind: bytes_per_token(tokenizer.encode, text) for kind, text in SAMPLES.items()}
-    gpt2_encode = gpt2_encoder()
-    gpt2 = {kind: bytes_per_token(gpt2_encode, text) for kind, text in SAMPLES.items()} if gpt2_encode else None
+    gpt2 = None
+    if gpt2_encode := gpt2_encoder():
+        gpt2 = {kind: bytes_per_token(gpt2_encode, text) for kind, text in SAMPLES.items()}
 
     table = Table("text", "bytes", settings.name, title=f"bytes per token, {tokenizer.vocab_size} tokens")
     if gpt2:
         table.add_column("gpt2")
     for kind, text in SAMPLES.items():
-        row = [f"{column[kind]:.2f}" for column in (figures, gpt2) if column]
-        table.add_row(kind, str(len(text.encode())), *row)
+        row = [kind, str(len(text.encode())), f"{figures[kind]:.2f}"]
+        if gpt2:
+            row.append(f"{gpt2[kind]:.2f}")
+        table.add_row(*row)
     console.print(table)
     if not gpt2:
         console.print(

@@ -13,7 +13,7 @@ namespace {
 
 using namespace lanes;
 
-// Q query heads of one KV head, for one token that attends to positions first ... last of the sequence with these blocks.
+// Q query heads of one KV head, for one token. It attends to the positions first ... last of the sequence in `blocks`.
 template <int D, int Q>
 void attend_heads(const float* q, const uint16_t* kv_cache, int64_t block_size, const int* blocks, int first, int last,
                   float scale, float* scores, float* out) {
@@ -88,9 +88,15 @@ template <int D>
 void attend_group(const float* q, int heads, const uint16_t* kv_cache, int64_t block_size, const int* blocks, int first,
                   int last, float scale, float* scores, float* out) {
     int h = 0;
-    for (; h + 3 <= heads; h += 3) attend_heads<D, 3>(q + h * D, kv_cache, block_size, blocks, first, last, scale, scores, out + h * D);
-    if (heads - h == 2) attend_heads<D, 2>(q + h * D, kv_cache, block_size, blocks, first, last, scale, scores, out + h * D);
-    if (heads - h == 1) attend_heads<D, 1>(q + h * D, kv_cache, block_size, blocks, first, last, scale, scores, out + h * D);
+    for (; h + 3 <= heads; h += 3) {
+        attend_heads<D, 3>(q + h * D, kv_cache, block_size, blocks, first, last, scale, scores, out + h * D);
+    }
+    if (heads - h == 2) {
+        attend_heads<D, 2>(q + h * D, kv_cache, block_size, blocks, first, last, scale, scores, out + h * D);
+    }
+    if (heads - h == 1) {
+        attend_heads<D, 1>(q + h * D, kv_cache, block_size, blocks, first, last, scale, scores, out + h * D);
+    }
 }
 
 // Rotary embedding: pairs (i, i + D / 2) are rotated by the angle of the position.
@@ -141,12 +147,14 @@ void attend_tokens(float* qkv, const Attention& a, int N, float* out) {
     const int chunk = std::clamp(N * J / (8 * omp_get_num_threads()), 1, 4);
 #pragma omp for schedule(dynamic, chunk)
     for (int i = 0; i < N * J; i++) {
-        const int n = i / J, j = i % J, last = a.positions[n], first = a.window ? std::max(0, last - a.window + 1) : 0;
+        const int n = i / J, j = i % J;
+        const int last = a.positions[n], first = a.window ? std::max(0, last - a.window + 1) : 0;
         const float* q = qkv + (int64_t)n * width + j * group * D;
         const uint16_t* kv_cache = a.kv_cache + (int64_t)j * 2 * LANES * D;
         const int* blocks = a.block_table + a.slots[n] * a.max_blocks;
         auto attend = D == 64 ? attend_group<64> : attend_group<128>;
-        attend(q, group, kv_cache, a.block_size, blocks, first, last, a.scale, scores, out + ((int64_t)n * H + j * group) * D);
+        float* y = out + ((int64_t)n * H + j * group) * D;
+        attend(q, group, kv_cache, a.block_size, blocks, first, last, a.scale, scores, y);
     }
 }
 

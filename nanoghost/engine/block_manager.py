@@ -1,4 +1,4 @@
-"""Blocks of the KV cache: who uses which, and which prefixes of earlier sequences are still there (prefix caching).
+"""Blocks of the KV cache: which sequence uses which, and which prefixes of earlier sequences are cached.
 
 The cache is divided into blocks of BLOCK_SIZE tokens. A sequence has a list of blocks, its row of the block table. A
 full block is identified by its tokens and by the block before it (the first one by adapter and owner), so a chain of
@@ -38,8 +38,8 @@ class BlockManager:
         """Blocks that no sequence uses, the least recently used first."""
         self.ref_count = [0] * num_blocks
         self.hash_to_block: dict[tuple, int] = {}
-        """Key of a full block -> block. The key is (prefix id of the block before, tokens) itself: a hash of it could
-        collide, and then somebody would read the text of another."""
+        """Key of a full block -> block. The key is (prefix id of the block before, tokens) itself and not a hash of it:
+        hashes can collide, and a client could then read another client's text."""
         self.block_key: list[tuple[tuple, int] | None] = [None] * num_blocks
         """(key, prefix id) of each full block. No prefix id is used twice, so no key refers to an evicted block."""
         self.next_prefix_id = count(1)
@@ -60,7 +60,7 @@ class BlockManager:
         return True
 
     def cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks that hold the beginning of a sequence. Its last token is always computed: its logits are needed."""
+        """Blocks with the beginning of a prompt; its last token is not among them, because its logits are needed."""
         prefix_id = (sequence.adapter, sequence.owner)
         blocks = []
         for start in range(0, len(sequence.prompt_ids) - BLOCK_SIZE, BLOCK_SIZE):
@@ -73,6 +73,7 @@ class BlockManager:
         return blocks
 
     def allocate_with_prefix(self, sequence: Sequence, prefix_blocks: list[int]) -> bool:
+        """Allocate a slot, these cached blocks, and new blocks for the rest; False if there are not enough."""
         num_new = math.ceil(sequence.max_len / BLOCK_SIZE) - len(prefix_blocks)
         num_free_prefix = sum(block in self.free_blocks for block in prefix_blocks)
         if not self.free_slots or num_new > len(self.free_blocks) - num_free_prefix:
@@ -121,7 +122,7 @@ class BlockManager:
                 block = allocation.blocks[i]
                 self.hash_to_block[key] = block
                 self.block_key[block] = (key, next(self.next_prefix_id))
-            else:  # another sequence filled a block with the same tokens meanwhile: continue with that one
+            else:  # meanwhile another sequence filled a block with the same tokens: share that one
                 self.add_ref(block)
                 self.remove_ref(allocation.blocks[i])
                 allocation.blocks[i] = block
@@ -129,6 +130,7 @@ class BlockManager:
         allocation.num_registered = num_full
 
     def free(self, sequence: Sequence) -> None:
+        """Return the slot and the blocks of a sequence. Its full blocks stay in the prefix cache."""
         self.register_full_blocks(sequence)
         allocation = self.allocations.pop(id(sequence))
         for block in reversed(allocation.blocks):  # the end of a text is reused less often than its beginning

@@ -4,6 +4,7 @@ The tokens of a sequence depend only on its prompt, its settings and its seed, n
 served at the same time. tests/test_engine.py holds the engine to this contract.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from nanoghost import hardware
 from nanoghost.engine.model_runner import ModelRunner
 from nanoghost.engine.output_processor import accept_tokens, max_sequence_len
-from nanoghost.engine.paged_runner import open_paged_runner
+from nanoghost.engine.paged_runner import paged_runner_for_folder
 from nanoghost.engine.sampler import SamplingParams, sample, uniform
 from nanoghost.engine.scheduler import ReadySequence, Scheduler
 from nanoghost.engine.sequence import ScheduledChunk, Sequence
@@ -38,13 +39,14 @@ class Engine:
         prompt_ids: list[int],
         sampling: SamplingParams,
         samples: int = 1,
-        run_tool=None,
+        run_tool: Callable[[dict], str] | None = None,
         adapter: str | None = None,
         rng_stream: int = 0,
     ) -> list[Sequence]:
-        """Queue `samples` completions of a prompt, with streams of random numbers from `rng_stream` on.
+        """Queue `samples` completions of a prompt; they draw from random streams `rng_stream`, `rng_stream` + 1, ...
 
-        Raises UserError if the prompt fills the context.
+        `run_tool`: as in `Sequence`. `adapter`: None is the adapter of the engine. Raises UserError if the prompt fills
+        the context.
         """
         context = self.runner.context
         if len(prompt_ids) >= context:
@@ -56,7 +58,7 @@ class Engine:
             sequence = Sequence(list(prompt_ids), sampling, max_len, rng_stream + i, run_tool, adapter)
             sequence.pending_ids = list(prompt_ids)
             sequences.append(sequence)
-        self.scheduler.add(sequences)
+        self.scheduler.add_samples(sequences)
         return sequences
 
     def cancel(self, sequence: Sequence) -> None:
@@ -70,34 +72,41 @@ class Engine:
 
     def postprocess(self, batch: list[ScheduledChunk], logits_LV: torch.Tensor) -> None:
         """Sample for every sequence whose tokens are all computed; release those that are finished."""
-        ready = self.scheduler.advance(batch)
-        if not ready:
+        ready_sequences = self.scheduler.mark_computed(batch)
+        if not ready_sequences:
             return
-        sampled = self.sample(ready, logits_LV)
-        for item in ready:
-            tokens = [next(sampled) for _ in item.logits_rows]
-            if item.sequence.logits_processor:
-                item.sequence.logits_processor.accept(tokens[0][0])
-            accept_tokens(item.sequence, item.draft_ids, tokens, self.tokenizer)
-            if item.sequence.finish_reason:
-                self.runner.release(item.sequence)
+        for ready, tokens in zip(ready_sequences, self.sample(ready_sequences, logits_LV)):
+            sequence = ready.sequence
+            if sequence.logits_processor:
+                token_id, _ = tokens[0]
+                sequence.logits_processor.accept(token_id)
+            accept_tokens(sequence, ready.draft_ids, tokens, self.tokenizer)
+            if sequence.finish_reason:
+                self.runner.release(sequence)
         self.scheduler.remove_finished()
 
-    def sample(self, ready: list[ReadySequence], logits_LV: torch.Tensor):
-        """An iterator over (token id, log-probability): for each sequence one, and one more for each draft token."""
-        rows = [row for item in ready for row in item.logits_rows]
+    def sample(self, ready_sequences: list[ReadySequence], logits_LV: torch.Tensor) -> list[list[tuple[int, float]]]:
+        """For each sequence the sampled (token id, log-probability): one, and one more for each draft token."""
+        rows = [row for ready in ready_sequences for row in ready.logits_rows]
         if len(rows) != len(logits_LV):  # forked samples share the logits of their prompt
             logits_LV = logits_LV[rows]
         params, uniforms = [], []
-        for item in ready:
-            sequence = item.sequence
+        for ready in ready_sequences:
+            sequence = ready.sequence
             if sequence.logits_processor:
                 sequence.logits_processor.process(logits_LV[len(params)])
-            for i in range(len(item.logits_rows)):
+            for i in range(len(ready.logits_rows)):
                 position = len(sequence.completion_ids) + i
                 params.append(sequence.sampling)
                 uniforms.append(uniform(sequence.sampling.seed, sequence.rng_stream, position))
-        return zip(*sample(logits_LV, params, uniforms))
+        token_ids, logprobs = sample(logits_LV, params, uniforms)
+        tokens = list(zip(token_ids, logprobs))
+        tokens_by_sequence, start = [], 0
+        for ready in ready_sequences:
+            end = start + len(ready.logits_rows)
+            tokens_by_sequence.append(tokens[start:end])
+            start = end
+        return tokens_by_sequence
 
 
 def open_engine(
@@ -105,15 +114,15 @@ def open_engine(
 ) -> Engine:
     """An engine for a model folder, with memory for `slots` sequences of `slot_tokens` tokens (default: the context).
 
-    A Llama runs from quantized weights where this machine has the kernels; everything else runs in PyTorch. Sequences
-    that request no adapter use the one in the folder `adapter`, or that of BASE@NAME.
+    A Llama runs from quantized weights if the kernels work on this machine; everything else runs in PyTorch. Sequences
+    that request no adapter use the one in the folder `adapter`; if the model is BASE@NAME, the default is that adapter.
     """
     base = folder.path.with_name(folder.base)
     if adapter is None and "@" in folder.name:
         adapter = folder.path
     config = load_config(base)
     slot_tokens = min(slot_tokens or config.context, config.context)
-    runner = open_paged_runner(base, config, slots, slot_tokens)
+    runner = paged_runner_for_folder(base, config, slots, slot_tokens)
     if runner is None:
         model, _ = load_model(base, hardware.compute_dtype(), hardware.device())
         runner = TorchRunner(model, slots, slot_tokens)

@@ -1,6 +1,7 @@
 """Grammars for constrained decoding: a JSON schema, compiled by llguidance to an automaton over bytes.
 
-`LLMatcher` keeps the state of one sequence and says which tokens may come next (logits_processors.py applies that).
+llguidance's `LLMatcher` holds the state of one sequence and computes which tokens may come next; logits_processors.py
+forbids the others.
 """
 
 import json
@@ -31,6 +32,7 @@ class Vocabulary:
 
 
 def grammar_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
+    """The tokenizer in the form that `LLMatcher` needs."""
     return LLTokenizer(TokenizerWrapper(Vocabulary(tokenizer)), eos_token=sorted(tokenizer.stop_ids))
 
 

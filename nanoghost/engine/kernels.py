@@ -14,7 +14,8 @@ from nanoghost.home import home
 
 SOURCE_NAMES = ("kernels.cpp", "matmul.h", "attention.h", "workspace.h", "lanes.h")
 SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
-INSTRUCTION_SETS = (  # that lanes.h has code for, the fastest first; names as in torch.cpu.get_capabilities
+# The instruction sets that lanes.h has code for, the fastest first; names as in torch.cpu.get_capabilities.
+INSTRUCTION_SETS = (
     ("avx512_f", "avx512_bw", "avx512_vl", "avx512_vnni", "avx512_bf16", "f16c", "fma3"),
     ("avx2", "f16c", "fma3"),
 )
@@ -26,7 +27,7 @@ def unavailable_reason() -> str:
     instructions = best_instruction_set(torch.cpu.get_capabilities())
     if not instructions:
         return f"this processor lacks {', '.join(INSTRUCTION_SETS[-1])}"
-    library = home() / "kernels" / f"{version(instructions)}.so"
+    library = home() / "kernels" / f"{cache_key(instructions)}.so"
     if not library.exists():
         if not hardware.has_compiler():
             return "there is no C++ compiler"
@@ -44,7 +45,7 @@ def best_instruction_set(capabilities: dict) -> tuple[str, ...]:
     return ()
 
 
-def version(instructions: tuple[str, ...]) -> str:
+def cache_key(instructions: tuple[str, ...]) -> str:
     """Hash of everything that a compiled library depends on."""
     sources = b"".join(path.read_bytes() for path in SOURCES)
     settings = " ".join([torch.__version__, *instructions])
@@ -53,7 +54,7 @@ def version(instructions: tuple[str, ...]) -> str:
 
 def build(library: Path, instructions: tuple[str, ...]) -> str:
     """Compile (about 20 seconds). Returns the first line of the compiler's errors; empty if there are none."""
-    from torch.utils.cpp_extension import include_paths, library_paths  # a quarter of a second, and rarely needed
+    from torch.utils.cpp_extension import include_paths, library_paths  # slow to import (0.25 s), and rarely needed
 
     flags = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp"]
     flags += [f"-m{name.replace('_', '').replace('fma3', 'fma')}" for name in instructions]

@@ -1,5 +1,5 @@
-// A vector of 16 floats (lanes) and the operations that kernels.cpp needs: one register of AVX-512 (VNNI, BF16), or two of
-// AVX2. Both give the same integers; sums of floats may differ in their last bits.
+// A vector of 16 floats (lanes) and the operations that kernels.cpp needs: one register of AVX-512 (VNNI, BF16), or two
+// of AVX2. Both give the same integers; sums of floats may differ in their last bits.
 
 #pragma once
 
@@ -80,7 +80,8 @@ struct IntegerWeights {
     }
     // For each output the dot product with 32 inputs in 8 bits, whose sum is `total`.
     Floats dot(const int8_t* x, int total) const {
-        __m512i sum = BITS == 8 ? _mm512_set1_epi32(-128 * total) : _mm512_setzero_si512();  // 8-bit codes are stored + 128
+        // 8-bit codes are stored + 128
+        __m512i sum = BITS == 8 ? _mm512_set1_epi32(-128 * total) : _mm512_setzero_si512();
 #pragma GCC unroll 16
         for (int j = 0; j < 8; j++) {
             int four;
@@ -129,7 +130,8 @@ inline void store(float* p, Floats x, int n) {
     std::memcpy(p, buffer, n * sizeof(float));
 }
 inline Floats load_fp16(const uint16_t* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 inline void store_fp16(uint16_t* p, Floats x) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, 0));
@@ -140,7 +142,9 @@ inline Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_
 inline Floats sub(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 inline Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 inline Floats div(Floats x, Floats y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
-inline Floats fma(Floats x, Floats y, Floats z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline Floats fma(Floats x, Floats y, Floats z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
 inline Floats min(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline Floats abs(Floats x) {
@@ -151,7 +155,9 @@ inline Floats nearest(Floats x) { return {_mm256_round_ps(x.a, 8), _mm256_round_
 inline __m256 power_of_2(__m256 n) {  // sets the exponent bits of a float directly: n from -126 to 127
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-inline Floats scale_by_power_of_2(Floats x, Floats n) { return {_mm256_mul_ps(x.a, power_of_2(n.a)), _mm256_mul_ps(x.b, power_of_2(n.b))}; }
+inline Floats scale_by_power_of_2(Floats x, Floats n) {
+    return {_mm256_mul_ps(x.a, power_of_2(n.a)), _mm256_mul_ps(x.b, power_of_2(n.b))};
+}
 inline float reduce_add(Floats x) {
     const __m256 eight = _mm256_add_ps(x.a, x.b);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -172,7 +178,8 @@ inline Floats keep_lanes(Floats x, int first, int last) {
 }
 inline Floats where_finite(Floats s, Floats x) {
     const __m256 lowest = _mm256_set1_ps(-INFINITY);
-    return {_mm256_and_ps(_mm256_cmp_ps(s.a, lowest, _CMP_NEQ_OQ), x.a), _mm256_and_ps(_mm256_cmp_ps(s.b, lowest, _CMP_NEQ_OQ), x.b)};
+    return {_mm256_and_ps(_mm256_cmp_ps(s.a, lowest, _CMP_NEQ_OQ), x.a),
+            _mm256_and_ps(_mm256_cmp_ps(s.b, lowest, _CMP_NEQ_OQ), x.b)};
 }
 inline int store_int8(int8_t* p, Floats x) {
     const __m256i i = _mm256_cvtps_epi32(x.a), j = _mm256_cvtps_epi32(x.b);
@@ -185,11 +192,13 @@ inline int store_int8(int8_t* p, Floats x) {
     return _mm_cvtsi128_si32(four) + _mm_extract_epi32(four, 1);
 }
 inline __m256i to_bf16(__m256 x) {  // to the nearest, ties to even; in the low 16 bits
-    const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
 }
 inline void store_bf16(void* p, Floats x) {
-    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(to_bf16(x.a), to_bf16(x.b)), 0b11011000));
+    const __m256i mixed = _mm256_packus_epi32(to_bf16(x.a), to_bf16(x.b));
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(mixed, 0b11011000));
 }
 
 template <int BITS>
@@ -222,8 +231,10 @@ struct IntegerWeights {
             const __m256i u = _mm256_set1_epi32(four);
             if constexpr (BITS == 8) {  // |w| times x with the sign of w: maddubs multiplies unsigned with signed
                 const __m256i p = v[2 * j], q = v[2 * j + 1];
-                a = _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(p), _mm256_sign_epi8(u, p)), one));
-                b = _mm256_add_epi32(b, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(u, q)), one));
+                const __m256i pu = _mm256_maddubs_epi16(_mm256_abs_epi8(p), _mm256_sign_epi8(u, p));
+                const __m256i qu = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(u, q));
+                a = _mm256_add_epi32(a, _mm256_madd_epi16(pu, one));
+                b = _mm256_add_epi32(b, _mm256_madd_epi16(qu, one));
             } else {
                 a = _mm256_add_epi16(a, _mm256_maddubs_epi16(v[2 * j], u));
                 b = _mm256_add_epi16(b, _mm256_maddubs_epi16(v[2 * j + 1], u));
@@ -241,9 +252,12 @@ struct Bf16Weights {
     Floats even, odd;
 
     explicit Bf16Weights(const uint8_t* w) : even{low(w), low(w + 32)}, odd{high(w), high(w + 32)} {}
-    static __m256 low(const uint8_t* w) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_load_si256((const __m256i*)w), 16)); }
+    static __m256 low(const uint8_t* w) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_load_si256((const __m256i*)w), 16));
+    }
     static __m256 high(const uint8_t* w) {
-        return _mm256_castsi256_ps(_mm256_and_si256(_mm256_load_si256((const __m256i*)w), _mm256_set1_epi32(0xFFFF0000)));
+        const __m256i both = _mm256_load_si256((const __m256i*)w);
+        return _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xFFFF0000)));
     }
     Floats dot(const void* x, Floats sum) const {
         uint32_t two;

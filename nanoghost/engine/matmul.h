@@ -1,5 +1,5 @@
-// Matmul with quantized weights: inputs are normalized or gated, rounded, and multiplied tile by tile. quantization.py describes
-// the layout of the weights.
+// Matmul with quantized weights: inputs are normalized or gated, rounded, and multiplied tile by tile. quantization.py
+// describes the layout of the weights.
 //
 // N tokens, K inputs, M outputs, G groups of 32 inputs.
 
@@ -32,6 +32,7 @@ void swiglu(const float* x, int K, float* y) {
     }
 }
 
+// To 8-bit integers, with a scale and the sum of the integers for each group.
 void quantize(const float* x, int K, int8_t* codes, float* scales, int32_t* sums) {
     for (int g = 0; g < K / GROUP; g++, x += GROUP, codes += GROUP) {
         const Floats a = load(x), b = load(x + LANES);
@@ -50,8 +51,8 @@ void to_bf16(const float* x, int K, int8_t* codes) {
 
 // y[r] = the 16 outputs for row r. R and BITS are compile-time constants, so that the sums stay in registers.
 template <int BITS, int R>
-void multiply_tile(const uint8_t* w, const uint16_t* scales, const uint16_t* mins, const int8_t* x, const float* x_scales,
-                   const int32_t* x_sums, int K, Floats* y) {
+void multiply_tile(const uint8_t* w, const uint16_t* scales, const uint16_t* mins, const int8_t* x,
+                   const float* x_scales, const int32_t* x_sums, int K, Floats* y) {
     const int G = K / GROUP;
     Floats sum[R];
 #pragma GCC unroll 16
@@ -141,7 +142,8 @@ void prepare_input(const float* x, int width, const Weights& w, const float* nor
     if (w.bits == 16) {
         to_bf16(row, K, in.codes.data() + (size_t)n * K * 2);
     } else {
-        quantize(row, K, in.codes.data() + (size_t)n * K, in.scales.data() + (size_t)n * G, in.sums.data() + (size_t)n * G);
+        quantize(row, K, in.codes.data() + (size_t)n * K, in.scales.data() + (size_t)n * G,
+                 in.sums.data() + (size_t)n * G);
     }
 }
 

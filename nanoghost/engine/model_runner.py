@@ -10,12 +10,14 @@ from nanoghost.engine.sequence import ScheduledChunk, Sequence
 
 
 class ModelRunner(Protocol):
+    """T tokens of one sequence, L logits of all sequences of a step, V vocabulary."""
+
     context: int
     """Maximum number of tokens of one sequence."""
     token_budget: int
-    """Tokens that one step computes; decoding sequences are always computed."""
+    """Maximum number of tokens that one step computes. Decoding sequences are computed even if they exceed it."""
     speculative: bool
-    """Whether drafts pay: computing a few tokens must cost little more than computing one."""
+    """Whether drafts are worth their cost: computing a few tokens must cost little more than computing one."""
 
     def admit(self, sequence: Sequence) -> bool:
         """Give a sequence a slot and memory for `max_len` tokens; False if there is not enough.
@@ -24,7 +26,7 @@ class ModelRunner(Protocol):
         """
 
     def fork(self, sequence: Sequence, siblings: list[Sequence]) -> int:
-        """Admit siblings with the tokens of `sequence` in their cache; returns for how many there was memory."""
+        """Admit siblings, with the tokens of `sequence` in their cache. Returns the number that got memory."""
 
     def release(self, sequence: Sequence) -> None:
         """Free the slot and the memory of a sequence."""
@@ -40,4 +42,4 @@ class ModelRunner(Protocol):
         """The adapters that sequences can use."""
 
     def single_sequence(self, num_tokens: int, adapter: str = "") -> Callable[[list[int], int], torch.Tensor]:
-        """A function (token ids, position of the first) -> logits (T, V), with a separate KV cache for one sequence."""
+        """A function (token ids, position of the first) -> logits (T, V), with its own KV cache for one sequence."""

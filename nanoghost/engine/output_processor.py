@@ -19,7 +19,7 @@ def max_sequence_len(prompt_ids: list[int], sampling: SamplingParams, has_tools:
 def accept_tokens(
     sequence: Sequence, draft_ids: list[int], sampled: list[tuple[int, float]], tokenizer: Tokenizer
 ) -> None:
-    """Append sampled tokens (id, log-probability): the first, and the next as long as the draft predicted them.
+    """Append the first sampled token (id, log-probability), and the next ones as long as the draft predicted them.
 
     Token i was sampled from the logits after i draft tokens, with the random number of its position. It is the token
     that decoding without a draft gives if and only if these i draft tokens are right.
@@ -28,18 +28,19 @@ def accept_tokens(
         sequence.append([token_id], [logprob], sampled=True)
         check_stop(sequence, tokenizer)
         predicted = num_accepted < len(draft_ids) and token_id == draft_ids[num_accepted]
-        # a tool's result may have been appended as well: then the draft ends here, too
+        # The draft also ends here if the result of a tool was appended after the token.
         if sequence.finish_reason or not predicted or sequence.pending_ids != [token_id]:
             break
         sequence.num_computed += 1  # the draft token's keys and values are in the cache
         sequence.pending_ids = []
     if draft_ids:
-        sequence.lookup.update_draft_len(len(draft_ids), num_accepted)
+        sequence.prompt_lookup.update_draft_len(len(draft_ids), num_accepted)
 
 
 def check_stop(sequence: Sequence, tokenizer: Tokenizer) -> None:
     """After a token: end the message (and run the tools it calls), or set `finish_reason`."""
-    sampling, num_sampled = sequence.sampling, sum(sequence.sampled_mask)
+    sampling = sequence.sampling
+    num_sampled = sum(sequence.sampled_mask)
     if sequence.completion_ids[-1] in tokenizer.stop_ids and not sampling.ignore_eos:
         finish_message(sequence, tokenizer, can_continue=num_sampled < sampling.max_tokens)
     elif num_sampled >= sampling.max_tokens:
@@ -71,7 +72,10 @@ def parse_message(sequence: Sequence, tokenizer: Tokenizer) -> dict:
 
 
 def finish_message(sequence: Sequence, tokenizer: Tokenizer, can_continue: bool) -> None:
-    """The model ended its message. If it calls tools, append their results for the model to read; otherwise finish."""
+    """Called when the model ends its message.
+
+    If the message calls tools, their results are appended to the sequence; otherwise the sequence is finished.
+    """
     message = parse_message(sequence, tokenizer)
     sequence.messages.append(message)
     num_rounds = sum(m["role"] == "tool" for m in sequence.messages)
@@ -80,8 +84,8 @@ def finish_message(sequence: Sequence, tokenizer: Tokenizer, can_continue: bool)
         for call in message["tool_calls"]:
             results.append({"role": "tool", "tool_call_id": call["id"], "content": sequence.run_tool(call)})
         sequence.messages += results
-        room = sequence.max_len + 1 - sequence.num_computed - len(sequence.pending_ids)
-        result_ids = tool_response_ids(results, tokenizer)[:room]
+        num_free = sequence.max_len + 1 - sequence.num_computed - len(sequence.pending_ids)
+        result_ids = tool_response_ids(results, tokenizer)[:num_free]
         sequence.append(result_ids, [0.0] * len(result_ids), sampled=False)
     else:
         sequence.finish_reason = "stop"
@@ -89,9 +93,9 @@ def finish_message(sequence: Sequence, tokenizer: Tokenizer, can_continue: bool)
 
 
 def finish_incomplete_message(sequence: Sequence, tokenizer: Tokenizer) -> None:
-    """The sequence was cut off: keep the last message as far as it goes, up to the first stop text."""
+    """Called when the sequence ends within a message: keep what there is of it, up to the first stop text."""
     message = parse_message(sequence, tokenizer)
     content = message["content"]
-    stops = [content.find(text) for text in sequence.sampling.stop if text in content]
-    sequence.messages.append(message | {"content": content[: min(stops, default=None)]})
+    stop_positions = [content.find(text) for text in sequence.sampling.stop if text in content]
+    sequence.messages.append(message | {"content": content[: min(stop_positions, default=None)]})
     sequence.message_start = len(sequence.completion_ids)

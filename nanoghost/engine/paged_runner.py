@@ -8,13 +8,21 @@ from pathlib import Path
 import torch
 
 from nanoghost.engine.block_manager import BLOCK_SIZE, BlockManager
-from nanoghost.engine.quantized_llama import QuantizedLlama, load_quantized, quantize_model, supports_quantization
+from nanoghost.engine.quantized_llama import (
+    AdapterSlices,
+    QuantizedLlama,
+    load_quantized,
+    quantize_model,
+    supports_quantization,
+)
 from nanoghost.engine.sequence import ScheduledChunk, Sequence
 from nanoghost.formats.peft import read_adapter
 from nanoghost.model.llama import Llama
 
 
 class PagedRunner:
+    """A `ModelRunner`."""
+
     token_budget = 512
     speculative = True
 
@@ -52,19 +60,23 @@ class PagedRunner:
 
     def run(self, batch: list[ScheduledChunk]) -> torch.Tensor:
         token_ids, slots, positions, logits_indices = [], [], [], []
-        adapter_slices = []  # (slice of the tokens, adapter)
+        adapter_slices: AdapterSlices = []
         for chunk in batch:
-            sequence, start = chunk.sequence, len(token_ids)
+            sequence = chunk.sequence
+            start = len(token_ids)
             self.block_manager.register_full_blocks(sequence)
             token_ids += chunk.token_ids
-            end, num_tokens = len(token_ids), len(chunk.token_ids)
+            end = len(token_ids)
+            num_tokens = end - start
             slots += [self.block_manager.slot_of(sequence)] * num_tokens
             positions += range(sequence.num_computed, sequence.num_computed + num_tokens)
             logits_indices += range(end - chunk.num_logits, end)
             if sequence.adapter:
                 adapter = self.model.adapters[sequence.adapter]
-                if adapter_slices and adapter_slices[-1][0].stop == start and adapter_slices[-1][1] is adapter:
-                    start = adapter_slices.pop()[0].start  # one matmul for neighbors with the same adapter
+                previous_slice, previous_adapter = adapter_slices[-1] if adapter_slices else (slice(0, 0), None)
+                if adapter is previous_adapter and start == previous_slice.stop:
+                    adapter_slices.pop()  # one matmul for neighbors with the same adapter
+                    start = previous_slice.start
                 adapter_slices.append((slice(start, end), adapter))
         return self.model.forward(
             torch.tensor(token_ids, dtype=torch.long),
@@ -82,7 +94,7 @@ class PagedRunner:
         return partial(self.model.forward_one, kv_cache=kv_cache, adapter=lora)
 
 
-def open_paged_runner(base: Path, config, slots: int, slot_tokens: int) -> PagedRunner | None:
+def paged_runner_for_folder(base: Path, config, slots: int, slot_tokens: int) -> PagedRunner | None:
     """A runner for a model folder, with memory for `slots` sequences of `slot_tokens` tokens.
 
     None if the kernels cannot run this model, or not on this machine.
@@ -93,9 +105,9 @@ def open_paged_runner(base: Path, config, slots: int, slot_tokens: int) -> Paged
     return PagedRunner(load_quantized(base), cache_tokens, slots)
 
 
-def paged_runner_for(model: Llama, slots: int, slot_tokens: int) -> PagedRunner | None:
-    """A runner for a copy of a model in memory, in bf16; None as for `open_paged_runner`."""
+def paged_runner_for_model(model: Llama, slots: int, slot_tokens: int) -> PagedRunner | None:
+    """A runner for a copy of a model in memory, in bf16; None as for `paged_runner_for_folder`."""
     if not supports_quantization(model.config):
         return None
-    slot_tokens = min(slot_tokens, model.config.context) + BLOCK_SIZE
+    slot_tokens = min(slot_tokens, model.config.context) + BLOCK_SIZE  # a sequence occupies whole blocks
     return PagedRunner(quantize_model(model, bits=16), slots * slot_tokens, slots)

@@ -7,15 +7,17 @@ import torch
 from nanoghost.engine.logits_processors import TopLogprobs, top_logprobs
 from nanoghost.engine.model_runner import ModelRunner
 
-CHUNK = 256  # tokens at once: their logits over a large vocabulary are what takes memory
+CHUNK_TOKENS = 256  # tokens whose logits exist at the same time: with a large vocabulary these take much memory
 
 
-def prompt_logprobs(runner: ModelRunner, token_ids: list[int], adapter: str, top: int) -> Iterator[list[TopLogprobs]]:
-    """For token_ids[1:], a chunk at a time: the log-probability of each token, and of the `top` likeliest."""
+def prompt_logprobs(
+    runner: ModelRunner, token_ids: list[int], adapter: str, num_top_logprobs: int
+) -> Iterator[list[TopLogprobs]]:
+    """For token_ids[1:], a chunk at a time: the log-probability of each token, and of the likeliest in its place."""
     forward = runner.single_sequence(len(token_ids), adapter)
     num_inputs = len(token_ids) - 1  # nothing follows the last token
-    for start in range(0, num_inputs, CHUNK):
-        end = min(start + CHUNK, num_inputs)
+    for start in range(0, num_inputs, CHUNK_TOKENS):
+        end = min(start + CHUNK_TOKENS, num_inputs)
         with torch.no_grad():
             logprobs_TV = torch.log_softmax(forward(token_ids[start:end], start).float(), 1)
-        yield top_logprobs(logprobs_TV, token_ids[start + 1 : end + 1], top)
+        yield top_logprobs(logprobs_TV, token_ids[start + 1 : end + 1], num_top_logprobs)

@@ -1,6 +1,6 @@
-"""Drafts for speculative decoding by prompt lookup (Saxena 2023): no draft model, the text itself is the draft.
+"""Drafts for speculative decoding by prompt lookup (Saxena 2023): they come from the text itself, not from a model.
 
-Where the last MIN_MATCH tokens occurred before in the sequence, the tokens that followed them are proposed again. The
+If the last MIN_MATCH tokens occurred before in the sequence, the tokens that followed them are proposed again. The
 model computes the whole draft in one step, and the engine accepts the tokens that it would have sampled anyway
 (output_processor.accept_tokens), so a draft changes the speed and never the text. It helps where a text repeats
 itself: quotes, code, corrections of an earlier answer.
@@ -9,9 +9,10 @@ itself: quotes, code, corrections of an earlier answer.
 from dataclasses import dataclass, field
 
 MIN_MATCH = 3  # tokens that must have occurred before, in this order
-MAX_SPEC_BATCH = 4  # most running sequences with drafts: beyond, a step is bound by arithmetic and not by memory
-MAX_DRAFT = 16
+MAX_SPEC_BATCH = 4  # with more running sequences there are no drafts: arithmetic, not memory, then limits a step
+INITIAL_DRAFT = 4  # lengths of drafts, in tokens
 MIN_DRAFT = 2
+MAX_DRAFT = 16
 
 
 @dataclass
@@ -22,8 +23,8 @@ class PromptLookup:
     """MIN_MATCH tokens -> index of the token after their last occurrence."""
     num_indexed: int = 0
     """How many positions of the sequence are in the index."""
-    draft_len: int = 4
-    """Tokens to propose next: grows while drafts are accepted, shrinks to what was accepted otherwise."""
+    draft_len: int = INITIAL_DRAFT
+    """Number of tokens to propose next (`update_draft_len`)."""
 
     def propose_draft(self, token_ids: list[int], max_len: int) -> list[int]:
         """The tokens that followed the last occurrence of the current n-gram; empty if there was none.
@@ -37,6 +38,7 @@ class PromptLookup:
         return token_ids[start : start + min(self.draft_len, max_len - len(token_ids))]
 
     def update_draft_len(self, num_draft: int, num_accepted: int) -> None:
+        """Double it after a draft that was accepted completely; otherwise use the accepted number plus 1."""
         if num_accepted == num_draft:
             self.draft_len = min(MAX_DRAFT, 2 * self.draft_len)
         else:

@@ -32,6 +32,7 @@ class QuantizedMatrix:
     """(tiles, G, LANES) fp16: the lowest weight of each group; only with 4 bits."""
     bits: int
     outputs: int
+    """M; the last tile can have fewer than LANES."""
 
     @property
     def num_weights(self) -> int:
@@ -43,7 +44,7 @@ class QuantizedMatrix:
 
 
 def quantize(weight_MK: torch.Tensor, bits: int) -> QuantizedMatrix:
-    """K must be a multiple of GROUP."""
+    """Quantize a matrix to 4, 8 or 16 bits. K must be a multiple of GROUP."""
     M, K = weight_MK.shape
     tiles, G = math.ceil(M / LANES), K // GROUP
     w = F.pad(weight_MK.float(), (0, 0, 0, tiles * LANES - M)).view(tiles, LANES, G, GROUP)
@@ -83,7 +84,7 @@ def dequantize(q: QuantizedMatrix, outputs_N: torch.Tensor | None = None) -> tor
 
 
 def auto_bits(weight_MK: torch.Tensor) -> int:
-    """4 if that is lossless (the weights come from a file with 4 bits), otherwise 8."""
+    """4 if that is lossless, because the weights come from a file with 4 bits; otherwise 8. Judged by LANES outputs."""
     sample = weight_MK[:LANES]
     restored = dequantize(quantize(sample, 4))
     return 4 if torch.allclose(restored, sample.float(), rtol=1e-5, atol=1e-7) else 8

@@ -1,8 +1,8 @@
 """A Llama for inference: quantized weights, a paged KV cache, the inner loops in kernels.cpp.
 
-To decode one sequence, a step reads every weight once and computes little with it, so its time is that of the memory:
-half the bits, twice the speed. Many sequences share that read, and then arithmetic counts: 8-bit integers multiply
-twice as fast as bf16.
+A step that decodes one sequence reads every weight once and computes little with it. Memory bandwidth limits it, so
+half the bits give twice the speed. A step that decodes many sequences reads the weights once for all of them, and
+arithmetic limits it: 8-bit integers multiply twice as fast as bf16.
 
 N tokens of any sequences, T tokens of one sequence, D width, M and K outputs and inputs of a matrix, R rank of an
 adapter, L logits, V vocabulary.
@@ -29,8 +29,8 @@ from nanoghost.model.rope import rope_table
 from nanoghost.model.tensor_names import MATRIX_MODULES, huggingface_name
 
 EMPTY = torch.empty(0)  # for the kernels: a tensor that a model does not have
-FUSED = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
-"""The matrices of a layer: those that multiply the same input are one."""
+FUSED_MATRICES = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
+"""The matrices of a layer: those that multiply the same input are stored as one."""
 VECTORS = {
     "attention_norm": "attention_norm.weight",
     "mlp_norm": "mlp_norm.weight",
@@ -70,11 +70,13 @@ class QuantizedLlama:
             prefix = f"blocks.{i}."
             self.layers.append({name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)})
         self.layer_tensors = [tensor for layer in self.layers for tensor in kernel_tensors(layer)]
-        self.layer_bits = [layer[name].bits for layer in self.layers for name in FUSED]
-        self.rotary = [int(i not in config.no_rope_layers) for i in range(config.depth)]
+        self.layer_bits = [layer[name].bits for layer in self.layers for name in FUSED_MATRICES]
+        self.has_rope = [int(i not in config.no_rope_layers) for i in range(config.depth)]
         self.windows = list(config.sliding_windows or [0] * config.depth)
         shapes = config.matrix_shapes()
-        self.output_sizes = {fused: [shapes[name][0] for name in names] for fused, names in FUSED.items()}
+        self.output_sizes = {}
+        for fused_name, names in FUSED_MATRICES.items():
+            self.output_sizes[fused_name] = [shapes[name][0] for name in names]
         self.cos, self.sin = rope_table(config.context, config.head_width, config.rope_base, config.rope_scaling)
 
     def weight_bytes(self) -> int:
@@ -111,31 +113,31 @@ class QuantizedLlama:
         Token n is at position positions_N[n] of the sequence whose blocks are listed in block_table[slots_N[n]].
         """
         x_ND = dequantize(self.weights["embedding"], tokens_N)
-        where = (block_table, slots_N, positions_N, self.config.head_width**-0.5)
+        cache_arguments = (block_table, slots_N, positions_N, self.config.head_width**-0.5)
         if adapter_slices:
             for i, layer_cache in enumerate(kv_cache):
-                self.adapted_layer(i, x_ND, layer_cache, where, adapter_slices)
+                self.layer_with_lora(i, x_ND, layer_cache, cache_arguments, adapter_slices)
         else:
             torch.ops.nanoghost.layers.default(
-                x_ND, self.layer_tensors, self.layer_bits, self.rotary, self.windows, self.cos, self.sin, kv_cache,
-                *where, self.config.norm_eps,
+                x_ND, self.layer_tensors, self.layer_bits, self.has_rope, self.windows, self.cos, self.sin, kv_cache,
+                *cache_arguments, self.config.norm_eps,
             )  # fmt: skip
         x_LD = x_ND[logits_indices_L]
         head = self.weights["embedding" if self.config.tied_embeddings else "head"]
         logits_LV = torch.empty(len(x_LD), self.config.vocab_size)
         return self.linear(x_LD, head, logits_LV, norm=self.weights["final_norm"])
 
-    def adapted_layer(self, i: int, x_ND, layer_cache, where, adapter_slices: AdapterSlices) -> None:
+    def layer_with_lora(self, i: int, x_ND, layer_cache, cache_arguments, adapter_slices: AdapterSlices) -> None:
         """Layer i, in place: the steps of the kernel `layers` one by one, with the LoRA updates in between."""
         c, layer, N = self.config, self.layers[i], len(x_ND)
-        cos_sin = (self.cos, self.sin) if self.rotary[i] else (EMPTY, EMPTY)
+        cos_sin = (self.cos, self.sin) if self.has_rope[i] else (EMPTY, EMPTY)
         qk_norms = (layer.get("q_norm", EMPTY), layer.get("k_norm", EMPTY))
 
         qkv = torch.empty(N, (c.heads + 2 * c.key_value_heads) * c.head_width)
         self.linear(x_ND, layer["qkv"], qkv, layer.get("qkv_bias", EMPTY), layer["attention_norm"])
         self.add_lora(qkv, x_ND, i, "qkv", adapter_slices)
         attend = torch.ops.nanoghost.attend.default
-        y = attend(qkv, *cos_sin, layer_cache, *where, self.windows[i], *qk_norms, c.norm_eps)
+        y = attend(qkv, *cos_sin, layer_cache, *cache_arguments, self.windows[i], *qk_norms, c.norm_eps)
         self.linear(y, layer["out"], x_ND, layer.get("out_bias", EMPTY), add=True)
         self.add_lora(x_ND, y, i, "out", adapter_slices)
 
@@ -150,31 +152,31 @@ class QuantizedLlama:
 
         f is RMSNorm if there is a `norm`; SwiGLU if x is twice as wide as W expects; otherwise it does nothing.
         """
-        m = matrix
-        kernel = torch.ops.nanoghost.linear.default
-        kernel(x, m.codes, m.scales, m.mins, m.bits, bias, norm, self.config.norm_eps, out, add)
+        torch.ops.nanoghost.linear.default(
+            x, matrix.codes, matrix.scales, matrix.mins, matrix.bits, bias, norm, self.config.norm_eps, out, add
+        )
         return out
 
-    def add_lora(self, y_NM, x_NK, i: int, fused: str, adapter_slices: AdapterSlices) -> None:
-        """Add the LoRA updates of the matrices in `fused`, whose outputs are concatenated in y; x is as in `linear`."""
-        for part, adapter in adapter_slices:
-            updates = [adapter.updates.get((i, name)) for name in FUSED[fused]]
+    def add_lora(self, y_NM, x_NK, i: int, fused_name: str, adapter_slices: AdapterSlices) -> None:
+        """Add the LoRA updates of the fused matrices, whose outputs are concatenated in y; x is as in `linear`."""
+        for token_slice, adapter in adapter_slices:
+            updates = [adapter.updates.get((i, name)) for name in FUSED_MATRICES[fused_name]]
             if not any(updates):
                 continue
-            x = self.normed_or_gated(x_NK[part], i, fused)
-            for update, y in zip(updates, y_NM[part].split(self.output_sizes[fused], 1)):
+            x = self.prepare_input(x_NK[token_slice], i, fused_name)
+            for update, y in zip(updates, y_NM[token_slice].split(self.output_sizes[fused_name], 1)):
                 if update:
                     a_RK, b_MR, scale = update
                     y.addmm_(x @ a_RK.T, b_MR.T, alpha=scale)
 
-    def normed_or_gated(self, x_NK, i: int, fused: str) -> torch.Tensor:
-        """f(x) of `linear`."""
+    def prepare_input(self, x_NK, i: int, fused_name: str) -> torch.Tensor:
+        """f(x) of `linear`, in plain PyTorch."""
         c, layer = self.config, self.layers[i]
-        if fused == "qkv":
+        if fused_name == "qkv":
             return F.rms_norm(x_NK, (c.width,), layer["attention_norm"], c.norm_eps)
-        if fused == "gate_up":
+        if fused_name == "gate_up":
             return F.rms_norm(x_NK, (c.width,), layer["mlp_norm"], c.norm_eps)
-        if fused == "down":
+        if fused_name == "down":
             return F.silu(x_NK[:, : c.mlp_width]) * x_NK[:, c.mlp_width :]
         return x_NK
 
@@ -212,11 +214,11 @@ def kernel_tensors(layer: dict[str, torch.Tensor | QuantizedMatrix]) -> list[tor
     return tensors
 
 
-# -- making one -------------------------------------------------------------------------------------------------------
+# -- quantizing, loading, storing --------------------------------------------------------------------------------------
 
 
 def quantize_model(model: Llama, bits: int | None) -> QuantizedLlama:
-    """A quantized copy of a model in memory, its adapter merged. `bits` as for `quantize_weights`."""
+    """A quantized copy of a model in memory, with its adapter merged. `bits` as for `quantize_weights`."""
     parameters = dict(model.named_parameters())
     updates = {}
     for adapter in model.adapters:
@@ -239,20 +241,24 @@ def quantize_weights(
 ) -> dict[str, torch.Tensor | QuantizedMatrix]:
     """The weights of a QuantizedLlama. `get_tensor` returns a parameter of llama.Llama by name, None if there is none.
 
-    `bits` None: for each matrix as few as are lossless, but at most 8.
+    `bits`: 4, 8 or 16; None: `auto_bits` of each matrix.
     """
 
-    def quantized(*names: str) -> QuantizedMatrix:
+    def quantize_parameters(names: list[str]) -> QuantizedMatrix:
         weight_MK = torch.cat([get_tensor(name).float().flatten(0, -2) for name in names])
         return quantize(weight_MK, bits or auto_bits(weight_MK))
 
-    weights = {"embedding": quantized("embedding.weight"), "final_norm": get_tensor("final_norm.weight").float()}
+    weights = {
+        "embedding": quantize_parameters(["embedding.weight"]),
+        "final_norm": get_tensor("final_norm.weight").float(),
+    }
     if not config.tied_embeddings:
-        weights["head"] = quantized("lm_head.weight")
+        weights["head"] = quantize_parameters(["lm_head.weight"])
     for i in range(config.depth):
         prefix = f"blocks.{i}."
-        for fused, names in FUSED.items():
-            weights[prefix + fused] = quantized(*(f"{prefix}{MATRIX_MODULES[name]}.weight" for name in names))
+        for fused_name, names in FUSED_MATRICES.items():
+            parameters = [f"{prefix}{MATRIX_MODULES[name]}.weight" for name in names]
+            weights[prefix + fused_name] = quantize_parameters(parameters)
         for name, parameter in VECTORS.items():
             vector = get_tensor(prefix + parameter)
             if vector is not None:
@@ -263,26 +269,26 @@ def quantize_weights(
 
 
 def load_quantized(folder: Path) -> QuantizedLlama:
-    """From a model folder. Quantized weights are stored next to the originals, and again whenever these change."""
+    """Load a model folder. The quantized weights are stored in it, and made again when the original weights change."""
     config = LlamaConfig.from_json(read_json(folder / "config.json"))
-    original, stored = folder / "model.safetensors", folder / "quantized.safetensors"
-    version = f"{original.stat().st_size} {original.stat().st_mtime_ns}"
-    weights = read_weights(stored, version) if stored.exists() else None
+    original_path, quantized_path = folder / "model.safetensors", folder / "quantized.safetensors"
+    original_version = f"{original_path.stat().st_size} {original_path.stat().st_mtime_ns}"
+    weights = read_weights(quantized_path, original_version) if quantized_path.exists() else None
     if weights is None:
-        with safe_open(original, "pt") as f:
-            present = set(f.keys())
+        with safe_open(original_path, "pt") as f:
+            tensor_names = set(f.keys())
 
             def get_tensor(name: str) -> torch.Tensor | None:
                 name = huggingface_name(name)
-                return f.get_tensor(name) if name in present else None
+                return f.get_tensor(name) if name in tensor_names else None
 
             weights = quantize_weights(config, get_tensor, bits=None)
-        write_weights(stored, version, weights)
+        write_weights(quantized_path, original_version, weights)
     return QuantizedLlama(config, weights)
 
 
-def write_weights(path: Path, version: str, weights: dict[str, torch.Tensor | QuantizedMatrix]) -> None:
-    """A safetensors file; its metadata have the version of the original and (bits, outputs) of each matrix."""
+def write_weights(path: Path, original_version: str, weights: dict[str, torch.Tensor | QuantizedMatrix]) -> None:
+    """Write a safetensors file. Its metadata hold the version of the original, and (bits, outputs) of each matrix."""
     tensors, matrices = {}, {}
     for name, weight in weights.items():
         if isinstance(weight, QuantizedMatrix):
@@ -290,15 +296,15 @@ def write_weights(path: Path, version: str, weights: dict[str, torch.Tensor | Qu
             tensors |= {f"{name}.codes": weight.codes, f"{name}.scales": weight.scales, f"{name}.mins": weight.mins}
         else:
             tensors[name] = weight
-    metadata = {"version": version, "matrices": json.dumps(matrices)}
+    metadata = {"version": original_version, "matrices": json.dumps(matrices)}
     write_atomic(path, safetensors.torch.save(tensors, metadata))
 
 
-def read_weights(path: Path, version: str) -> dict[str, torch.Tensor | QuantizedMatrix] | None:
-    """None if the file belongs to another version of the original."""
+def read_weights(path: Path, original_version: str) -> dict[str, torch.Tensor | QuantizedMatrix] | None:
+    """Read the file of `write_weights`; None if it belongs to another version of the original."""
     with safe_open(path, "pt") as f:
         metadata = f.metadata()
-        if metadata["version"] != version:
+        if metadata["version"] != original_version:
             return None
         weights = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (not a dict)
     for name, (bits, outputs) in json.loads(metadata["matrices"]).items():

@@ -1,7 +1,7 @@
 """The scheduler: which sequences run, and how many tokens of each one step computes (continuous batching).
 
 Sequences join and leave at every step. Those that decode get one token each; prompts are computed in chunks next to
-them (chunked prefill), as far as the runner's token budget goes.
+them (chunked prefill), within the runner's token budget.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ from nanoghost.engine.sequence import ScheduledChunk, Sequence
 
 @dataclass
 class ReadySequence:
-    """A sequence whose tokens are all computed: it samples its next token now."""
+    """A sequence whose tokens are all computed, so that its next token is sampled now."""
 
     sequence: Sequence
     draft_ids: list[int]
@@ -28,9 +28,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
-    def add(self, samples: list[Sequence]) -> None:
+    def add_samples(self, sequences: list[Sequence]) -> None:
         """Queue the samples of one prompt: the first waits for a slot, the others for its prompt to be computed."""
-        first, *siblings = samples
+        first, *siblings = sequences
         first.siblings = siblings
         self.waiting.append(first)
 
@@ -42,17 +42,17 @@ class Scheduler:
             self.running.append(sequence)
         budget = self.runner.token_budget
         batch = []
-        # Decoding sequences come first and always run, so a long prompt does not delay anybody's next token.
+        # Decoding sequences come first and always run, so a long prompt does not delay their next tokens.
         for sequence in sorted(self.running, key=lambda sequence: len(sequence.pending_ids) > 1):
             num_pending = len(sequence.pending_ids)
             num_tokens = 1 if num_pending == 1 else min(num_pending, max(0, budget))
             budget -= num_tokens
             if num_tokens:
-                batch.append(self.scheduled_chunk(sequence, num_tokens))
+                batch.append(self.next_chunk(sequence, num_tokens))
         return batch
 
-    def scheduled_chunk(self, sequence: Sequence, num_tokens: int) -> ScheduledChunk:
-        """The next `num_tokens` of a sequence; with a draft and logits if these are its last pending ones."""
+    def next_chunk(self, sequence: Sequence, num_tokens: int) -> ScheduledChunk:
+        """The next `num_tokens` tokens of a sequence; with logits and a draft if no pending ones remain."""
         token_ids = sequence.pending_ids[:num_tokens]
         if num_tokens < len(sequence.pending_ids):
             return ScheduledChunk(sequence, token_ids, num_logits=0)
@@ -64,10 +64,10 @@ class Scheduler:
             return []
         if sequence.siblings or sequence.logits_processor:  # these need the logits of one token at a time
             return []
-        return sequence.lookup.propose_draft(sequence.token_ids, sequence.max_len)
+        return sequence.prompt_lookup.propose_draft(sequence.token_ids, sequence.max_len)
 
-    def advance(self, batch: list[ScheduledChunk]) -> list[ReadySequence]:
-        """Count the tokens of a batch as computed, fork samples; returns the sequences that sample a token now."""
+    def mark_computed(self, batch: list[ScheduledChunk]) -> list[ReadySequence]:
+        """Count the tokens of a batch as computed, and fork samples. Returns the sequences that sample a token now."""
         ready = []
         num_logits = 0
         for chunk in batch:
@@ -83,7 +83,7 @@ class Scheduler:
         return ready
 
     def fork_samples(self, sequence: Sequence) -> list[Sequence]:
-        """Start the siblings of a sequence whose prompt is computed; returns them. Those without a slot wait."""
+        """Start the siblings of a sequence whose prompt is computed, and return them. Those without a slot wait."""
         siblings = [sibling for sibling in sequence.siblings if not sibling.finish_reason]
         sequence.siblings = []
         num_forked = self.runner.fork(sequence, siblings)

@@ -1,6 +1,6 @@
 """A sequence: one prompt and the completion that the engine writes for it, as in vLLM.
 
-Several samples of one prompt are several sequences. The first computes the prompt, its siblings are forked from it.
+Several samples of one prompt are several sequences: the first computes the prompt, and its siblings are forked from it.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class Sequence:
     prompt_ids: list[int]
     sampling: SamplingParams
     max_len: int
-    """Maximum number of tokens in the KV cache, prompt included."""
+    """Maximum number of tokens in the KV cache, including the prompt."""
     rng_stream: int = 0
     """Which of the seed's streams of random numbers this sequence draws from."""
     run_tool: Callable[[dict], str] | None = None
@@ -26,6 +26,7 @@ class Sequence:
     owner: str = ""
     """Prefixes are shared only among sequences of one owner."""
     logits_processor: LogitsProcessor | None = None
+    """For sequences with a grammar or with recorded log-probabilities."""
     completion_ids: list[int] = field(default_factory=list)
     """Everything after the prompt: sampled tokens and tool results."""
     logprobs: list[float] = field(default_factory=list)
@@ -39,12 +40,12 @@ class Sequence:
     num_computed: int = 0
     """Number of tokens whose keys and values are in the cache."""
     pending_ids: list[int] = field(default_factory=list)
-    """The tokens after those: still to be computed."""
+    """The tokens after those, which are still to be computed."""
     siblings: list["Sequence"] = field(default_factory=list)
     """Other samples of the same prompt, to be forked once the prompt is computed."""
     finish_reason: str = ""
     """stop, length or cancelled; empty while the sequence runs."""
-    lookup: PromptLookup = field(default_factory=PromptLookup)
+    prompt_lookup: PromptLookup = field(default_factory=PromptLookup)
     """Proposes drafts for speculative decoding."""
 
     @property
@@ -72,5 +73,5 @@ class ScheduledChunk:
 
     @property
     def is_decode(self) -> bool:
-        """A single token, followed by the next one. (The rest of a prompt can be one token, too, but has no logits.)"""
+        """Whether it is one token with logits. (A part of a prompt can be one token, too, but without logits.)"""
         return len(self.token_ids) == 1 and self.num_logits == 1

@@ -1,6 +1,8 @@
-"""A model runner for any model, in plain PyTorch: one slot per sequence, each with a KV cache for the longest.
+"""A model runner for any model, in plain PyTorch: one slot per sequence, each with memory for the longest sequence.
 
 Sequences that decode are one batch over the slots from the first to the last used one; chunks of prompts are another.
+
+B rows of a batch, T tokens, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -11,8 +13,12 @@ import torch
 from nanoghost.engine.sequence import ScheduledChunk, Sequence
 from nanoghost.formats.peft import read_adapter
 
+MAX_USED_FRACTION = 0.7  # sequences move together when at most this fraction of the slots up to the last one is used
+
 
 class TorchRunner:
+    """A `ModelRunner`; `slot_tokens` is the length of the longest sequence."""
+
     token_budget = 4096
     speculative = False
 
@@ -72,7 +78,8 @@ class TorchRunner:
         sequences = self.slots[:num_slots]
         starts = [sequence.num_computed if sequence else 0 for sequence in sequences]
         logits_BV = self.forward(token_ids, starts, None, [0] * num_slots, sequences)
-        return logits_BV if slots == list(range(num_slots)) else logits_BV[slots]
+        all_slots_decode = slots == list(range(num_slots))
+        return logits_BV if all_slots_decode else logits_BV[slots]
 
     def run_prefill(self, chunks: list[ScheduledChunk], slots: list[int]) -> torch.Tensor:
         """Chunks of any lengths, padded to the longest."""
@@ -84,8 +91,18 @@ class TorchRunner:
         logits_BV = self.forward(token_ids, starts, slots, last, sequences)
         return logits_BV[[i for i, chunk in enumerate(chunks) if chunk.num_logits]]
 
-    def forward(self, token_ids, starts, slots, last, sequences) -> torch.Tensor:
-        """Logits (B, V) after token `last` of each row, whose first token has the position `starts`."""
+    def forward(
+        self,
+        token_ids: list[list[int]],
+        starts: list[int],
+        slots: list[int] | None,
+        last: list[int],
+        sequences: list[Sequence | None],
+    ) -> torch.Tensor:
+        """Logits (B, V) after one token of each row, the one with the index `last`.
+
+        `starts`: positions of the first tokens. `slots`: slots of the rows; None: row i belongs to slot i.
+        """
         device = self.model.device
         tokens_BT, starts_B, last_B = (torch.tensor(x, device=device) for x in (token_ids, starts, last))
         self.cache.select(slots, starts_B)
@@ -96,17 +113,17 @@ class TorchRunner:
         return self.model(tokens_BT, cache=self.cache, last_B=last_B, adapters_B=adapters_B)[:, 0]
 
     def adapter_index(self, name: str) -> int:
-        """Number of an adapter as the model counts them; -1 for the base model."""
+        """Index of an adapter in `model.adapters`; -1 for the base model."""
         return self.adapter_names.index(name) if name else -1
 
     def compact(self) -> None:
-        """If many slots are free, move the last sequences to the front: computing free slots costs more."""
+        """If many slots are free, move the last sequences there: computing the free slots costs more than the copy."""
         used = [i for i, sequence in enumerate(self.slots) if sequence is not None]
-        if used and len(used) <= 0.7 * (used[-1] + 1):
+        if used and len(used) <= MAX_USED_FRACTION * (used[-1] + 1):
             free = [i for i in range(len(used)) if self.slots[i] is None]
-            movers = used[len(used) - len(free) :]
-            self.cache.copy_rows(movers, free, max(self.slots[i].num_computed for i in movers))
-            for source, target in zip(movers, free):
+            moving_slots = used[len(used) - len(free) :]
+            self.cache.copy_rows(moving_slots, free, max(self.slots[i].num_computed for i in moving_slots))
+            for source, target in zip(moving_slots, free):
                 self.slots[target] = self.slots[source]
                 self.slots[source] = None
 

@@ -1,4 +1,4 @@
-// Memory that lives between calls of the operators.
+// Memory of the operators that is allocated once and used by all calls: rounded inputs, and buffers of the threads.
 
 #pragma once
 
@@ -21,7 +21,7 @@ struct Inputs {
     std::vector<int32_t> sums;  // N x G, of the codes
 };
 
-constexpr int MIN_SHARED_ROWS = 4;  // with fewer rows each thread prepares all for itself: faster than a barrier
+constexpr int MIN_SHARED_ROWS = 4;  // with fewer rows each thread prepares all inputs itself: faster than a barrier
 
 // What all threads share, and what each thread has for itself.
 struct Workspace {
@@ -29,7 +29,7 @@ struct Workspace {
     std::vector<Inputs> inputs;                       // by thread
     std::vector<std::vector<float>> buffers, scores;  // by thread
 
-    // N, K: most inputs of a matmul; tokens: most tokens of a sequence
+    // Room for matmuls of N tokens with K inputs, and for attention to a sequence of `tokens` tokens.
     void reserve(int N, int K, int tokens) {
         const size_t threads = omp_get_max_threads();
         if (inputs.size() < threads) {
@@ -53,6 +53,6 @@ struct Workspace {
         }
     }
 };
-Workspace workspace;  // of the call in progress: there is only one at a time
+Workspace workspace;  // one is enough: the engine makes one call at a time
 
 }  // namespace

@@ -11,9 +11,10 @@ from nanoghost.optim.fsdp import is_sharded
 
 @torch.no_grad()
 def bits_per_byte(model, tokens, context: int, text_bytes: float) -> float:
-    """Score each token but the first once, in non-overlapping windows of `context` tokens. Processes share the windows.
+    """Score each token but the first once, in non-overlapping windows of `context` tokens.
 
-    `text_bytes`: length in bytes of the text that the tokens encode.
+    `tokens` (N,) are those of the whole text, which is `text_bytes` bytes long. The processes share the windows, and
+    each returns the result for all of them.
     """
     rank, world_size = distributed.rank_and_world_size()
     if is_sharded(model):  # a forward pass gathers the weights from all processes, so each computes every window
@@ -23,4 +24,5 @@ def bits_per_byte(model, tokens, context: int, text_bytes: float) -> float:
     for i, (inputs_BT, targets_BT) in enumerate(windows(tokens, context)):
         if i % world_size == rank:
             nats -= model.logprobs(inputs_BT.to(device), targets_BT.to(device)).double().sum().item()
-    return distributed.all_reduce_mean(nats) * world_size / math.log(2) / text_bytes
+    total_nats = distributed.all_reduce_mean(nats) * world_size
+    return total_nats / math.log(2) / text_bytes

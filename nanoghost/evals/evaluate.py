@@ -30,11 +30,11 @@ SAMPLE_QUESTIONS = (  # the report shows every model's answers to these, good or
     "What is the weather in London today?",
     "Good morrow, my lord. What news from the king?",
 )
-GOLDEN_RATIO = 0.618034  # its multiples mod 1 are evenly spread
+INVERSE_GOLDEN_RATIO = 0.618034  # 1 / golden ratio: the fractional parts of its multiples are evenly spread over [0, 1)
 
 
 @dataclass(frozen=True)
-class Memorized:
+class MemorizedPassage:
     """The longest passage of training text that a model recites from a prompt of 16 tokens."""
 
     characters: int = 0
@@ -43,8 +43,8 @@ class Memorized:
     """Name of the document."""
 
 
-def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
-    """Evaluate a finished model on `problems` held-out problems of each task. Appends the event and returns it."""
+def evaluate(folder: ModelFolder, num_problems: int, display: Display) -> dict:
+    """Evaluate a finished model on `num_problems` held-out problems of each task. Appends the event and returns it."""
     hardware.prepare()
     distributed.init_distributed()
     start = time.perf_counter()
@@ -53,8 +53,8 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
     model, tokenizer = load_model(folder.path, hardware.compute_dtype(), hardware.device())
     results = {}
     for name, task in evaluated_tasks(base, folder.name).items():
-        display.print(f"  {folder.name}: {problems} held-out problems of {name} ...")
-        figures, _ = accuracy(model, tokenizer, task, distinct_problems(task, problems))
+        display.print(f"  {folder.name}: {num_problems} held-out problems of {name} ...")
+        figures, _ = accuracy(model, tokenizer, task, distinct_problems(task, num_problems))
         results[name] = {"label": task.label} | figures
     event = {
         "stage": f"{card.stage}-eval",
@@ -64,15 +64,14 @@ def evaluate(folder: ModelFolder, problems: int, display: Display) -> dict:
         "kneser_ney_bpb": base.figures.get("kneser_ney_bpb"),
         "tasks": results,
         "samples": sample_conversations(model, tokenizer),
-        "memorized": asdict(memorized(model, tokenizer, base)),
+        "memorized": asdict(longest_memorized_passage(model, tokenizer, base)),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    is_main_process = distributed.is_main_process()
-    return folder.append_event(event) if is_main_process else event
+    return folder.append_event(event) if distributed.is_main_process() else event
 
 
 def held_out_bpb(model, tokenizer, base: ModelCard) -> float:
-    """Bits per byte on the test text that the base model was scored on (for adopted models: the plays)."""
+    """Bits per byte on the test split of the base model's training text (for adopted models: of the plays)."""
     dataset = tokenize_source(open_data_source(base.settings["data"]), tokenizer)
     return bits_per_byte(model, dataset.tokens("test"), finetune_context(model.config.context), dataset.bytes("test"))
 
@@ -85,32 +84,35 @@ def sample_conversations(model, tokenizer) -> list[dict]:
     return [{"messages": [*problem.messages, *reply.messages]} for problem, reply in zip(problems, replies)]
 
 
-def memorized(model, tokenizer, base: ModelCard, passages: int = 64, prompt_tokens: int = 16) -> Memorized:
+def longest_memorized_passage(
+    model, tokenizer, base: ModelCard, num_passages: int = 64, prompt_tokens: int = 16
+) -> MemorizedPassage:
     """Prompt the model with the start of evenly spaced passages, and compare its greedy completion with the text.
 
     The text is the base model's training text; for adopted models, whose training text is unknown, the plays.
     """
     documents = [d for d in open_data_source(base.settings["data"]).documents() if d.split == "train"]
     prompts: list[tuple[Document, str, list[int]]] = []
-    for i in range(passages):
-        document = documents[i * len(documents) // passages]
-        start = int(len(document.text) * ((i * GOLDEN_RATIO) % 1.0))
+    for i in range(num_passages):
+        document = documents[i * len(documents) // num_passages]
+        start = int(len(document.text) * ((i * INVERSE_GOLDEN_RATIO) % 1.0))
         passage = document.text[start : start + 600]
         ids = tokenizer.encode(passage)[:prompt_tokens]
         if len(ids) == prompt_tokens:
             prompts.append((document, passage, ids))
     rank, world_size = distributed.rank_and_world_size()
-    longest = Memorized()
+    longest = MemorizedPassage()
     if local_prompts := prompts[rank::world_size]:
         sampling = SamplingParams(max_tokens=96, temperature=0)
         completions = generate(model, tokenizer, [ids for _, _, ids in local_prompts], sampling)
         for (document, passage, ids), completion in zip(local_prompts, completions):
-            rest = passage[len(tokenizer.decode(ids)) :]
-            text = common_prefix(rest, tokenizer.decode(completion.completion_ids))
+            continuation = passage[len(tokenizer.decode(ids)) :]
+            text = common_prefix(continuation, tokenizer.decode(completion.completion_ids))
             if len(text) > longest.characters:
-                longest = Memorized(len(text), text, document.name)
+                longest = MemorizedPassage(len(text), text, document.name)
     if prompts:
-        longest = max(distributed.all_gather_object(longest), key=lambda of_rank: of_rank.characters)
+        longest_by_rank = distributed.all_gather_object(longest)
+        longest = max(longest_by_rank, key=lambda passage: passage.characters)
     return longest
 
 

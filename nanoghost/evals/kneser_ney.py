@@ -9,9 +9,10 @@ SEPARATOR = 256  # stands before each text
 
 
 def kneser_ney_bpb(train_texts: list[str], test_texts: list[str], order: int = 6) -> float:
-    """Bits per byte on the test texts of a model of the training texts; `order` is the length of its longest n-gram.
+    """Bits per byte on the test texts of a model of the training texts.
 
-    An n-gram is an integer (a byte is a digit in base 257), counts are sorted arrays, and look-ups are binary searches.
+    `order`: length of the longest n-gram, at most 7 bytes (longer ones do not fit into 64 bits). An n-gram is an
+    integer (a byte is a digit in base 257), counts are sorted arrays, and look-ups are binary searches.
     """
     train, test = _stream(train_texts), _stream(test_texts)
     probability = np.full(len(test), 1 / 256)

@@ -26,14 +26,14 @@ def write_report(folder: ModelFolder) -> Path:
 
 def print_report(folder: ModelFolder) -> None:
     """Print the headline and the evaluations to the terminal."""
-    data, console = report_data(folder), Console(stderr=True)
+    data = report_data(folder)
+    console = Console(stderr=True)
     console.print(f"\n{data.card.name}: {printable(data.headline())}\n", highlight=False, markup=False)
-    columns, rows = data.quality()
+    columns, rows = data.evaluation_table()
     if rows:
         table = Table("", *columns, box=None)
         for row in rows:
-            cells = [f"[bold]{cell}[/bold]" if i == row.best else cell for i, cell in enumerate(row.cells)]
-            table.add_row(row.label, *cells)
+            table.add_row(row.label, *row.cells_with_bold_best("[bold]", "[/bold]"))
         console.print(table, highlight=False)
 
 
@@ -43,12 +43,12 @@ def print_report(folder: ModelFolder) -> None:
 def markdown(data: ReportData) -> str:
     """report.md: the contents of the page without the curves."""
     lines = [f"# {data.card.name}", "", escape_markdown(data.headline())]
-    if data.trained:
+    if data.trained_cards:
         lines += ["", "## Training", "", *markdown_table(TRAINING_COLUMNS, data.training_rows())]
-    columns, rows = data.quality()
+    columns, rows = data.evaluation_table()
     if rows:
-        table = [(row.label, *bold_best(row)) for row in rows]
-        lines += ["", "## Evaluation", "", *markdown_table(("", *columns), table), "", data.baseline()]
+        cells = [(row.label, *row.cells_with_bold_best("**", "**")) for row in rows]
+        lines += ["", "## Evaluation", "", *markdown_table(("", *columns), cells), "", data.baseline_sentence()]
     if data.evaluations:
         lines += ["", "## Samples", ""]
         for sample in data.last_evaluation()["samples"]:
@@ -57,13 +57,9 @@ def markdown(data: ReportData) -> str:
                 calls = [f"{function['name']} {function['arguments']}" for function in functions]
                 lines.append(f"- {message['role']}: {escape_markdown(' '.join([*calls, text_of(message)]))}")
             lines.append("")
-        lines += ["## Memorization", "", escape_markdown(data.memorization())]
+        lines += ["## Memorization", "", escape_markdown(data.memorization_sentence())]
     lines += ["", "## Details", "", *(f"- {name}: {escape_markdown(value)}" for name, value in data.details())]
     return "\n".join(lines) + "\n"
-
-
-def bold_best(row) -> list[str]:
-    return [f"**{cell}**" if i == row.best else cell for i, cell in enumerate(row.cells)]
 
 
 def escape_markdown(text: str) -> str:
@@ -72,5 +68,8 @@ def escape_markdown(text: str) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+    lines = []
+    for row in (head, ["---"] * len(head), *rows):
+        cells = [str(cell).replace("|", "\\|") for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines

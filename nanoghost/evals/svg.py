@@ -5,6 +5,8 @@ carry their own, for light and dark pages.
 """
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from html import escape
 
 Point = tuple[float, float]
@@ -22,7 +24,7 @@ def line_chart(
     level: tuple[str, float] | None = None,
     percent: bool = False,
 ) -> str:
-    """An inline SVG with one line per entry of `lines`; "" without points.
+    """An inline SVG with one line for each entry of `lines`; "" if there are no points.
 
     `level`: label and y of a dashed horizontal line. `percent`: the y axis goes from 0% to 100%.
     """
@@ -61,14 +63,15 @@ def line_chart(
         x = WIDTH - RIGHT
         parts.append(f'<text class="tick" x="{x}" y="{py - 4:.1f}" text-anchor="end">{escape(name)}</text>')
     for i, (name, points) in enumerate(lines.items()):
-        parts.append(f'<polyline class="line c{i}" points="{polyline(to_pixels(*point) for point in points)}"/>')
+        parts.append(f'<polyline class="line c{i}" points="{polyline_points(to_pixels(*point) for point in points)}"/>')
         if len(lines) > 1:
             x = LEFT + 8 + i * 120
             parts.append(f'<text class="legend c{i}" x="{x}" y="{TOP + 8}">{escape(name)}</text>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
-def polyline(pixels) -> str:
+def polyline_points(pixels: Iterable[Point]) -> str:
+    """The attribute `points` of a polyline."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
 
 
@@ -121,6 +124,7 @@ PANEL_HEAD = 60  # height of a panel without bars
 
 
 def standalone_svg(width: int, height: int, parts: list[str]) -> str:
+    """A file of its own, with a background and a style sheet."""
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     background = '<rect class="paper" width="100%" height="100%"/>'
     return (
@@ -129,33 +133,43 @@ def standalone_svg(width: int, height: int, parts: list[str]) -> str:
     )
 
 
-def bar_charts(panels: list[tuple[str, dict[str, dict], float, str]], columns: int = 1) -> str:
-    """A figure of bar charts; each panel is the arguments of `bars`."""
+@dataclass(frozen=True)
+class BarChart:
+    """Horizontal bars on a logarithmic scale."""
+
+    title: str
+    values: dict[str, dict]
+    """Label of a bar -> {"mean", "spread"}; a spread of None is not drawn."""
+    low: float
+    """The scale starts here, or at the smallest mean if that is smaller. Below 1 the values are factors: bars start at
+    1 and go to either side."""
+    number_format: str
+    """Format of the mean, such as "{:.2f}"."""
+
+
+def bar_charts(charts: list[BarChart], columns: int = 1) -> str:
+    """A figure with a panel for each chart."""
     parts, top = [], 0
-    for start in range(0, len(panels), columns):
-        row = panels[start : start + columns]
-        for i, panel in enumerate(row):
-            parts.append(f'<g transform="translate({i * PANEL_WIDTH} {top})">{bars(*panel)}</g>')
-        top += PANEL_HEAD + BAR_HEIGHT * max(len(values) for _, values, _, _ in row)
-    return standalone_svg(min(columns, len(panels)) * PANEL_WIDTH, top, parts)
+    for start in range(0, len(charts), columns):
+        row = charts[start : start + columns]
+        for i, chart in enumerate(row):
+            parts.append(f'<g transform="translate({i * PANEL_WIDTH} {top})">{bars(chart)}</g>')
+        top += PANEL_HEAD + BAR_HEIGHT * max(len(chart.values) for chart in row)
+    return standalone_svg(min(columns, len(charts)) * PANEL_WIDTH, top, parts)
 
 
-def bars(title: str, values: dict[str, dict], low: float, number_format: str) -> str:
-    """Horizontal bars on a logarithmic scale; values are {"mean", "spread"}, where a spread of None is not drawn.
-
-    The scale starts at the smaller of `low` and the smallest mean. With `low` < 1 the values are factors: bars start
-    at 1 and go to either side.
-    """
-    factors = low < 1
-    low = min(low, *(v["mean"] for v in values.values())) * 0.98
-    high = max(1.0 if factors else low, *(v["mean"] + (v["spread"] or 0.0) for v in values.values()))
+def bars(chart: BarChart) -> str:
+    values = chart.values
+    are_factors = chart.low < 1
+    low = min(chart.low, *(v["mean"] for v in values.values())) * 0.98
+    high = max(1.0 if are_factors else low, *(v["mean"] + (v["spread"] or 0.0) for v in values.values()))
 
     def to_pixels(value: float) -> float:
         fraction = math.log(value / low) / math.log(high / low)
         return LABEL_WIDTH + BAR_WIDTH * max(0.0, fraction)
 
-    parts = [f'<text class="title" x="{LABEL_WIDTH}" y="24">{escape(title)}</text>']
-    start = to_pixels(1.0) if factors else LABEL_WIDTH
+    parts = [f'<text class="title" x="{LABEL_WIDTH}" y="24">{escape(chart.title)}</text>']
+    start = to_pixels(1.0) if are_factors else LABEL_WIDTH
     for i, (name, v) in enumerate(values.items()):
         y, end = 40 + i * BAR_HEIGHT, to_pixels(v["mean"])
         spread = v["spread"] or 0.0
@@ -165,9 +179,9 @@ def bars(title: str, values: dict[str, dict], low: float, number_format: str) ->
         parts.append(f'<rect class="bar" x="{min(start, end):.1f}" y="{y + 2}" {size}/>')
         middle = y + BAR_HEIGHT / 2
         parts.append(f'<line class="noise" x1="{error_low:.1f}" x2="{error_high:.1f}" y1="{middle}" y2="{middle}"/>')
-        figure = number_format.format(v["mean"])
+        figure = chart.number_format.format(v["mean"])
         parts.append(f'<text x="{max(start, error_high) + 6:.1f}" y="{y + 13}">{figure}</text>')
-    if factors:
+    if are_factors:
         bottom = 44 + BAR_HEIGHT * len(values)
         parts.append(f'<line class="one" x1="{start:.1f}" x2="{start:.1f}" y1="34" y2="{bottom}"/>')
     return "".join(parts)
@@ -199,7 +213,7 @@ def log_x_line_chart(title: str, lines: dict[str, list[Point]], unit: str) -> st
             parts.append(f'<text x="{px:.1f}" y="{height - 16}" text-anchor="middle">{x:g} {unit}</text>')
     for i, (name, line) in enumerate(lines.items()):
         pixels = [to_pixels(*point) for point in sorted(line)]
-        parts.append(f'<polyline class="line c{i}" points="{polyline(pixels)}"/>')
+        parts.append(f'<polyline class="line c{i}" points="{polyline_points(pixels)}"/>')
         parts += [f'<circle class="dot c{i}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in pixels]
         last_x, last_y = pixels[-1]
         parts.append(f'<text x="{last_x + 10:.1f}" y="{last_y + 4:.1f}">{escape(name)}</text>')

@@ -1,6 +1,7 @@
 """Accuracy on the held-out problems of a task, with a confidence interval."""
 
 import math
+from itertools import chain
 
 from nanoghost import distributed
 from nanoghost.engine.generate import generate
@@ -11,8 +12,11 @@ from nanoghost.tasks.tool_use import tool_runner
 from nanoghost.tokenizer.chat_format import render
 
 
-def wilson(solved: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95% confidence interval of a proportion (Wilson 1927). Unlike p +- 1.96 s it is sensible near 0 and 1."""
+def wilson_interval(solved: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """(low, high) of the 95% confidence interval of a proportion (Wilson 1927).
+
+    Unlike p +- 1.96 standard errors it is accurate near 0 and 1.
+    """
     p = solved / count
     center = (p + z * z / (2 * count)) / (1 + z * z / count)
     half_width = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
@@ -40,7 +44,7 @@ def generate_replies(
 
 
 def accuracy(
-    model, tokenizer, task: Task, problems: list[Problem], max_tokens: int = 128, batch: int = 128
+    model, tokenizer, task: Task, problems: list[Problem], max_tokens: int = 128, batch_size: int = 128
 ) -> tuple[dict, list[tuple]]:
     """Accuracy with greedy decoding. The processes share the problems, and each returns the result of all.
 
@@ -52,12 +56,12 @@ def accuracy(
     local_problems = by_length[rank::world_size]
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
     local_results = []
-    for start in range(0, len(local_problems), batch):
-        batch_problems = local_problems[start : start + batch]
-        replies = generate_replies(model, tokenizer, batch_problems, sampling)
-        for problem, reply in zip(batch_problems, replies):
+    for start in range(0, len(local_problems), batch_size):
+        batch = local_problems[start : start + batch_size]
+        replies = generate_replies(model, tokenizer, batch, sampling)
+        for problem, reply in zip(batch, replies):
             local_results.append((problem, reply.messages, task.score(problem, reply.messages)))
-    results = [result for of_rank in distributed.all_gather_object(local_results) for result in of_rank]
+    results = list(chain.from_iterable(distributed.all_gather_object(local_results)))
     solved = sum(score for _, _, score in results)
-    low, high = wilson(solved, len(results))
+    low, high = wilson_interval(solved, len(results))
     return {"accuracy": solved / len(results), "low": low, "high": high, "count": len(results)}, results

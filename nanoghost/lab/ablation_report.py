@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nanoghost.evals.svg import bar_charts
+from nanoghost.evals.svg import BarChart, bar_charts
 from nanoghost.home import write_atomic
 from nanoghost.lab.ablation_runs import MAX_SECONDS
 
@@ -204,18 +204,17 @@ def write_report(path: Path, figures: LedgerFigures, command: str) -> None:
     write_atomic(path.with_suffix(".svg"), bar_charts(charts(figures), columns=2))
 
 
-def charts(figures: LedgerFigures) -> list[tuple[str, dict[str, dict], float, str]]:
-    """Arguments of the bar charts: (title, values, start of the scale, number format)."""
+def charts(figures: LedgerFigures) -> list[BarChart]:
     panels = []
     for i, target in enumerate(figures.targets):
         seconds = {name: row["seconds"][i] for name, row in figures.cumulative.items() if row["seconds"][i]}
         if seconds:
-            panels.append((f"Seconds to {target:.2f} bits per byte", seconds, 1.0, "{:.1f}"))
+            panels.append(BarChart(f"Seconds to {target:.2f} bits per byte", seconds, low=1.0, number_format="{:.1f}"))
     for group in (figures.leave_one_out, figures.alternatives):
         times = {name: row["relative_time"] for name, row in group.items() if row["relative_time"]}
         if times:
-            panels.append(("Time relative to today's recipe", times, 0.8, "{:.2f}"))
+            panels.append(BarChart("Time relative to today's recipe", times, low=0.8, number_format="{:.2f}"))
     if figures.longer_runs:
         bpbs = {name: row["bpb"] for name, row in figures.longer_runs.items()}
-        panels.append(("Bits per byte", bpbs, math.inf, "{:.4f}"))
+        panels.append(BarChart("Bits per byte", bpbs, low=math.inf, number_format="{:.4f}"))
     return panels

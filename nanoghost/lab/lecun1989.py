@@ -28,7 +28,7 @@ from rich.table import Table
 from nanoghost import hardware
 from nanoghost.commands.arguments import select_names
 from nanoghost.errors import UserError
-from nanoghost.evals.svg import bar_charts
+from nanoghost.evals.svg import BarChart, bar_charts
 from nanoghost.home import home, read_json, write_atomic, write_json
 from nanoghost.lab.lecun1989_digits import Fold, bundled_digits, folds, mnist_digits
 from nanoghost.lab.lecun1989_network import DigitRecipe, error_rates, train
@@ -202,4 +202,5 @@ def write_report(path: Path, results: dict, digits: str, seeds: int) -> None:
     for name, result in results.items():
         spread = None if result["spread"] is None else 1000 * result["spread"]
         errors[name] = {"mean": 1000 * result["error"], "spread": spread}
-    write_atomic(path.with_suffix(".svg"), bar_charts([("Errors on 1,000 held-out digits", errors, 5.0, "{:.1f}")]))
+    chart = BarChart("Errors on 1,000 held-out digits", errors, low=5.0, number_format="{:.1f}")
+    write_atomic(path.with_suffix(".svg"), bar_charts([chart]))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nanoghost import hardware
-from nanoghost.evals.task_accuracy import wilson
+from nanoghost.evals.task_accuracy import wilson_interval
 from nanoghost.formats.model_folder import load_model
 from nanoghost.formats.peft import read_adapter
 from nanoghost.home import ModelFolder
@@ -70,7 +70,7 @@ def run_acceptance_test(
     answers = model.answer([question for _, question in questions])
     correct = [is_correct(answer, fact.relation, fact.value) for answer, (fact, _) in zip(answers, questions)]
     qa_pairs = [[question, answer] for (_, question), answer in zip(questions, answers)]
-    recall_low, recall_high = wilson(sum(correct), len(questions))
+    recall_low, recall_high = wilson_interval(sum(correct), len(questions))
     return AcceptanceResult(
         recall=sum(correct) / len(questions),
         recall_low=recall_low,

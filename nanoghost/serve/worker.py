@@ -249,8 +249,8 @@ class Worker:
         token_ids = sequence.completion_ids[active.num_sent[sample] :]
         logprobs = []
         if request.top_logprobs is not None:
-            logprobs = sequence.logits_processor.recorded
-            sequence.logits_processor.recorded = []
+            logprobs = sequence.logits_processor.recorded_logprobs
+            sequence.logits_processor.recorded_logprobs = []
         active.num_sent[sample] = len(sequence.completion_ids)
         active.done[sample] = bool(sequence.finish_reason)
         return TokenDelta(request.request_id, sample, token_ids, logprobs, sequence.finish_reason)
