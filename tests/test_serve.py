@@ -91,16 +91,15 @@ def test_a_streamed_reply_equals_the_complete_one(client):
 
 
 def test_stop_texts_are_cut_even_inside_a_token(client):
-    for stop in ("queen", ["sword.", "een s"], " sees the qu"):
-        for stream in (False, True):
-            response = client.chat.completions.create(**ask(stop=stop), stream=stream)
-            text = (
-                "".join(c.choices[0].delta.content or "" for c in response)
-                if stream
-                else response.choices[0].message.content
-            )
-            first = min(KING.index(s) for s in ([stop] if isinstance(stop, str) else stop))
-            assert text == KING[:first]
+    for stop, expected in (
+        ("queen", "The king sees the "),
+        (["sword.", "een s"], "The king sees the queen, and the qu"),
+        (" sees the qu", "The king"),
+    ):
+        response = client.chat.completions.create(**ask(stop=stop))
+        assert response.choices[0].message.content == expected
+        chunks = client.chat.completions.create(**ask(stop=stop), stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
 
 def test_samples_differ_and_a_seed_repeats_them(client):
@@ -148,9 +147,8 @@ def test_replies_follow_a_json_schema(client, model):
                 assert set(value) == {"name", "age", "tags"}
                 assert 1 <= value["age"] <= 99
     shape = {"type": "json_schema", "json_schema": {"name": "p", "schema": {"enum": ["yes", "no"]}}}
-    assert client.chat.completions.create(**ask("?", model=model), response_format=shape).choices[
-        0
-    ].message.content in ('"yes"', '"no"')
+    response = client.chat.completions.create(**ask("?", model=model), response_format=shape)
+    assert response.choices[0].message.content in ('"yes"', '"no"')
     json_object = client.chat.completions.create(
         **ask(model="toy", temperature=1, max_tokens=20), response_format={"type": "json_object"}
     )
@@ -209,6 +207,20 @@ def test_a_stream_contains_tool_calls_and_their_results(server):
     assert events[-2]["choices"][0]["finish_reason"] == "stop"
     assert set(events[-1]["timings"]) == {"first_token_seconds", "tokens_per_second", "context_used", "context"}
     assert server.chat(server_tools=["rm"]).status_code == 400
+
+
+@pytest.mark.parametrize("fields", [{"server_tools": ["calculator"]}, {"server_tools": []}], ids=["tools", "no tools"])
+def test_the_page_gets_no_json_of_a_cut_call(server, client, fields):
+    """It names the tools of the server, even if they are none. Other clients get the text of the call as content."""
+    messages = [MEMORIZED[1][0]]
+    whole = client.chat.completions.create(model="toy", messages=messages, temperature=0)
+    limit = whole.usage.completion_tokens - 6
+    body = {"model": "toy", "messages": messages, "temperature": 0, "max_tokens": limit}
+    [choice] = server.http.post("/v1/chat/completions", json=body | fields).json()["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"].strip() == "Let me see."
+    [choice] = server.http.post("/v1/chat/completions", json=body).json()["choices"]
+    assert '{"name": "calculator", ' in choice["message"]["content"]
 
 
 def test_lookup_results_include_their_passages(server):
@@ -288,9 +300,8 @@ def test_echo_gives_the_log_probability_of_every_token(server, monkeypatch, tmp_
             for logprob, table in zip(logprobs["token_logprobs"][1:-1], logprobs["top_logprobs"][1:-1])
         ]
         assert greedy == [logprob == top[0][1] for logprob, top in expected]
-    echo_only = server.http.post("/v1/completions", json=body | {"prompt": ids[0], "max_tokens": 0}).json()["choices"][
-        0
-    ]
+    response = server.http.post("/v1/completions", json=body | {"prompt": ids[0], "max_tokens": 0}).json()
+    [echo_only] = response["choices"]
     assert echo_only["text"] == texts[0]
     assert echo_only["logprobs"]["token_logprobs"] == by_text[0]["logprobs"]["token_logprobs"][:-1]
 
@@ -407,22 +418,21 @@ def test_a_damaged_model_does_not_affect_others(server):
 
 def test_the_load_test_detects_wrong_replies(server):
     async def run(conversation):
-        seen, until = load.LoadStats(), time.monotonic() + 1.5
-        await asyncio.gather(
-            *(load.run_client(server.port, "toy", [conversation], until, random.Random(i), seen) for i in range(4))
-        )
-        return seen
+        stats = load.LoadStats()
+        until = time.monotonic() + 1.5
+        clients = [
+            load.run_client(server.port, "toy", [conversation], until, random.Random(i), stats) for i in range(4)
+        ]
+        await asyncio.gather(*clients)
+        return stats
 
-    seen = asyncio.run(run(MEMORIZED[0]))
-    assert not seen.errors
-    assert not seen.mismatches
-    assert all(seen.counts[kind] for kind in ("complete", "malformed", "cancelled")), (seen.errors, seen.counts)
+    stats = asyncio.run(run(MEMORIZED[0]))
+    assert not stats.errors
+    assert not stats.mismatches
+    assert all(stats.counts[kind] for kind in ("complete", "malformed", "cancelled")), stats.counts
     assert asyncio.run(run([MEMORIZED[0][0], MEMORIZED[1][3]])).mismatches[0][1] == KING
-    tie = [
-        asyncio.run(load.is_tie(server.port, "toy", MEMORIZED[0][:1], text))
-        for text in (KING, KING[:20] + "sword", "It is 42.")
-    ]
-    assert tie == [True, False, False]
+    for text, is_tie in ((KING, True), (KING[:20] + "sword", False), ("It is 42.", False)):
+        assert asyncio.run(load.is_tie(server.port, "toy", MEMORIZED[0][:1], text)) == is_tie
 
 
 def test_status_routes(server):

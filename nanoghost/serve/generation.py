@@ -49,6 +49,9 @@ class GenerationRequest:
     which lm-eval relies on."""
     client_tools: frozenset[str] = frozenset()
     server_tools: dict[str, Tool] = field(default_factory=dict)
+    keep_malformed: bool = True
+    """A call that cannot be read stays in the text, as OpenAI's clients expect. A person, who reads it on the page,
+    expects no JSON."""
 
     @property
     def has_tools(self) -> bool:
@@ -165,9 +168,10 @@ async def generate_sample(
         parser = ReplyParser(
             tokenizer,
             sampling.stop,
-            parse_calls=request.has_tools,
+            parse_calls=request.has_tools or not request.keep_malformed,
             forced_call=request.forced_call and tool_round == 0,
             keep_stop_token=request.is_plain_text,
+            keep_malformed=request.keep_malformed,
         )
         message = GeneratedMessage(parser)
         try:

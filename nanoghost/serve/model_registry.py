@@ -13,6 +13,7 @@ from nanoghost.memory.store import Person
 from nanoghost.serve.engine_messages import Capacity, ModelRef
 from nanoghost.serve.personal_routing import adapter_for_reply
 from nanoghost.tokenizer.tokenizer import Tokenizer
+from nanoghost.tools.registry import learned_tool_calls
 
 REFRESH_SECONDS = 1.0  # the list of models is read again after this time
 
@@ -32,6 +33,8 @@ class ModelInfo:
     parameters: int
     supports_tools: bool
     """Whether the model was trained to call tools, here or by its authors."""
+    learned_tools: bool
+    """Whether it was trained to call tools here."""
 
     @property
     def adapter(self) -> Path | None:
@@ -114,6 +117,7 @@ class ModelRegistry:
             created=int(card.finished),
             context=min(load_config(base.path).context, self.capacity.context),
             parameters=base_card.parameters,
+            learned_tools=learned_tool_calls(card),
             supports_tools=supports_tools and base_card.stage != "pretrain",  # tool calls are learned in later stages
         )
 

@@ -36,6 +36,7 @@ def model_entry(info: ModelInfo, adapters: list[str]) -> dict:
         "parameters": info.parameters,
         "adapters": adapters,
         "tools": info.supports_tools,
+        "learned_tools": info.learned_tools,
     }
 
 

@@ -76,6 +76,7 @@ def parse_chat_request(request: ChatRequest, registry: ModelRegistry, tools: dic
         forced_call=forced_call,
         client_tools=frozenset(function.name for function in client_functions),
         server_tools=server_tools,
+        keep_malformed=request.server_tools is None,
     )
 
 
@@ -141,9 +142,9 @@ def parse_completion_request(request: CompletionRequest, registry: ModelRegistry
         prompt_ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not prompt_ids:  # the beginning of a text: what a model writes after a stop token
             prompt_ids = [max(model.tokenizer.stop_ids)]
-        vocab_size = model.tokenizer.vocab_size
-        if max(prompt_ids) >= vocab_size:
-            raise RequestError(400, f"the vocabulary of {vocab_size} tokens has no token {max(prompt_ids)}", "prompt")
+        unknown = next((i for i in prompt_ids if not model.tokenizer.has_token(i)), None)
+        if unknown is not None:
+            raise RequestError(400, f"the vocabulary has no token {unknown}", "prompt")
         completion = GenerationRequest(
             model=model,
             model_ref=model.ref(model.adapter),
