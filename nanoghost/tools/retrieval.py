@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,6 +76,7 @@ def unusual_terms(text: str, is_query: bool = False) -> list[str]:
     return terms
 
 
+@lru_cache(maxsize=2**16)
 def encoded(term: str) -> str:
     """Characters of scripts without blanks as digits: SQLite skips emoji and what its Unicode tables do not know."""
     return "".join(f"{ord(c):07}" for c in term) if regex.match(rf"(?V1){UNSPACED}", term) else term

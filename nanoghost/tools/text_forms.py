@@ -55,7 +55,9 @@ def unusual_parts(text: str) -> list[tuple[str, bool]]:
     Words of ordinary form are those that a full-text search by blanks finds by itself, as all words of English.
     """
     parts = []
-    for chunk in WORD_OR_RUN.findall(text) if not text.isascii() else ():
+    for chunk in WORD_OR_RUN.findall(text):
+        if chunk.isascii():
+            continue
         for match in PARTS.finditer(fold(chunk)):
             is_run = match["run"] is not None
             if is_run or match[0] != chunk.lower():
