@@ -66,7 +66,7 @@ def ask(**fields) -> dict:
     } | fields
 
 
-def raw(server, text: bytes | str, seconds: float = 5) -> bytes:
+def send_raw(server, text: bytes | str, seconds: float = 5) -> bytes:
     """Sends bytes; returns what comes back until the server closes the connection."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as connection:
         connection.sendall(text if isinstance(text, bytes) else text.encode())
@@ -100,8 +100,8 @@ def test_requests_with_a_foreign_host_are_rejected(server, host):
 
 def test_requests_with_two_hosts_or_none_are_rejected(server):
     for hosts in ("", "Host: 127.0.0.1\r\nHost: evil.example\r\n"):
-        assert b" 400 " in raw(server, f"GET /health HTTP/1.1\r\n{hosts}Connection: close\r\n\r\n")[:20]
-    assert b" 421 " in raw(server, "GET /health HTTP/1.0\r\n\r\n")[:20]
+        assert b" 400 " in send_raw(server, f"GET /health HTTP/1.1\r\n{hosts}Connection: close\r\n\r\n")[:20]
+    assert b" 421 " in send_raw(server, "GET /health HTTP/1.0\r\n\r\n")[:20]
 
 
 @pytest.mark.parametrize(
@@ -120,16 +120,12 @@ def test_requests_from_other_origins_are_rejected(server, origin):
 
 def test_requests_from_the_own_page_are_served(server):
     for host in (f"127.0.0.1:{server.port}", f"localhost:{server.port}", "[::1]"):
-        assert (
-            server.http.post(
-                "/v1/chat/completions", json=ask(), headers={"host": host, "origin": f"http://{host}"}
-            ).status_code
-            == 200
-        )
+        headers = {"host": host, "origin": f"http://{host}"}
+        assert server.http.post("/v1/chat/completions", json=ask(), headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize(
-    "kind",
+    "content_type",
     [
         "text/plain",
         "application/x-www-form-urlencoded",
@@ -140,9 +136,10 @@ def test_requests_from_the_own_page_are_served(server):
         "application/jsonx",
     ],
 )
-def test_bodies_that_an_html_form_can_send_are_rejected(server, kind):
+def test_bodies_that_an_html_form_can_send_are_rejected(server, content_type):
     body = json.dumps(ask())
-    assert server.http.post("/v1/chat/completions", content=body, headers={"content-type": kind}).status_code == 415
+    headers = {"content-type": content_type}
+    assert server.http.post("/v1/chat/completions", content=body, headers=headers).status_code == 415
 
 
 def test_hostname_of_a_host_header():
@@ -227,7 +224,7 @@ def test_names_never_become_paths(server, name):
 
 
 def test_no_path_leads_out_of_its_folder(server):
-    ways = [
+    paths = [
         "/static/../secret.txt",
         "/static/..%2fsecret.txt",
         "/static/%2e%2e/secret.txt",
@@ -239,11 +236,12 @@ def test_no_path_leads_out_of_its_folder(server):
         "/people/maya/chat_log.jsonl",
         "/static/....//secret.txt",
     ]
-    for way in ways:
-        response = raw(
-            server, f"GET {way} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n"
+    for path in paths:
+        response = send_raw(
+            server,
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n",
         )
-        assert b" 404 " in response[:20] or b" 400 " in response[:20], (way, response[:80])
+        assert b" 404 " in response[:20] or b" 400 " in response[:20], (path, response[:80])
         assert b"top secret" not in response
         assert b"root:" not in response
 
@@ -251,18 +249,18 @@ def test_no_path_leads_out_of_its_folder(server):
 # ── requests that try to crash or block the server ────────────────────────────────────────────────────────────────────
 
 
-def deep(levels: int) -> dict:
+def nested_schema(levels: int) -> dict:
     schema: dict = {"type": "string"}
     for _ in range(levels):
         schema = {"type": "object", "properties": {"a": schema}}
     return schema
 
 
-def shaped(schema) -> dict:
+def with_schema(schema) -> dict:
     return ask(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
 
 
-def tooled(parameters) -> dict:
+def with_tool(parameters) -> dict:
     return ask(
         tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}], tool_choice="required"
     )
@@ -270,55 +268,55 @@ def tooled(parameters) -> dict:
 
 BAD = {
     "nothing": b"",
-    "no json": b"{",
+    "incomplete JSON": b"{",
     "a list": b"[]",
     "null": b"null",
     "a number": b"1",
-    "not text": b"\xff\xfe",
-    "brackets": b"[" * 100_000,
-    "objects": b'{"a":' * 50_000,
+    "not UTF-8": b"\xff\xfe",
+    "100,000 nested lists": b"[" * 100_000,
+    "50,000 nested objects": b'{"a":' * 50_000,
     "a long number": b'{"model": ' + b"9" * 10_000 + b"}",
     "NaN": json.dumps(ask(temperature=float("nan"))).encode(),
     "infinity": json.dumps(ask(temperature=float("inf"))).encode(),
-    "half a character": b'{"model": "toy", "messages": [{"role": "user", "content": "\\ud800"}], "x": 1}',
-    "a field too much": ask(top_k=1),
+    "a lone surrogate": b'{"model": "toy", "messages": [{"role": "user", "content": "\\ud800"}], "x": 1}',
+    "an unknown field": ask(top_k=1),
     "no messages": ask(messages=[]),
     "many messages": ask(messages=[{"role": "user", "content": "x"}] * 5000),
-    "a role": ask(messages=[{"role": "root", "content": "x"}]),
+    "an unknown role": ask(messages=[{"role": "root", "content": "x"}]),
     "no content": ask(messages=[{"role": "user"}]),
     "a picture": ask(
         messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]
     ),
     "long text": ask(messages=[{"role": "user", "content": "x" * 500_000}]),
-    "n": ask(n=10**9),
-    "n of a text": ask(n="8"),
-    "n below": ask(n=0),
-    "temperature": ask(temperature=-1),
-    "top_p": ask(top_p=0),
-    "max_tokens": ask(max_tokens=0),
-    "more max_tokens": ask(max_tokens=10**30),
-    "stops": ask(stop=["x"] * 100),
-    "an empty stop": ask(stop=""),
-    "a seed": ask(seed=10**40),
-    "top_logprobs": ask(logprobs=True, top_logprobs=10**6),
-    "penalty": ask(frequency_penalty=1),
-    "bias": ask(logit_bias={"1": 100}),
-    "tool_choice": ask(tool_choice="required"),
-    "a call of no tool": ask(messages=[{"role": "tool", "content": "x"}]),
-    "bool": ask(stream="yes"),
-    "deep schema": shaped(deep(200)),
-    "large schema": shaped({"enum": ["x" * 1000] * 50}),
-    "no schema": shaped({"type": "spam"}),
-    "a schema from elsewhere": shaped({"$ref": "http://169.254.169.254/latest"}),
-    "a file's schema": shaped({"$ref": "file:///etc/passwd"}),
-    "a pattern": shaped({"type": "string", "pattern": "("}),
-    "looking ahead": shaped({"type": "string", "pattern": "(?=a)b"}),
-    "a long pattern": shaped({"type": "string", "pattern": "a?" * 5000}),
-    "nothing fits": shaped({"enum": []}),
-    "never": shaped({"not": {}}),
-    "definitions": tooled({"$defs": 3}),
-    "tool's pattern": tooled({"properties": {"a": {"pattern": "[" * 50}}}),
-    "tool's type": tooled({"type": 3}),
+    "large n": ask(n=10**9),
+    "n as text": ask(n="8"),
+    "n = 0": ask(n=0),
+    "negative temperature": ask(temperature=-1),
+    "top_p = 0": ask(top_p=0),
+    "max_tokens = 0": ask(max_tokens=0),
+    "large max_tokens": ask(max_tokens=10**30),
+    "100 stop texts": ask(stop=["x"] * 100),
+    "an empty stop text": ask(stop=""),
+    "large seed": ask(seed=10**40),
+    "large top_logprobs": ask(logprobs=True, top_logprobs=10**6),
+    "frequency_penalty": ask(frequency_penalty=1),
+    "logit_bias": ask(logit_bias={"1": 100}),
+    "tool_choice without tools": ask(tool_choice="required"),
+    "a tool message without tool_call_id": ask(messages=[{"role": "tool", "content": "x"}]),
+    "stream as text": ask(stream="yes"),
+    "deep schema": with_schema(nested_schema(200)),
+    "large schema": with_schema({"enum": ["x" * 1000] * 50}),
+    "unknown type in a schema": with_schema({"type": "spam"}),
+    "a reference to another host": with_schema({"$ref": "http://169.254.169.254/latest"}),
+    "a reference to a file": with_schema({"$ref": "file:///etc/passwd"}),
+    "an invalid pattern": with_schema({"type": "string", "pattern": "("}),
+    "a pattern with lookahead": with_schema({"type": "string", "pattern": "(?=a)b"}),
+    "a long pattern": with_schema({"type": "string", "pattern": "a?" * 5000}),
+    "an empty enum": with_schema({"enum": []}),
+    "a schema that matches nothing": with_schema({"not": {}}),
+    "$defs is not an object": with_tool({"$defs": 3}),
+    "an invalid pattern of a tool": with_tool({"properties": {"a": {"pattern": "[" * 50}}}),
+    "an invalid type of a tool": with_tool({"type": 3}),
 }
 
 
@@ -340,7 +338,7 @@ def test_bad_requests_get_status_400(server, name):
 def test_slow_patterns_do_not_block_other_requests(server, pattern):
     start = time.perf_counter()
     answer = server.http.post(
-        "/v1/chat/completions", json=shaped({"type": "string", "pattern": pattern}) | {"max_tokens": 16}
+        "/v1/chat/completions", json=with_schema({"type": "string", "pattern": pattern}) | {"max_tokens": 16}
     )
     assert answer.status_code in (200, 400)
     assert time.perf_counter() - start < 4 * crowded(), answer.text
@@ -350,7 +348,7 @@ def test_slow_patterns_do_not_block_other_requests(server, pattern):
 def test_random_changes_to_a_body_never_cause_a_server_error(server):
     """A valid request with one field replaced by something else."""
     rng = random.Random(0)
-    things = [None, -1, 0, 10**20, 1e300, "", "x" * 300, [], [[]], {}, {"a": 1}, True, "\u0000", [None], ["toy"] * 3]
+    values = [None, -1, 0, 10**20, 1e300, "", "x" * 300, [], [[]], {}, {"a": 1}, True, "\u0000", [None], ["toy"] * 3]
     whole = ask(
         n=1,
         stop=["x"],
@@ -370,7 +368,7 @@ def test_random_changes_to_a_body_never_cause_a_server_error(server):
     for _ in range(80):
         body = json.loads(json.dumps(whole))
         place = body["messages"][0] if rng.random() < 0.3 else body
-        place[rng.choice([*place, "x"])] = rng.choice(things)
+        place[rng.choice([*place, "x"])] = rng.choice(values)
         assert server.http.post("/v1/chat/completions", json=body).status_code in (200, 400, 404)
     assert server.figure("nanoghost_engine_starts") == 1, "no test so far killed the engine"
 
@@ -409,16 +407,18 @@ HEAD = (
 
 def closed_after(server, parts, pause: float = 0.1) -> tuple[float, bytes]:
     """(seconds until the server closes the connection of a client that sends these parts slowly, its response)"""
-    start, response = time.perf_counter(), b""
+    start = time.perf_counter()
+    response = b""
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
         connection.setblocking(False)
         for part in parts:
             time.sleep(pause)
             try:
                 connection.sendall(part)
-                response += connection.recv(65536) or b"(closed)"
-                if response.endswith(b"(closed)"):
+                received = connection.recv(65536)
+                if not received:  # closed
                     break
+                response += received
             except BlockingIOError:
                 continue
             except ConnectionError:  # closed; the response before that can still be read
@@ -440,16 +440,18 @@ def test_slow_headers_slow_bodies_and_silence_time_out(server):
 
 
 def test_large_bodies_and_headers_are_rejected(server):
-    response = raw(server, HEAD + "Content-Length: 99999999999\r\nConnection: close\r\n\r\n")
+    response = send_raw(server, HEAD + "Content-Length: 99999999999\r\nConnection: close\r\n\r\n")
     assert b" 413 " in response[:20]
     chunk = "10000\r\n" + "x" * 65536 + "\r\n"
     try:
-        response = raw(server, HEAD + "Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + chunk * 80)
+        response = send_raw(server, HEAD + "Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + chunk * 80)
         assert b" 413 " in response[:20]
     except ConnectionError:
         pass  # the server stopped reading
-    assert b" 400 " in raw(server, HEAD + "X: " + "x" * 100_000 + "\r\n\r\n")[:20]
-    both = raw(server, HEAD + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n0\r\n\r\n")
+    assert b" 400 " in send_raw(server, HEAD + "X: " + "x" * 100_000 + "\r\n\r\n")[:20]
+    both = send_raw(
+        server, HEAD + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n0\r\n\r\n"
+    )
     assert b" 400 " in both[:20], "a body of two lengths (request smuggling)"
 
 
@@ -479,19 +481,18 @@ def test_the_number_of_connections_is_limited(server):
 
 def test_malformed_and_aborted_requests_do_not_affect_others(server):
     """A third of the clients send malformed bodies, a third disconnect at once; the others get their usual reply."""
-    expected = server.http.post("/v1/chat/completions", json=ask(max_tokens=40)).json()["choices"][0]["message"][
-        "content"
-    ]
+
+    def reply(http: httpx.Client) -> str:
+        response = http.post("/v1/chat/completions", json=ask(max_tokens=40)).json()
+        return response["choices"][0]["message"]["content"]
+
+    expected = reply(server.http)
     replies = []
 
     def client(i: int) -> None:
         if i % 3 == 0:
             with httpx.Client(base_url=server.url, trust_env=False, headers={"authorization": f"Bearer {KEY}"}) as http:
-                replies.append(
-                    http.post("/v1/chat/completions", json=ask(max_tokens=40)).json()["choices"][0]["message"][
-                        "content"
-                    ]
-                )
+                replies.append(reply(http))
         else:
             body = json.dumps(ask(stream=True, max_tokens=400)) if i % 3 == 1 else '{"model": '
             with socket.create_connection(("127.0.0.1", server.port)) as connection:
