@@ -1,6 +1,7 @@
 """Single modules: Markdown, and the tree of a conversation."""
 
 import re
+import unicodedata
 
 PIECES = """
 const { Markdown } = await import('/static/markdown.js');
@@ -172,3 +173,18 @@ def test_trees(empty):
         "title": "A title",
         "long": 45,
     }
+
+
+def test_conversations_are_found_in_every_unicode_form(empty):
+    excerpts = empty.run_async("""
+        const tree = await import('/static/tree.js');
+        const texts = ['Das Cafe\\u0301 in Zürich', 'ﾚｯｸｽと犬', 'ＴＯＫＹＯ'];
+        const queries = ['café', 'レックス', 'Tokyo'];
+        return texts.map((text, i) => tree.find(
+          {title: '', tree: tree.add(tree.emptyTree(), {id: 'a', parent: tree.ROOT, role: 'user', text})}, queries[i]));
+    """)
+    assert (
+        [unicodedata.normalize("NFKC", text) for text in excerpts]
+        == excerpts
+        == ["Das Café in Zürich", "レックスと犬", "TOKYO"]
+    )
