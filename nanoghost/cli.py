@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanoghost import __version__
-from nanoghost.errors import Stopped, UserError
+from nanoghost.errors import Stopped, StopSignals, UserError
 
 MAX_ERROR = 300  # characters of an error of the argument parser
 
@@ -326,7 +326,7 @@ def parse(settings_class: type, name: str, arguments: list[str]):
                 description=f"{COMMANDS[name].summary}\n\nExamples:\n{examples}",
             )
     except SystemExit as e:
-        if not e.code:  # --help
+        if e.code != 2:  # --help, or SIGTERM
             raise
         raise UserError(f"{error_text(errors.getvalue())} (see `nanoghost {name} --help`)") from None
 
@@ -362,7 +362,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     debug = bool(os.environ.get("NANOGHOST_DEBUG"))
     try:
-        run(arguments)
+        with StopSignals():
+            run(arguments)
     except UserError as e:
         if debug:
             raise

@@ -21,18 +21,20 @@ from pathlib import Path
 from nanoghost.errors import UserError
 from nanoghost.formats.model_card import ModelCard
 
+MODEL_FILE_SUFFIXES = (".safetensors", ".gguf", ".json")
+
 
 def home() -> Path:
     """The folder of models, data and people: $NANOGHOST_HOME, or ~/.nanoghost."""
     return Path(os.environ.get("NANOGHOST_HOME") or Path.home() / ".nanoghost")
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-
 def line_history() -> Path:
     """File of the lines typed into chats without a person."""
     return home() / "chat_history"
 
+
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -153,7 +155,10 @@ class ModelFolder:
 
     def __init__(self, name: str):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[A-Za-z0-9][A-Za-z0-9._-]{0,63})?", name):
-            raise UserError(f"'{name}' is not a model name: use letters, digits, '.', '_' and '-'")
+            raise UserError(
+                f"'{name}' is not a model name: use letters from a to z, digits, '.', '_' and '-', a letter or digit first,"
+                " at most 64 characters"
+            )
         self.name = name
         self.base = name.partition("@")[0]
         self.path = home() / "models" / name
@@ -173,6 +178,14 @@ class ModelFolder:
     @property
     def events(self) -> list[dict]:
         return read_events(self.path / "events.jsonl")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of weights, configuration and tokenizer; of an adapter with those of its base."""
+        folders = dict.fromkeys([home() / "models" / self.base, self.path])
+        files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in MODEL_FILE_SUFFIXES]
+        digests = [(file.name, cached_sha256(file)) for file in files if file.name != "card.json"]
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def append_event(self, event: dict) -> dict:
         event = {"time": round(time.time(), 3)} | event

@@ -1,5 +1,6 @@
 """Output of commands: a progress bar for each stage, drawn from the events of events.jsonl, and the flag --json."""
 
+import atexit
 import os
 import sys
 import time
@@ -70,6 +71,7 @@ class Display:
         columns = (TextColumn("{task.description:>13}"), BarColumn(24), TextColumn("{task.fields[text]}"))
         self.progress = Progress(*columns, TimeRemainingColumn(compact=True), console=self.console)
         self.progress.start()
+        atexit.register(self.close)  # after an error or a signal, this shows the cursor again
         self.task = self.progress.add_task(title, total=total, text="")
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from nanoghost.data.shingles import contains_any, shingles, word_hashes
-from nanoghost.errors import UserError
+from nanoghost.errors import UserError, leave_signals_to_parent
 
 try:
     from datatrove.data import Document
@@ -273,6 +273,7 @@ class LocalExecutor(LocalPipelineExecutor):
 
     def work(self, ranks: list[int]):
         """Run the tasks `ranks` in a worker process."""
+        leave_signals_to_parent()
         parent = os.getppid()
         threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
         sys.stderr = open(Path(self.logging_dir.path, "errors.log"), "a")  # noqa: SIM115  open until the process ends

@@ -17,6 +17,8 @@ class ModelCard:
     """Card of the model that the stage started from; None for pretrained and adopted models."""
     settings: dict = field(default_factory=dict)
     """Settings of the stage that affect the result. A run is only resumed with the same settings."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of what the stage learns from: data, tokenizer, parent, teacher. A run is only resumed with the same."""
     seed: int = 0
     """Random seed of the stage."""
     command: str = ""

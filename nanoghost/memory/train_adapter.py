@@ -101,6 +101,7 @@ def train_adapter(run: AdapterRun, model, examples: list[AdapterExample]) -> Tra
     start, saved = checkpoints.load(optimizer)
     clock = Clock(saved.get("seconds", 0.0), CHECKPOINT_SECONDS)
     throughput = Throughput()
+    run.stop_flag.wait_for("this step")
     for step in range(start, steps):
         if step > start and (clock.checkpoint_due() or run.stop_flag):
             checkpoints.finish_save()
@@ -123,6 +124,8 @@ def train_adapter(run: AdapterRun, model, examples: list[AdapterExample]) -> Tra
                 "seconds_left": clock.seconds / (step + 1) * (steps - step - 1),
             }
         )
+    run.stop_flag.check()  # requested in the last step
+    run.stop_flag.stop_at_once()
     checkpoints.finish_save()
     run.folder.mkdir(parents=True, exist_ok=True)
     save_adapter(run.folder / "adapter", model.adapters[0], run.base.name)

@@ -101,7 +101,7 @@ class Checkpoints:
             except OSError as e:
                 self.error = e.strerror or str(e)
 
-        self.thread = threading.Thread(target=run, name="checkpoint")
+        self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self.thread.start()
 
     def write_shard(self, tensors: dict[str, torch.Tensor]) -> None:

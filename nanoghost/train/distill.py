@@ -10,11 +10,13 @@ The teacher's answers and probabilities for given examples are cached in the dat
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from nanoghost import distributed, hardware
+from nanoghost.data.file_reader import has_conversations
 from nanoghost.data.registry import open_data_source
 from nanoghost.data.token_dataset import TokenDataset
 from nanoghost.data.tokenize_source import tokenize_source
@@ -24,12 +26,20 @@ from nanoghost.formats.model_folder import load_tokenizer
 from nanoghost.home import ModelFolder, open_model
 from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
-from nanoghost.tasks.sft_mix import MIXES, file_conversations
+from nanoghost.tasks.sft_mix import file_conversations, parse_data
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.distill_methods import METHODS, sample_conversations, text_rows
 from nanoghost.train.fault_tolerance import StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
-from nanoghost.train.run import build_optimizer, load_parent, prepare_finetuning, print_figures, start_run
+from nanoghost.train.run import (
+    build_optimizer,
+    check_same_run,
+    fingerprint_of_conversations,
+    load_parent,
+    prepare_finetuning,
+    print_results,
+    start_run,
+)
 from nanoghost.train.settings import DEFAULT_FINETUNE_MINUTES, FinetuneSettings, check_batch_is_divisible
 from nanoghost.train.teacher_cache import Teacher
 
@@ -45,7 +55,7 @@ class DistillSettings(FinetuneSettings):
     kind: str = "sequence"
     """Learn the teacher's answers (sequence), or its probabilities: of examples (token), of own samples (on-policy)."""
     data: str = "builtin"
-    """Examples: builtin (conversations), a JSONL file, or builtin+FILE; token and on-policy also learn from text."""
+    """Examples: builtin (conversations), a file of them, or builtin+FILE; token and on-policy also learn from text."""
     examples: int = 500
     """Maximum number of examples: conversations, or evenly spaced rows of text."""
     top_k: int = 32
@@ -75,12 +85,17 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
     teacher_folder = open_model(settings.teacher)
     check_distill_settings(settings, parent, teacher_folder)
     dataset, conversations = None, []
+    inputs = {"teacher": teacher_folder.fingerprint}
     if is_text(settings.data):
-        dataset = tokenize_source(open_data_source(settings.data), load_base_tokenizer(parent))
+        source = open_data_source(settings.data)
+        inputs["data"] = source.fingerprint
+        check_same_run("distill", settings, inputs, parent)  # before the text is tokenized
+        dataset = tokenize_source(source, load_base_tokenizer(parent))
     else:
         conversations = file_conversations(settings.data)
+        inputs["data"] = fingerprint_of_conversations(conversations)
 
-    with start_run("distill", settings, display, parent) as run:
+    with start_run("distill", settings, display, inputs, parent) as run:
         if run is None:
             return None
         setup_clock = Clock()
@@ -138,7 +153,9 @@ def main(settings: DistillSettings, display: Display | None = None) -> dict | No
 
 def is_text(data: str) -> bool:
     """Whether --data names text, not conversations."""
-    return data.partition("+")[0] not in MIXES and not data.endswith(".jsonl")
+    mix, path = parse_data(data)
+    file = Path(path).expanduser()
+    return not mix and not (file.is_file() and has_conversations(file))
 
 
 def load_base_tokenizer(folder: ModelFolder):
@@ -156,7 +173,7 @@ def check_distill_settings(settings: DistillSettings, parent: ModelFolder, teach
             raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     if settings.kind == "sequence":
         if is_text(settings.data):
-            raise UserError("--kind sequence needs questions: --data builtin, or a .jsonl file of conversations")
+            raise UserError("--kind sequence needs questions: --data builtin, or a file of conversations")
         return
     difference = tokenizer_difference(load_base_tokenizer(parent), load_base_tokenizer(teacher))
     if difference:
@@ -213,4 +230,4 @@ def held_out_bits_per_byte(model, dataset: TokenDataset | None, context: int) ->
 
 
 def command(settings: DistillSettings) -> None:
-    print_figures(main(settings), settings)
+    print_results(main(settings), settings)

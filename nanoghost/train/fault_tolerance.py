@@ -52,9 +52,11 @@ class StepGuard:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left. After a rollback some steps come again."""
+        self.run.stop_flag.wait_for("this step")
         while self.next_step < self.run.card.steps:
             self.next_step += 1
             yield self.next_step - 1
+        self.run.stop_flag.wait_for("the model is saved and evaluated")
         self.close()
 
     def batch_index(self, step: int) -> int:

@@ -26,7 +26,7 @@ from nanoghost.tasks.sft_mix import example_texts
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
 from nanoghost.train.hyperparameters import MAX_GFLOPS_PER_SECOND_PER_CORE, compile_decision, depth_for, pretrain_groups
-from nanoghost.train.run import Run, build_optimizer, print_figures, start_run
+from nanoghost.train.run import Run, build_optimizer, check_same_run, print_results, start_run
 from nanoghost.train.settings import StageSettings, check_batch_is_divisible, check_settings
 
 VALIDATIONS = 10  # validation runs per training run, the one at the end included
@@ -76,12 +76,15 @@ def main(settings: PretrainSettings, display: Display | None = None) -> dict | N
     check_arch(settings.arch)
     check_batch_is_divisible(settings, world_size)
     source = open_data_source(settings.data)
+    inputs = {"data": source.fingerprint}
+    check_same_run("pretrain", settings, inputs)  # before a tokenizer learns from the text
     tokenizer = choose_tokenizer(settings, source, display)
+    inputs["tokenizer"] = tokenizer.fingerprint
     dataset = tokenize_source(source, tokenizer)
     batches = dataset.batches(settings.context, settings.batch, settings.seed, rank, world_size)
     forward_backward = AutoMicroBatch(accumulate_gradients, settings.micro_batch, display.print)
 
-    with start_run("pretrain", settings, display) as run:
+    with start_run("pretrain", settings, display, inputs) as run:
         if run is None:
             return None
         setup_clock = Clock()
@@ -268,4 +271,4 @@ def final_bits_per_byte(model, source: Source, dataset: TokenDataset, context: i
 
 
 def command(settings: PretrainSettings) -> None:
-    print_figures(main(settings), settings)
+    print_results(main(settings), settings)

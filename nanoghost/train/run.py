@@ -1,6 +1,7 @@
 """A run: one stage that writes one model folder. Creating or resuming the folder, its card and its events, saving the
 model."""
 
+import hashlib
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from importlib.metadata import version
 
 from nanoghost import distributed, hardware
 from nanoghost.errors import StopFlag, Stopped, UserError
+from nanoghost.evals.report import print_report
 from nanoghost.formats.licenses import copy_license_files
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model, save_model
@@ -95,10 +97,11 @@ class Run:
 
 
 @contextmanager
-def start_run(stage: str, settings: StageSettings, display, parent: ModelFolder | None = None):
+def start_run(stage: str, settings: StageSettings, display, inputs: dict[str, str], parent: ModelFolder | None = None):
     """Yield a Run for the new model `settings.name`, or None if it is already finished with the same settings.
 
-    An unfinished folder with the same settings is resumed; other settings raise UserError.
+    `inputs`: fingerprints of what the stage learns from (the parent's is added here). An unfinished folder with the
+    same settings and inputs is resumed; others raise UserError.
     """
     folder = ModelFolder(settings.name)
     if "@" in folder.name and not (parent and parent.base == folder.base and ("@" in parent.name or settings.lora)):
@@ -106,39 +109,75 @@ def start_run(stage: str, settings: StageSettings, display, parent: ModelFolder 
     is_main_process = distributed.is_main_process()
     with write_lock(folder) if is_main_process else nullcontext(), StopFlag() as stop_flag:
         if is_main_process:
-            prepare_folder(folder, stage, settings, parent)
+            prepare_folder(folder, stage, settings, inputs, parent)
         distributed.barrier()
         run = Run(folder, stage, stop_flag, display, settings)
         distributed.barrier()
         if run.card.finished:
+            display.print(f"{folder.name} is finished; --force trains it again")
             yield None
             return
         yield run
-        distributed.barrier()  # the next stage reads what the main process has written
-        if stop_flag.requested:  # requested after the last step: the next stage must not start
+        # The next stage reads what the main process has written, and must not start if a stop was requested at the end.
+        if distributed.all_reduce_mean(stop_flag.requested) > 0:
             raise Stopped
 
 
-def prepare_folder(folder: ModelFolder, stage: str, settings: StageSettings, parent: ModelFolder | None) -> None:
+def prepare_folder(
+    folder: ModelFolder, stage: str, settings: StageSettings, inputs: dict[str, str], parent: ModelFolder | None
+) -> None:
     """Create the folder with its card and the parent's events, or check that an existing folder can be resumed."""
-    restarted_by_torchrun = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if folder.exists and settings.force and not restarted_by_torchrun:
+    if parent:
+        inputs = inputs | {"parent": parent.fingerprint}
+    check_same_run(stage, settings, inputs, parent)
+    if folder.exists and settings.force and not restarted_by_torchrun():
         clear(folder)
-    relevant_settings = {key: value for key, value in asdict(settings).items() if key not in CHANGEABLE_ON_RESUME}
-    relevant_settings["parent"] = parent.name if parent else None
-    if not folder.exists:
-        if parent:
-            shutil.copy(parent.path / "events.jsonl", folder.path / "events.jsonl")
-            if parent.card.root.stage == "adopt":
-                copy_license_files(parent.path, folder.path)
-        folder.write_card(new_card(folder.name, stage, relevant_settings, parent.card if parent else None))
+    if folder.exists:
         return
-    card = folder.card
-    changed = [key for key in relevant_settings if card.settings.get(key) != relevant_settings[key]]
+    if parent:
+        shutil.copy(parent.path / "events.jsonl", folder.path / "events.jsonl")
+        if parent.card.root.stage == "adopt":
+            copy_license_files(parent.path, folder.path)
+    card = new_card(folder.name, stage, relevant_settings(settings, parent), parent.card if parent else None)
+    folder.write_card(replace(card, inputs=inputs))
+
+
+def restarted_by_torchrun() -> bool:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def relevant_settings(settings: StageSettings, parent: ModelFolder | None) -> dict:
+    """The settings that affect the result."""
+    relevant = {key: value for key, value in asdict(settings).items() if key not in CHANGEABLE_ON_RESUME}
+    return relevant | {"parent": parent.name if parent else None}
+
+
+def check_same_run(
+    stage: str, settings: StageSettings, inputs: dict[str, str], parent: ModelFolder | None = None
+) -> None:
+    """Raise UserError if the model exists and was made by another stage, with other settings or from other inputs.
+
+    `start_run` calls it. Stages that prepare their inputs for long also call it before, with the inputs that they know.
+    """
+    folder = ModelFolder(settings.name)
+    if not folder.exists or (settings.force and not restarted_by_torchrun()):
+        return
+    card, current = folder.card, relevant_settings(settings, parent)
+    remedy = "choose another --name, or --force to replace it"
+    changed = [key for key in current if card.settings.get(key) != current[key]]
     if card.stage != stage or changed:
         difference = f"with other settings ({', '.join(changed)})" if changed else f"by stage {card.stage}"
+        raise UserError(f"model '{folder.name}' exists and was made {difference}; {remedy}")
+    changed_inputs = []
+    for key, fingerprint in inputs.items():
+        if card.inputs.get(key, fingerprint) != fingerprint:
+            value = current.get(key)
+            changed_inputs.append(f"{key} '{value}'" if value else key)
+    if changed_inputs:
+        state = "is finished" if card.finished else "is unfinished"
         raise UserError(
-            f"model '{folder.name}' exists and was made {difference}; choose another --name, or --force to replace it"
+            f"model '{folder.name}' {state}, and its {' and its '.join(changed_inputs)} has changed since it was"
+            f" started: put the old content back, {remedy}"
         )
 
 
@@ -188,10 +227,18 @@ def prepare_finetuning(stage: str, settings: FinetuneSettings) -> tuple[Finetune
     hardware.prepare()
     distributed.init_distributed()
     check_settings(settings)
-    parent = open_model(settings.parent)
+    parent = open_parent(settings)
     if settings.name in (parent.name, parent.name.partition("@")[2]):
         raise UserError(f"{stage} writes a new model: --name must differ from its parent '{parent.name}'")
     return with_adapter_name(settings, parent), parent
+
+
+def open_parent(settings: FinetuneSettings) -> ModelFolder:
+    """The parent that the settings name. By default that of the existing model, otherwise the model finished last."""
+    folder = ModelFolder(settings.name)
+    if settings.parent is None and folder.exists and not settings.force:
+        return open_model(folder.card.settings.get("parent"))
+    return open_model(settings.parent)
 
 
 def load_parent(parent: ModelFolder, settings: FinetuneSettings):
@@ -203,6 +250,14 @@ def load_parent(parent: ModelFolder, settings: FinetuneSettings):
     return model, tokenizer
 
 
+def fingerprint_of_conversations(conversations: list[list[dict]]) -> str:
+    """SHA-256 (hex) of their content."""
+    digest = hashlib.sha256()
+    for messages in conversations:
+        digest.update(json.dumps(messages).encode())
+    return digest.hexdigest()
+
+
 def build_optimizer(model, groups, settings: StageSettings):
     """(model, optimizer); `--shard model` wraps the model in FSDP."""
     if getattr(settings, "shard", None):
@@ -210,7 +265,15 @@ def build_optimizer(model, groups, settings: StageSettings):
     return model, Optimizer(model, groups, hardware.compute_dtype(), *distributed.rank_and_world_size())
 
 
-def print_figures(figures: dict | None, settings: StageSettings) -> None:
-    """Print the figures of a stage if --json asks for them."""
-    if figures and settings.json and distributed.is_main_process():
+def print_results(figures: dict | None, settings: StageSettings) -> None:
+    """Print the figures of a stage if --json asks for them. None: the model was finished before, so show its report."""
+    if not distributed.is_main_process():
+        return
+    if figures is None:
+        if isinstance(settings, FinetuneSettings):
+            settings = with_adapter_name(settings, open_parent(settings))
+        folder = ModelFolder(settings.name)
+        print_report(folder)
+        figures = folder.card.figures
+    if settings.json:
         print(json.dumps(figures))
