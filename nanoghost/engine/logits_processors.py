@@ -7,6 +7,8 @@ T tokens, V vocabulary.
 
 import torch
 
+from nanoghost.tokenizer.tokenizer import Tokenizer
+
 TopLogprobs = tuple[float, list[tuple[int, float]]]
 """For one token: its log-probability, and the likeliest tokens with theirs, before temperature and grammar."""
 
@@ -38,6 +40,14 @@ class LogitsProcessor:
             self.recorded_logprobs += top_logprobs(self.logprobs_V[None], [token_id], self.num_top_logprobs)
         if self.matcher:
             self.matcher.consume_token(token_id)
+
+
+def mask_unused_ids(logits_NV: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
+    """-inf, in place, for the rows of the head that belong to no token: some models fill up their vocabulary."""
+    logits_NV[:, tokenizer.vocab_size :] = float("-inf")
+    if tokenizer.unused_ids:
+        logits_NV[:, tokenizer.unused_ids] = float("-inf")
+    return logits_NV
 
 
 def top_logprobs(logprobs_TV: torch.Tensor, token_ids: list[int], num_top_logprobs: int) -> list[TopLogprobs]:

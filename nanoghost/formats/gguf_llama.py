@@ -13,6 +13,7 @@ import numpy as np
 from nanoghost.errors import UserError
 from nanoghost.formats.gguf_reader import GGUFFile
 from nanoghost.formats.validation import check_fields, check_llama_config, integer, one_of, optional
+from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.model.tensor_names import huggingface_name_of_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
@@ -77,8 +78,6 @@ def read_config(gguf: GGUFFile) -> dict:
     if rope_type == "yarn":
         original_context = field("rope.scaling.original_context_length")
         config["rope_scaling"]["original_max_position_embeddings"] = original_context
-    if architecture == "smollm3":  # hard-coded in llama.cpp: every fourth layer is without rotary embedding
-        config["no_rope_layers"] = [int((layer + 1) % 4 != 0) for layer in range(field("block_count"))]
     check_llama_config(config, gguf.path)
 
     config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
@@ -146,15 +145,13 @@ def tensor_shapes(gguf: GGUFFile) -> dict[str, tuple[int, ...]]:
     return {huggingface_name_of_gguf(name): info.shape for name, info in gguf.tensors.items() if name != ROPE_DIVISORS}
 
 
-def read_weights(gguf: GGUFFile, config: dict) -> Iterator[tuple[str, np.ndarray]]:
+def read_weights(gguf: GGUFFile, config: LlamaConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face's name, values in fp32) of each weight, one at a time."""
     for name in gguf.tensors:
         if name == ROPE_DIVISORS:
             continue
         weight, target_name = gguf.read_tensor(name), huggingface_name_of_gguf(name)
-        heads = permuted_heads(
-            target_name, config["model_type"], config["num_attention_heads"], config["num_key_value_heads"]
-        )
+        heads = permuted_heads(target_name, config.model_type, config.heads, config.key_value_heads)
         if heads:
             weight = unpermute(weight, heads)
         yield target_name, weight

@@ -18,11 +18,13 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nanoghost.errors import UserError
+from nanoghost.formats.file_kinds import check_content
 
 READABLE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # Metadata value types: the number in the file -> format character, which is the same in `struct` and in numpy.
 NUMBER_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING_TYPE, ARRAY_TYPE = 8, 9
+OLDER_MAGICS = (b"lmgg", b"fmgg", b"tjgg")  # GGML, GGMF and GGJT: little-endian numbers, so the letters are reversed
 ALIGNMENTS = tuple(2**i for i in range(3, 21))  # the format allows multiples of 8; files have powers of two
 # The fewest bytes that an entry of the header takes: the number of entries in the header is checked against them.
 MIN_TENSOR_INFO_BYTES = 8 + 4 + 4 + 8  # length of the name, number of dimensions, type, offset
@@ -31,8 +33,10 @@ MIN_FIELD_BYTES = 8 + 4 + 1  # length of the key, type, value
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in the file, and how it is stored."""
+    """Where a tensor lies, and how it is stored."""
 
+    file: mmap.mmap
+    """The file, in memory; a split model has several."""
     shape: tuple[int, ...]
     """Rows first, as in PyTorch (the file has the reverse order)."""
     type: GGMLQuantizationType
@@ -45,7 +49,7 @@ class TensorInfo:
 class GGUFFile:
     """Metadata fields and tensors of a GGUF file. Tensors are decoded one by one, when they are read.
 
-    Any damage to the file raises UserError.
+    Any damage to the file raises UserError. A model may have several files: gguf_split.py.
     """
 
     def __init__(self, path: Path):
@@ -56,11 +60,24 @@ class GGUFFile:
         except (OSError, ValueError) as e:  # mmap raises ValueError for an empty file
             raise UserError(f"cannot read {path}: {e}") from None
         self._position = 0
-        if self._read_bytes(4) != b"GGUF":
+        check_content(path)
+        magic = self._read_bytes(4)
+        if magic in OLDER_MAGICS:
+            raise self._error("it is in an older format, GGML: convert the original model with a current llama.cpp")
+        if magic != b"GGUF":
+            if self._bytes[7:9] == b"\0{":  # the length of a header in eight bytes, and its first brace
+                raise self._error("it is a safetensors file: adopt the folder that it is in")
             raise self._error("it does not begin with 'GGUF'")
         version = self._read_number("I")
+        if version and version % 2**16 == 0:
+            raise self._error(
+                "it is big-endian: `gguf-convert-endian FILE little`, which comes with the package gguf, converts it"
+            )
         if version not in (2, 3):
-            raise self._error(f"its version is {version}; nanoghost reads versions 2 and 3")
+            raise self._error(
+                f"its version is {version}; nanoghost reads versions 2 and 3: convert the original model with a current"
+                " llama.cpp"
+            )
         tensor_count = self._read_count(MIN_TENSOR_INFO_BYTES)
         field_count = self._read_count(MIN_FIELD_BYTES)
         self.fields: dict = self._read_fields(field_count)
@@ -69,7 +86,7 @@ class GGUFFile:
     def read_tensor(self, name: str) -> np.ndarray:
         """The values of a tensor in fp32."""
         info = self.tensors[name]
-        raw = np.frombuffer(self._bytes, np.uint8, info.size, info.start)
+        raw = np.frombuffer(info.file, np.uint8, info.size, info.start)
         return gguf.quants.dequantize(raw, info.type).reshape(info.shape)
 
     # -- header -------------------------------------------------------------------------------------------------------
@@ -118,9 +135,12 @@ class GGUFFile:
             raise self._error(
                 f"tensor '{name}' has rows of {shape[-1]} values, not a multiple of the block size {block_size}"
             )
-        info = TensorInfo(shape, tensor_type, start, math.prod(shape) // block_size * block_bytes)
+        info = TensorInfo(self._bytes, shape, tensor_type, start, math.prod(shape) // block_size * block_bytes)
         if info.start + info.size > len(self._bytes):
-            raise self._error(f"tensor '{name}' lies outside of the file's {len(self._bytes)} bytes")
+            raise self._error(
+                f"it is cut off: tensor '{name}' needs {info.start + info.size} bytes, and the file has"
+                f" {len(self._bytes)}; download it again"
+            )
         return info
 
     def _check_no_overlap(self, tensors: dict[str, TensorInfo]) -> None:
@@ -136,7 +156,7 @@ class GGUFFile:
 
     def _read_bytes(self, count: int) -> bytes:
         if count > len(self._bytes) - self._position:
-            raise self._error(f"it ends at byte {len(self._bytes)}, in the middle of its header")
+            raise self._error(f"it is cut off: it ends at byte {len(self._bytes)}, in its header; download it again")
         self._position += count
         return self._bytes[self._position - count : self._position]
 

@@ -23,8 +23,10 @@ TOKENIZER_CHECKS = {
     "tokenizer.ggml.merges": list_of(STRING),
     "tokenizer.ggml.add_bos_token": optional(BOOLEAN),
     "tokenizer.chat_template": STRING,
+    "tokenizer.chat_template.tool_use": optional(STRING),
 }
-SPECIAL_TOKEN_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot"))
+BOS_KEY, EOS_KEY, EOT_KEY, EOM_KEY = (f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom"))
+SPECIAL_TOKEN_KEYS = (BOS_KEY, EOS_KEY, EOT_KEY, EOM_KEY)
 
 # -- pre-tokenizers ---------------------------------------------------------------------------------------------------
 
@@ -81,8 +83,11 @@ def read_tokenizer(gguf: GGUFFile) -> tokenizers.Tokenizer:
     token_id = optional(integer(0, len(tokens) - 1))
     check_fields(fields, dict.fromkeys(SPECIAL_TOKEN_KEYS, token_id), gguf.path)
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    _check_vocabulary(gguf, vocabulary, merges)
+    _check_vocabulary(gguf, merges)
+    special_ids = {fields[key] for key in SPECIAL_TOKEN_KEYS if key in fields}
+    types = [CONTROL if i in special_ids else token_type for i, token_type in enumerate(types)]
+    # Unused ones fill up the rows of the embedding: they are no tokens, so that nothing can be made of them.
+    vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
 
     is_llama3 = pre_tokenizer == "llama-bpe"
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=is_llama3))
@@ -94,7 +99,7 @@ def read_tokenizer(gguf: GGUFFile) -> tokenizers.Tokenizer:
     user_defined = [token for token, token_type in zip(tokens, types) if token_type == USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in control])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
-    bos = fields.get("tokenizer.ggml.bos_token_id")
+    bos = fields.get(BOS_KEY)
     if bos is not None and fields.get("tokenizer.ggml.add_bos_token", is_llama3):
         if ":" in tokens[bos] or "$" in tokens[bos]:
             raise UserError(f"{gguf.path} begins every text with {tokens[bos]!r}, which tokenizer.json cannot express")
@@ -102,15 +107,16 @@ def read_tokenizer(gguf: GGUFFile) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _check_vocabulary(gguf: GGUFFile, vocabulary: dict[str, int], merges: list[tuple]) -> None:
-    token_count = len(gguf.fields["tokenizer.ggml.tokens"])
+def _check_vocabulary(gguf: GGUFFile, merges: list[tuple]) -> None:
+    tokens = gguf.fields["tokenizer.ggml.tokens"]
     type_count = len(gguf.fields["tokenizer.ggml.token_type"])
-    if len(vocabulary) != token_count:
+    vocabulary = set(tokens)
+    if len(vocabulary) != len(tokens):
         raise UserError(f"{gguf.path} has a token twice in its vocabulary")
-    if type_count != token_count:
-        raise UserError(f"{gguf.path} has {token_count} tokens, but {type_count} token types")
+    if type_count != len(tokens):
+        raise UserError(f"{gguf.path} has {len(tokens)} tokens, but {type_count} token types")
     for merge in merges:
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary:
             raise UserError(f"{gguf.path}: the merge {merge} uses tokens that are not in the vocabulary")
 
 

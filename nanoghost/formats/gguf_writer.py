@@ -109,12 +109,24 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: in
     writer.add_token_list(fields.tokens)
     writer.add_token_types(fields.token_types)
     writer.add_token_merges(fields.merges)
-    writer.add_eos_token_id(tokenizer.special_id(tokenizer.special_tokens_map["eos_token"]))
+    eos, *other_stop_ids = ordered_stop_ids(tokenizer)
+    writer.add_eos_token_id(eos)
+    for add, token_id in zip((writer.add_eot_token_id, writer.add_eom_token_id), other_stop_ids):
+        add(token_id)
     if "bos_token" in tokenizer.special_tokens_map:
         writer.add_bos_token_id(tokenizer.special_id(tokenizer.special_tokens_map["bos_token"]))
     writer.add_add_bos_token(fields.add_bos)
     writer.add_add_space_prefix(False)
-    writer.add_chat_template(tokenizer.chat_template.source if tokenizer.chat_template else CHAT_TEMPLATE)
+    writer.add_chat_template(tokenizer.chat_template.to_json() if tokenizer.chat_template else CHAT_TEMPLATE)
+
+
+def ordered_stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end an answer, eos first. GGUF has three fields for them: eos, end of turn, end of message."""
+    eos = tokenizer.special_id(tokenizer.special_tokens_map["eos_token"])
+    stop_ids = [eos, *sorted(tokenizer.stop_ids - {eos})]
+    if len(stop_ids) > 3:
+        raise UserError(f"{len(stop_ids)} tokens end an answer of this model, and GGUF can express three of them")
+    return stop_ids
 
 
 def _add_tensors(writer: gguf.GGUFWriter, model: Llama, architecture: str, quantization: str) -> None:

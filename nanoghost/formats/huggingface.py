@@ -12,12 +12,17 @@ import safetensors.torch
 import torch
 
 from nanoghost.errors import UserError
+from nanoghost.formats.file_kinds import check_content
 from nanoghost.formats.licenses import copy_license_files
 from nanoghost.formats.safetensors_file import read_header, read_tensors
+from nanoghost.formats.source_names import source_name
+from nanoghost.formats.stop_tokens import ids_after_answer, ids_of_field
 from nanoghost.formats.validation import OBJECT, TOKEN_IDS, Check, check_fields, check_llama_config, one_of, optional
 from nanoghost.home import write_json
-from nanoghost.model.registry import LLAMA_FAMILY, architecture, config_from_json, new_model
+from nanoghost.model.llama_config import LlamaConfig
+from nanoghost.model.registry import LLAMA_FAMILY, config_to_json, new_model
 from nanoghost.tokenizer.chat_format import render
+from nanoghost.tokenizer.jinja_template import ChatTemplate
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
 
@@ -41,28 +46,32 @@ TOKENIZER_CONFIG_CHECKS = {
     "eos_token": TOKEN_CHECK,
     "chat_template": optional(CHAT_TEMPLATE_CHECK),
 }
+STOP_ID_CHECKS = {"eos_token_id": optional(TOKEN_IDS)}
 FILE_NAME_CHECK = Check("the name of a file in the same folder", lambda x: isinstance(x, str) and Path(x).name == x)
 TENSOR_TYPE_CHECK = one_of("F32", "F16", "BF16")
 
 
 def import_folder(source: Path, target: Path) -> dict:
     """Write the files of a model folder to `target`; returns the model's entry in the card's `data`."""
-    config = read_json_object(source / "config.json")
-    check_fields(config, {"model_type": one_of(*LLAMA_FAMILY)}, source / "config.json")
-    check_llama_config(config, source / "config.json")
+    check_folder(source)
+    values = read_json_object(source / "config.json")
+    check_fields(values, {"model_type": one_of(*LLAMA_FAMILY)}, source / "config.json")
+    check_llama_config(values, source / "config.json")
+    config = LlamaConfig.from_json(values)
     tokenizer_config = read_json_object(source / "tokenizer_config.json")
     check_fields(tokenizer_config, TOKENIZER_CONFIG_CHECKS, source / "tokenizer_config.json")
     chat_template = read_chat_template(source, tokenizer_config)
     special_tokens_map = read_special_tokens_map(tokenizer_config)
-    tokenizer = Tokenizer.load(source)
-    stop_ids = read_stop_ids(source, config, tokenizer.special_tokens.get(special_tokens_map.get("eos_token")))
+    tokenizer = Tokenizer.load(source, special_tokens_map.values())
+    tokenizer.chat_template = ChatTemplate.from_json(chat_template, special_tokens_map, set())
+    stop_ids = read_stop_ids(source, values, tokenizer) | ids_after_answer(tokenizer)
     tensors = read_weights(source, config)
 
-    write_config_files(target, config, special_tokens_map, chat_template, stop_ids)
+    write_config_files(target, values, config, special_tokens_map, chat_template, stop_ids)
     tokenizer.save(target)
     safetensors.torch.save_file(tensors, target / "model.safetensors", {"format": "pt"})
     copy_license_files(source, target)
-    name = source.resolve().name
+    name = source_name(source)
     return {
         "name": name,
         "license": read_license_name(source),
@@ -72,6 +81,25 @@ def import_folder(source: Path, target: Path) -> dict:
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def check_folder(source: Path) -> None:
+    """Raise UserError for a folder that has a model in another form, or files that are not what they are called."""
+    snapshots = sorted(source.glob("snapshots/*/config.json"))
+    if snapshots:
+        raise UserError(f"{source} is a model in the cache of the Hub: adopt its folder {snapshots[0].parent}")
+    names = sorted(path.name for path in source.iterdir())
+    gguf_files = [name for name in names if name.endswith(".gguf")]
+    if "config.json" not in names and gguf_files:
+        raise UserError(f"{source} has GGUF files: adopt one of them, such as {source / gguf_files[0]}")
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise UserError(
+            f"{source} has its weights in {pickles[0]}, a pickle, which could run any program: nanoghost reads"
+            " model.safetensors"
+        )
+    for path in (source / name for name in names if name.endswith((".json", ".jinja", ".safetensors"))):
+        check_content(path)
 
 
 def read_text_file(path: Path) -> str:
@@ -91,17 +119,22 @@ def read_json_object(path: Path) -> dict:
     return value
 
 
-def read_chat_template(source: Path, tokenizer_config: dict) -> str:
-    """From chat_template.jinja, or else from tokenizer_config.json: one template, or the default one of several."""
-    template = tokenizer_config.get("chat_template")
-    template_file = source / "chat_template.jinja"
-    if template_file.exists():
-        template = read_text_file(template_file)
-    if isinstance(template, list):
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    if not template:
+def read_chat_template(source: Path, tokenizer_config: dict) -> str | list[dict]:
+    """The value of chat_template in tokenizer_config.json: one template, or also one for conversations with tools.
+
+    Files of templates, if there are any, take the place of the value, as in transformers.
+    """
+    value = tokenizer_config.get("chat_template")
+    named = {t["name"]: t["template"] for t in value} if isinstance(value, list) else {"default": value}
+    files = [source / "chat_template.jinja", *sorted((source / "additional_chat_templates").glob("*.jinja"))]
+    texts = {file.stem: read_text_file(file) for file in files if file.exists()}
+    if texts:
+        named = {"default" if name == "chat_template" else name: text for name, text in texts.items()}
+    if not named.get("default"):
         raise UserError(f"{source} has no chat template: adopt a model that is trained for chat")
-    return template
+    if not named.get("tool_use"):
+        return named["default"]
+    return [{"name": name, "template": named[name]} for name in ("default", "tool_use")]
 
 
 def read_special_tokens_map(tokenizer_config: dict) -> dict[str, str]:
@@ -114,20 +147,20 @@ def read_special_tokens_map(tokenizer_config: dict) -> dict[str, str]:
     return tokens
 
 
-def read_stop_ids(source: Path, config: dict, tokenizer_eos: int | None) -> list[int]:
-    """Token ids that end an answer: from generation_config.json, else config.json, else the tokenizer."""
-    eos = config.get("eos_token_id")
+def read_stop_ids(source: Path, config: dict, tokenizer: Tokenizer) -> set[int]:
+    """Token ids that end an answer: all that generation_config.json, config.json and the tokenizer name."""
     generation_file = source / "generation_config.json"
-    if generation_file.exists():
-        generation_eos = read_json_object(generation_file).get("eos_token_id")
-        eos = eos if generation_eos is None else generation_eos
-    if eos is None:
-        eos = tokenizer_eos
-    check_fields({"eos_token_id": eos}, {"eos_token_id": TOKEN_IDS}, source)
-    return eos if isinstance(eos, list) else [eos]
+    generation_config = read_json_object(generation_file) if generation_file.exists() else {}
+    check_fields(generation_config, STOP_ID_CHECKS, generation_file)
+    check_fields(config, STOP_ID_CHECKS, source / "config.json")
+    stop_ids = {i for i in ids_of_field(generation_config.get("eos_token_id")) if tokenizer.has_token(i)}
+    # What config.json says may be the default of its class (2 for Llama), and in this vocabulary an ordinary word.
+    stop_ids |= ids_of_field(config.get("eos_token_id")) & {*tokenizer.template_tokens.values()}
+    eos = tokenizer.template_tokens.get(tokenizer.special_tokens_map["eos_token"])
+    return stop_ids if eos is None else stop_ids | {eos}
 
 
-def read_weights(source: Path, config: dict) -> dict[str, torch.Tensor]:
+def read_weights(source: Path, config: LlamaConfig) -> dict[str, torch.Tensor]:
     """All weights of one or several safetensors files, after a check of their types and shapes."""
     files = weight_files(source)
     shapes = {}
@@ -155,10 +188,10 @@ def weight_files(source: Path) -> list[str]:
     return sorted(set(index["weight_map"].values()))
 
 
-def _is_redundant(name: str, config: dict) -> bool:
+def _is_redundant(name: str, config: LlamaConfig) -> bool:
     """Tensors that some files contain and that follow from the rest: RoPE frequencies, the head of a tied model."""
     if name == "lm_head.weight":
-        return bool(config.get("tie_word_embeddings"))
+        return config.tied_embeddings
     return name.endswith("rotary_emb.inv_freq")
 
 
@@ -175,10 +208,10 @@ def read_license_name(source: Path) -> str:
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def check_tensor_shapes(shapes: dict[str, tuple], config: dict, source: Path) -> None:
+def check_tensor_shapes(shapes: dict[str, tuple], config: LlamaConfig, source: Path) -> None:
     """Raise UserError unless these are the tensors of a model with this config. Allocates no tensor."""
     with torch.device("meta"):
-        model = new_model(config_from_json(config))
+        model = new_model(config)
     expected = {name: tuple(t.shape) for name, t in model.exported_tensors().items()}
     extra = shapes.keys() - expected.keys()
     if extra:
@@ -198,8 +231,6 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     unknown = set(tokenizer.special_tokens_map.values()) - tokenizer.special_tokens.keys()
     if unknown:
         raise UserError(f"the tokenizer has no special token {min(unknown)!r}")
-    if max(tokenizer.stop_ids) >= tokenizer.vocab_size:
-        raise UserError(f"the tokenizer has no token {max(tokenizer.stop_ids)}, which should end an answer")
     render([{"role": "user", "content": "Hello"}], tokenizer, add_generation_prompt=True)
 
 
@@ -207,18 +238,28 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def write_config_files(
-    target: Path, config: dict, special_tokens_map: dict[str, str], chat_template: str, stop_ids: list[int]
+    target: Path,
+    values: dict,
+    config: LlamaConfig,
+    special_tokens_map: dict[str, str],
+    chat_template: str | list[dict],
+    stop_ids: set[int],
 ) -> None:
-    """Write config.json, generation_config.json and tokenizer_config.json."""
-    huggingface_class = architecture(config["model_type"]).huggingface_class
-    write_json(target / "config.json", {"architectures": [huggingface_class]} | config)
-    write_json(target / "generation_config.json", {"eos_token_id": stop_ids})
+    """Write config.json, generation_config.json and tokenizer_config.json.
+
+    `values`: config.json of the source. What nanoghost reads in it is written in one form, and nothing is left to the
+    defaults of a class; the rest stays.
+    """
+    token_ids = {"eos_token_id": sorted(stop_ids)}
+    others = {key: value for key, value in values.items() if key != "rope_parameters"}
+    write_json(target / "config.json", others | config_to_json(config) | token_ids)
+    write_json(target / "generation_config.json", token_ids)
     write_json(
         target / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **special_tokens_map,
             "chat_template": chat_template,
-            "model_max_length": config["max_position_embeddings"],
+            "model_max_length": config.context,
         },
     )

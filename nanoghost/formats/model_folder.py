@@ -11,6 +11,7 @@ import torch
 from nanoghost.errors import UserError
 from nanoghost.formats.peft import base_folder, read_adapter, save_adapter
 from nanoghost.formats.safetensors_file import read_tensors
+from nanoghost.formats.stop_tokens import ids_of_field
 from nanoghost.home import read_json, write_atomic, write_json
 from nanoghost.model.lora import attach_adapters
 from nanoghost.model.registry import config_from_json, config_to_json, new_model
@@ -72,8 +73,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     generation_config = read_json(folder / "generation_config.json")
     if not is_own_template(config["chat_template"]):
         special_tokens_map = {key: config[key] for key in ("bos_token", "eos_token") if config.get(key)}
-        eos = generation_config["eos_token_id"]
-        stop_ids = set(eos) if isinstance(eos, list) else {eos}
+        stop_ids = ids_of_field(generation_config["eos_token_id"])
         tokenizer.chat_template = ChatTemplate.from_json(config["chat_template"], special_tokens_map, stop_ids)
     return tokenizer
 

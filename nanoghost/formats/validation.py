@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanoghost.errors import UserError
+from nanoghost.model.llama_config import rope_parameters, with_class_defaults
 from nanoghost.model.rope import rope_scaling_type
 
 
@@ -70,7 +71,13 @@ def check_fields(values: Mapping, checks: Mapping[str, Check], source) -> None:
 
 # The ranges are wide. They exclude values that no published model has and that could exhaust the memory.
 ROPE_THETA = optional(number(2, 1e12))
-ROPE_CHECKS = {"rope_type": optional(STRING), "type": optional(STRING), "rope_theta": ROPE_THETA}
+PARTIAL_ROTARY_FACTOR = optional(number(0, 1))
+ROPE_CHECKS = {
+    "rope_type": optional(STRING),
+    "type": optional(STRING),
+    "rope_theta": ROPE_THETA,
+    "partial_rotary_factor": PARTIAL_ROTARY_FACTOR,
+}
 ROPE_FACTOR = {"factor": number(1, 2**20)}
 ROPE_CONTEXT = {"original_max_position_embeddings": integer(1, 2**24)}
 ROPE_SCALING_CHECKS = {  # rope_type -> fields that it needs
@@ -106,53 +113,43 @@ CONFIG_CHECKS = {
     "rope_theta": ROPE_THETA,
     "rope_scaling": optional(OBJECT),
     "rope_parameters": optional(OBJECT),
-    "partial_rotary_factor": optional(number(0, 1)),
-    "hidden_act": optional(STRING),
+    "partial_rotary_factor": PARTIAL_ROTARY_FACTOR,
+    "hidden_act": STRING,
     "tie_word_embeddings": optional(BOOLEAN),
     "attention_bias": optional(BOOLEAN),
     "mlp_bias": optional(BOOLEAN),
     "use_sliding_window": optional(BOOLEAN),
     "sliding_window": optional(integer(1, 2**24)),
-    "max_window_layers": optional(integer(0, 1024)),
+    "max_window_layers": integer(0, 1024),
     "layer_types": optional(list_of(one_of("full_attention", "sliding_attention"))),
     "no_rope_layers": optional(list_of(integer(0, 1))),
-    "eos_token_id": optional(TOKEN_IDS),
+    "no_rope_layer_interval": integer(1, 1024),
+    "quantization_config": optional(OBJECT),
 }
 
 
-def check_llama_config(config: Mapping, source) -> None:
+def check_llama_config(values: Mapping, source) -> None:
     """Raise UserError if a config.json of the Llama family has invalid or contradictory values."""
-    check_fields(config, CONFIG_CHECKS, source)
-    for key in ("rope_scaling", "rope_parameters"):
-        scaling = config.get(key) or {}
-        check_fields(scaling, ROPE_CHECKS, f"{source}: {key}")
-        check_fields(scaling, ROPE_SCALING_CHECKS.get(rope_scaling_type(scaling), {}), f"{source}: {key}")
-    contradiction = next(_contradictions(config), None)
+    config = with_class_defaults(values)
+    check_fields(config, {key: CONFIG_CHECKS[key] for key in config if key != "model_type"}, source)
+    rope = rope_parameters(config)
+    check_fields(rope, ROPE_CHECKS, f"{source}: RoPE")
+    check_fields(rope, ROPE_SCALING_CHECKS.get(rope_scaling_type(rope), {}), f"{source}: RoPE")
+    contradiction = next(_contradictions(config, rope), None)
     if contradiction:
         raise UserError(f"{source}: {contradiction}")
 
 
-def _contradictions(config: Mapping) -> Iterator[str]:
-    model_type, depth = config["model_type"], config["num_hidden_layers"]
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    if heads % (config.get("num_key_value_heads") or heads):
+def _contradictions(config: Mapping, rope: Mapping) -> Iterator[str]:
+    depth, width, heads = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]
+    if heads % (config["num_key_value_heads"] or heads):
         yield "num_attention_heads is not a multiple of num_key_value_heads"
-    if not config.get("head_dim") and width % heads:
+    if not config["head_dim"] and width % heads:
         yield "hidden_size is not a multiple of num_attention_heads"
-    if (config.get("head_dim") or width // heads) % 2:
+    if (config["head_dim"] or width // heads) % 2:
         yield "the width of a head is odd, and rotary embeddings need pairs of channels"
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope_scaling_type(scaling) == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+    if rope_scaling_type(rope) == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         yield "low_freq_factor is not smaller than high_freq_factor"
     for key in ("layer_types", "no_rope_layers"):
         if config.get(key) and len(config[key]) != depth:
             yield f"{key} has {len(config[key])} entries for {depth} layers"
-    if model_type == "smollm3" and "no_rope_layers" not in config:
-        yield "no_rope_layers is missing"
-    if model_type == "mistral" and "sliding_window" not in config:
-        yield "sliding_window is missing"
-    if config.get("use_sliding_window") and model_type not in ("llama", "mistral"):
-        if not config.get("sliding_window"):
-            yield "use_sliding_window is set, but sliding_window is missing"
-        if not config.get("layer_types") and config.get("max_window_layers") is None:
-            yield "use_sliding_window is set, but layer_types and max_window_layers are missing"

@@ -6,6 +6,74 @@ from dataclasses import dataclass
 from nanoghost.errors import UserError
 from nanoghost.model.rope import ROPE_TYPES, rope_scaling_type
 
+SHARED_DEFAULTS = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "mlp_bias": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "partial_rotary_factor": None,
+    "quantization_config": None,
+}
+QWEN_DEFAULTS = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+CLASS_DEFAULTS = {
+    "llama": SHARED_DEFAULTS
+    | {
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+    },
+    "mistral": SHARED_DEFAULTS
+    | {
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "layer_types": None,
+    },
+    "qwen2": SHARED_DEFAULTS | QWEN_DEFAULTS,
+    "qwen3": SHARED_DEFAULTS | QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
+    "smollm3": SHARED_DEFAULTS
+    | {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "rope_theta": 2000000.0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "layer_types": None,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
+}
+"""model_type -> the keys of config.json that such a model has, with the values that Hugging Face's configuration class
+has for those that the file leaves out. A null in the file stays null: a flag that is not set, or the value follows from
+others."""
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -73,30 +141,30 @@ class LlamaConfig:
     @classmethod
     def from_json(cls, values: dict) -> "LlamaConfig":
         """From the content of Hugging Face's config.json. Raises UserError if llama.py lacks a part of the model."""
-        model_type, depth, heads = values["model_type"], values["num_hidden_layers"], values["num_attention_heads"]
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        _refuse_unsupported(values, rope_scaling_type(scaling))
-        # Despite its name, Hugging Face's no_rope_layers has a 1 for each layer with rotary embedding, 0 without
-        rope_flags = values.get("no_rope_layers") or ()
+        values = with_class_defaults(values)
+        _refuse_unsupported(values)
+        model_type, heads = values["model_type"], values["num_attention_heads"]
+        rope = rope_parameters(values)
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        attention_bias = bool(values.get("attention_bias"))
         return cls(
             vocab_size=values["vocab_size"],
             context=values["max_position_embeddings"],
-            depth=depth,
+            depth=values["num_hidden_layers"],
             width=values["hidden_size"],
             heads=heads,
-            key_value_heads=values.get("num_key_value_heads") or heads,
+            key_value_heads=values["num_key_value_heads"] or heads,
             mlp_width=values["intermediate_size"],
-            rope_base=float(values.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            rope_base=float(rope["rope_theta"]),
             norm_eps=values["rms_norm_eps"],
-            tied_embeddings=values.get("tie_word_embeddings", False),
+            tied_embeddings=bool(values["tie_word_embeddings"]),
             model_type=model_type,
-            head_width=values.get("head_dim") or values["hidden_size"] // heads,
-            qkv_bias=model_type == "qwen2" or bool(values.get("attention_bias")),
-            out_bias=model_type != "qwen2" and bool(values.get("attention_bias")),
+            head_width=values["head_dim"] or values["hidden_size"] // heads,
+            qkv_bias=model_type == "qwen2" or attention_bias,
+            out_bias=attention_bias,
             qk_norm=model_type == "qwen3",
-            sliding_windows=_sliding_windows(values, depth),
-            no_rope_layers=tuple(layer for layer, has_rope in enumerate(rope_flags) if not has_rope),
+            sliding_windows=_sliding_windows(values),
+            no_rope_layers=_no_rope_layers(values),
             rope_scaling=scaling if rope_scaling_type(scaling) != "default" else None,
         )
 
@@ -133,13 +201,45 @@ class LlamaConfig:
         return values
 
 
-def _refuse_unsupported(values: dict, rope_type: str) -> None:
+def with_class_defaults(values: dict) -> dict:
+    """The keys of a config.json that a model of its type has, each with a value."""
+    model_type = values["model_type"]
+    defaults = CLASS_DEFAULTS[model_type]
+    return {"model_type": model_type} | {key: values.get(key, default) for key, default in defaults.items()}
+
+
+def rope_parameters(values: dict) -> dict:
+    """The parameters of the rotary embedding, `rope_theta` among them; `values` are complete.
+
+    They stand in rope_scaling (transformers 4) or rope_parameters (5), there perhaps once for each type of layer. What
+    is missing there stands in the config itself.
+    """
+    parameters = values["rope_scaling"] or values["rope_parameters"] or {}
+    layer_types = {"sliding_attention" if window else "full_attention" for window in _sliding_windows(values) or (0,)}
+    by_layer_type = [parameters[kind] for kind in layer_types if isinstance(parameters.get(kind), dict)]
+    if by_layer_type:
+        parameters = by_layer_type[0]
+    if any(other != parameters for other in by_layer_type):
+        raise UserError(
+            f"this {values['model_type']} model has a rotary embedding for each type of layer, which nanoghost does not"
+            " support"
+        )
+    base = values["rope_theta"] or CLASS_DEFAULTS[values["model_type"]]["rope_theta"]
+    defaults = {"rope_theta": base, "partial_rotary_factor": values["partial_rotary_factor"] or 1.0}
+    if rope_scaling_type(parameters) in ("llama3", "yarn"):
+        defaults["original_max_position_embeddings"] = values["max_position_embeddings"]
+    return defaults | {key: value for key, value in parameters.items() if value is not None}
+
+
+def _refuse_unsupported(values: dict) -> None:
+    rope = rope_parameters(values)
+    rope_type = rope_scaling_type(rope)
     unsupported = {
-        f"the activation {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
-        "biases in the MLP": values.get("mlp_bias"),
+        f"the activation {values['hidden_act']}": values["hidden_act"] != "silu",
+        "biases in the MLP": values["mlp_bias"],
         f"RoPE scaling of type '{rope_type}'": rope_type not in ROPE_TYPES,
-        "rotary embeddings on a part of each head": (values.get("partial_rotary_factor") or 1.0) != 1.0,
-        "quantized weights": values.get("quantization_config"),
+        "rotary embeddings on a part of each head": rope["partial_rotary_factor"] != 1.0,
+        "quantized weights": values["quantization_config"],
     }
     reasons = [feature for feature, is_present in unsupported.items() if is_present]
     if reasons:
@@ -148,16 +248,32 @@ def _refuse_unsupported(values: dict, rope_type: str) -> None:
         )
 
 
-def _sliding_windows(values: dict, depth: int) -> tuple[int, ...]:
-    """Mistral has sliding windows in all layers, Qwen from layer max_window_layers on and only if asked for."""
-    window, model_type = values.get("sliding_window"), values["model_type"]
-    if not window or model_type == "llama":
+def _sliding_windows(values: dict) -> tuple[int, ...]:
+    """The window of each layer, empty if no layer has one.
+
+    Mistral has windows in all layers, Qwen from layer max_window_layers on, SmolLM3 where there is no rotary embedding;
+    the latter two only if use_sliding_window is set.
+    """
+    window, depth = values.get("sliding_window"), values["num_hidden_layers"]
+    is_mistral = values["model_type"] == "mistral"
+    if not window or not values.get("use_sliding_window", is_mistral):
         return ()
-    if model_type != "mistral" and not values.get("use_sliding_window"):
+    if values["layer_types"]:
+        layers = [layer for layer, kind in enumerate(values["layer_types"]) if kind == "sliding_attention"]
+    elif values["model_type"] == "smollm3":
+        layers = _no_rope_layers(values)
+    else:
+        layers = range(0 if is_mistral else values["max_window_layers"], depth)
+    return tuple(window if layer in layers else 0 for layer in range(depth)) if layers else ()
+
+
+def _no_rope_layers(values: dict) -> tuple[int, ...]:
+    """SmolLM3: every fourth layer, or another interval, unless the config lists them."""
+    interval = values.get("no_rope_layer_interval")
+    if not interval:
         return ()
-    layer_types = values.get("layer_types")
-    if layer_types:
-        return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
-    if model_type == "mistral":
-        return (window,) * depth
-    return tuple(window if layer >= values["max_window_layers"] else 0 for layer in range(depth))
+    # Despite its name, Hugging Face's no_rope_layers has a 1 for each layer with rotary embedding, 0 without.
+    flags = values["no_rope_layers"]
+    if flags:
+        return tuple(layer for layer, has_rope in enumerate(flags) if not has_rope)
+    return tuple(range(interval - 1, values["num_hidden_layers"], interval))

@@ -158,7 +158,8 @@ class Worker:
         prompt_chunks = None
         sequences = []
         if request.prompt_logprobs:
-            prompt_chunks = prompt_logprobs(engine.runner, prompt_ids, adapter, request.top_logprobs or 0)
+            top = request.top_logprobs or 0
+            prompt_chunks = prompt_logprobs(engine.runner, engine.tokenizer, prompt_ids, adapter, top)
         if request.sampling.max_tokens:
             sequences = engine.add(prompt_ids, request.sampling, request.num_samples, adapter=adapter)
         for sequence in sequences:
