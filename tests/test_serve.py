@@ -291,7 +291,7 @@ def test_echo_gives_the_log_probability_of_every_token(server, monkeypatch, tmp_
         assert logprobs == other["logprobs"]
         assert len(logprobs["tokens"]) == len(token_ids) + 1
         assert logprobs["token_logprobs"][0] is None
-        expected = [logprob for part in prompt_logprobs(engine.runner, token_ids, "", 1) for logprob in part]
+        expected = [logprob for part in prompt_logprobs(engine.runner, tokenizer, token_ids, "", 1) for logprob in part]
         assert logprobs["token_logprobs"][1:-1] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
         exact = model.logprobs(torch.tensor([token_ids[:-1]]), torch.tensor([token_ids[1:]]))[0].tolist()
         assert sum(logprobs["token_logprobs"][1:-1]) == pytest.approx(sum(exact), rel=0.1)
