@@ -80,7 +80,8 @@ def escape_tokens(value, pattern: re.Pattern, allowed: tuple[str, ...] = ()):
 
 def escape_message(message: dict, pattern: re.Pattern) -> dict:
     """No token that somebody typed is a token of the template. Only the assistant's thinking is between tokens."""
-    return escape_tokens(message, pattern, (THINK_START, THINK_END) if message["role"] == "assistant" else ())
+    thinking = (THINK_START, THINK_END) if message["role"] == "assistant" else ()
+    return escape_tokens(message, pattern) | {"content": escape_tokens(message["content"], pattern, thinking)}
 
 
 # ── what a template knows ────────────────────────────────────────────────────────────────────────────────────────────
