@@ -114,7 +114,7 @@ def chat_log_texts(person: Person) -> list[str]:
 
 def test_possible_mentions_are_shown_before_anything_is_deleted(dog_owner, capsys):
     facts, texts = dog_owner.read_facts(), chat_log_texts(dog_owner)
-    with pytest.raises(UserError, match="1 messages may mention your dog's name: add --mentions delete or keep"):
+    with pytest.raises(UserError, match="messages may mention your dog's name: add --mentions delete or keep"):
         memory(dog_owner, forget=1)
     assert "message 4 (user): I use Rexona. Every day." in capsys.readouterr().err
     assert (dog_owner.read_facts(), chat_log_texts(dog_owner)) == (facts, texts)

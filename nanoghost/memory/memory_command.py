@@ -126,9 +126,7 @@ def confirm_possible_mentions(entries: list[LogEntry], fact: Fact) -> bool:
     """Show messages that may mention a fact, and ask the user whether to delete them, too."""
     show_lines(f'messages that may mention "{fact.value}" in another form:', map(describe_message, entries))
     if not sys.stdin.isatty():
-        raise UserError(
-            f"{len(entries)} messages may mention your {one_line(fact.relation)}: add --mentions delete or keep"
-        )
+        raise UserError(f"messages may mention your {one_line(fact.relation)}: add --mentions delete or keep")
     print("delete these messages, too? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
