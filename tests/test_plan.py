@@ -162,6 +162,14 @@ def test_the_depth_depends_on_minutes_times_matmul_speed():
     assert depths[1] < depths[5] < depths[9]
 
 
+def test_a_peak_that_training_does_not_reach_does_not_count(monkeypatch):
+    """AMX measures several times what its training steps reach; the depth for it was too large."""
+    monkeypatch.setattr(hardware, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(hardware, "threads", lambda: 2)
+    assert usable_gflops_per_second(5000.0) == 760.0
+    assert usable_gflops_per_second(150.0) == 150.0
+
+
 def test_a_speedrun_chooses_its_depth_for_the_minutes_of_all_stages(nanoghost, toy_file, home, monkeypatch):
     monkeypatch.setattr(hardware, "matmul_gflops_per_second", lambda *_: 380.0)
     base = speedrun.stage_settings(speedrun.SpeedrunSettings())[0]

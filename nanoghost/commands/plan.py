@@ -22,7 +22,7 @@ from nanoghost.model.registry import config_for_depth, new_model
 from nanoghost.optim.collectives import communication_bytes
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import JsonFlag
-from nanoghost.train.hyperparameters import depth_for
+from nanoghost.train.hyperparameters import depth_for, usable_gflops_per_second
 
 DEPTHS = range(2, 41, 2)  # depths that --minutes on GPUs chooses from
 
@@ -212,7 +212,7 @@ def choose_model(settings: PlanSettings, cluster: Cluster, flops_per_second: flo
             if sized.flops_per_token * sized.training_tokens / flops_per_second <= settings.minutes * 60:
                 deepest = sized
         return deepest, f"the deepest that reaches {settings.tokens_per_parameter:g} tokens per matmul weight in time"
-    depth, reason = depth_for(settings.minutes, cluster.device.tflops * 1e3)
+    depth, reason = depth_for(settings.minutes, usable_gflops_per_second(cluster.device.tflops * 1e3))
     return sized_model(settings, cluster, depth), reason
 
 

@@ -28,14 +28,13 @@ from nanoghost.data.registry import open_data_source
 from nanoghost.data.sources import Source
 from nanoghost.data.tokenize_source import load_or_train_tokenizer, tokenize_source
 from nanoghost.errors import UserError
-from nanoghost.hardware import matmul_gflops_per_second
 from nanoghost.home import ModelFolder, home, read_json, write_json
 from nanoghost.model.registry import config_for_depth
 from nanoghost.optim.optimizer import Optimizer
 from nanoghost.progress import Display, JsonFlag
 from nanoghost.tasks.sft_mix import example_texts
 from nanoghost.train import pretrain
-from nanoghost.train.hyperparameters import depth_for, pretrain_groups
+from nanoghost.train.hyperparameters import depth_for, pretrain_groups, usable_gflops_per_second
 
 CONTEXT, BATCH = pretrain.PretrainSettings.context, pretrain.PretrainSettings.batch
 TOKENS_PER_STEP = CONTEXT * BATCH
@@ -164,7 +163,8 @@ def stored_gflops_per_second(folder: Path) -> float:
     """Matmul speed, measured once for this folder: with another measurement the dial's choice could change."""
     path = folder / "matmuls.json"
     if not path.exists():
-        write_json(path, {"gflops_per_second": matmul_gflops_per_second(hardware.compute_dtype(), 1.0)})
+        measured = hardware.matmul_gflops_per_second(hardware.compute_dtype(), 1.0)
+        write_json(path, {"gflops_per_second": usable_gflops_per_second(measured)})
     return read_json(path)["gflops_per_second"]
 
 

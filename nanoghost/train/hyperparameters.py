@@ -18,6 +18,13 @@ DEFAULT_DEPTH = 4
 MIN_MINUTES_TO_COMPILE = 15
 
 
+def usable_gflops_per_second(measured: float) -> float:
+    """The matmul throughput that training can use, of what was measured on this machine."""
+    if hardware.device().type == "cpu":
+        return min(measured, hardware.threads() * MAX_GFLOPS_PER_SECOND_PER_CORE)
+    return measured
+
+
 def depth_for(minutes: float | None, gflops_per_second: float = REFERENCE_GFLOPS_PER_SECOND) -> tuple[int, str]:
     """(depth, reason): the depth with the lowest loss after `minutes` of training at this matmul throughput."""
     if minutes is None:

@@ -25,7 +25,12 @@ from nanoghost.progress import Display
 from nanoghost.tasks.sft_mix import example_texts
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
-from nanoghost.train.hyperparameters import MAX_GFLOPS_PER_SECOND_PER_CORE, compile_decision, depth_for, pretrain_groups
+from nanoghost.train.hyperparameters import (
+    compile_decision,
+    depth_for,
+    pretrain_groups,
+    usable_gflops_per_second,
+)
 from nanoghost.train.run import Run, build_optimizer, check_same_run, print_results, start_run
 from nanoghost.train.settings import StageSettings, check_batch_is_divisible, check_settings
 
@@ -191,10 +196,8 @@ def choose_depth(settings: PretrainSettings, minutes: float | None) -> tuple[int
     if minutes is None:
         return depth_for(None)
     _, world_size = distributed.rank_and_world_size()
-    gflops_per_second = hardware.matmul_gflops_per_second(hardware.compute_dtype(), 0.3)
-    if hardware.device().type == "cpu":
-        gflops_per_second = min(gflops_per_second, hardware.threads() * MAX_GFLOPS_PER_SECOND_PER_CORE)
-    return depth_for(minutes, world_size * distributed.all_reduce_mean(gflops_per_second))
+    measured = hardware.matmul_gflops_per_second(hardware.compute_dtype(), 0.3)
+    return depth_for(minutes, world_size * distributed.all_reduce_mean(usable_gflops_per_second(measured)))
 
 
 def calibrated_steps(seconds: float, model, optimizer, batches, forward_backward) -> int:
