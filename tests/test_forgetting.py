@@ -8,14 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
-from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder, line_history
 from nanoghost.memory.answers import contains_values
 from nanoghost.memory.mentions import Mentions
 from nanoghost.memory.store import Person
-from nanoghost.serve.personal_chat import PersonalConversation
 from nanoghost.tools.text_forms import fold, whole_word
 from tests.support.people import make_fact, memory
 
@@ -146,13 +143,6 @@ def test_on_a_terminal_the_person_decides_about_possible_mentions(dog_owner, mon
     monkeypatch.setattr("sys.stdin", terminal)
     memory(dog_owner, forget=1)
     assert len(dog_owner.read_chat_log()) == number_left
-
-
-def test_lines_typed_in_a_personal_chat_are_in_the_folder_of_the_person(me, base):
-    ModelFolder("toy").write_card(ModelCard(name="toy", stage="adopt", arch="llama", finished=1.0))
-    conversation = PersonalConversation("me", False, "toy", SamplingParams(8), None)
-    assert conversation.line_history == me.line_history
-    assert me.path in me.line_history.parents
 
 
 def test_possible_mentions_can_be_deleted_too(dog_owner, capsys):

@@ -121,6 +121,12 @@ def test_general_questions_get_the_base_models_answer_and_see_no_facts(person_wi
     assert routed.answer(questions, contexts) == [with_context[0], base_answers[1]]
 
 
+def test_lines_typed_in_a_personal_chat_are_in_the_folder_of_the_person(person_with_adapter, home):
+    sampling = SamplingParams(max_tokens=8)
+    assert PersonalConversation("me", False, "toy", sampling, None).line_history.parent == person_with_adapter.path
+    assert Conversation("toy", sampling, None).line_history.parent == home
+
+
 def test_a_chat_is_routed_turn_by_turn(person_with_adapter, monkeypatch):
     monkeypatch.setattr(personal_routing, "load_router", lambda: SIMPLE_ROUTER)
     greedy = SamplingParams(max_tokens=8, temperature=0.0)
