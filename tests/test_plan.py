@@ -15,7 +15,7 @@ from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.optim.optimizer import Optimizer
-from nanoghost.train.hyperparameters import depth_for, pretrain_groups
+from nanoghost.train.hyperparameters import depth_for, pretrain_groups, usable_gflops_per_second
 from nanoghost.train.pretrain import accumulate_gradients
 
 GHOST = GhostConfig(vocab_size=640, context=96, depth=3, width=192)
