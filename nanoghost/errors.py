@@ -1,4 +1,4 @@
-"""The ordinary ways for a command to end early: a mistake of the user, and a request to stop (SIGINT or SIGTERM)."""
+"""The ordinary ways for a command to end early: an error that the user can fix, and a request to stop."""
 
 import os
 import select
@@ -11,7 +11,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class UserError(Exception):
-    """A mistake of the user: one line that names what is wrong and what to do. `cli.py` prints it and exits with 2."""
+    """An error that the user can fix: one line that says what is wrong and what to do. The exit code is 2."""
 
     def __str__(self):
         """The message without control characters, which text from a file might contain."""
@@ -39,7 +39,7 @@ class StopSignals:
         self.handled = 0  # number of signals that the main thread has handled
         self.read_end, self.write_end = os.pipe()
         os.set_blocking(self.write_end, False)
-        self.previous_handlers = {s: signal.signal(s, self.handle) for s in STOP_SIGNALS}
+        self.previous_handlers = {signum: signal.signal(signum, self.handle) for signum in STOP_SIGNALS}
         # Python's handler in C writes the number of each signal into the pipe at once, whatever the main thread does.
         self.previous_pipe = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
         threading.Thread(target=self.exit_if_unhandled, daemon=True).start()
@@ -48,9 +48,9 @@ class StopSignals:
     def __exit__(self, exception_type, *exception):
         signal.set_wakeup_fd(self.previous_pipe)
         interrupted = exception_type is not None and issubclass(exception_type, KeyboardInterrupt)
-        for s, handler in self.previous_handlers.items():
+        for signum, handler in self.previous_handlers.items():
             # The process ends now: a second Ctrl-C ends it at once, and raises nothing while Python shuts down.
-            signal.signal(s, signal.SIG_DFL if interrupted else handler)
+            signal.signal(signum, signal.SIG_DFL if interrupted else handler)
         os.close(self.write_end)  # ends the thread
 
     def handle(self, signum, frame):
@@ -108,7 +108,7 @@ class StopFlag:
         """From now on the first signal sets the flag, and says that the command stops after `work`."""
         self.work = work
         if not self.previous_handlers:
-            self.previous_handlers = {s: signal.signal(s, self.handle) for s in STOP_SIGNALS}
+            self.previous_handlers = {signum: signal.signal(signum, self.handle) for signum in STOP_SIGNALS}
 
     def handle(self, signum, frame):
         if self.requested:
@@ -118,8 +118,8 @@ class StopFlag:
 
     def stop_at_once(self) -> None:
         """From now on a signal ends the command at once."""
-        for s, handler in self.previous_handlers.items():
-            signal.signal(s, handler)
+        for signum, handler in self.previous_handlers.items():
+            signal.signal(signum, handler)
         self.previous_handlers = {}
 
     def __enter__(self):
