@@ -1,6 +1,9 @@
 """The tokenizer against the reference implementation, and properties that hold for any text."""
 
 import json
+import random
+import string
+import time
 from functools import cache
 
 import pytest
@@ -16,6 +19,7 @@ from nanoghost.commands.tokenizer import (
     train_command,
 )
 from nanoghost.errors import UserError
+from nanoghost.tokenizer import tokenizer as tokenizer_module
 from nanoghost.tokenizer.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 from tests.support.reference_bpe import (
     reference_decode,
@@ -26,6 +30,8 @@ from tests.support.reference_bpe import (
     reference_tokens,
     reference_train,
 )
+from tests.support.source_tree import ROOT
+from tests.support.toys import toy_text
 
 MIXED = [
     "O, that this too too solid flesh would melt,\nThaw and resolve itself into a dew!\n\n  'Tis 1601; we'll see.",
@@ -85,6 +91,59 @@ def test_words_equal_those_of_the_library_for_every_character():
     for i in range(0, len(codes), 1000):
         text = "".join(f"{c}{c}a1 {c}\n" for c in map(chr, codes[i : i + 1000]))
         assert reference_split(text) == [word.encode() for word, _ in split.pre_tokenize_str(text)]
+
+
+def in_pieces(text: str, length: int) -> list[str]:
+    return [text[i : i + length] for i in range(0, len(text), length)]
+
+
+@given(st.sampled_from("ab1= \n漢"), st.integers(1, 40), st.integers(300, 330))
+@settings(max_examples=50, deadline=None)
+def test_a_long_word_is_learned_in_pieces(character, length, vocab_size):
+    text = character * length
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "MAX_TRAINING_WORD", 8)
+        fast = Tokenizer.train([text, text], vocab_size)
+    assert library_merges(fast) == reference_train(in_pieces(text, 8) * 2, vocab_size)
+
+
+def test_the_vocabulary_of_ordinary_text_does_not_depend_on_the_length_of_pieces(monkeypatch):
+    """Invented English, mixed scripts, Python source, Markdown with tables and lines of symbols."""
+    sources = [path.read_text() for path in [*ROOT.glob("nanoghost/*/*.py"), *ROOT.glob("docs/*.md")]]
+    texts = [toy_text(), *MIXED, *sources]
+    fingerprint = Tokenizer.train(texts, 2000).fingerprint
+    monkeypatch.setattr(tokenizer_module, "MAX_TRAINING_WORD", 10**9)
+    assert Tokenizer.train(texts, 2000).fingerprint == fingerprint
+
+
+def random_text(characters: str, length: int) -> str:
+    return "".join(random.Random(0).choices(characters, k=length))
+
+
+LONG_WORDS = {
+    "one letter": "a" * 200_000,
+    "two letters": random_text("ab", 200_000),
+    "Chinese without punctuation": random_text("".join(map(chr, range(0x4E00, 0x4E00 + 3000))), 200_000),
+    "line ends": "\n" * 2_000_000,
+    "blanks": " " * 2_000_000,
+    "tabs and blanks": random_text(" \t", 400_000),
+    "base64": random_text(string.ascii_letters + string.digits + "+/", 1_000_000),
+    "digits": random_text(string.digits, 1_000_000),
+    "symbols": random_text(string.punctuation, 1_000_000),
+}
+
+
+@pytest.mark.parametrize("kind", LONG_WORDS)
+def test_text_without_spaces_is_learned_and_encoded_in_seconds(kind):
+    """The time once grew with the square of the length: 25 s for the first, more than minutes for others."""
+    text = LONG_WORDS[kind]
+    start = time.process_time()
+    tokenizer = Tokenizer.train([text], 4096)
+    ids = tokenizer.encode(text)
+    assert time.process_time() - start < 30
+    assert tokenizer.decode(ids) == text
+    elsewhere = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    assert elsewhere.encode(text).ids == ids
 
 
 @given(ANY_TEXT)
