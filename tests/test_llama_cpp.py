@@ -139,6 +139,8 @@ def test_llama_cpp_computes_the_same_logits_from_an_export(nanoghost, folder, tm
     assert relative_error(llama_cpp_logits(llama, ids), our_logits(model, ids)) <= tolerance
     assert llama.metadata["tokenizer.chat_template"]
     assert llama.token_eos() in tokenizer.stop_ids
+    vocabulary = llama_cpp.llama_model_get_vocab(llama.model)
+    assert all(llama_cpp.llama_vocab_is_eog(vocabulary, token_id) for token_id in tokenizer.stop_ids)
     if quant == "f32":
         assert_same_greedy_tokens(llama, model, ids, 100, 1e-4)
 
