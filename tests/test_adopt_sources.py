@@ -270,6 +270,8 @@ def test_a_snapshot_in_the_cache_of_the_hub_is_adopted_under_its_name(nanoghost,
     assert json.loads(out)["name"] == "tiny-1b"
     assert ModelFolder("tiny-1b").card.data[0]["name"] == "Tiny-1B"
     assert not any(path.is_symlink() for path in ModelFolder("tiny-1b").path.iterdir())
+    (snapshot / "model.safetensors").resolve().unlink()
+    assert f"{snapshot / 'model.safetensors'}" in adopt_error(nanoghost, snapshot)
 
 
 @pytest.mark.parametrize("name", ["-", "模型", "a" * 65, "a/b", ".x", ""])

@@ -49,12 +49,11 @@ def import_gguf(path: Path, target: Path) -> dict:
         weights[name] = torch.from_numpy(values if values.flags.writeable else values.copy())
     safetensors.torch.save_file(weights, target / "model.safetensors", {"format": "pt"})
     copy_license_files(path.parent, target)
-    copy_license_files(
-        path.parent, target, strip_prefix=f"{gguf_stem(path)}."
-    )  # the names that `nanoghost export` writes
+    name = gguf_stem(path)
+    copy_license_files(path.parent, target, strip_prefix=f"{name}.")  # the names that `nanoghost export` writes
     stored_types = sorted({info.type.name for info in gguf.tensors.values()})
     return {
-        "name": field("general.name", gguf_stem(path)),
+        "name": field("general.name", name),
         "license": field("general.license", "unknown"),
         "attribution": f"{field('general.organization', 'unknown author')}; read from {gguf.path.name}",
         "changes": f"weights decoded from {', '.join(stored_types)} to fp32; tokenizer converted to tokenizer.json",

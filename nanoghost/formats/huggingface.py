@@ -98,8 +98,9 @@ def check_folder(source: Path) -> None:
             f"{source} has its weights in {pickles[0]}, a pickle, which could run any program: nanoghost reads"
             " model.safetensors"
         )
-    for path in (source / name for name in names if name.endswith((".json", ".jinja", ".safetensors"))):
-        check_content(path)
+    for name in names:
+        if name.endswith((".json", ".jinja", ".safetensors")) and (source / name).is_file():
+            check_content(source / name)
 
 
 def read_text_file(path: Path) -> str:

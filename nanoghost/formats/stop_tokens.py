@@ -20,4 +20,5 @@ def ids_after_answer(tokenizer: Tokenizer) -> set[int]:
     answer_starts = (i for i in reversed(range(len(ids))) if ANSWER in tokenizer.decode(ids[i:]))
     answer_start = next(answer_starts, len(ids))
     template_ids = set(tokenizer.template_tokens.values())
-    return {*[token_id for token_id in ids[answer_start:] if token_id in template_ids][:1]}
+    first = next((token_id for token_id in ids[answer_start:] if token_id in template_ids), None)
+    return set() if first is None else {first}
