@@ -156,8 +156,8 @@ class ModelFolder:
     def __init__(self, name: str):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[A-Za-z0-9][A-Za-z0-9._-]{0,63})?", name):
             raise UserError(
-                f"'{name}' is not a model name: use letters from a to z, digits, '.', '_' and '-', a letter or digit first,"
-                " at most 64 characters"
+                f"'{name}' is not a model name: use letters from a to z, digits, '.', '_' and '-', a letter or digit"
+                " first, at most 64 characters"
             )
         self.name = name
         self.base = name.partition("@")[0]
