@@ -124,18 +124,18 @@ def length(messages):
 def test_the_oldest_turns_are_dropped_first():
     turns = [turn(f"{i}?", f"{i}!") for i in range(6)]
     newest = SYSTEM + turns[4] + turns[5]
-    (example,), left_out = tokenize_conversations([SYSTEM + sum(turns, [])], toy(), length(newest) + 3)
+    (example,), dropped = tokenize_conversations([SYSTEM + sum(turns, [])], toy(), length(newest) + 3)
     assert (example.ids, example.loss_mask) == render(newest, toy())
-    assert left_out == []
+    assert dropped == []
 
 
 def test_a_last_turn_that_is_too_long_is_cut_and_its_stop_token_is_not_learned():
     answer = "The king sees the sword. " * 20
     conversation = turn("x", "y") + turn("king?", answer)
-    (example,), left_out = tokenize_conversations([conversation], toy(), 40)
+    (example,), dropped = tokenize_conversations([conversation], toy(), 40)
     ids, loss_mask = render(turn("king?", answer), toy())
     assert (example.ids, example.loss_mask) == (ids[:40], loss_mask[:40])
-    assert left_out == []
+    assert dropped == []
     in_loss = [i for i, in_loss in zip(example.ids, example.loss_mask) if in_loss]
     assert answer.startswith(toy().decode(in_loss, skip_special=False)), "the answer, without a stop token"
 
@@ -143,9 +143,9 @@ def test_a_last_turn_that_is_too_long_is_cut_and_its_stop_token_is_not_learned()
 def test_conversations_without_an_answer_within_the_context_are_dropped_and_counted():
     long_question = turn("king " * 50, "Yes.")
     unanswered = turn("a", "b")[:1]
-    (example,), left_out = tokenize_conversations([long_question, turn("a", "b"), unanswered], toy(), 40)
+    (example,), dropped = tokenize_conversations([long_question, turn("a", "b"), unanswered], toy(), 40)
     assert (example.ids, example.loss_mask) == render(turn("a", "b"), toy())
-    assert left_out == [
+    assert dropped == [
         "a built-in conversation: no answer within a context of 40 tokens",
         "a built-in conversation: it has no assistant message",
     ]
@@ -169,9 +169,9 @@ def test_every_row_has_a_token_in_the_loss_whatever_the_conversations(conversati
         with pytest.raises(UserError):
             tokenize_conversations(conversations, toy(), context)
         return
-    examples, left_out = tokenize_conversations(conversations, toy(), context)
+    examples, dropped = tokenize_conversations(conversations, toy(), context)
     assert len(examples) == sum(learnable)
-    assert len(left_out) == len(conversations) - sum(learnable)
+    assert len(dropped) == len(conversations) - sum(learnable)
     batches = PackedBatches(examples, context, 3, 0)
     for step in range(4):
         _, _, weights, _ = batches.at(step)

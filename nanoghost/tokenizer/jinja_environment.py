@@ -1,4 +1,4 @@
-"""The environment in which chat templates run: what transformers gives them (its utils/chat_template_utils.py).
+"""The environment in which chat templates run: that of transformers (its utils/chat_template_utils.py).
 
 Templates paste messages into one string, in which the text of a user looks the same as a token of the template. Three
 noncharacters of Unicode, which are in no text, mark what must stay visible in the result: ESCAPE in tokens that were

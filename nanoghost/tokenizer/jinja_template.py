@@ -92,7 +92,7 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class Program:
-    """A template with all that it is given beside the messages."""
+    """A template with everything that it is given apart from the messages."""
 
     source: str
     tools: list[dict] | None

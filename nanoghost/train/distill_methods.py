@@ -23,7 +23,7 @@ from nanoghost.train.packing import (
     collate,
     name_of,
     pack,
-    report_left_out,
+    report_dropped,
     tokenize_conversations,
 )
 from nanoghost.train.run import Run
@@ -63,20 +63,20 @@ def sample_conversations(settings, conversations: list[list[dict]], root: ModelC
 
 def prompts_of(conversations: list[list[dict]], tokenizer, display: Display) -> list[list[dict]]:
     """Each conversation up to its last user message. Names those that have none, or that the chat template rejects."""
-    prompts, left_out = [], []
+    prompts, dropped = [], []
     for messages in conversations:
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
         if last < 0:
-            left_out.append(f"{name_of(messages)}: it has no user message to answer")
+            dropped.append(f"{name_of(messages)}: it has no user message to answer")
             continue
         try:
             render(messages[: last + 1], tokenizer, add_generation_prompt=True)
             prompts.append(messages[: last + 1])
         except UserError as error:
-            left_out.append(f"{name_of(messages)}: {error}")
-    report_left_out(left_out, len(conversations), display)
+            dropped.append(f"{name_of(messages)}: {error}")
+    report_dropped(dropped, len(conversations), display)
     if not prompts:
-        raise UserError("no conversation has a user message to answer" + "".join(f"; {line}" for line in left_out[:1]))
+        raise UserError("no conversation has a user message to answer" + "".join(f"; {line}" for line in dropped[:1]))
     return prompts
 
 
@@ -89,8 +89,8 @@ class SequenceDistillation:
     def __init__(self, settings, conversations, tokenizer, context: int, teacher: Teacher, run: Run):
         prompts = prompts_of(conversations, teacher.tokenizer, run.display)
         answered = teacher_answers(settings, prompts, teacher, run)
-        examples, left_out = tokenize_conversations(answered, tokenizer, context)
-        report_left_out(left_out, len(answered), run.display)
+        examples, dropped = tokenize_conversations(answered, tokenizer, context)
+        report_dropped(dropped, len(answered), run.display)
         self.tokens_per_step = settings.batch * context
         self.batches = PackedBatches(
             examples, context, settings.batch, settings.seed, *distributed.rank_and_world_size()
@@ -106,8 +106,8 @@ class TokenDistillation:
     def __init__(self, settings, examples, tokenizer, context: int, teacher: Teacher, run: Run):
         if not isinstance(examples[0], TokenizedExample):
             conversations = examples
-            examples, left_out = tokenize_conversations(conversations, tokenizer, context)
-            report_left_out(left_out, len(conversations), run.display)
+            examples, dropped = tokenize_conversations(conversations, tokenizer, context)
+            report_dropped(dropped, len(conversations), run.display)
         self.examples, self.context, self.settings = examples, context, settings
         self.targets = teacher_probabilities(settings, examples, context, tokenizer.vocab_size, teacher, run)
         self.batches = PackedBatches(

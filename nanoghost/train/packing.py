@@ -36,25 +36,25 @@ def tokenize_conversations(
     turn is cut off, and with it the stop token. A conversation is left out if then no token is in the loss, so that no
     row consists of padding, and if the model's chat template rejects it, as the server would.
     """
-    examples, left_out = [], []
+    examples, dropped = [], []
     for messages in conversations:
         try:
             example = tokenize_conversation(messages, tokenizer, context)
         except UserError as error:
-            left_out.append(f"{name_of(messages)}: {error}")
+            dropped.append(f"{name_of(messages)}: {error}")
             continue
         if any(example.loss_mask[1:context]):
             examples.append(TokenizedExample(example.ids[:context], example.loss_mask[:context]))
         elif any(example.loss_mask):
-            left_out.append(f"{name_of(messages)}: no answer within a context of {context} tokens")
+            dropped.append(f"{name_of(messages)}: no answer within a context of {context} tokens")
         elif any(message["role"] == "assistant" for message in messages):
-            left_out.append(f"{name_of(messages)}: the model's chat template does not write its answers as they are")
+            dropped.append(f"{name_of(messages)}: the model's chat template does not write its answers as they are")
         else:
-            left_out.append(f"{name_of(messages)}: it has no assistant message")
+            dropped.append(f"{name_of(messages)}: it has no assistant message")
     if not examples:
-        example = "".join(f"; {line}" for line in left_out[:1])
+        example = "".join(f"; {line}" for line in dropped[:1])
         raise UserError(f"none of the {len(conversations)} conversations has an answer to learn{example}")
-    return examples, left_out
+    return examples, dropped
 
 
 def tokenize_conversation(messages: list[dict], tokenizer, context: int) -> TokenizedExample:
@@ -70,15 +70,15 @@ def name_of(messages: list[dict]) -> str:
     return getattr(messages, "where", "a built-in conversation")
 
 
-def report_left_out(left_out: list[str], num_conversations: int, display: Display) -> None:
+def report_dropped(dropped: list[str], num_conversations: int, display: Display) -> None:
     """Name the first of the conversations that are left out."""
-    if not left_out:
+    if not dropped:
         return
-    display.print(f"{len(left_out)} of {num_conversations} conversations are left out:")
-    for line in left_out[:MAX_LINES]:
+    display.print(f"{len(dropped)} of {num_conversations} conversations are left out:")
+    for line in dropped[:MAX_LINES]:
         display.print(f"  {line}")
-    if len(left_out) > MAX_LINES:
-        display.print(f"  and {len(left_out) - MAX_LINES} more")
+    if len(dropped) > MAX_LINES:
+        display.print(f"  and {len(dropped) - MAX_LINES} more")
 
 
 def pack(lengths: list[int], capacity: int, order: Iterable[int], max_open_rows: int = 32) -> list[list[int]]:
