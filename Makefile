@@ -25,9 +25,10 @@ test: .venv/installed  ## run the tests
 	$(BIN)/ruff format --quiet --check nanoghost tests
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
-parity: .venv/installed  ## compare with transformers, peft and llama.cpp (installs them; compiles llama.cpp: minutes)
+parity: .venv/installed  ## compare with transformers, peft and llama.cpp (installs them, compiles llama.cpp, fetches a vocabulary: minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[parity]'
-	$(BIN)/python -m pytest -q -rs tests/test_parity.py tests/test_config_defaults.py tests/test_llama_cpp.py tests/test_model.py tests/test_lora.py
+	$(BIN)/python -m tests.support.qwen_vocabulary
+	$(BIN)/python -m pytest -q -rs tests/test_parity.py tests/test_parity_prompts.py tests/test_config_defaults.py tests/test_llama_cpp.py tests/test_model.py tests/test_lora.py
 
 soak: .venv/installed  ## kill a toy run 200 times and check that nothing is lost (minutes)
 	$(BIN)/python -m tests.support.soak 200

@@ -205,7 +205,7 @@ def for_transformers(messages: list[dict]) -> list[dict]:
     """The messages as its users hand them over: text as content, arguments as objects."""
     converted = []
     for message in messages:
-        message = dict(message)
+        message = message | {"content": message["content"] or ""}
         if isinstance(message["content"], list):
             message["content"] = "".join(part["text"] for part in message["content"])
         calls = message.get("tool_calls", ())
@@ -220,7 +220,7 @@ def with_calls_as_text(messages: list[dict]) -> list[dict]:
     """Messages of `for_transformers` for a template that knows no tools."""
     converted = []
     for message in messages:
-        text = message["content"] or ""
+        text = message["content"]
         for call in message.get("tool_calls", ()):
             text += f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
         if message["role"] == "tool":
