@@ -84,11 +84,12 @@ class ModelRegistry:
     def models(self) -> dict[str, ModelInfo]:
         """All finished models by name, the one finished last first."""
         if time.monotonic() - self._read_time >= REFRESH_SECONDS:
-            self._models = {}
+            models = {}
             for name in model_names():
                 info = self._read_or_report(name)
                 if info:
-                    self._models[name] = info
+                    models[name] = info
+            self._models = models  # only now: other threads read the list in the meantime
             self._read_time = time.monotonic()
         return self._models
 
