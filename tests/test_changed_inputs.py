@@ -106,6 +106,22 @@ def test_a_run_whose_inputs_have_changed_stops_and_names_them(
     assert nanoghost(*command, "--force")[0] == 0
 
 
+@pytest.mark.parametrize("stage", ["sft", "distill", "rl"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_mistake_in_the_data_leaves_everything_as_it_was(nanoghost, workplace, home, stage, exists):
+    """With --force, too: a finished model was deleted before its new data turned out to be useless."""
+    force = ()
+    if exists:
+        assert nanoghost(stage, *STAGES[stage], "--name", "new")[0] == 0
+        force = ("--force",)
+    before = contents(home / "models")
+    question = {"role": "user", "content": "king?"}
+    (workplace / "chats.jsonl").write_text(json.dumps({"messages": [question]}) + "\n")
+    code, _, error = nanoghost(stage, *STAGES[stage], "--name", "new", *force)
+    assert code == 2, error
+    assert contents(home / "models") == before
+
+
 def test_a_run_resumes_when_the_old_text_is_back(nanoghost, workplace, monkeypatch):
     command = ("pretrain", "--name", "new", *STAGES["pretrain"])
     interrupted(nanoghost, monkeypatch, *command)

@@ -294,6 +294,8 @@ def test_tool_calls_in_sharegpt_form_become_openai_calls(tmp_path, several):
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "message 1: role 'narrator' must be one of"),
         ({"conversations": [{"from": ["x"], "value": "x"}]}, "message 1: role None must be one of"),
         ({"conversations": [*SHAREGPT, {"from": "function_call", "value": "add(1)"}]}, "message 3: a call must be"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "message 1 has 'weight' 0"),
+        ({"prompt": "a", "completion": "b", "label": False}, "'label' is false"),
         ({"conversations": [{"from": "function_call", "value": '"x"'}]}, "message 1: 'tool_calls' must be a list of"),
         ({"conversations": [{"from": "function_call", "value": r'{"name": "\ud83d"}'}]}, "message 1: .*surrogate"),
         ({"instruction": 7, "output": "x"}, "'instruction' is 7, not a string"),
@@ -309,6 +311,14 @@ def test_errors_in_other_forms_name_file_and_line(tmp_path, row, message):
 
 
 # ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_call_in_the_older_form_of_openai_is_a_tool_call(tmp_path):
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    row = {"messages": [{"role": "assistant", "content": "", "function_call": call}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    [[message]] = load_conversations(tmp_path / "a.jsonl")
+    assert message["tool_calls"] == [{"function": call}]
 
 
 def test_links_in_a_folder_are_followed_once_and_what_is_skipped_is_named(tmp_path, capsys):
@@ -377,3 +387,18 @@ def test_documents_to_search_may_be_utf_16_and_what_is_skipped_is_named(tmp_path
         f"{notes}: skipped 1 hidden (.git), 1 behind links (link), 1 of other kinds (program.py),"
         " 2 without text (binary.txt, unmarked.md)\n"
     )
+
+
+def test_a_pipe_is_refused_where_a_file_is_expected(tmp_path):
+    """Opening it would wait for a writer forever."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="no readable text"):
+        open_data_source(str(tmp_path / "pipe.txt"))
+
+
+def test_an_empty_data_name_does_not_mean_the_current_folder(tmp_path, monkeypatch):
+    """Such as --data "$TEXT" with an unset variable."""
+    (tmp_path / "a.txt").write_text("Some text.")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--data is empty"):
+        open_data_source("")

@@ -95,6 +95,7 @@ def test_pretraining_on_a_mixture_stores_it_in_the_card(tmp_path, nanoghost, hom
         ("{a}=1", "is not a mixture: name two or more"),
         ("{a}=1,{a}=2", "is not a mixture: name two or more different"),
         ("{a}=1,{b}=0.0001", "at least a thousandth"),
+        ("{a}=0,{b}=0", "at least a thousandth"),
         ("{a}=1,nowhere=1", "no data called 'nowhere'"),
     ],
 )

@@ -5,6 +5,7 @@ rarer tokens and a larger output layer. Whether that pays is visible only in a m
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,8 @@ class TokenizerEvalSettings(JsonFlag):
 
 def tokenizer_folder(name: str) -> Path:
     """Folder of the tokenizer with that name. Raises UserError if the name is a path."""
-    if Path(name).name != name:
-        raise UserError(f"'{name}' is not a tokenizer name: it must not contain '/'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise UserError(f"'{name}' is not a tokenizer name: use letters from a to z, digits, '.', '_' and '-'")
     return home() / "data" / "tokenizers" / name
 
 

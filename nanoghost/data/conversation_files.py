@@ -43,6 +43,8 @@ def messages_of(row: Row, file: Path) -> list:
         raise UserError(f"{row.where}: expected an object with 'messages' (or {OTHER_FORMS}){keys}")
     if name != "messages" or file.suffix != ".jsonl":
         note(f"{file}: read as conversations of the form {name}")
+    if row.value.get("label") is False:
+        raise UserError(f"{row.where}: 'label' is false: every answer is learned, so remove those that must not be")
     for key in ("tools", "history"):
         if row.value.get(key):
             note(f"{file}: '{key}' is not read")
@@ -97,7 +99,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], list]]] = {
 
 OTHER_FORMS = ", or ".join(" and ".join(map(repr, keys)) for keys, _ in list(FORMS.values())[1:])
 COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "output")
-COLUMNS += ("system", "input", "history", "chosen", "tools")
+COLUMNS += ("system", "input", "history", "chosen", "label", "tools")
 
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -44,6 +44,10 @@ def check_message(message, where: str) -> dict:
     if not isinstance(message, dict):
         raise UserError(f"{where} is not an object")
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if calls is None and message.get("function_call"):  # OpenAI's older form of a tool call
+        calls = [{"function": message["function_call"]}]
+    if role == "assistant" and message.get("weight") == 0:
+        raise UserError(f"{where} has 'weight' 0: every answer is learned, so remove those that must not be")
     if role not in ROLES:
         raise UserError(f"{where}: role {role!r:.40} must be one of {', '.join(ROLES)}")
     if isinstance(content, list) and all(map(is_text_part, content)):

@@ -38,7 +38,7 @@ def open_local(path: Path) -> Source:
 def text_files(path: Path) -> dict[str, Path]:
     """{name: file}; the names are relative to the folder."""
     if not path.is_dir():
-        return {path.name: path} if text_suffix(path.name) in ALL_SUFFIXES else {}
+        return {path.name: path} if path.is_file() and text_suffix(path.name) in ALL_SUFFIXES else {}
     files, skipped = list_folder(path)
     note_skipped(path, skipped)
     return dict(sorted(files.items()))

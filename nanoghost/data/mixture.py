@@ -26,7 +26,7 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
     weights = [weight for _, weight in parts]
     if len(parts) < 2 or len(names) < len(parts):
         raise UserError(f"'{spec}' is not a mixture: name two or more different sources, as in plays=0.7,./notes=0.3")
-    if min(weights) * BLOCK < sum(weights):
+    if not min(weights) * BLOCK >= sum(weights) > 0:
         raise UserError(f"'{spec}': every weight must be at least a thousandth of their sum")
     return parts
 

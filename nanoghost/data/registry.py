@@ -27,6 +27,8 @@ ACCEPTED = (
 
 def open_data_source(spec: str) -> Source:
     """The source that `spec` names. Raises UserError if it is missing, empty or unknown."""
+    if not spec:
+        raise UserError(f"--data is empty: it can be {ACCEPTED}")
     if spec == "plays":
         return open_plays(fetch_plays())
     path = Path(spec).expanduser()

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from nanoghost import distributed, hardware
 from nanoghost.errors import StopFlag, Stopped, UserError
@@ -19,7 +20,7 @@ from nanoghost.evals.report import print_report
 from nanoghost.formats.licenses import copy_license_files
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model, save_model
-from nanoghost.home import ModelFolder, open_model, write_lock
+from nanoghost.home import ModelFolder, home, open_model, write_lock
 from nanoghost.model import lora
 from nanoghost.optim.fsdp import full_model, shard_model
 from nanoghost.optim.optimizer import Optimizer
@@ -72,6 +73,8 @@ class Run:
         self.card = replace(self.card, **values)
         if self.is_main_process:
             self.folder.write_card(self.card)
+            if self.card.steps is not None:  # from here on the new model replaces the old one
+                shutil.rmtree(backup_path(self.folder), ignore_errors=True)
 
     def save_model(self, model, tokenizer) -> None:
         """Write the model. If its weights are sharded over the processes (FSDP), they are gathered first."""
@@ -101,7 +104,8 @@ def start_run(stage: str, settings: StageSettings, display, inputs: dict[str, st
     """Yield a Run for the new model `settings.name`, or None if it is already finished with the same settings.
 
     `inputs`: fingerprints of what the stage learns from (the parent's is added here). An unfinished folder with the
-    same settings and inputs is resumed; others raise UserError.
+    same settings and inputs is resumed; others raise UserError. A UserError before the number of steps is known (no
+    conversation can be learned, for example) leaves everything as it was before the command.
     """
     folder = ModelFolder(settings.name)
     if "@" in folder.name and not (parent and parent.base == folder.base and ("@" in parent.name or settings.lora)):
@@ -117,7 +121,12 @@ def start_run(stage: str, settings: StageSettings, display, inputs: dict[str, st
             display.print(f"{folder.name} is finished; --force trains it again")
             yield None
             return
-        yield run
+        try:
+            yield run
+        except UserError:
+            if is_main_process and run.card.steps is None and not restarts_are_possible():
+                undo(folder)
+            raise
         # The next stage reads what the main process has written, and must not start if a stop was requested at the end.
         if distributed.all_reduce_mean(stop_flag.requested) > 0:
             raise Stopped
@@ -131,7 +140,7 @@ def prepare_folder(
         inputs = inputs | {"parent": parent.fingerprint}
     check_same_run(stage, settings, inputs, parent)
     if folder.exists and settings.force and not restarted_by_torchrun():
-        clear(folder)
+        set_aside(folder)
     if folder.exists:
         return
     if parent:
@@ -140,6 +149,11 @@ def prepare_folder(
             copy_license_files(parent.path, folder.path)
     card = new_card(folder.name, stage, relevant_settings(settings, parent), parent.card if parent else None)
     folder.write_card(replace(card, inputs=inputs))
+
+
+def restarts_are_possible() -> bool:
+    """Whether torchrun started this process. A restarted process must find the folder of the process before."""
+    return "TORCHELASTIC_RESTART_COUNT" in os.environ
 
 
 def restarted_by_torchrun() -> bool:
@@ -181,13 +195,38 @@ def check_same_run(
         )
 
 
-def clear(folder: ModelFolder) -> None:
-    """Remove everything but the lock, which this process holds."""
+def backup_path(folder: ModelFolder) -> Path:
+    return home() / "replaced" / folder.name
+
+
+def set_aside(folder: ModelFolder) -> None:
+    """Move the files of the model that --force replaces to the backup folder."""
+    backup = backup_path(folder)
+    shutil.rmtree(backup, ignore_errors=True)
+    backup.mkdir(parents=True)
+    move_files(folder.path, backup)
+
+
+def undo(folder: ModelFolder) -> None:
+    """Remove the new model, and bring back the one that it was to replace."""
+    backup = backup_path(folder)
     for path in folder.path.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != ".lock":
+        elif path.name != ".lock" or not backup.exists():
             path.unlink()
+    if backup.exists():
+        move_files(backup, folder.path)
+        backup.rmdir()
+    else:
+        folder.path.rmdir()
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move everything but the lock, which this process holds."""
+    for path in source.iterdir():
+        if path.name != ".lock":
+            path.rename(target / path.name)
 
 
 def new_card(name: str, stage: str, settings: dict, parent: ModelCard | None) -> ModelCard:
