@@ -354,6 +354,7 @@ def run(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. A UserError is one line on standard error and exit code 2; NANOGHOST_DEBUG=1 shows tracebacks."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    prepare_terminal()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return
@@ -378,6 +379,14 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         fail("stopped", 130)
+
+
+def prepare_terminal() -> None:
+    """Characters that the terminal's encoding lacks become "?", and NO_COLOR stands for no escape codes at all."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    if os.environ.get("NO_COLOR"):
+        os.environ["TERM"] = "dumb"  # what rich and we respect; NO_COLOR alone leaves rich its bold text
 
 
 def fail(message: str, exit_code: int) -> None:

@@ -21,6 +21,7 @@ class TimeoutProtocol(H11Protocol):
     max_connections = MAX_CONNECTIONS
     header_timer: asyncio.TimerHandle | None = None
     stall_timer: asyncio.TimerHandle | None = None
+    close_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport) -> None:
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
@@ -45,7 +46,7 @@ class TimeoutProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():  # it closes once everything is sent, but the client may never read it
-            self.loop.call_later(self.stall_timeout, self.transport.abort)
+            self.close_timer = self.loop.call_later(self.stall_timeout, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -67,6 +68,8 @@ class TimeoutProtocol(H11Protocol):
     def connection_lost(self, exc) -> None:
         self.stop_header_timer()
         self.stop_stall_timer()
+        if self.close_timer:  # a transport that is closed already cannot be aborted
+            self.close_timer.cancel()
         super().connection_lost(exc)
 
     def start_header_timer(self) -> None:

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 
 from nanoghost.errors import UserError
 from nanoghost.serve.client import EngineRejected, EngineStopped, QueueFull
+from nanoghost.serve.validation_messages import explain
 
 RETRY_SECONDS = 2  # value of the Retry-After header
 RETRY_AFTER = {"retry-after": str(RETRY_SECONDS)}
@@ -68,12 +69,9 @@ def response_for_exception(error: Exception) -> Response:
 
 
 def validation_error_response(error: RequestValidationError) -> Response:
-    """Only the first error: OpenAI's form has room for one."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return error_response(400, "the body is not valid JSON", code=first["type"])
-    location = ".".join(str(part) for part in first["loc"][1:] if part != "body")
-    message = first["msg"].removeprefix("Value error, ")
-    if location:
-        message = f"{location}: {message}"
-    return error_response(400, message, location or None, first["type"])
+    """Only one error: OpenAI's form has room for one."""
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        return error_response(400, "the body is not valid JSON", code="json_invalid")
+    message, location = explain(errors, error.body)
+    return error_response(400, message, location, "invalid_value")

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 
 from nanoghost.serve.client import QueueFull
 from nanoghost.serve.http_errors import json_response
+from nanoghost.serve.model_registry import ModelInfo
 from nanoghost.serve.openai_responses import ChatResponse, CompletionResponse, model_entry
 from nanoghost.serve.openapi import JsonObject, error_responses
 from nanoghost.serve.request_parsing import find_model, parse_chat_request, parse_completion_request
@@ -19,13 +20,21 @@ router = APIRouter()
 
 @router.get("/v1/models", response_model=None, responses=error_responses())
 async def models(service: ServiceDependency) -> JsonObject:
-    infos = service.registry.models().values()
-    entries = []
-    for info in infos:
-        names = [other.name for other in infos if other.base == info.name and other.name != info.name]
-        adapters = [name.partition("@")[2] for name in names]  # BASE@ADAPTER
-        entries.append(model_entry(info, adapters))
+    infos = service.registry.models()
+    entries = [model_entry(info, adapters_of(name, infos)) for name, info in infos.items()]
     return json_response({"object": "list", "data": entries})
+
+
+@router.get("/v1/models/{name:path}", response_model=None, responses=error_responses(404))
+async def model(name: str, service: ServiceDependency) -> JsonObject:
+    info = find_model(service.registry, name)
+    return json_response(model_entry(info, adapters_of(name, service.registry.models())))
+
+
+def adapters_of(name: str, infos: dict[str, ModelInfo]) -> list[str]:
+    """Names of a model's adapters, without that of the model."""
+    names = [other.name for other in infos.values() if other.base == name and other.name != name]
+    return [adapter.partition("@")[2] for adapter in names]
 
 
 @router.post("/v1/chat/completions", response_model=None, responses=error_responses(404, 408, 413, 415, 429, 503))

@@ -24,6 +24,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=131_072)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+Hint = Annotated[str, StringConstraints(max_length=512)]
 Zero = Annotated[float, Field(ge=0, le=0)]  # a field of OpenAI's that is not supported: only its default is accepted
 
 
@@ -41,12 +42,16 @@ class TextPart(StrictModel):
 class CalledFunction(StrictModel):
     name: FunctionName
     arguments: Text
+    parsed_arguments: Any = None
+    """Added by OpenAI's client; the same as `arguments`."""
 
 
 class ToolCall(StrictModel):
     id: Annotated[str, StringConstraints(max_length=128)]
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = None
+    """Position in a streamed message; nothing follows from it."""
 
 
 def any_of(*combinations: dict) -> ConfigDict:
@@ -75,7 +80,12 @@ class Message(StrictModel):
     name: Annotated[str, StringConstraints(max_length=128)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
-    refusal: None = None
+    # What else OpenAI's answers contain, and what its client adds: accepted, because people send answers back.
+    refusal: Text | None = None
+    annotations: Annotated[list[Any], Field(max_length=64)] | None = None
+    audio: None = None
+    function_call: None = None
+    parsed: Any = None
 
     @model_validator(mode="after")
     def check_fields_of_role(self):
@@ -95,7 +105,8 @@ class Message(StrictModel):
             content = "".join(part.text for part in content)
         message: dict = {"role": role, "content": content}
         if self.tool_calls:
-            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+            fields = {"id": True, "type": True, "function": {"name", "arguments"}}
+            message["tool_calls"] = [call.model_dump(include=fields) for call in self.tool_calls]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         return message
@@ -193,6 +204,17 @@ class CommonRequest(StrictModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
+    # Accepted because they change nothing about the reply here: bookkeeping of OpenAI's servers, and hints.
+    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
+    store: bool | None = None
+    service_tier: Hint | None = None
+    safety_identifier: Hint | None = None
+    prompt_cache_key: Hint | None = None
+    prompt_cache_retention: Hint | None = None
+    reasoning_effort: Hint | None = None
+    verbosity: Hint | None = None
+    prediction: dict[str, Any] | None = None
+    modalities: list[Literal["text"]] | None = None
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None

@@ -25,7 +25,7 @@ Ctrl-C stops a reply and keeps its text so far; Ctrl-D quits."""
 NOT_UTF8 = "standard input is not UTF-8 text"
 MAX_HISTORY = 1000  # lines
 # Bold "> ". Between \x01 and \x02 stand characters that do not move the cursor, so that readline counts the width.
-INPUT_PROMPT = "\x01\x1b[1m\x02> \x01\x1b[0m\x02"
+BOLD_PROMPT = "\x01\x1b[1m\x02> \x01\x1b[0m\x02"
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,12 @@ def read_standard_input() -> str:
         raise UserError(NOT_UTF8) from None
 
 
+def has_escape_codes() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def dim(text: str) -> str:
-    return f"\x1b[2m{text}\x1b[0m" if sys.stdout.isatty() else text
+    return f"\x1b[2m{text}\x1b[0m" if has_escape_codes() else text
 
 
 def without_control_characters(text: str) -> str:
@@ -119,11 +123,14 @@ def talk(conversation: Conversation) -> None:
     """Read messages and slash commands and print replies until the end of the input."""
     print(dim(greeting(conversation)))
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    prompt = ""
+    if interactive:
+        prompt = BOLD_PROMPT if has_escape_codes() else "> "
     if interactive:
         load_line_history(conversation.line_history)
     while True:
         try:
-            line = input(INPUT_PROMPT if interactive else "").strip()
+            line = input(prompt).strip()
         except (EOFError, KeyboardInterrupt):
             print()
             break
