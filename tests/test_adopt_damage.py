@@ -7,20 +7,19 @@ import resource
 import shutil
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
 
 from nanoghost.commands import adopt
 from nanoghost.errors import UserError
-from nanoghost.formats.gguf_reader import GGUFFile
 from nanoghost.formats.model_folder import load_model, save_model
 from nanoghost.home import home
 from nanoghost.model.llama import Llama
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.jinja_template import ChatTemplate
 from nanoghost.tokenizer.tokenizer import Tokenizer
+from tests.support.gguf_files import read_gguf, write_gguf
 from tests.support.toys import TOY_TEMPLATE, toy_text
 
 LLAMA3_WITHOUT_FACTOR = {"rope_type": "llama3", "factor": 0}
@@ -76,28 +75,6 @@ def adoption_error(source: Path) -> str:
 
 
 # ── GGUF files ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_gguf(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(fields, tensors) as Python values and fp32 arrays."""
-    file = GGUFFile(path)
-    fields = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in file.fields.items()}
-    return fields, {name: file.read_tensor(name) for name in file.tensors}
-
-
-def write_gguf(path: Path, fields: dict, tensors: dict[str, np.ndarray]) -> None:
-    """Write with llama.cpp's library, which does not check what a value means."""
-    value_types = {str: "STRING", bool: "BOOL", int: "INT64", float: "FLOAT64", list: "ARRAY"}
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.kv_data = [{}]
-    for key, value in fields.items():
-        writer.add_key_value(key, value, gguf.GGUFValueType[value_types[type(value)]])
-    for name, x in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(x))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_strange_values_in_a_gguf_header_are_refused(source_gguf, tmp_path):

@@ -6,7 +6,6 @@ import struct
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 import torch
 
@@ -17,10 +16,8 @@ from nanoghost.formats.model_folder import load_model
 from nanoghost.home import ModelFolder
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.tokenizer import Tokenizer
+from tests.support.gguf_files import read_gguf, write_gguf
 from tests.support.toys import random_llama_folder, toy_text
-from tests.test_adopt_damage import read_gguf
-
-VALUE_TYPES = {str: "STRING", bool: "BOOL", int: "INT64", float: "FLOAT64", list: "ARRAY"}
 
 
 @pytest.fixture
@@ -38,17 +35,7 @@ def whole(nanoghost, folder, tmp_path) -> Path:
 
 def write_split(path: Path, whole: Path, **options) -> list[Path]:
     """The file in several parts, by llama.cpp's library; returns them in their order."""
-    fields, tensors = read_gguf(whole)
-    del fields["general.architecture"]
-    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=8, **options)
-    for key, value in fields.items():
-        writer.add_key_value(key, value, gguf.GGUFValueType[VALUE_TYPES[type(value)]])
-    for name, x in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(x))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(path, *read_gguf(whole), split_max_tensors=8, **options)
     return sorted(path.parent.glob(f"{path.stem}-*.gguf"))
 
 

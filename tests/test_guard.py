@@ -469,6 +469,26 @@ def test_a_client_that_never_reads_is_cancelled(server, tokens):
     connection.close()
 
 
+def test_a_connection_that_closes_after_a_large_response_leaves_no_error(server):
+    """The client reads a little late, so the server closes when all is sent; a timer then aborted the closed one."""
+    server.new_log()
+    request = (
+        f"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n"
+    )
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(request.encode())
+        time.sleep(0.2)
+        response = b""
+        while more := connection.recv(65536):
+            response += more
+    assert b" 200 " in response[:20]
+    assert len(response) > 10_000
+    time.sleep(1)  # longer than the timeout
+    assert "Traceback" not in server.new_log()
+
+
 def test_the_number_of_connections_is_limited(server):
     idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(40)]
     time.sleep(0.1)

@@ -9,9 +9,11 @@ import signal
 import socket
 import threading
 import time
+from typing import Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from nanoghost.bench import load
@@ -39,6 +41,10 @@ WEATHER = {
         },
     },
 }
+
+
+class Weather(pydantic.BaseModel):
+    days: Literal[1, 2, 7]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,42 @@ def test_models_are_listed_with_their_adapters_and_context(client, server):
     assert entries["toy"].adapters == ["odd"]
     assert entries["toy"].context == 512
     assert entries["plain"].context == 64
+
+
+def test_one_model_can_be_asked_for(client):
+    assert client.models.retrieve("toy").adapters == ["odd"]
+    assert client.models.retrieve("toy@odd").id == "toy@odd"
+    with pytest.raises(openai.NotFoundError) as e:
+        client.models.retrieve("nobody/nothing")
+    assert e.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("way", ["create", "parse", "stream"])
+def test_a_message_of_the_client_can_be_sent_back(client, way):
+    """A loop of tool calls with the client's own objects, which hold more fields than the API needs."""
+    completions = client.chat.completions
+    tool = openai.pydantic_function_tool(Weather)
+    request = ask(temperature=1, tools=[tool], tool_choice="required", metadata={"run": "1"}, store=False)
+    if way == "stream":
+        with completions.stream(**request) as stream:
+            message = stream.get_final_completion().choices[0].message
+    else:
+        message = getattr(completions, way)(**request).choices[0].message
+    [call] = message.tool_calls
+    if way != "create":
+        assert isinstance(call.function.parsed_arguments, Weather)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+    for sent in (message, message.model_dump(), message.model_dump(exclude_unset=True)):
+        answer = completions.create(model="toy", messages=[*request["messages"], sent, result], max_tokens=4)
+        assert answer.choices[0].message.role == "assistant"
+
+
+def test_a_parsed_reply_can_be_sent_back(client):
+    message = client.chat.completions.parse(**ask(temperature=1), response_format=Weather).choices[0].message
+    assert isinstance(message.parsed, Weather)
+    messages = [*ask()["messages"], message, {"role": "user", "content": "And tomorrow?"}]
+    for sent in (messages, [m if isinstance(m, dict) else m.model_dump() for m in messages]):
+        assert client.chat.completions.create(model="toy", messages=sent, max_tokens=4).choices
 
 
 def test_a_streamed_reply_equals_the_complete_one(client):

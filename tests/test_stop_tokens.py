@@ -17,8 +17,8 @@ from nanoghost.tokenizer.jinja_template import ChatTemplate
 from nanoghost.tokenizer.reply_parser import parse_reply
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.engine_toys import ScriptedModel
+from tests.support.gguf_files import read_gguf, write_gguf
 from tests.support.toys import TOY_TEMPLATE, random_llama_folder, toy_text
-from tests.test_adopt_damage import read_gguf, write_gguf
 
 END_OF_TEXT, START, END, CALL, END_OF_CALL = range(5)  # ids of <|endoftext|>, <|im_start|>, <|im_end|>, <tool_call> ...
 WORD = 290  # an ordinary token

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from nanoghost.tasks import arithmetic, gym, identity, refusal, spelling, tool_use
 from nanoghost.tasks.arithmetic import Sums
-from nanoghost.tasks.base import TaskContext, distinct_problems, split_of
+from nanoghost.tasks.base import MIXES, TaskContext, distinct_problems, split_of
 from nanoghost.tasks.gym import ChainSum, SpellBackward
 from nanoghost.tasks.identity import Identity, identity_facts
 from nanoghost.tasks.messages import assistant, final_text, last_number
 from nanoghost.tasks.plays import Plays, looks_broken, shorten, split_into_scenes
 from nanoghost.tasks.refusal import Answerable, is_refusal
 from nanoghost.tasks.registry import DEFAULT_RL_TASKS, RL_TASKS, TASKS, build_tasks
-from nanoghost.tasks.sft_mix import MIXES, sample_conversation, tasks_of_mix
+from nanoghost.tasks.sft_mix import sample_conversation, tasks_of_mix
 from nanoghost.tasks.spelling import Counting, Spelling
 from nanoghost.tasks.wording import normalize, replace_words
 from nanoghost.tokenizer.chat_format import text_of

@@ -82,7 +82,7 @@ def test_what_completions_cannot_do_is_said_in_a_sentence(change):
 
 
 ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-99, 99) | st.floats(allow_nan=False) | st.text(max_size=3),
+    st.none() | st.booleans() | st.integers(-99, 99) | st.sampled_from([-0.5, 1.5, 1e30]) | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "text", "role", "x"]), inner),
     max_leaves=4,
 )

@@ -153,7 +153,10 @@ class Person:
 
     def __init__(self, name: str):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-            raise UserError(f"'{name}' is not a valid name of a person: use letters, digits, '.', '_' and '-'")
+            raise UserError(
+                f"'{name}' is not a valid name of a person: use letters from a to z, digits, '.', '_' and '-', a letter"
+                " or digit first, at most 64 characters"
+            )
         self.name = name
         self.path = home() / "people" / name
 

@@ -124,9 +124,8 @@ class Conversation:
             self.engine.cancel(sequence)
             replies = list(sequence.messages)
             unfinished_ids = sequence.completion_ids[sequence.message_start :]
-            unfinished_text = (
-                reply_parser(self.engine, sequence).feed(unfinished_ids).text
-            )  # without an unfinished call
+            parser = reply_parser(self.engine, sequence)
+            unfinished_text = parser.feed(unfinished_ids).text  # without an unfinished call
             if unfinished_text:
                 replies.append({"role": "assistant", "content": unfinished_text})
             self.messages = self.messages[:num_messages] + replies

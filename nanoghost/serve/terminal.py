@@ -126,7 +126,6 @@ def talk(conversation: Conversation) -> None:
     prompt = ""
     if interactive:
         prompt = BOLD_PROMPT if has_escape_codes() else "> "
-    if interactive:
         load_line_history(conversation.line_history)
     while True:
         try:

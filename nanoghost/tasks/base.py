@@ -17,6 +17,9 @@ from typing import ClassVar
 
 from nanoghost.tokenizer.chat_format import text_of
 
+MIXES = ("builtin", "tools")
+"""The built-in mixes of SFT conversations, values of --data. All of them teach to call tools."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -50,7 +53,7 @@ class Task(ABC):
     """Row in the report."""
     weight: ClassVar[float] = 0.0
     """How often SFT draws the task, relative to the other tasks of a mix (0 = never)."""
-    mixes: ClassVar[tuple[str, ...]] = ("builtin", "tools")
+    mixes: ClassVar[tuple[str, ...]] = MIXES
     """The SFT mixes (values of --data) that contain the task."""
     evaluated: ClassVar[bool] = True
     """Whether `nanoghost eval` measures the task."""

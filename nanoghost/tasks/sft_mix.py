@@ -11,13 +11,11 @@ from collections.abc import Sequence
 
 from nanoghost.data.conversations import load_conversations
 from nanoghost.formats.model_card import ModelCard
-from nanoghost.tasks.base import Task, TaskContext
+from nanoghost.tasks.base import MIXES, Task, TaskContext
 from nanoghost.tasks.gym import word_list
 from nanoghost.tasks.identity import identity_facts
 from nanoghost.tasks.registry import all_tasks, build_tasks, chat_name
 from nanoghost.tokenizer.chat_format import segments
-
-MIXES = ("builtin", "tools")
 
 SYSTEM_PROMPTS = (
     "You are {name}, a helpful assistant.",

@@ -11,13 +11,11 @@ from pathlib import Path
 from nanoghost.errors import UserError
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder
+from nanoghost.tasks.base import MIXES
 from nanoghost.tools import sandbox
 from nanoghost.tools.base import Tool, ToolResult
 from nanoghost.tools.calculator import calculate
 from nanoghost.tools.retrieval import DocumentFolder, Passage
-
-MIXES_WITH_CALLS = ("builtin", "tools")
-"""Values of --data: the built-in mixes of SFT conversations (tasks/sft_mix.py)."""
 
 # ── the tools ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -103,7 +101,7 @@ def available_tools(documents: Path | None) -> dict[str, Tool]:
 def learned_tool_calls(card: ModelCard) -> bool:
     """Whether a stage of its training here taught a model to call tools: RL, or a built-in mix of conversations."""
     return any(
-        ancestor.stage == "rl" or ancestor.settings.get("data", "").partition("+")[0] in MIXES_WITH_CALLS
+        ancestor.stage == "rl" or ancestor.settings.get("data", "").partition("+")[0] in MIXES
         for ancestor in card.lineage()
         if ancestor.stage in ("sft", "distill", "rl")
     )

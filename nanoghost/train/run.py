@@ -104,8 +104,9 @@ def start_run(stage: str, settings: StageSettings, display, inputs: dict[str, st
     """Yield a Run for the new model `settings.name`, or None if it is already finished with the same settings.
 
     `inputs`: fingerprints of what the stage learns from (the parent's is added here). An unfinished folder with the
-    same settings and inputs is resumed; others raise UserError. A UserError before the number of steps is known (no
-    conversation can be learned, for example) leaves everything as it was before the command.
+    same settings and inputs is resumed; others raise UserError. After a UserError before the number of steps is known
+    (no conversation can be learned, for example), everything is as it was before the command; the same holds for Ctrl-C
+    where the command was to replace a model.
     """
     folder = ModelFolder(settings.name)
     if "@" in folder.name and not (parent and parent.base == folder.base and ("@" in parent.name or settings.lora)):
@@ -123,8 +124,10 @@ def start_run(stage: str, settings: StageSettings, display, inputs: dict[str, st
             return
         try:
             yield run
-        except UserError:
-            if is_main_process and run.card.steps is None and not restarts_are_possible():
+        except (UserError, KeyboardInterrupt) as error:
+            nothing_learned = run.card.steps is None and not restarts_are_possible()
+            can_resume = isinstance(error, KeyboardInterrupt) and not backup_path(folder).exists()
+            if is_main_process and nothing_learned and not can_resume:
                 undo(folder)
             raise
         # The next stage reads what the main process has written, and must not start if a stop was requested at the end.
@@ -200,26 +203,36 @@ def backup_path(folder: ModelFolder) -> Path:
 
 
 def set_aside(folder: ModelFolder) -> None:
-    """Move the files of the model that --force replaces to the backup folder."""
+    """Move the files of the model that --force replaces to the backup folder.
+
+    If that exists, an earlier command was killed before its model had learned anything: the older model is kept.
+    """
     backup = backup_path(folder)
-    shutil.rmtree(backup, ignore_errors=True)
-    backup.mkdir(parents=True)
-    move_files(folder.path, backup)
+    if backup.exists():
+        clear(folder)
+    else:
+        backup.mkdir(parents=True)
+        move_files(folder.path, backup)
 
 
 def undo(folder: ModelFolder) -> None:
     """Remove the new model, and bring back the one that it was to replace."""
+    clear(folder)
     backup = backup_path(folder)
-    for path in folder.path.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock" or not backup.exists():
-            path.unlink()
     if backup.exists():
         move_files(backup, folder.path)
         backup.rmdir()
     else:
-        folder.path.rmdir()
+        shutil.rmtree(folder.path)
+
+
+def clear(folder: ModelFolder) -> None:
+    """Remove everything but the lock, which this process holds."""
+    for path in folder.path.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
 
 
 def move_files(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -186,6 +187,13 @@ class ServerProcess:
 
         [pid] = [grandchild for child in children(self.process.pid) for grandchild in children(child)]
         return pid
+
+    def new_log(self) -> str:
+        """What the server has written to standard error since it started, or since the last call."""
+        log = b""
+        while select.select([self.process.stderr], [], [], 0)[0]:
+            log += os.read(self.process.stderr.fileno(), 65536)
+        return log.decode()
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
