@@ -14,6 +14,7 @@ from nanoghost.home import ModelFolder, cached_sha256, home, write_json
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.train import distill, pretrain, rl, sft
+from nanoghost.train import run as run_module
 from tests.support.toys import TOY_FLAGS, add_noise, random_llama_folder, toy_text
 
 STAGES = {
@@ -119,6 +120,29 @@ def test_a_mistake_in_the_data_leaves_everything_as_it_was(nanoghost, workplace,
     (workplace / "chats.jsonl").write_text(json.dumps({"messages": [question]}) + "\n")
     code, _, error = nanoghost(stage, *STAGES[stage], "--name", "new", *force)
     assert code == 2, error
+    assert contents(home / "models") == before
+
+
+def test_ctrl_c_before_the_first_step_does_not_replace_a_model(nanoghost, workplace, monkeypatch, home):
+    command = ("sft", *STAGES["sft"], "--name", "new")
+    assert nanoghost(*command)[0] == 0
+    before = contents(home / "models")
+    interrupted(nanoghost, monkeypatch, *command, "--force")
+    assert contents(home / "models") == before
+
+
+def test_a_model_outlives_two_killed_attempts_to_replace_it(nanoghost, workplace, monkeypatch, home):
+    """A killed process cannot bring it back; the next command that ends with an error does."""
+    command = ("sft", *STAGES["sft"], "--name", "new")
+    assert nanoghost(*command)[0] == 0
+    before = contents(home / "models")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "undo", lambda folder: None)
+        for _ in range(2):
+            interrupted(nanoghost, monkeypatch, *command, "--force")
+    assert contents(home / "models") != before
+    (workplace / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "king?"}]}) + "\n")
+    assert nanoghost(*command, "--force")[0] == 2
     assert contents(home / "models") == before
 
 
