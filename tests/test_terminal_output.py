@@ -11,6 +11,7 @@ from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.toys import random_llama_folder, toy_text
 
+PROMPTS = (b"> ", b"> \x1b[0m")
 COMMANDS = (("--help",), ("list",), ("list", "--json"), ("show", "toy"), ("chat", "--help"), ("nonsense", "né\u4f60"))
 
 
@@ -42,6 +43,8 @@ def in_terminal(command: tuple, **environment: str) -> str:
     try:
         while block := os.read(terminal, 4096):
             output += block
+            if output.endswith(PROMPTS):
+                os.write(terminal, b"\x04")  # Ctrl-D, once the chat waits for a line
     except OSError:  # Linux reports the end of the process in this way
         pass
     process.wait()
@@ -52,13 +55,14 @@ def in_terminal(command: tuple, **environment: str) -> str:
 @pytest.mark.parametrize(
     "environment", [{"TERM": "dumb"}, {"TERM": "xterm", "NO_COLOR": "1"}], ids=["dumb", "no color"]
 )
-@pytest.mark.parametrize("command", [("list",), ("show", "toy")], ids=" ".join)
+@pytest.mark.parametrize("command", [("list",), ("show", "toy"), ("chat", "toy")], ids=" ".join)
 def test_no_escape_codes_where_they_are_not_wanted(toy, home, command, environment):
     output = in_terminal(command, NANOGHOST_HOME=str(home), **environment)
     assert "toy" in output
     assert "\x1b" not in output
 
 
-def test_a_terminal_that_knows_escape_codes_gets_them(toy, home):
+@pytest.mark.parametrize("command", [("list",), ("chat", "toy")], ids=" ".join)
+def test_a_terminal_that_knows_escape_codes_gets_them(toy, home, command):
     """Otherwise the test above could not fail."""
-    assert "\x1b[" in in_terminal(("list",), NANOGHOST_HOME=str(home), TERM="xterm-256color", NO_COLOR="")
+    assert "\x1b[" in in_terminal(command, NANOGHOST_HOME=str(home), TERM="xterm-256color", NO_COLOR="")
