@@ -42,7 +42,8 @@ def has_conversations(file: Path) -> bool:
 def row_text(row: Row, file: Path) -> str:
     """The text of a row: its "text", or the contents of its messages."""
     value = row.value
-    if isinstance(value, dict) and "text" in value and value.get("messages") is None:
+    has_text = isinstance(value, dict) and "text" in value
+    if has_text and (value["text"] is not None or form_of(value) is None):
         if not isinstance(value["text"], str):
             raise UserError(f"{row.where}: 'text' is {value['text']!r:.40}, not a string")
         return check_unicode(value["text"], row.where)

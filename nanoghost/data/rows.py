@@ -58,7 +58,7 @@ def list_items(text: str, file: Path, line: int) -> Iterator[Row]:
             break
         value, end = parse_json(text, start, file, line)
         number += 1
-        yield Row(number, f"{file}:{line}", value)
+        yield Row(number, f"{file}:{line}, item {number}", value)
         line += text.count("\n", start, end)
     if not text[start:]:
         raise UserError(f"{file}:{line}: not JSON: the list has no end, so the file may be cut")
