@@ -389,13 +389,19 @@ def test_concurrent_requests_get_the_same_text_as_alone(server):
     assert [together[i] for i in range(len(prompts))] == [alone[prompt] for prompt in prompts]
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the engine process in /proc")
 def test_a_full_queue_gets_status_429(server):
     statuses = []
     threads = [threading.Thread(target=lambda: statuses.append(server.chat(**FOREVER).status_code)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    server.wait(lambda: server.figure("nanoghost_sequences") == 32)
-    rejected = server.chat()
+    engine = server.engine()
+    os.kill(engine, signal.SIGSTOP)  # so that no sequence is finished before the last request
+    try:
+        for thread in threads:
+            thread.start()
+        server.wait(lambda: server.figure("nanoghost_sequences") == 32)
+        rejected = server.chat()
+    finally:
+        os.kill(engine, signal.SIGCONT)
     assert rejected.status_code == 429
     assert int(rejected.headers["retry-after"]) > 0
     assert rejected.json()["error"]["type"] == "rate_limit_error"
