@@ -41,7 +41,13 @@ from nanoghost import cli
 from nanoghost.tokenizer import tokenizer
 
 tokenizer.MAX_TRAINING_WORD = 10**9
-threading.Timer(1.0, lambda: print("READY", file=sys.stderr, flush=True)).start()
+BpeTrainer = tokenizer.trainers.BpeTrainer
+
+def slow_trainer(**options):
+    threading.Timer(1.0, lambda: print("READY", file=sys.stderr, flush=True)).start()
+    return BpeTrainer(**options)
+
+tokenizer.trainers.BpeTrainer = slow_trainer
 cli.main(sys.argv[1:])
 """
 
