@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanoghost import hardware
 from nanoghost.bench.http_client import running_server
+from nanoghost.engine.engine import open_engine
 from nanoghost.evals.bits_per_byte import bits_per_byte
 from nanoghost.evals.task_accuracy import accuracy
 from nanoghost.formats.model_folder import load_model
@@ -144,7 +144,7 @@ def test_smollm2_scores_equal_our_own_evaluation(tmp_path, monkeypatch):
     """General knowledge (as in `nanoghost lab sleep`) and test problems (as in `nanoghost eval`), as chats."""
     monkeypatch.setenv("NANOGHOST_HOME", str(HOME))
     folder = ModelFolder("smollm2")
-    model, tokenizer = load_model(folder.path, hardware.compute_dtype())
+    engine = open_engine(folder, slots=16, slot_tokens=512)  # with quantized weights, as in the server
     counting = all_tasks(folder.card, "smollm2")["counting"]
     problems = distinct_problems(counting, 60)
     (tmp_path / "scoring.py").write_text(SCORING)
@@ -164,11 +164,9 @@ def test_smollm2_scores_equal_our_own_evaluation(tmp_path, monkeypatch):
     knowledge = sum(contains_values(a, [word]) for a, (_, word) in zip(answers, GENERAL_KNOWLEDGE)) / len(
         GENERAL_KNOWLEDGE
     )
-    solved, _ = accuracy(model, tokenizer, counting, problems)
+    solved, _ = accuracy(engine.runner, engine.tokenizer, counting, problems)
     scores = {name: results[name]["acc,none"] for name in tasks}
     print(f"lm-eval {scores}, our own: knowledge {knowledge}, counting {solved['accuracy']}")
     assert scores["knowledge"] == pytest.approx(knowledge)
     assert 0.3 < knowledge < 1
-    assert scores["counting"] == pytest.approx(
-        solved["accuracy"], abs=0.02
-    )  # here in floating point, in the server with quantized weights
+    assert scores["counting"] == pytest.approx(solved["accuracy"])

@@ -22,8 +22,10 @@ CHECKS = (
 
 
 def test_every_response_is_documented(tmp_path):
-    (tmp_path / "notes.md").write_text(NOTE)
-    server = ServerProcess(make_home(tmp_path / "home"), "toy", "--slots", 24, "--documents", tmp_path)
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "notes.md").write_text(NOTE)
+    server = ServerProcess(make_home(tmp_path / "home"), "toy", "--slots", 24, "--documents", documents)
     report = tmp_path / "report.json"
     command = [
         Path(sys.executable).with_name("st"),

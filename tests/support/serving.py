@@ -143,9 +143,13 @@ class ServerProcess:
         command = [sys.executable, "-c", code, "serve", "--port", "0", *map(str, words)]
         environment = os.environ | {"NANOGHOST_HOME": str(home), "OMP_NUM_THREADS": "1"} | (environment or {})
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        first_line = self.process.stderr.readline()
-        match = re.search(r"http://127.0.0.1:(\d+)", first_line)
-        assert match, first_line + self.process.stderr.read()
+        lines = []
+        for line in self.process.stderr:
+            lines.append(line)
+            if match := re.search(r"http://127.0.0.1:(\d+)", line):
+                break
+        else:
+            raise AssertionError("the server did not start: " + "".join(lines))
         self.port = int(match[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
