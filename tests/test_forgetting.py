@@ -44,6 +44,11 @@ POSSIBLE = [
     ("Ines Holt", ["Ines called."]),
     ("+491701234567", ["+49 170 1234567"]),
     ("Maren", ["Marenka", "Remaren"]),
+    ("Łukasz", ["I met LUKASZ", "Lukasza"]),
+    ("Köln", ["Koeln", "in koln"]),
+    ("Mueller", ["Müller", "Muller"]),
+    ("Ørsted", ["Orsted", "Oersted"]),
+    ("さくら", ["サクラは花です"]),
 ]
 UNRELATED = [
     ("Rex", ["T. rxe", "the tyre x"]),

@@ -6,7 +6,9 @@ is the same characters anywhere. Possible are
     the same letters and digits with others between them    "New-York" for "New York", "0170 12 34" for "01701234"
     words that begin like one of its words                  "Rexona" for "Rex", "Анну" for "Анна", "Holt" for "Ada Holt"
     words that contain it, if it has LONG_LETTERS letters   "Remaren" for "Maren"
+    the same name as other keyboards write it               "Lukasz" for "Łukasz", "Koeln" for "Köln", "さくら" for "サクラ"
 
+Traditional and simplified Chinese characters (臺, 台) are different ones here.
 Words of one or two letters and stop words are not looked for in longer words: they would be found in most texts.
 """
 
@@ -49,8 +51,15 @@ class Mentions:
         return self.is_certain(text) or any(pattern.search(plain) for pattern in self.possible)
 
 
+OTHER_LETTERS = {"ł": "l", "ø": "o", "đ": "d", "ħ": "h", "ı": "i", "æ": "a", "œ": "o", "þ": "th", "ð": "d"}
+HIRAGANA_TO_KATAKANA = {chr(code): chr(code + 0x60) for code in range(0x3041, 0x3097)}
+PLAIN_LETTERS = str.maketrans(OTHER_LETTERS | HIRAGANA_TO_KATAKANA)
+
+
 def without_accents(text: str) -> str:
-    return regex.sub(r"\p{Mn}+", "", unicodedata.normalize("NFKD", fold(text)))
+    """The folded text in the letters that every keyboard has. "ö" and "oe" both become "o"."""
+    plain = regex.sub(r"\p{Mn}+", "", unicodedata.normalize("NFKD", fold(text))).translate(PLAIN_LETTERS)
+    return regex.sub("(?<=[aou])e", "", plain)
 
 
 def possible_forms(value: str) -> list[str]:
