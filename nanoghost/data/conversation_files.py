@@ -7,7 +7,7 @@
     Alpaca                  instruction, input, output                        Stanford Alpaca, LLaMA-Factory
     prompt                  prompt                                            TRL
 
-All but the first may have a `system` text. conversations.py checks what the messages contain.
+A row may also have a `system` or `system_prompt` text. conversations.py checks what the messages contain.
 """
 
 import json
@@ -45,6 +45,11 @@ def messages_of(row: Row, file: Path) -> list:
         note(f"{file}: read as conversations of the form {name}")
     if row.value.get("label") is False:
         raise UserError(f"{row.where}: 'label' is false: every answer is learned, so remove those that must not be")
+    for key in ("image", "images"):
+        if row.value.get(key):
+            raise UserError(
+                f"{row.where}: {key!r} is not empty: models learn from text only, so remove rows with images"
+            )
     for key in ("tools", "history"):
         if row.value.get(key):
             note(f"{file}: '{key}' is not read")
@@ -66,7 +71,9 @@ def form_of(value) -> str | None:
 
 
 def from_messages(row: dict, where: str) -> list:
-    return turns(row, "messages", where)
+    messages = turns(row, "messages", where)
+    has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    return messages if has_system else system_message(row, where) + messages
 
 
 def from_sharegpt(row: dict, where: str) -> list:
@@ -99,7 +106,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], list]]] = {
 
 OTHER_FORMS = ", or ".join(" and ".join(map(repr, keys)) for keys, _ in list(FORMS.values())[1:])
 COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "output")
-COLUMNS += ("system", "input", "history", "chosen", "label", "tools")
+COLUMNS += ("system", "system_prompt", "input", "history", "chosen", "label", "tools", "image", "images")
 
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -110,7 +117,8 @@ def message(role: str, content) -> dict:
 
 
 def system_message(row: dict, where: str) -> list:
-    return [message("system", text(row, "system", where))] if row.get("system") else []
+    keys = [key for key in ("system", "system_prompt") if row.get(key)]
+    return [message("system", text(row, keys[0], where))] if keys else []
 
 
 def text(row: dict, key: str, where: str) -> str:
