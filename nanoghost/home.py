@@ -40,7 +40,7 @@ def line_history() -> Path:
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write to a temporary name, flush to disk, rename: a crash leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident()}.tmp")  # short: names have 255 bytes
     with rename_on_success(temporary, path), open(temporary, "wb") as f:
         f.write(content.encode() if isinstance(content, str) else content)
         f.flush()
@@ -219,14 +219,26 @@ def read_events(path: Path) -> list[dict]:
 
 
 def model_names() -> list[str]:
-    """Names of all model folders: the one finished last comes first, unfinished ones come last."""
-    finished = {path.parent.name: finish_time(path) for path in (home() / "models").glob("*/card.json")}
+    """Names of all model folders: the one finished last comes first, unfinished and damaged ones come last."""
+    finished = finish_times()
     return sorted(finished, key=lambda name: -finished[name])
+
+
+def finish_times() -> dict[str, float]:
+    """Of all model folders; 0 for unfinished ones and for those whose card is damaged."""
+    times = {}
+    for card_file in (home() / "models").glob("*/card.json"):
+        try:
+            times[card_file.parent.name] = finish_time(card_file)
+        except UserError:
+            times[card_file.parent.name] = 0.0
+    return times
 
 
 def open_model(name: str | None) -> ModelFolder:
     """The finished model of that name; with None, the one finished last."""
-    names = [n for n in model_names() if ModelFolder(n).is_finished]
+    finished = finish_times()
+    names = [n for n in model_names() if finished[n]]
     if name is None:
         if not names:
             raise UserError("there is no model yet: `nanoghost speedrun` makes one")

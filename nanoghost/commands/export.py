@@ -4,6 +4,7 @@ Hugging Face transformers and vLLM load the model folder itself. A ghost model r
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def main(settings: ExportSettings) -> dict:
         raise UserError(f"{path} exists; choose another --out, or --force to replace it")
     model, tokenizer = load_model(folder.path, torch.float32)
     provenance = provenance_of(folder.name, folder.card, settings.quant)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.gguf.tmp")  # short: names have 255 bytes
     with rename_on_success(temporary, path):
         write_gguf(temporary, merge_adapter(model), tokenizer, provenance, settings.quant)
     copy_license_files(folder.path, path.parent, add_prefix=f"{path.stem}.")

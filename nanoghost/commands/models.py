@@ -45,7 +45,10 @@ class RemoveSettings:
 
 def model_row(name: str) -> dict:
     """What `nanoghost list` shows about a model."""
-    card = ModelFolder(name).card
+    try:
+        card = ModelFolder(name).card
+    except UserError as error:  # damaged, or of another format
+        return {"name": name, "error": str(error)}
     return {
         "name": name,
         "stage": card.stage,
@@ -67,6 +70,10 @@ def list_command(settings: ListSettings) -> None:
         return
     table = Table("name", "stage", "parent", "parameters", "finished")
     for row in rows:
+        if "error" in row:
+            table.add_row(row["name"], "", "", "", "unreadable")
+            print(f"nanoghost: {row['error']}", file=sys.stderr)
+            continue
         parameters = f"{row['parameters'] / 1e6:.1f}M" if row["parameters"] else ""
         finished = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["finished"])) if row["finished"] else "not yet"
         table.add_row(row["name"], row["stage"], row["parent"] or "", parameters, finished)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 
+from nanoghost.errors import UserError
 from nanoghost.home import ModelFolder, model_names
 from nanoghost.serve.http_errors import RETRY_AFTER, RequestError, error_response, json_response
 from nanoghost.serve.openapi import JsonObject, error_responses
@@ -42,8 +43,12 @@ async def tools(service: ServiceDependency) -> JsonObject:
 async def runs() -> JsonObject:
     entries = []
     for folder in map(ModelFolder, model_names()):
+        try:
+            stage = folder.card.stage
+        except UserError:  # a damaged card: `nanoghost list` says so
+            continue
         has_report = (folder.path / "report.html").exists()
-        entry = {"name": folder.name, "stage": folder.card.stage, "finished": folder.is_finished, "report": has_report}
+        entry = {"name": folder.name, "stage": stage, "finished": folder.is_finished, "report": has_report}
         entries.append(entry)
     return json_response({"data": entries})
 

@@ -72,6 +72,8 @@ def open_conversation(settings: ChatSettings) -> Conversation:
     sampling = SamplingParams(settings.max_tokens, settings.temperature, settings.top_k, settings.top_p, seed)
     check_sampling(sampling)
     if settings.person is None:
+        if settings.lookup:
+            raise UserError("--lookup searches the stored facts of a person: name one with --person")
         return Conversation(settings.model, sampling, settings.system, settings.documents, settings.tools)
     return PersonalConversation(
         settings.person,
