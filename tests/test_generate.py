@@ -1,6 +1,7 @@
 """The engine on toy models in PyTorch: cache, log-probabilities, stop conditions, tools, cancelling."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,3 +205,31 @@ def test_cancelling_the_first_sample_does_not_stop_its_siblings(tokenizer, steps
     while engine.has_unfinished:
         engine.step()
     assert [sequence.completion_ids for sequence in sequences] == [[], expected[1], [], expected[3]]
+
+
+class OpensACall(ScriptedModel):
+    """Writes <tool_call>, and then whatever random logits prefer."""
+
+    def forward(self, tokens, cache, last_B):
+        position = int(cache.next_index_B[0] + last_B[0]) + 1 - self.prompt_len
+        if position < len(self.script):
+            return super().forward(tokens, cache, last_B)
+        generator = torch.Generator().manual_seed(position)
+        return torch.randn(len(tokens), 1, self.config.vocab_size, generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_call_is_well_formed_whatever_the_model_prefers(tokenizer, seed):
+    """In RL nothing is forbidden, so that the log-probabilities are the model's."""
+    prompt = render([{"role": "user", "content": "?"}], tokenizer, add_generation_prompt=True)[0]
+    start, end = tokenizer.special_id("<tool_call>"), tokenizer.special_id("</tool_call>")
+    model = OpensACall(tokenizer, prompt, [start])
+    sampling = SamplingParams(max_tokens=400, temperature=1.0, seed=seed)
+    [sequence] = generate(model, tokenizer, [prompt], sampling)
+    text = tokenizer.decode(sequence.completion_ids[1:])
+    assert text.startswith('\n{"name": "')
+    if end in sequence.completion_ids:
+        call = json.loads(tokenizer.decode(sequence.completion_ids[1 : sequence.completion_ids.index(end)]))
+        assert list(call) == ["name", "arguments"]
+    [free] = generate(model, tokenizer, [prompt], replace(sampling, constrain_calls=False))
+    assert not tokenizer.decode(free.completion_ids[1:]).startswith('\n{"name": "')

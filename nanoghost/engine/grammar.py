@@ -1,10 +1,11 @@
-"""Grammars for constrained decoding: a JSON schema, compiled by llguidance to an automaton over bytes.
+"""Grammars for constrained decoding: a JSON schema or a tool call, compiled by llguidance to an automaton over bytes.
 
 llguidance's `LLMatcher` holds the state of one sequence and computes which tokens may come next; logits_processors.py
 forbids the others.
 """
 
 import json
+from functools import lru_cache
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
@@ -31,6 +32,7 @@ class Vocabulary:
         return self.encode(text.decode(errors="replace") if isinstance(text, bytes) else text)
 
 
+@lru_cache(maxsize=8)
 def grammar_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
     """The tokenizer in the form that `LLMatcher` needs."""
     return LLTokenizer(TokenizerWrapper(Vocabulary(tokenizer)), eos_token=sorted(tokenizer.stop_ids))
@@ -39,6 +41,22 @@ def grammar_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
 def json_grammar(schema: dict) -> str:
     """The grammar of the JSON texts that match a schema. `grammar_error` reports an invalid schema."""
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=WHITESPACE)
+
+
+CALL_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "arguments": {"type": "object"}},
+    "required": ["name", "arguments"],
+    "additionalProperties": False,
+    "x-guidance": WHITESPACE,
+}
+
+
+def call_matcher(tokenizer: Tokenizer) -> LLMatcher:
+    """The state of what a model trained here writes after <tool_call>: one JSON object and the closing tag."""
+    end_id = tokenizer.special_id("</tool_call>")
+    grammar = f'start: "\\n" call "\\n" <[{end_id}]>\ncall: %json {json.dumps(CALL_SCHEMA)}\n'
+    return LLMatcher(grammar_tokenizer(tokenizer), grammar)
 
 
 def grammar_error(grammar: str, tokens: LLTokenizer | None = None) -> str:

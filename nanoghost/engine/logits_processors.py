@@ -20,6 +20,8 @@ class LogitsProcessor:
         """
         self.matcher = matcher
         self.num_top_logprobs = num_top_logprobs
+        self.in_call = False
+        """The grammar is that of the tool call that the sequence is writing."""
         self.recorded_logprobs: list[TopLogprobs] = []
         self.logprobs_V: torch.Tensor | None = None
         """Log-probabilities of the next token; set by `process` for `accept`."""

@@ -1,9 +1,11 @@
 """After sampling: append tokens, check stop conditions, run tools, and turn tokens into messages."""
 
+from nanoghost.engine.grammar import call_matcher
+from nanoghost.engine.logits_processors import LogitsProcessor
 from nanoghost.engine.sampler import SamplingParams
 from nanoghost.engine.sequence import Sequence
 from nanoghost.tokenizer.chat_format import tool_response_ids
-from nanoghost.tokenizer.reply_parser import parse_reply
+from nanoghost.tokenizer.reply_parser import TOOL_CALL_START, parse_reply
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
 MAX_TOOL_ROUNDS = 4  # rounds of tool calls in one completion
@@ -27,14 +29,28 @@ def accept_tokens(
     for num_accepted, (token_id, logprob) in enumerate(sampled):
         sequence.append([token_id], [logprob], sampled=True)
         check_stop(sequence, tokenizer)
+        constrain_call(sequence, token_id, tokenizer)
         predicted = num_accepted < len(draft_ids) and token_id == draft_ids[num_accepted]
-        # The draft also ends here if the result of a tool was appended after the token.
-        if sequence.finish_reason or not predicted or sequence.pending_ids != [token_id]:
+        # The draft also ends here if a call begins, or if the result of a tool was appended after the token.
+        if sequence.finish_reason or not predicted or sequence.logits_processor or sequence.pending_ids != [token_id]:
             break
         sequence.num_computed += 1  # the draft token's keys and values are in the cache
         sequence.pending_ids = []
     if draft_ids:
         sequence.prompt_lookup.update_draft_len(len(draft_ids), num_accepted)
+
+
+def constrain_call(sequence: Sequence, token_id: int, tokenizer: Tokenizer) -> None:
+    """From the token <tool_call> to </tool_call>, a model trained here can write nothing but one well-formed call."""
+    processor = sequence.logits_processor
+    if processor and processor.in_call and processor.matcher.is_stopped():
+        processor.matcher, processor.in_call = None, False
+        if processor.num_top_logprobs is None:
+            sequence.logits_processor = None
+    is_start = tokenizer.chat_template is None and token_id == tokenizer.special_tokens.get(TOOL_CALL_START)
+    if is_start and sequence.sampling.constrain_calls and not (processor and processor.matcher):
+        processor = sequence.logits_processor = processor or LogitsProcessor()
+        processor.matcher, processor.in_call = call_matcher(tokenizer), True
 
 
 def check_stop(sequence: Sequence, tokenizer: Tokenizer) -> None:

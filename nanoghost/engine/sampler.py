@@ -31,6 +31,8 @@ class SamplingParams:
     """Texts that end the completion; they are not part of it."""
     ignore_eos: bool = False
     """Continue after stop tokens (for measurements)."""
+    constrain_calls: bool = True
+    """Models trained here write only well-formed tool calls. Not in RL, which needs the probabilities as they are."""
 
 
 def check_sampling(sampling: SamplingParams) -> None:

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 
 from nanoghost import hardware
 from nanoghost.engine.engine import Engine, open_engine
@@ -75,7 +74,6 @@ class Worker:
         self.waiting: list[EngineRequest] = []
         """Requests whose model is not loaded, because all engines are busy."""
         self.active: dict[int, ActiveRequest] = {}
-        self.grammar_tokenizers: WeakKeyDictionary[Engine, LLTokenizer] = WeakKeyDictionary()
         self.untouched_kv: list[torch.Tensor] = []
         """Layers of the KV cache whose memory the operating system has not provided yet."""
 
@@ -174,9 +172,7 @@ class Worker:
             return None
         matcher = None
         if request.grammar:
-            if engine not in self.grammar_tokenizers:
-                self.grammar_tokenizers[engine] = grammar_tokenizer(engine.tokenizer)
-            matcher = LLMatcher(self.grammar_tokenizers[engine], request.grammar)
+            matcher = LLMatcher(grammar_tokenizer(engine.tokenizer), request.grammar)
         return LogitsProcessor(matcher, request.top_logprobs)
 
     # ── engines ───────────────────────────────────────────────────────────────────────────────────────────────────

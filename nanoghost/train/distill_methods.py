@@ -147,7 +147,8 @@ class OnPolicyDistillation:
     def forward_backward(self, model, step: int) -> tuple[float, int]:
         settings, (rank, world_size) = self.settings, distributed.rank_and_world_size()
         prompts = random.Random(f"{settings.seed}-{step}").choices(self.prompts, k=settings.batch)[rank::world_size]
-        sampling = SamplingParams(settings.max_tokens, self.temperature, seed=sampling_seed(settings.seed, step))
+        seed = sampling_seed(settings.seed, step)
+        sampling = SamplingParams(settings.max_tokens, self.temperature, seed=seed, constrain_calls=False)
         sequences = generate(model, self.tokenizer, prompts, sampling, rank=rank, world_size=world_size)
         examples = [TokenizedExample(s.token_ids, [False] * len(s.prompt_ids) + s.sampled_mask) for s in sequences]
         rows = pack([len(example.ids) for example in examples], self.context + 1, range(len(examples)))

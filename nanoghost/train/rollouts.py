@@ -46,7 +46,8 @@ def sample_rollouts(model, tokenizer, tasks: dict[str, Task], settings, step: in
     """Sample `settings.rollouts` replies to each problem of a step with the engine, and score them."""
     rank, world_size = distributed.rank_and_world_size()
     problems = problems_of_step(tasks, settings, step, rank, world_size)
-    sampling = SamplingParams(max_tokens=settings.max_tokens, temperature=1.0, seed=sampling_seed(settings.seed, step))
+    seed = sampling_seed(settings.seed, step)
+    sampling = SamplingParams(settings.max_tokens, temperature=1.0, seed=seed, constrain_calls=False)
     sequences = generate_replies(model, tokenizer, problems, sampling, settings.rollouts, rank, world_size)
     local_results = []
     for i, sequence in enumerate(sequences):
