@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from nanoghost.errors import UserError
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from nanoghost.train.packing import PackedBatches, TokenizedExample, pack, tokenize_conversations
+from nanoghost.train.packing import (
+    Omissions,
+    PackedBatches,
+    TokenizedExample,
+    pack,
+    report_omissions,
+    tokenize_conversations,
+)
 from tests.support.toys import toy_text
 
 FAST = settings(deadline=None, max_examples=30)
@@ -124,18 +131,19 @@ def length(messages):
 def test_the_oldest_turns_are_dropped_first():
     turns = [turn(f"{i}?", f"{i}!") for i in range(6)]
     newest = SYSTEM + turns[4] + turns[5]
-    (example,), dropped = tokenize_conversations([SYSTEM + sum(turns, [])], toy(), length(newest) + 3)
+    (example,), omissions = tokenize_conversations([SYSTEM + sum(turns, [])], toy(), length(newest) + 3)
     assert (example.ids, example.loss_mask) == render(newest, toy())
-    assert dropped == []
+    assert omissions == Omissions(without_oldest=["a built-in conversation"])
 
 
 def test_a_last_turn_that_is_too_long_is_cut_and_its_stop_token_is_not_learned():
     answer = "The king sees the sword. " * 20
     conversation = turn("x", "y") + turn("king?", answer)
-    (example,), dropped = tokenize_conversations([conversation], toy(), 40)
+    (example,), omissions = tokenize_conversations([conversation], toy(), 40)
     ids, loss_mask = render(turn("king?", answer), toy())
     assert (example.ids, example.loss_mask) == (ids[:40], loss_mask[:40])
     assert dropped == []
+    assert example.is_cut
     in_loss = [i for i, in_loss in zip(example.ids, example.loss_mask) if in_loss]
     assert answer.startswith(toy().decode(in_loss, skip_special=False)), "the answer, without a stop token"
 
@@ -143,14 +151,32 @@ def test_a_last_turn_that_is_too_long_is_cut_and_its_stop_token_is_not_learned()
 def test_conversations_without_an_answer_within_the_context_are_dropped_and_counted():
     long_question = turn("king " * 50, "Yes.")
     unanswered = turn("a", "b")[:1]
-    (example,), dropped = tokenize_conversations([long_question, turn("a", "b"), unanswered], toy(), 40)
+    (example,), omissions = tokenize_conversations([long_question, turn("a", "b"), unanswered], toy(), 40)
     assert (example.ids, example.loss_mask) == render(turn("a", "b"), toy())
-    assert dropped == [
+    assert omissions.dropped == [
         "a built-in conversation: no answer within a context of 40 tokens",
         "a built-in conversation: it has no assistant message",
     ]
     with pytest.raises(UserError, match="none of the 2 conversations .* 40 tokens"):
         tokenize_conversations([long_question, unanswered], toy(), 40)
+
+
+def test_what_the_context_does_not_hold_is_counted_and_the_first_is_named(capsys):
+    king = "king " * 50
+    long_question, long_answer = turn(king, "Yes."), turn("a", king)
+    texts = [long_question, long_answer, turn("a", king) + turn("a", "b"), turn("a", "b"), long_answer]
+    conversations = [FileConversation(messages, f"x.jsonl:{line}") for line, messages in enumerate(texts, 1)]
+    _, omissions = tokenize_conversations(conversations, toy(), 40)
+    report_omissions(omissions, len(conversations), 40, Display())
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 5 conversations are left out:",
+        "  x.jsonl:1: no answer within a context of 40 tokens",
+        "1 of 5 conversations lose their oldest turns, which the context of 40 tokens does not hold (x.jsonl:3)",
+        "2 of 5 conversations lose the end of their last turn, which the context of 40 tokens does not hold"
+        " (x.jsonl:2, ...)",
+    ]
+    _, omissions = tokenize_conversations(conversations[3:4], toy(), length(texts[3]))
+    assert omissions == Omissions()
 
 
 SOME_TEXT = st.sampled_from(["", "a", "The king sees.", "sword " * 12, "night " * 60])
@@ -169,9 +195,9 @@ def test_every_row_has_a_token_in_the_loss_whatever_the_conversations(conversati
         with pytest.raises(UserError):
             tokenize_conversations(conversations, toy(), context)
         return
-    examples, dropped = tokenize_conversations(conversations, toy(), context)
+    examples, omissions = tokenize_conversations(conversations, toy(), context)
     assert len(examples) == sum(learnable)
-    assert len(dropped) == len(conversations) - sum(learnable)
+    assert len(omissions.dropped) == len(conversations) - sum(learnable)
     batches = PackedBatches(examples, context, 3, 0)
     for step in range(4):
         _, _, weights, _ = batches.at(step)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -217,3 +218,10 @@ def test_the_hub_is_read_up_to_a_limit_and_warns_about_licenses(monkeypatch, cap
 def test_training_files_of_a_dataset_card(configs, config, expected):
     paths = ["README.md", "data/train-0.parquet", "data/test-0.parquet", "b/train.jsonl"]
     assert hub.training_files(paths, configs, config) == expected
+
+
+def test_a_server_that_does_not_answer_is_not_taken_for_one_without_the_file():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with pytest.raises(UserError, match="cannot be read: Cannot connect"):
+            open_data_source(f"http://127.0.0.1:{unused.getsockname()[1]}/notes.txt")

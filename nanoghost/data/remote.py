@@ -55,9 +55,20 @@ def list_files(fs: fsspec.AbstractFileSystem, root: str, url: str, suffixes: Seq
         else:
             files.append(RemoteFile(info["name"], info["size"], content_version(info)))
     if not files:
+        raise_if_unreachable(fs, root, url)
         raise UserError(f"{url}: no {', '.join(suffixes)} file there")
     note_skipped(url, skipped)
     return files
+
+
+def raise_if_unreachable(fs: fsspec.AbstractFileSystem, root: str, url: str) -> None:
+    """fsspec takes a web server that does not answer for one without the file. Raises UserError with the reason."""
+    if "http" not in fs.protocol or has_magic(root):
+        return
+    try:
+        fs.info(root)
+    except FileNotFoundError as error:
+        raise UserError(f"{url} cannot be read: {error.__cause__ or 'the server has no such file'}") from None
 
 
 def file_infos(fs: fsspec.AbstractFileSystem, root: str) -> list[dict]:

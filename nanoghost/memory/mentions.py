@@ -6,7 +6,7 @@ is the same characters anywhere. Possible are
     the same letters and digits with others between them    "New-York" for "New York", "0170 12 34" for "01701234"
     words that begin like one of its words                  "Rexona" for "Rex", "Анну" for "Анна", "Holt" for "Ada Holt"
     words that contain it, if it has LONG_LETTERS letters   "Remaren" for "Maren"
-    the same name as other keyboards write it               "Lukasz" for "Łukasz", "Koeln" for "Köln", "さくら" for "サクラ"
+    the same name as other keyboards write it               "Lukasz" for "Łukasz", "Koeln" for "Köln"
 
 Traditional and simplified Chinese characters (臺, 台) are different ones here.
 Words of one or two letters and stop words are not looked for in longer words: they would be found in most texts.

@@ -24,6 +24,8 @@ from nanoghost.train.packing import (
     name_of,
     pack,
     report_dropped,
+    report_omissions,
+    report_examples,
     tokenize_conversations,
 )
 from nanoghost.train.run import Run
@@ -90,7 +92,7 @@ class SequenceDistillation:
         prompts = prompts_of(conversations, teacher.tokenizer, run.display)
         answered = teacher_answers(settings, prompts, teacher, run)
         examples, dropped = tokenize_conversations(answered, tokenizer, context)
-        report_dropped(dropped, len(answered), run.display)
+        report_examples(examples, dropped, run.display)
         self.tokens_per_step = settings.batch * context
         self.batches = PackedBatches(
             examples, context, settings.batch, settings.seed, *distributed.rank_and_world_size()
@@ -107,7 +109,7 @@ class TokenDistillation:
         if not isinstance(examples[0], TokenizedExample):
             conversations = examples
             examples, dropped = tokenize_conversations(conversations, tokenizer, context)
-            report_dropped(dropped, len(conversations), run.display)
+            report_examples(examples, dropped, run.display)
         self.examples, self.context, self.settings = examples, context, settings
         self.targets = teacher_probabilities(settings, examples, context, tokenizer.vocab_size, teacher, run)
         self.batches = PackedBatches(

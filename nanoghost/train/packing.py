@@ -5,7 +5,7 @@ R rows in a batch, T tokens in a row.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,49 +25,80 @@ class TokenizedExample:
     """Token ids."""
     loss_mask: list[bool]
     """Whether each token contributes to the loss (the first never does: nothing precedes it)."""
+    is_cut: bool = False
+    """The end of the last answer did not fit into the context."""
+
+
+@dataclass
+class Omissions:
+    """What conversations lost when they became examples. A conversation is named by its place, as FILE:LINE."""
+
+    dropped: list[str] = field(default_factory=list)
+    """"PLACE: reason" for each conversation that is left out."""
+    without_oldest: list[str] = field(default_factory=list)
+    """Places of those that are longer than the context, and are learned without their oldest turns."""
+    cut: list[str] = field(default_factory=list)
+    """Places of those whose last turn alone is longer than the context, and is learned up to there."""
 
 
 def tokenize_conversations(
     conversations: list[list[dict]], tokenizer, context: int
-) -> tuple[list[TokenizedExample], list[str]]:
-    """(examples, "WHERE: reason" for each conversation that is left out).
+) -> tuple[list[TokenizedExample], Omissions]:
+    """(examples, what they do not contain).
 
     A conversation longer than `context` loses its oldest turns. If its last turn alone is too long, the end of that
     turn is cut off, and with it the stop token. A conversation is left out if then no token is in the loss, so that no
     row consists of padding, and if the model's chat template rejects it, as the server would.
     """
-    examples, dropped = [], []
+    examples, omissions = [], Omissions()
     for messages in conversations:
         try:
-            example = tokenize_conversation(messages, tokenizer, context)
+            example, is_whole = tokenize_conversation(messages, tokenizer, context)
         except UserError as error:
-            dropped.append(f"{name_of(messages)}: {error}")
+            omissions.dropped.append(f"{name_of(messages)}: {error}")
             continue
         if any(example.loss_mask[1:context]):
             examples.append(TokenizedExample(example.ids[:context], example.loss_mask[:context]))
+            if any(example.loss_mask[context:]):
+                omissions.cut.append(name_of(messages))
+            elif not is_whole:
+                omissions.without_oldest.append(name_of(messages))
         elif any(example.loss_mask):
-            dropped.append(f"{name_of(messages)}: no answer within a context of {context} tokens")
+            omissions.dropped.append(f"{name_of(messages)}: no answer within a context of {context} tokens")
         elif any(message["role"] == "assistant" for message in messages):
-            dropped.append(f"{name_of(messages)}: the model's chat template does not write its answers as they are")
+            reason = "the model's chat template does not write its answers as they are"
+            omissions.dropped.append(f"{name_of(messages)}: {reason}")
         else:
-            dropped.append(f"{name_of(messages)}: it has no assistant message")
+            omissions.dropped.append(f"{name_of(messages)}: it has no assistant message")
     if not examples:
-        example = "".join(f"; {line}" for line in dropped[:1])
+        example = "".join(f"; {line}" for line in omissions.dropped[:1])
         raise UserError(f"none of the {len(conversations)} conversations has an answer to learn{example}")
-    return examples, dropped
+    return examples, omissions
 
 
-def tokenize_conversation(messages: list[dict], tokenizer, context: int) -> TokenizedExample:
-    """Without the oldest turns, if the conversation is longer than `context`."""
+def tokenize_conversation(messages: list[dict], tokenizer, context: int) -> tuple[TokenizedExample, bool]:
+    """(example without the oldest turns, if the conversation is longer than `context`; whether it has all turns)."""
     example = TokenizedExample(*render(messages, tokenizer))
-    if len(example.ids) > context:
-        example = TokenizedExample(*render(truncate_oldest_turns(messages, tokenizer, context), tokenizer))
-    return example
+    if len(example.ids) <= context:
+        return example, True
+    newest = truncate_oldest_turns(messages, tokenizer, context)
+    return TokenizedExample(*render(newest, tokenizer)), len(newest) == len(messages)
 
 
 def name_of(messages: list[dict]) -> str:
     """Where a conversation comes from, for messages to the user."""
     return getattr(messages, "where", "a built-in conversation")
+
+
+def report_omissions(omissions: Omissions, num_conversations: int, context: int, display: Display) -> None:
+    """Say how many conversations are not learned as a whole, and name the first of them."""
+    report_dropped(omissions.dropped, num_conversations, display)
+    for places, loss in ((omissions.without_oldest, "their oldest turns"), (omissions.cut, "the end of their last turn")):
+        if places:
+            display.print(
+                f"{len(places)} of {num_conversations} conversations lose {loss}, which the context of {context} tokens"
+                f" does not hold ({places[0]}{', ...' if len(places) > 1 else ''})"
+            )
 
 
 def report_dropped(dropped: list[str], num_conversations: int, display: Display) -> None:

@@ -27,7 +27,7 @@ from nanoghost.tools import sandbox
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
-from nanoghost.train.packing import PackedBatches, report_dropped, tokenize_conversations
+from nanoghost.train.packing import PackedBatches, report_examples, tokenize_conversations
 from nanoghost.train.policy_loss import VARIANTS
 from nanoghost.train.rollouts import accumulate_policy_gradients, compute_advantages, rollout_stats, sample_rollouts
 from nanoghost.train.run import (
@@ -184,7 +184,7 @@ def pack_sft_examples(
     )
     context = finetune_context(model.config.context)
     examples, dropped = tokenize_conversations(conversations, tokenizer, context)
-    report_dropped(dropped, len(conversations), display)
+    report_examples(examples, dropped, display)
     return PackedBatches(examples, context, settings.sft_rows, settings.seed, rank, world_size)
 
 

@@ -93,8 +93,8 @@ def teacher_answers(settings, prompts: list[list[dict]], teacher: Teacher, run: 
         raise UserError(f"none of the teacher's {len(prompts)} answers ended in time: try a larger --max-tokens")
     conversations = load_conversations(answers_file)
     run.display.print(
-        f"{len(conversations)} of {len(prompts)} answers ended within {settings.max_tokens} tokens;"
-        f" they are in {answers_file}"
+        f"{len(conversations)} of {len(prompts)} answers ended within {settings.max_tokens} tokens and the"
+        f" teacher's context; they are in {answers_file}"
     )
     return conversations
 
