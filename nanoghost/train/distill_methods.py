@@ -25,7 +25,6 @@ from nanoghost.train.packing import (
     pack,
     report_dropped,
     report_omissions,
-    report_examples,
     tokenize_conversations,
 )
 from nanoghost.train.run import Run
@@ -91,8 +90,8 @@ class SequenceDistillation:
     def __init__(self, settings, conversations, tokenizer, context: int, teacher: Teacher, run: Run):
         prompts = prompts_of(conversations, teacher.tokenizer, run.display)
         answered = teacher_answers(settings, prompts, teacher, run)
-        examples, dropped = tokenize_conversations(answered, tokenizer, context)
-        report_examples(examples, dropped, run.display)
+        examples, omissions = tokenize_conversations(answered, tokenizer, context)
+        report_omissions(omissions, len(answered), context, run.display)
         self.tokens_per_step = settings.batch * context
         self.batches = PackedBatches(
             examples, context, settings.batch, settings.seed, *distributed.rank_and_world_size()
@@ -108,8 +107,8 @@ class TokenDistillation:
     def __init__(self, settings, examples, tokenizer, context: int, teacher: Teacher, run: Run):
         if not isinstance(examples[0], TokenizedExample):
             conversations = examples
-            examples, dropped = tokenize_conversations(conversations, tokenizer, context)
-            report_examples(examples, dropped, run.display)
+            examples, omissions = tokenize_conversations(conversations, tokenizer, context)
+            report_omissions(omissions, len(conversations), context, run.display)
         self.examples, self.context, self.settings = examples, context, settings
         self.targets = teacher_probabilities(settings, examples, context, tokenizer.vocab_size, teacher, run)
         self.batches = PackedBatches(

@@ -25,8 +25,6 @@ class TokenizedExample:
     """Token ids."""
     loss_mask: list[bool]
     """Whether each token contributes to the loss (the first never does: nothing precedes it)."""
-    is_cut: bool = False
-    """The end of the last answer did not fit into the context."""
 
 
 @dataclass
@@ -93,7 +91,8 @@ def name_of(messages: list[dict]) -> str:
 def report_omissions(omissions: Omissions, num_conversations: int, context: int, display: Display) -> None:
     """Say how many conversations are not learned as a whole, and name the first of them."""
     report_dropped(omissions.dropped, num_conversations, display)
-    for places, loss in ((omissions.without_oldest, "their oldest turns"), (omissions.cut, "the end of their last turn")):
+    losses = {"their oldest turns": omissions.without_oldest, "the end of their last turn": omissions.cut}
+    for loss, places in losses.items():
         if places:
             display.print(
                 f"{len(places)} of {num_conversations} conversations lose {loss}, which the context of {context} tokens"

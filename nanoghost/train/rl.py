@@ -27,7 +27,7 @@ from nanoghost.tools import sandbox
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
-from nanoghost.train.packing import PackedBatches, report_examples, tokenize_conversations
+from nanoghost.train.packing import PackedBatches, report_omissions, tokenize_conversations
 from nanoghost.train.policy_loss import VARIANTS
 from nanoghost.train.rollouts import accumulate_policy_gradients, compute_advantages, rollout_stats, sample_rollouts
 from nanoghost.train.run import (
@@ -183,8 +183,8 @@ def pack_sft_examples(
         settings.task_names,
     )
     context = finetune_context(model.config.context)
-    examples, dropped = tokenize_conversations(conversations, tokenizer, context)
-    report_examples(examples, dropped, display)
+    examples, omissions = tokenize_conversations(conversations, tokenizer, context)
+    report_omissions(omissions, len(conversations), context, display)
     return PackedBatches(examples, context, settings.sft_rows, settings.seed, rank, world_size)
 
 

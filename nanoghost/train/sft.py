@@ -17,7 +17,7 @@ from nanoghost.tasks.sft_mix import builtin_conversations, file_conversations
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
-from nanoghost.train.packing import PackedBatches, report_dropped, tokenize_conversations
+from nanoghost.train.packing import PackedBatches, report_omissions, tokenize_conversations
 from nanoghost.train.run import (
     build_optimizer,
     fingerprint_of_conversations,
@@ -71,15 +71,15 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         count, seed = settings.conversations, settings.seed
         conversations += builtin_conversations(settings.data, root, settings.name, count, seed)
         context = finetune_context(model.config.context, settings.context)
-        examples, dropped = tokenize_conversations(conversations, tokenizer, context)
-        report_dropped(dropped, len(conversations), display)
+        examples, omissions = tokenize_conversations(conversations, tokenizer, context)
+        report_omissions(omissions, len(conversations), context, display)
         batches = PackedBatches(examples, context, settings.batch, settings.seed, rank, world_size)
         groups = finetune_groups(root, model.config.width, settings.learning_rate)
         model, optimizer = build_optimizer(model, groups, settings)
         if run.card.steps is None:
             steps = settings.steps or calibrated_steps(settings, parent, groups, batches, forward_backward, setup_clock)
             adapters = [adapter.summary() for adapter in model.adapters]
-            counts = {"conversations": len(examples), "dropped_conversations": len(dropped)}
+            counts = {"conversations": len(examples), "dropped_conversations": len(omissions.dropped)}
             run.update_card(steps=steps, adapters=adapters, **counts)
         guard = StepGuard(run, optimizer)
         start, saved = guard.resume()
