@@ -141,9 +141,10 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("a.jsonl", b"\n\r\n", "a.jsonl: it contains no text"),
         ("a.json", b" [ ]\n", "a.json: it contains no text"),
         ("a.parquet", b"", "a.parquet: not a parquet file"),
-        ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "a.jsonl:1: expected an object with 'text'"),
+        ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "a.jsonl:1: pairs of a 'chosen' and a 'rej"),
+        ("a.jsonl", b'{"story": "a"}', "a.jsonl:1: expected an object with 'text' .*, not with 'story'"),
     ],
-    ids=range(24),
+    ids=range(25),
 )  # fmt: skip
 def test_damaged_files_end_in_one_line_and_leave_nothing(tmp_path, nanoghost, home, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -296,7 +297,8 @@ def test_tool_calls_in_sharegpt_form_become_openai_calls(tmp_path, several):
     "row, message",
     [
         ({"text": "x"}, "expected an object with 'messages' .*'conversations', or 'prompt' .*, not with 'text'"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "expected an object with 'messages'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs of .*, rename 'chosen' to 'completion'"),
+        ({"chosen": CHAT, "rejected": CHAT}, "pairs of .*, or to 'messages' if it is a whole conversation"),
         ([1], "expected an object with 'messages' \\(or .*'output'.*\\)$"),
         ({"conversations": "x"}, "'conversations' must be a list"),
         ({"conversations": []}, "'conversations' must be a list with at least one message"),

@@ -39,22 +39,17 @@ def messages_of(row: Row, file: Path) -> list:
     """The messages of a row. Raises UserError if it has none of the forms."""
     name = form_of(row.value)
     if name is None:
-        keys = f", not with {', '.join(map(repr, row.value)):.200}" if isinstance(row.value, dict) else ""
-        raise UserError(f"{row.where}: expected an object with 'messages' (or {OTHER_FORMS}){keys}")
+        raise no_form(row, f"'messages' (or {OTHER_FORMS})")
     if name != "messages" or file.suffix != ".jsonl":
         note(f"{file}: read as conversations of the form {name}")
     if row.value.get("label") is False:
         raise UserError(f"{row.where}: 'label' is false: every answer is learned, so remove those that must not be")
-    for key in ("image", "images"):
-        if row.value.get(key):
-            raise UserError(
-                f"{row.where}: {key!r} is not empty: models learn from text only, so remove rows with images"
-            )
-    for key in ("tools", "history"):
-        if row.value.get(key):
-            note(f"{file}: '{key}' is not read")
-    _, convert = FORMS[name]
-    return convert(row.value, row.where)
+    check_has_no_media(row.value, row.where)
+    keys, convert = FORMS[name]
+    unread = [key for key in row.value if key not in (*keys, *OPTIONAL_KEYS)]
+    if unread:
+        note(f"{file}: not read: {', '.join(map(repr, unread)):.200}")
+    return with_system_message(convert(row.value, row.where), row, file)
 
 
 def form_of(value) -> str | None:
@@ -67,21 +62,31 @@ def form_of(value) -> str | None:
     return None
 
 
+def no_form(row: Row, expected: str) -> UserError:
+    """The error for a row that is not a conversation. `expected`: the keys that it should have."""
+    keys = list(row.value) if isinstance(row.value, dict) else []
+    if "chosen" in keys and "rejected" in keys:
+        return UserError(
+            f"{row.where}: pairs of a 'chosen' and a 'rejected' answer (DPO) are not learned here; to learn the chosen"
+            " answers by SFT, rename 'chosen' to 'completion', or to 'messages' if it is a whole conversation"
+        )
+    present = f", not with {', '.join(map(repr, keys)):.200}" if keys else ""
+    return UserError(f"{row.where}: expected an object with {expected}{present}")
+
+
 # ── the forms ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def from_messages(row: dict, where: str) -> list:
-    messages = turns(row, "messages", where)
-    has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
-    return messages if has_system else system_message(row, where) + messages
+    return turns(row, "messages", where)
 
 
 def from_sharegpt(row: dict, where: str) -> list:
-    return system_message(row, where) + turns(row, "conversations", where)
+    return turns(row, "conversations", where)
 
 
 def from_prompt(row: dict, where: str) -> list:
-    return system_message(row, where) + text_or_turns(row, "prompt", "user", where)
+    return text_or_turns(row, "prompt", "user", where)
 
 
 def from_prompt_and_completion(row: dict, where: str) -> list:
@@ -92,7 +97,7 @@ def from_alpaca(row: dict, where: str) -> list:
     question = text(row, "instruction", where)
     if row.get("input"):
         question += "\n" + text(row, "input", where)
-    return [*system_message(row, where), message("user", question), message("assistant", text(row, "output", where))]
+    return [message("user", question), message("assistant", text(row, "output", where))]
 
 
 FORMS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], list]]] = {
@@ -105,8 +110,11 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], list]]] = {
 """{name: (keys that a row must have, function that makes messages of it)}."""
 
 OTHER_FORMS = ", or ".join(" and ".join(map(repr, keys)) for keys, _ in list(FORMS.values())[1:])
-COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "output")
-COLUMNS += ("system", "system_prompt", "input", "history", "chosen", "label", "tools", "image", "images")
+SYSTEM_KEYS = ("system", "system_prompt")
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+OPTIONAL_KEYS = (*SYSTEM_KEYS, *MEDIA_KEYS, "input", "label")
+COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "output", *OPTIONAL_KEYS)
+COLUMNS += ("chosen", "rejected")
 
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -116,9 +124,29 @@ def message(role: str, content) -> dict:
     return {"role": role, "content": content}
 
 
-def system_message(row: dict, where: str) -> list:
-    keys = [key for key in ("system", "system_prompt") if row.get(key)]
-    return [message("system", text(row, keys[0], where))] if keys else []
+def with_system_message(messages: list, row: Row, file: Path) -> list:
+    """The messages after the row's system prompt, unless they begin with one themselves."""
+    key = next((key for key in SYSTEM_KEYS if row.value.get(key)), None)
+    if key is None:
+        return messages
+    prompt, first = text(row.value, key, row.where), messages[0]
+    if not isinstance(first, dict) or first.get("role") not in ("system", "developer"):
+        return [message("system", prompt), *messages]
+    if first.get("content") != prompt:
+        note(f"{file}: {key!r} is not read where the messages begin with another system message")
+    return messages
+
+
+def check_has_no_media(value: dict, where: str) -> None:
+    """Raise UserError if a row, or a message, has more than text."""
+    for key in MEDIA_KEYS:
+        if value.get(key):
+            raise UserError(f"{where}: {key!r} is not empty: models read text only, so remove what has {key}")
+    content = value.get("content")
+    for part in content if isinstance(content, list) else []:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            raise UserError(f"{where}: 'content' has a part of the type {kind!r:.40}: models read text only")
 
 
 def text(row: dict, key: str, where: str) -> str:

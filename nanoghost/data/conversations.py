@@ -1,15 +1,13 @@
 """Conversations for finetuning: lists of OpenAI messages. conversation_files.py reads the files."""
 
 import json
-import re
 from pathlib import Path
 
-from nanoghost.data.conversation_files import read_conversations
+from nanoghost.data.conversation_files import check_has_no_media, read_conversations
+from nanoghost.data.tagged_calls import parse_tags
 from nanoghost.data.text_io import check_unicode
 from nanoghost.errors import UserError
 
-CALL_TAGS = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>\s*", re.DOTALL)
-RESPONSE_TAGS = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -32,7 +30,8 @@ def load_conversations(path: str | Path) -> list[FileConversation]:
         )
     conversations = []
     for where, messages in read_conversations(path):
-        conversations.append(FileConversation(check_messages(messages, where), where))
+        messages = parse_tags(check_messages(messages, where), path, where)
+        conversations.append(FileConversation(messages, where))
     if not conversations:
         raise UserError(f"{path}: it contains no conversation")
     return conversations
@@ -56,14 +55,11 @@ def check_message(message, where: str) -> dict:
         raise UserError(f"{where} has 'weight' 0: every answer is learned, so remove those that must not be")
     if role not in ROLES:
         raise UserError(f"{where}: role {role!r:.40} must be one of {', '.join(ROLES)}")
+    check_has_no_media(message, where)
     if isinstance(content, list) and all(map(is_text_part, content)):
         content = "".join(part["text"] for part in content)
     if isinstance(content, str):
         check_unicode(content, where)
-        if role == "assistant" and calls is None:
-            content, calls = split_calls(content)
-        elif role == "tool" and (response := RESPONSE_TAGS.fullmatch(content)):
-            content = response[1]
     elif content is not None or not calls:
         raise UserError(f"{where}: 'content' must be a string or text parts (null only together with 'tool_calls')")
     checked = message | {"role": "system" if role == "developer" else role, "content": content}
@@ -72,23 +68,6 @@ def check_message(message, where: str) -> dict:
             raise invalid_calls(where)
         checked["tool_calls"] = [check_tool_call(call, where) for call in calls]
     return checked
-
-
-def split_calls(text: str) -> tuple[str, list | None]:
-    """(the text before the calls, the calls) of an answer that writes them as text between tags, as Hermes does.
-
-    Without such calls, or with something else between or after the tags, the text stays as it is.
-    """
-    calls = []
-    for match in CALL_TAGS.finditer(text):
-        try:
-            calls.append(json.loads(match[1]))
-        except (ValueError, RecursionError):
-            return text, None
-    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
-        return text, None
-    before, _, after = CALL_TAGS.sub("\0", text).partition("\0")
-    return (text, None) if after.strip("\0 \n") else (before, calls)
 
 
 def is_text_part(part) -> bool:

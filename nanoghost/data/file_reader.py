@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from nanoghost.data.conversation_files import COLUMNS, form_of, messages_of
+from nanoghost.data.conversation_files import COLUMNS, form_of, messages_of, no_form
 from nanoghost.data.conversations import check_messages
 from nanoghost.data.rows import Row, read_rows
 from nanoghost.data.text_io import check_unicode, read_text
@@ -48,5 +48,5 @@ def row_text(row: Row, file: Path) -> str:
             raise UserError(f"{row.where}: 'text' is {value['text']!r:.40}, not a string")
         return check_unicode(value["text"], row.where)
     if form_of(value) is None:
-        raise UserError(f"{row.where}: expected an object with 'text' (or a conversation, for example 'messages')")
+        raise no_form(row, "'text' (or a conversation, for example 'messages')")
     return "\n".join(map(text_of, check_messages(messages_of(row, file), row.where)))

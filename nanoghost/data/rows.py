@@ -112,7 +112,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=null)
 
 
 def parquet_rows(file: Path, columns: Iterable[str]) -> Iterator[Row]:
-    """Yield the rows, with the columns of these names only."""
+    """Yield the rows. Columns of other names are there, but null."""
     from pyarrow import ArrowException, parquet  # slow to import, and seldom needed
 
     number = 0
@@ -129,7 +129,8 @@ def parquet_rows(file: Path, columns: Iterable[str]) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=1024, columns=present):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Row(number, f"{file}, row {number}", {key: without_nulls(row[key]) for key in row})
+                    value = dict.fromkeys(names) | {key: without_nulls(row[key]) for key in row}
+                    yield Row(number, f"{file}, row {number}", value)
         except (ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file}, row {number + 1} or later: the file is damaged: {first_line(error)}") from None
 
