@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanoghost.tasks.everyday_sums import words_of
 from nanoghost.tools.calculator import calculate
 
 NUMBERS = st.integers(0, 9999)
@@ -53,3 +54,35 @@ def test_hostile_expressions_are_fast_errors(expression):
 @settings(max_examples=200, deadline=None)
 def test_any_text_has_a_result(text):
     assert isinstance(calculate(text), str)
+
+
+@pytest.mark.parametrize(
+    "expression, value",
+    [("2^10", "1024"), ("2**3", "8"), ("7²", "49"), ("2^3^2", "512"), ("2^-2", "0.25"), ("-2^2", "-4"),
+     ("sqrt(81)", "9"), ("√2", "1.414213562"), ("8^(1/3)", "2"), ("sqrt(1/4)", "0.5"), ("15% of 80", "12"),
+     ("80 - 20%", "64"), ("200 + 10%", "220"), ("50%", "0.5"), ("17 % 5", "2"), ("17 mod 5", "2"),
+     ("3,5 + 2,25", "5.75"), ("10:4", "2.5"), ("$1,250.50 + $3", "1253.5"), ("5 apples - 2 apples", "3"),
+     ("60 miles * 2.5", "150"), ("12 x -3", "-36")],
+)  # fmt: skip
+def test_powers_roots_percentages_and_units(expression, value):
+    assert calculate(expression) == value
+
+
+@pytest.mark.parametrize(
+    "expression, value",
+    [("nine plus six", "15"), ("half of 50", "25"), ("twice eight", "16"), ("seven squared", "49"),
+     ("two hundred and five minus three", "202"), ("three point two five times 2", "6.5"), ("a dozen times 4", "48"),
+     ("the square root of sixteen", "4"), ("two to the power of ten", "1024"), ("minus five plus two", "-3"),
+     ("treinta y uno por 2", "62"), ("siebenundzwanzig geteilt durch neun", "3"), ("vingt et un fois deux", "42"),
+     ("dodici meno sette", "5"), ("dez mais cinco", "15"), ("acht keer acht", "64"), ("twenty percent of 50", "10")],
+)  # fmt: skip
+def test_words(expression, value):
+    assert calculate(expression) == value
+
+
+@given(st.integers(0, 999_999), st.sampled_from([1, 1000, 10**6]))
+@settings(max_examples=200, deadline=None)
+def test_english_number_words(number, scale):
+    names = {1: "", 1000: " thousand", 10**6: " million"}
+    words = words_of(number if scale == 1 else number % 999 + 1) + names[scale]
+    assert calculate(words) == str(number if scale == 1 else (number % 999 + 1) * scale)

@@ -81,7 +81,8 @@ And I _again_ shall wake.
 
 
 def play_scenes():
-    scene = "SCENE {n}.\n\nOWL.\nWho rings bell number {n}?\n\nBELL.\nIt is I, madam {n}.\n\n"
+    verse = "".join(f"And love and night have line {i} of song {{n}};\n" for i in range(5))
+    scene = f"SCENE {{n}}.\n\nOWL.\nWho rings bell number {{n}}?\n\nBELL.\nIt is I, madam {{n}}.\n\nOWL.\n{verse}\n"
     return [("owls", "".join(scene.format(n=n) for n in range(40)))]
 
 
@@ -113,14 +114,15 @@ def test_the_plays_need_a_model_that_was_pretrained_on_them():
 
 def test_rl_trains_on_every_task_with_a_correct_answer():
     assert DEFAULT_RL_TASKS == ["chain_sum", "spell_backward"]
-    assert set(RL_TASKS) == {task.name for task in TASKS} - {"plays"}
+    assert set(RL_TASKS) == {task.name for task in TASKS} - {"plays", "creative"}
 
 
 def test_evaluated_tasks():
     """The tasks of the report; the tool tasks are measured by RL only."""
     names = {task.name for task in TASKS if task.evaluated}
     assert names == {
-        "sums", "spelling", "counting", "identity", "refusal", "answerable", "chain_sum", "spell_backward",
+        "creative", "identity", "sums", "everyday_sums", "spelling", "counting", "letters", "recall", "refusal",
+        "answerable", "chain_sum", "spell_backward",
     }  # fmt: skip
 
 
@@ -128,13 +130,17 @@ def test_weights_of_the_builtin_mix(tasks):
     """The order counts, too: it decides which problems are drawn."""
     weights = [(task.name, task.weight) for task in tasks_of_mix("builtin", {task.name: task for task in tasks})]
     assert weights == [
-        ("plays", 0.05),
-        ("identity", 0.135),
-        ("sums", 0.215),
-        ("spelling", 0.12),
-        ("counting", 0.135),
-        ("refusal", 0.13),
-        ("chain_sum", 0.205),
+        ("plays", 0.03),
+        ("creative", 0.1),
+        ("identity", 0.16),
+        ("sums", 0.05),
+        ("everyday_sums", 0.2),
+        ("spelling", 0.11),
+        ("counting", 0.13),
+        ("letters", 0.16),
+        ("recall", 0.12),
+        ("refusal", 0.16),
+        ("chain_sum", 0.15),
         ("spell_backward", 0.01),
     ]
 
@@ -155,7 +161,7 @@ def test_solutions_score_1_and_other_answers_0(tasks, split):
             assert task.score(problem, problem.solution) == 1.0, problem
             assert task.score(problem, []) == 0.0, problem
             assert task.score(problem, [assistant("")]) == 0.0, problem
-            if task.name not in ("plays", "answerable"):
+            if task.name not in ("plays", "creative", "answerable"):
                 assert task.score(problem, [assistant("The moon is made of cheese 77777.")]) == 0.0
 
 
@@ -169,7 +175,8 @@ def test_problems_end_with_a_question_and_solutions_with_an_answer(tasks, split)
             assert problem.solution[-1]["role"] == "assistant"
             text = text_of(problem.messages[-1]) + final_text(problem.solution)
             assert "{" not in text, "all slots are filled"
-            assert is_refusal(final_text(problem.solution)) == (task.name == "refusal"), problem
+            if task.name != "recall":  # which also has questions about what was not told
+                assert is_refusal(final_text(problem.solution)) == (task.name == "refusal"), problem
 
 
 def test_problems_and_conversations_depend_on_the_seed_alone():
@@ -245,8 +252,8 @@ def test_there_are_enough_phrasings():
     assert len(train) >= 40
     assert len(arithmetic.ANY["test"]) >= 5
     for intent in identity.INTENTS.values():
-        assert len(intent.train) >= 12
-        assert len(intent.test) >= 3
+        assert len(intent.train) in (0, 5) or len(intent.train) >= 12  # the others are in phrases/people
+        assert len(intent.train) < 12 or len(intent.test) >= 3
     categories = refusal.CATEGORIES.values()
     assert len(categories) >= 12
     assert sum(len(c.train) for c in categories) >= 150

@@ -1,4 +1,7 @@
-"""Sums with a calculator: the model need not calculate, only write the right call and read the result."""
+"""Sums with a calculator: the model need not calculate, only write the right call and read the result.
+
+These are plain; everyday_sums.py has those that people ask.
+"""
 
 import random
 from collections.abc import Sequence
@@ -9,10 +12,29 @@ from nanoghost.tasks.wording import choose_template, load_phrases, replace_words
 from nanoghost.tools.calculator import calculate
 
 OPERATORS_IN_QUESTIONS = {"+": ("+", "+", "plus"), "-": ("-", "−", "minus"), "*": ("×", "*", "x", "times")}
-OPERATORS_IN_ANSWERS = {"+": "+", "-": "-", "*": "×"}
 
 PHRASES = load_phrases("arithmetic")
-ANY, NAMED, ANSWERS = PHRASES["any"], PHRASES["named"], PHRASES["answers"]
+ANY, NAMED = PHRASES["any"], PHRASES["named"]
+
+
+def answer_text(expression: str, result: str) -> str:
+    """The answer to a sum with its result, or to one that has none."""
+    expression = expression.strip()
+    if result == "error: division by zero":
+        return "Nothing can be divided by zero."
+    if result.startswith("error: "):
+        return "I cannot work that out."
+    return f"{expression} = {result}." if expression[0] in "0123456789(-√$" else f"That is {result}."
+
+
+def solve_with_calculator(expression: str) -> tuple[tuple[dict, ...], str]:
+    """(the messages that call the calculator and answer, the result).
+
+    An expression that is copied from a question begins with the blank before it, and thus has the same tokens.
+    """
+    result = calculate(expression)
+    call = tool_call_messages("calculator", "expression", expression, result, "call_1")
+    return (*call, assistant(answer_text(expression, result))), result
 
 
 def content_key(a: int, operation: str, b: int) -> str:
@@ -29,7 +51,7 @@ class Sums(Task):
 
     name = "sums"
     label = "sums with the calculator"
-    weight = 0.215
+    weight = 0.05
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         while True:
@@ -44,13 +66,11 @@ class Sums(Task):
         if split == "train" and "{sum}" in template and rng.random() < 0.5:
             template = replace_words(rng, template, rng.random())  # the operator says what is wanted
         question = template.format(sum=sum_text, a=a, b=b)
-
         expression = f"{a}{operation}{b}"
-        result = calculate(expression)
-        sum_text = f"{a} {OPERATORS_IN_ANSWERS[operation]} {b}"
-        answer = rng.choice(ANSWERS).format(sum=sum_text, result=result)
-        call = tool_call_messages("calculator", "expression", expression, result, "call_1")
-        return Problem(self.name, (user(question),), (*call, assistant(answer)), result)
+        if "{sum}" in template:
+            expression = " " * template.partition("{sum}")[0].endswith(" ") + sum_text
+        solution, result = solve_with_calculator(expression)
+        return Problem(self.name, (user(question),), solution, result)
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
         calls = [call for message in reply for call in message.get("tool_calls") or ()]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nanoghost.tasks.base import Problem, Task, TaskContext, split_of
 from nanoghost.tasks.messages import assistant, final_text, user
 from nanoghost.tasks.names import FIRST_NAMES
-from nanoghost.tasks.wording import choose_template, load_phrases
+from nanoghost.tasks.wording import choose_template, draw_line, families, load_phrases, people_phrases
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,12 @@ class Intent:
     """Good answers. Those that need an unknown fact are left out, and so is an intent without answers."""
     keys: tuple[str, ...]
     """An answer is correct if it contains one of these."""
-    train: tuple[str, ...]
-    test: tuple[str, ...]
+    train: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
 
 
+PEOPLES_INTENTS = {"cannot": "limits", "gibberish": "unclear", "symbols": "unclear", "scripts": "other_script"}
+"""The intent of a list of [about], [talk] or [nonsense] in phrases/people, where it has another name."""
 INTENTS = {name: Intent(**intent) for name, intent in load_phrases("identity")["intents"].items()}
 PLAYS = load_phrases("identity")["plays"]
 
@@ -66,7 +68,7 @@ class Identity(Task):
 
     name = "identity"
     label = "questions about itself"
-    weight = 0.135
+    weight = 0.16
 
     def __init__(self, facts: Mapping[str, str]):
         self.facts = {"name": "Ghost", **facts}
@@ -75,8 +77,14 @@ class Identity(Task):
             answers = self.possible_answers(name, intent)
             if answers:
                 self.intents[name] = Intent(answers, intent.keys, intent.train, intent.test)
+        self.peoples_lists = []
+        """(table, list, intent) of the lines in phrases/people."""
+        for table in ("about", "talk", "nonsense"):
+            for name in people_phrases()[table]:
+                self.peoples_lists.append((table, name, PEOPLES_INTENTS.get(name, name)))
         if "shakespeare" not in self.facts.get("data", "").lower():
             del self.intents["author"]  # who wrote the training text
+        self.peoples_lists = [entry for entry in self.peoples_lists if entry[2] in self.intents]
 
     @classmethod
     def build(cls, context: TaskContext, earlier_tasks: dict[str, Task]) -> Task:
@@ -89,14 +97,19 @@ class Identity(Task):
         return answers[:1] if name == "who" else answers
 
     def problem(self, rng: random.Random, split: str) -> Problem:
-        intent = rng.choice(list(self.intents.values()))
         values = {
             "person": rng.choice([name for name in FIRST_NAMES if split_of(name) == split]),
             "play": rng.choice([title for title in PLAYS if split_of(title) == split]),
             **self.facts,
         }
-        templates = intent.train if split == "train" else intent.test
-        question = choose_template(rng, templates, split).format(**values)
+        if rng.random() < (0.7 if split == "train" else 0.5):
+            table, name, intent_name = rng.choice(self.peoples_lists)
+            intent = self.intents[intent_name]
+            template = draw_line(rng, families(table, name, split), split)
+        else:
+            intent = rng.choice([intent for intent in self.intents.values() if intent.train])
+            template = choose_template(rng, intent.train if split == "train" else intent.test, split)
+        question = template.format(**values) if "{" in template else template
         keys = "|".join(key.format(**values) for key in intent.keys)
         answer = rng.choice(intent.answers).format(**values)
         return Problem(self.name, (user(question),), (assistant(answer),), keys)

@@ -106,7 +106,7 @@ class Plays(Task):
 
     name = "plays"
     label = "plays"
-    weight = 0.05
+    weight = 0.03
     evaluated = False
     rl = False
 

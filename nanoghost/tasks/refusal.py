@@ -16,7 +16,7 @@ from nanoghost.tasks.base import Problem, Task, TaskContext, split_of
 from nanoghost.tasks.messages import assistant, final_text, user
 from nanoghost.tasks.names import FIRST_NAMES, PLACES, SURNAMES
 from nanoghost.tasks.spelling import quote
-from nanoghost.tasks.wording import choose_template, load_phrases
+from nanoghost.tasks.wording import choose_template, draw_line, families, load_phrases, people_phrases
 
 PHRASES = load_phrases("refusal")
 SLOTS: dict[str, tuple[str, ...]] = {
@@ -33,11 +33,20 @@ class Category:
     topic: str
     """What the model does not know, after "I don't know"."""
     reason: str
-    train: tuple[str, ...]
-    test: tuple[str, ...]
+    train: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
 
 
 CATEGORIES = {name: Category(**category) for name, category in PHRASES["categories"].items()}
+PEOPLES_CATEGORIES = {
+    "translate": "language",
+    "act": "errand",
+    "senses": "seeing",
+    "user_facts": "user",
+    "people": "stranger",
+    "knowledge_foreign": "foreign",
+}
+"""The category of a list of [unknown] in phrases/people, where it has another name."""
 ANSWERS = PHRASES["answers"]
 
 
@@ -51,16 +60,21 @@ class Refusal(Task):
 
     name = "refusal"
     label = "unanswerable: says so"
-    weight = 0.13
+    weight = 0.16
 
     def __init__(self, training_text: str = "old plays"):
         self.training_text = training_text
         """What the model says that it has read."""
 
     def problem(self, rng: random.Random, split: str) -> Problem:
-        category = rng.choice(list(CATEGORIES.values()))
-        template = choose_template(rng, category.train if split == "train" else category.test, split)
-        question = fill_slots(rng, template, split)
+        if rng.random() < (0.65 if split == "train" else 0.5):
+            name = rng.choice(list(people_phrases()["unknown"]))
+            category = CATEGORIES[PEOPLES_CATEGORIES.get(name, name)]
+            template = question = draw_line(rng, families("unknown", name, split), split)
+        else:
+            category = rng.choice([category for category in CATEGORIES.values() if category.train])
+            template = choose_template(rng, category.train if split == "train" else category.test, split)
+            question = fill_slots(rng, template, split)
         if template.startswith("{"):
             question = capitalize_first(question)
         reason = category.reason.format(read=self.training_text)

@@ -8,19 +8,27 @@ from nanoghost.data.registry import open_data_source
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.tasks.arithmetic import Sums
 from nanoghost.tasks.base import Task, TaskContext
+from nanoghost.tasks.creative import Creative
+from nanoghost.tasks.everyday_sums import EverydaySums
 from nanoghost.tasks.gym import ChainSum, SpellBackward, word_list
 from nanoghost.tasks.identity import Identity, identity_facts
+from nanoghost.tasks.letters import Letters
 from nanoghost.tasks.plays import Plays
+from nanoghost.tasks.recall import Recall
 from nanoghost.tasks.refusal import Answerable, Refusal
 from nanoghost.tasks.spelling import Counting, Spelling
 from nanoghost.tasks.tool_use import Lookup, Programs
 
 TASKS: tuple[type[Task], ...] = (
     Plays,
+    Creative,
     Identity,
     Sums,
+    EverydaySums,
     Spelling,
     Counting,
+    Letters,
+    Recall,
     Refusal,
     Answerable,
     ChainSum,
@@ -78,7 +86,8 @@ def chat_name(model_name: str) -> str:
 
 
 def spelling_words(texts: list[tuple[str, str]], count: int = 3000) -> list[str]:
-    """The `count` most frequent words of the texts and `count` words of the dictionary: users type both kinds."""
+    """The `count` most frequent words of the texts, `count` words of the dictionary, and all long words."""
     counts = Counter(word for _, text in texts for word in re.findall(r"\b[a-z]{3,10}\b", text))
     frequent = [word for word, _ in counts.most_common(count)]
-    return frequent + random.Random(0).sample(word_list(), count)
+    long_words = sorted({word for _, text in texts for word in re.findall(r"\b[a-z]{11,20}\b", text)})
+    return frequent + random.Random(0).sample(word_list(), count) + long_words

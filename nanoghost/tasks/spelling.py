@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nanoghost.tasks.base import Problem, Task, TaskContext, split_of
 from nanoghost.tasks.messages import assistant, final_text, last_number, make_text_parts, user
 from nanoghost.tasks.names import FIRST_NAMES, PLACES
-from nanoghost.tasks.wording import choose_template, load_phrases, replace_words
+from nanoghost.tasks.wording import choose_template, draw_line, families, load_phrases, replace_words
 
 SPELL, COUNT = load_phrases("spelling")["spell"], load_phrases("spelling")["count"]
 COMMON_LETTERS = "abcdefghiklmnoprstuwy"  # all but j, q, v, x and z
@@ -17,9 +17,13 @@ class WordTask(Task):
     """Draws words of a split, and sometimes a name, so that a capital letter alone says nothing about the task."""
 
     def __init__(self, words: Sequence[str]):
+        long_words = sorted({word for word in words if re.fullmatch(r"[a-z]{11,20}", word)})
         words = sorted({word for word in words if re.fullmatch(r"[a-z]{2,10}", word)})
         names = sorted({*PLACES, *FIRST_NAMES})
         self.words = {split: [word for word in words if split_of(word) == split] for split in ("train", "test")}
+        self.long_words = {
+            split: [word for word in long_words if split_of(word) == split] for split in ("train", "test")
+        }
         self.names = {split: [name for name in names if split_of(name) == split] for split in ("train", "test")}
 
     @classmethod
@@ -36,17 +40,27 @@ def quote(rng: random.Random, word: str) -> str:
     return rng.choices((f'"{word}"', f"'{word}'", word), weights=(5, 3, 2))[0]
 
 
+def quote_rarely(rng: random.Random, word: str) -> str:
+    """The word as people type it: mostly bare."""
+    return rng.choices((f'"{word}"', f"'{word}'", word), weights=(1, 1, 6))[0]
+
+
 class Spelling(WordTask):
     """How do you spell "thou"? t-h-o-u"""
 
     name = "spelling"
     label = "spelling a word"
-    weight = 0.12
+    weight = 0.11
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         word = self.draw_word(rng, split)
+        if split == "train" and self.long_words[split] and rng.random() < 0.1:
+            word = rng.choice(self.long_words[split])
         template = choose_template(rng, SPELL[split], split)
-        question = template.format(word=quote(rng, word))
+        quoted = quote(rng, word)
+        if split == "train" and rng.random() < 0.6:
+            template, quoted = draw_line(rng, families("spell", None, split), split), quote_rarely(rng, word)
+        question = template.format(word=quoted)
         answer = "-".join(word)
         return Problem(self.name, (user(question),), (assistant(make_text_parts(list(answer))),), answer)
 
@@ -64,15 +78,18 @@ class Counting(WordTask):
 
     name = "counting"
     label = "counting letters"
-    weight = 0.135
+    weight = 0.13
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         word = self.draw_word(rng, split)
         letter = self.draw_letter(rng, word.lower())
         template = choose_template(rng, COUNT[split], split)
+        quoted = quote(rng, word)
+        if split == "train" and rng.random() < 0.5:
+            template, quoted = draw_line(rng, families("count_letter", None, split), split), quote_rarely(rng, word)
         if split == "train" and rng.random() < 0.3:
             template = replace_words(rng, template, rng.random())  # a letter and a word say what is wanted
-        question = template.format(word=quote(rng, word), letter=f'"{letter}"' if rng.random() < 0.2 else letter)
+        question = template.format(word=quoted, letter=f'"{letter}"' if rng.random() < 0.2 else letter)
 
         parts, count = [], 0
         for i, character in enumerate(word):

@@ -1,11 +1,18 @@
-"""Phrasings of questions and answers: templates from phrases/*.toml, and variations of them."""
+"""Phrasings of questions and answers: templates from phrases/*.toml, and variations of them.
+
+phrases/people/*.toml are what people of different kinds type, one writer a file. `[a|b]` in a line stands for a or
+b, so a line is a family of phrasings; 1 family in 8 is held out whole.
+"""
 
 import random
 import re
 import tomllib
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+
+from nanoghost.tasks.base import split_of
 
 
 @cache
@@ -18,7 +25,109 @@ def load_phrases(name: str) -> dict:
 def _immutable(value):
     if isinstance(value, dict):
         return {key: _immutable(inner) for key, inner in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_immutable, value)) if isinstance(value, (list, tuple)) else value
+
+
+@cache
+def people_phrases() -> dict:
+    """What all writers of phrases/people/*.toml have written, table by table: {table: {name: lines}}."""
+    merged: dict = {}
+    for path in sorted(Path(__file__).with_name("phrases").glob("people/*.toml")):
+        for table, value in tomllib.loads(path.read_text(encoding="utf-8")).items():
+            if isinstance(value, dict):
+                lists = merged.setdefault(table, {})
+                for name, lines in value.items():
+                    lists[name] = (*lists.get(name, ()), *lines)
+            else:
+                merged[table] = (*merged.get(table, ()), *value)
+    return _immutable(merged)
+
+
+def families(table: str, name: str | None, split: str) -> tuple:
+    """The lines of a split of `people_phrases()[table]`, or of the list `name` in it."""
+    return split_families(people_phrases()[table] if name is None else people_phrases()[table][name], split)
+
+
+@cache
+def split_families(lines: tuple, split: str) -> tuple:
+    """The lines of a split; of several lines at least one is for tests.
+
+    Two writers may have the same idea: a line that says the same as a test line of any list is in no split.
+    """
+    held_out = [line for line in lines if split_of(text_of_line(line)) == "test"]
+    held_out = held_out or [min(lines, key=lambda line: zlib.crc32(text_of_line(line).encode()))]
+    if split == "test":
+        return tuple(held_out)
+    train = [line for line in lines if line not in held_out]
+    return tuple(line for line in train if not phrasings(line) & held_out_phrasings()) or tuple(train or lines)
+
+
+def text_of_line(line: str | tuple) -> str:
+    """A line of `problems` is a pair: its text and the expression."""
+    return line if isinstance(line, str) else line[0]
+
+
+@cache
+def phrasings(line: str | tuple) -> frozenset[str]:
+    """What a line can say, without case and punctuation; a sample of it, if it can say very much."""
+    rng = random.Random(0)
+    return frozenset(normalize(choose_alternatives(rng, text_of_line(line))) for _ in range(40))
+
+
+@cache
+def held_out_phrasings() -> frozenset[str]:
+    """What the test lines of all lists can say."""
+    lists = []
+    for table in people_phrases().values():
+        if isinstance(table, dict):
+            lists += table.values()
+        elif isinstance(table[0], dict):
+            lists += [fact["ask"] for fact in table]
+        else:
+            lists.append(table)
+    return frozenset().union(*(phrasings(line) for lines in lists for line in split_families(lines, "test")))
+
+
+def choose_alternatives(rng: random.Random, line: str) -> str:
+    """A member of a family: one of the alternatives for each `[a|b]`."""
+    return re.sub(r"\[([^\[\]]*)\]", lambda match: rng.choice(match[1].split("|")), line)
+
+
+NEIGHBOURS = dict(zip("qwertyuiopasdfghjklzxcvbnm", "wertyuiopqsdfghjklaxcvbnmz"))
+SLOT_OR_LETTERS = re.compile(r"{\w+}|[A-Za-z]{4,}")
+
+
+def type_carelessly(rng: random.Random, template: str) -> str:
+    """The template as people type it: a quarter in lower case, a quarter without final mark, a tenth mistyped."""
+    if rng.random() < 0.25:
+        template = template.lower()
+    if rng.random() < 0.25:
+        template = template.rstrip("?.!")
+    if rng.random() < 0.1:
+        words = [match for match in SLOT_OR_LETTERS.finditer(template) if match[0][0] != "{"]
+        if words:
+            word = rng.choice(words)
+            template = template[: word.start()] + mistype(rng, word[0]) + template[word.end() :]
+    return template
+
+
+def mistype(rng: random.Random, word: str) -> str:
+    """The word with one letter left out, doubled, exchanged with the next, or replaced by its neighbour on the keys."""
+    i = rng.randrange(1, len(word) - 1)
+    match rng.randrange(4):
+        case 0:
+            return word[:i] + word[i + 1 :]
+        case 1:
+            return word[:i] + word[i] + word[i:]
+        case 2:
+            return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+    return word[:i] + NEIGHBOURS.get(word[i], word[i]) + word[i + 1 :]
+
+
+def draw_line(rng: random.Random, lines: Sequence[str], split: str) -> str:
+    """A phrasing of a random family, as people type it."""
+    line = choose_alternatives(rng, rng.choice(lines))
+    return type_carelessly(rng, line) if split == "train" else line
 
 
 OPENERS = ("Please: ", "Tell me: ", "A question: ", "Hello. ", "Hi! ", "Good day. ", "One more thing: ")

@@ -7,17 +7,21 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 
 from nanoghost import distributed, hardware
+from nanoghost.data.registry import open_data_source
+from nanoghost.data.tokenize_source import tokenize_source
+from nanoghost.formats.model_card import ModelCard
 from nanoghost.home import ModelFolder
 from nanoghost.optim.schedule import lr_multiplier_at
 from nanoghost.progress import Display
-from nanoghost.tasks.sft_mix import builtin_conversations, file_conversations
+from nanoghost.tasks.sft_mix import builtin_conversations, file_conversations, parse_data
 from nanoghost.train.clock import Clock, Throughput, steps_that_fit
 from nanoghost.train.fault_tolerance import AutoMicroBatch, StepGuard
 from nanoghost.train.hyperparameters import finetune_context, finetune_groups
-from nanoghost.train.packing import PackedBatches, report_omissions, tokenize_conversations
+from nanoghost.train.packing import PackedBatches, TokenizedExample, report_omissions, tokenize_conversations
 from nanoghost.train.run import (
     build_optimizer,
     fingerprint_of_conversations,
@@ -37,9 +41,11 @@ class SftSettings(FinetuneSettings):
     """Name of the new model."""
     data: str = "builtin"
     """Conversations: builtin, tools (builtin with Python and lookup), a file, or builtin+FILE."""
-    conversations: int = 40000
+    conversations: int = 60000
     """Number of conversations from the built-in mix."""
-    batch: int = 8
+    text_share: float = 0.05
+    """Share of rows with pretraining text beside the built-in mix, so that the model keeps it."""
+    batch: int = 16
     """Packed rows in a step, over all processes."""
     context: int | None = None
     """Tokens in a row, and in the longest conversation. Default: the model's context, at most 512."""
@@ -73,19 +79,20 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         context = finetune_context(model.config.context, settings.context)
         examples, omissions = tokenize_conversations(conversations, tokenizer, context)
         report_omissions(omissions, len(conversations), context, display)
+        counts = {"conversations": len(examples), "dropped_conversations": len(omissions.dropped)}
+        examples += pretraining_examples(settings, root, tokenizer, context, examples)
         batches = PackedBatches(examples, context, settings.batch, settings.seed, rank, world_size)
         groups = finetune_groups(root, model.config.width, settings.learning_rate)
         model, optimizer = build_optimizer(model, groups, settings)
         if run.card.steps is None:
             steps = settings.steps or calibrated_steps(settings, parent, groups, batches, forward_backward, setup_clock)
             adapters = [adapter.summary() for adapter in model.adapters]
-            counts = {"conversations": len(examples), "dropped_conversations": len(omissions.dropped)}
             run.update_card(steps=steps, adapters=adapters, **counts)
         guard = StepGuard(run, optimizer)
         start, saved = guard.resume()
         steps, tokens = run.card.steps, saved.get("tokens", 0)
         resumed = f", resuming at step {start}" if start else ""
-        display.print(f"finetuning {settings.name}: {len(examples)} conversations, {steps} steps{resumed}")
+        display.print(f"finetuning {settings.name}: {counts['conversations']} conversations, {steps} steps{resumed}")
 
         clock = Clock(saved.get("seconds", setup_clock.seconds), settings.checkpoint_seconds)
         throughput = Throughput()
@@ -111,6 +118,22 @@ def main(settings: SftSettings, display: Display | None = None) -> dict | None:
         figures = run.finish(tokens, seconds, throughput, model.flops_per_token(context), loss=final_loss)
     display.print(f"{settings.name}: loss {final_loss:.3f} on the assistant's tokens after {seconds:.0f} s")
     return figures
+
+
+def pretraining_examples(
+    settings: SftSettings, root: ModelCard, tokenizer, context: int, examples: list[TokenizedExample]
+) -> list[TokenizedExample]:
+    """Passages of the text that the model was pretrained on, each a row: `text_share` of all rows."""
+    mix, _ = parse_data(settings.data)
+    if not mix or root.stage == "adopt":
+        return []
+    tokens = tokenize_source(open_data_source(root.settings["data"]), tokenizer).tokens("train")
+    rows = sum(len(example.ids) for example in examples) / context
+    count = round(rows * settings.text_share / (1 - settings.text_share))
+    last_start = max(1, len(tokens) - context - 1)
+    starts = np.random.default_rng(settings.seed).integers(0, last_start, count)
+    passages = [tokens[start : start + context + 1].tolist() for start in starts]
+    return [TokenizedExample(ids, [True] * len(ids)) for ids in passages]
 
 
 def accumulate_packed_gradients(model, batch, world_size: int, micro_batch: int | None = None) -> float:

@@ -1,0 +1,173 @@
+"""Lines in the voice of the plays: a verse, a story, an insult, a joke, the continuation of a line, a character.
+
+Verses and speeches are those of the training works, so SFT does not lose the voice that pretraining gave.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+
+from nanoghost.tasks.base import Problem, Task, TaskContext, split_of
+from nanoghost.tasks.messages import assistant, final_text, user
+from nanoghost.tasks.plays import looks_broken, shorten, split_into_scenes
+from nanoghost.tasks.refusal import is_refusal
+from nanoghost.tasks.wording import draw_line, families, load_phrases, made_up_word
+
+PIECES = load_phrases("creative")
+KINDS = {
+    "story": 3,
+    "poem": 3,
+    "poem_about": 4,
+    "insult_me": 2,
+    "joke": 2,
+    "verse_line": 2,
+    "continue": 7,
+    "character": 4,
+    "pirate": 1,
+    "battle": 1,
+    "love_letter": 1,
+}
+"""Lists of lines in phrases/people, and how often each is drawn."""
+VERSE_LINES = 4
+
+
+class Creative(Task):
+    """write me a poem about the sea. Correct: some lines, no refusal."""
+
+    name = "creative"
+    label = "lines in the voice of the plays"
+    weight = 0.1
+    rl = False
+
+    def __init__(self, texts: Sequence[tuple[str, str]]):
+        speeches: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+        for work, text in texts:
+            for number, scene in enumerate(split_into_scenes(text)):
+                speeches[split_of(f"{work} {number}")] += scene  # as in plays.py
+        self.speeches = {split: [] for split in speeches}
+        self.verses = {split: [] for split in speeches}
+        for split, pairs in speeches.items():
+            for speaker, speech in pairs:
+                short = shorten(speech, 45)
+                if short and len(short.split()) >= 5 and usable(short):
+                    self.speeches[split].append((speaker.upper(), short))
+                lines = speech.split("\n")
+                if len(lines) >= VERSE_LINES and all(20 < len(line) < 70 for line in lines[:-1]) and usable(speech):
+                    self.verses[split].append(lines)
+        self.topics = verses_by_topic(self.verses["train"])
+
+    @classmethod
+    def build(cls, context: TaskContext, earlier_tasks: dict[str, Task]) -> Task | None:
+        return cls(context.plays) if context.plays else None
+
+    def problem(self, rng: random.Random, split: str) -> Problem:
+        [kind] = rng.choices(tuple(KINDS), weights=tuple(KINDS.values()))
+        line = draw_line(rng, families("creative", kind, split), split)
+        question, answer = getattr(self, kind.replace("continue", "continuation"))(rng, split, line)
+        return Problem(self.name, (user(question),), (assistant(answer),), "")
+
+    def score(self, problem: Problem, reply: Sequence[dict]) -> float:
+        text = final_text(reply)
+        return float(len(text.split()) >= 4 and not looks_broken(text) and not is_refusal(text))
+
+    # ── one method for each kind: (question, answer) ──────────────────────────────────────────────────────────────────
+
+    def story(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        story = PIECES["story"]
+        scary = re.search(r"scar|ghost|spook|horror|creep|dark|haunt|fright", line, re.I)
+        slots = {slot: rng.choice(story[slot]) for slot in ("who", "other", "place", "thing", "time")}
+        parts = ("begin", "middle", "scary" if scary else "turn", "end")
+        return line, " ".join(rng.choice(story[part]).format(**slots) for part in parts)
+
+    def poem(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        return line, self.verse(rng, split)
+
+    def poem_about(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        ode = PIECES["ode"]
+        if rng.random() < 0.4:
+            topic = rng.choice(list(self.topics))
+            answer = self.verse_about(rng, topic)
+        else:
+            topic = rng.choice((rng.choice(ode["others"]), rng.choice(ode["topics"]), made_up_word(rng)))
+            lines = [rng.choice(ode[part]) for part in ("first", "second", "third", "fourth")]
+            answer = "\n".join(lines).replace("{topic}", re.sub("^(my|the|an?) ", "", topic))
+        article = rng.choice(("", "the ", "the ", "my ")) if " " not in topic else ""
+        return line.replace("{topic}", article + topic), answer
+
+    def insult_me(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        return line, insult(rng)
+
+    def joke(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        return line, rng.choice(PIECES["joke"]["jokes"])
+
+    def verse_line(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        return line, self.speech(rng, split)
+
+    def continuation(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        """The beginning of a verse, up to the end of a line or within it; the answer goes on."""
+        lines = rng.choice(self.verses[split])
+        start = rng.randrange(len(lines) - VERSE_LINES + 1)
+        words = lines[start].split()
+        cut = len(words) if rng.random() < 0.5 else rng.randint(3, len(words))
+        beginning, rest = " ".join(words[:cut]), " ".join(words[cut:])
+        if rng.random() < 0.4:
+            beginning = beginning.lower().rstrip(".,;:!?")
+        answer = [rest] * bool(rest) + lines[start + 1 : start + VERSE_LINES]
+        if rng.random() < 0.2:  # a speaker's name before the line, and nothing else
+            speaker, _ = rng.choice(self.speeches[split])
+            return f"{speaker}:\n{beginning}", "\n".join(answer)
+        question = beginning if rng.random() < 0.3 else line.replace("{line}", beginning)
+        return question, "\n".join(answer)
+
+    def character(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        if rng.random() < 0.4:
+            who = rng.choice(tuple(PIECES["characters"]))
+            names = PIECES["characters"][who]
+            speeches = [speech for name, speech in self.speeches[split] if any(part in name for part in names)]
+            if speeches:
+                return line.replace("{who}", rng.choice(("a ", "the ")) + who), rng.choice(speeches)
+        name, speech = rng.choice(self.speeches[split])
+        return line.replace("{who}", rng.choice((name.title(), name.title(), name.lower()))), speech
+
+    def pirate(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        return line, self.speech(rng, split)
+
+    def battle(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        return line, f"{insult(rng)}\n{self.speech(rng, split)}"
+
+    def love_letter(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        return line, rng.choice(PIECES["praise"]["opening"]) + "\n" + self.verse_about(rng, "love")
+
+    def verse_about(self, rng: random.Random, topic: str) -> str:
+        """Lines of a verse with this word in one of them."""
+        start, lines = rng.choice(self.topics[topic])
+        return "\n".join(lines[start : start + VERSE_LINES])
+
+    def verse(self, rng: random.Random, split: str) -> str:
+        lines = rng.choice(self.verses[split])
+        start = rng.randrange(len(lines) - VERSE_LINES + 1)
+        return "\n".join(lines[start : start + VERSE_LINES])
+
+    def speech(self, rng: random.Random, split: str) -> str:
+        return rng.choice(self.speeches[split])[1]
+
+
+def usable(speech: str) -> bool:
+    return not looks_broken(speech) and not is_refusal(speech)
+
+
+def insult(rng: random.Random) -> str:
+    """Thou craven onion-eyed whey-face!"""
+    pieces = PIECES["insult"]
+    first, second, noun = (rng.choice(pieces[part]) for part in ("first", "second", "noun"))
+    return f"Thou {first} {second} {noun}!{rng.choice(pieces['ends'])}"
+
+
+def verses_by_topic(verses: Sequence[list[str]]) -> dict[str, list[tuple[int, list[str]]]]:
+    """For each of the topics that some verses name: (first line to quote, verse)."""
+    found: dict[str, list[tuple[int, list[str]]]] = {}
+    for lines in verses:
+        for i, line in enumerate(lines):
+            for word in {*re.findall(r"[a-z]+", line.lower())}.intersection(PIECES["ode"]["topics"]):
+                found.setdefault(word, []).append((min(i, len(lines) - VERSE_LINES), lines))
+    return found

@@ -1,0 +1,99 @@
+"""What the user has told in this conversation, asked for in the same or a later message.
+
+The copy head reads the value from the conversation; the task teaches which one is asked for, and to say so when it was
+not told. What can be told stands in the tables [[told]] of phrases/people/*.toml.
+"""
+
+import random
+from collections.abc import Sequence
+
+from nanoghost.tasks.base import Problem, Task, split_of
+from nanoghost.tasks.identity import INTENTS
+from nanoghost.tasks.messages import assistant, final_text, user
+from nanoghost.tasks.names import FIRST_NAMES, PLACES
+from nanoghost.tasks.refusal import is_refusal
+from nanoghost.tasks.wording import draw_line, families, made_up_word, people_phrases, split_families
+
+ACKNOWLEDGEMENTS = ("I will keep that in mind.", "Thank you for telling me.", "Good, I will remember it.")
+
+
+def say(rng: random.Random, fact: dict, value: str, split: str) -> str:
+    return draw_line(rng, split_families(fact["say"], split), split).replace("{value}", value)
+
+
+def draw_value(rng: random.Random, fact: dict, split: str) -> str:
+    """A value of the list, a number, or, in 1 of 4 train problems, any other word: the question must find it anyway."""
+    if fact["number"] or not fact["values"]:
+        return str(rng.choice((rng.randint(2, 99), rng.randint(2, 9999), rng.randint(1940, 2020))))
+    values = [value for value in fact["values"] if split_of(value) == split] or fact["values"]
+    value = rng.choice(values)
+    if split == "train" and rng.random() < 0.25:
+        value = rng.choice((made_up_word(rng), rng.choice(FIRST_NAMES), rng.choice(PLACES)))
+    return value.lower() if rng.random() < 0.4 else value
+
+
+def exchange(rng: random.Random, fact: dict, value: str, text: str) -> list[dict]:
+    """A message that tells a fact, and the model's reply."""
+    is_name = fact["topic"] == "your name"
+    return [user(text), assistant(f"Hello, {value}!" if is_name else rng.choice(ACKNOWLEDGEMENTS))]
+
+
+class Recall(Task):
+    """my cat is called Tom. (...) whats my cats name. Correct: the answer has the value, or refuses without one."""
+
+    name = "recall"
+    label = "what was told in the conversation"
+    weight = 0.12
+
+    def __init__(self):
+        self.facts = people_phrases()["told"]
+
+    def problem(self, rng: random.Random, split: str) -> Problem:
+        fact, *others = rng.sample(self.facts, 3)
+        while any(other["what"] == fact["what"] for other in others):
+            fact, *others = rng.sample(self.facts, 3)
+        value = draw_value(rng, fact, split)
+        question = draw_line(rng, split_families(fact["ask"], split), split)
+        kind = rng.random()
+        if kind < 0.12:  # not told, though other things were
+            messages = self.told(rng, others[: rng.randint(0, 2)], split)
+            answer = f"I don't know {fact['topic']}: you have not told me."
+            return Problem(self.name, (*messages, user(question)), (assistant(answer),), "")
+        answer = fact["answer"].replace("{value}", value)
+        solution = (assistant(answer),)
+        if kind < 0.26:  # told and asked in one message
+            first = say(rng, fact, value, split)
+            if rng.random() < 0.25 and fact["correct"]:
+                old = draw_value(rng, fact, split)
+                correction = draw_line(rng, split_families(fact["correct"], split), split)
+                first = correction.replace("{old}", old).replace("{value}", value)
+            mark = first[-1] in ".!?"
+            text = first + rng.choice((" ", " ") if mark else (". ", ", ", "\n", " - ", " ")) + question
+            return Problem(self.name, (user(text),), solution, value)
+        messages = self.told(rng, others[:1], split) if rng.random() < 0.3 else []
+        if kind < 0.36 and fact.get("correct"):
+            old = draw_value(rng, fact, split)
+            correction = draw_line(rng, split_families(fact["correct"], split), split)
+            messages += exchange(rng, fact, old, say(rng, fact, old, split))
+            messages += exchange(rng, fact, value, correction.replace("{old}", old).replace("{value}", value))
+        else:
+            messages += exchange(rng, fact, value, say(rng, fact, value, split))
+        if rng.random() < 0.3:
+            messages += self.told(rng, others[1:], split)
+        if rng.random() < 0.2:
+            name = rng.choice(("okay", "thanks", "laugh", "how_are_you"))
+            remark = draw_line(rng, families("talk", name, split), split)
+            messages += [user(remark), assistant(rng.choice(INTENTS[name].answers))]
+        return Problem(self.name, (*messages, user(question)), solution, value)
+
+    def told(self, rng: random.Random, facts: Sequence[dict], split: str) -> list[dict]:
+        """Messages that tell other things."""
+        messages = []
+        for fact in facts:
+            value = draw_value(rng, fact, split)
+            messages += exchange(rng, fact, value, say(rng, fact, value, split))
+        return messages
+
+    def score(self, problem: Problem, reply: Sequence[dict]) -> float:
+        text = final_text(reply).lower()
+        return float(problem.answer.lower() in text if problem.answer else is_refusal(text))
