@@ -22,6 +22,8 @@ from nanoghost.errors import UserError
 from nanoghost.formats.model_card import ModelCard
 
 MODEL_FILE_SUFFIXES = (".safetensors", ".gguf", ".json")
+LAST_TIME = 1e11
+"""Unix time that no model can have been finished after: the year 5138."""
 
 
 def home() -> Path:
@@ -197,7 +199,18 @@ class ModelFolder:
 
 
 def read_card(folder: Path) -> ModelCard:
-    return ModelCard.from_json(read_json(folder / "card.json"))
+    return ModelCard.from_json(read_card_values(folder / "card.json"))
+
+
+def read_card_values(card_file: Path) -> dict:
+    """The values of a card of any format. Raises UserError if it is not an object, or `finished` is not a time."""
+    values = read_json(card_file)
+    if not isinstance(values, dict):
+        raise UserError(f"{card_file} is damaged: it is not an object")
+    finished = values.get("finished") or 0.0
+    if type(finished) not in (int, float) or not 0 <= finished <= LAST_TIME:
+        raise UserError(f"{card_file} is damaged: 'finished' is {finished!r:.40}")
+    return values
 
 
 def finish_time(card_file: Path) -> float:
@@ -205,7 +218,7 @@ def finish_time(card_file: Path) -> float:
 
     Reads cards of any format, so that `nanoghost rm` works on older folders.
     """
-    return read_json(card_file).get("finished") or 0.0
+    return read_card_values(card_file).get("finished") or 0.0
 
 
 def read_events(path: Path) -> list[dict]:
@@ -225,12 +238,12 @@ def model_names() -> list[str]:
 
 
 def finish_times() -> dict[str, float]:
-    """Of all model folders; 0 for unfinished ones and for those whose card is damaged."""
+    """{name: Unix time when the model was finished}; 0 for unfinished models and those whose card is damaged."""
     times = {}
     for card_file in (home() / "models").glob("*/card.json"):
         try:
             times[card_file.parent.name] = finish_time(card_file)
-        except UserError:
+        except (UserError, OSError):
             times[card_file.parent.name] = 0.0
     return times
 

@@ -47,7 +47,7 @@ def model_row(name: str) -> dict:
     """What `nanoghost list` shows about a model."""
     try:
         card = ModelFolder(name).card
-    except UserError as error:  # damaged, or of another format
+    except (UserError, OSError) as error:  # damaged, or of another format
         return {"name": name, "error": str(error)}
     return {
         "name": name,

@@ -1,6 +1,8 @@
 """The model card: how a model was made. `card.json` in every model folder; it contains the cards of all ancestors."""
 
 from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 from nanoghost.errors import UserError
 
@@ -86,7 +88,7 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, values: dict) -> "ModelCard":
-        """Raises UserError if the card has another format: there is no migration of older model folders."""
+        """Raises UserError if the card is damaged or has another format: older model folders are not migrated."""
         values = dict(values)
         version = values.pop("format", None)
         if version != CARD_FORMAT:
@@ -95,6 +97,18 @@ class ModelCard:
                 " train the model again, or remove its folder"
             )
         for key in ("parent", "teacher"):
-            if values.get(key):
+            if isinstance(values.get(key), dict):
                 values[key] = cls.from_json(values[key])
+        types = get_type_hints(cls)
+        invalid = [key for key in values if key not in types or not has_type(values[key], types[key])]
+        invalid += [key for key in ("name", "stage") if key not in values]
+        if invalid:
+            raise UserError(f"the card of model {values.get('name')!r:.80} is damaged: {invalid[0]!r:.40} is not valid")
         return cls(**values)
+
+
+def has_type(value, annotation) -> bool:
+    """Whether a value of JSON is of the annotated type, without a look at the items of a list or an object."""
+    alternatives = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    types = tuple(get_origin(alternative) or alternative for alternative in alternatives)
+    return isinstance(value, (*types, int) if float in types else types)

@@ -75,8 +75,8 @@ class ModelRegistry:
         self.capacity = capacity
         self._models: dict[str, ModelInfo] = {}
         self._read_time = float("-inf")
-        self._unreadable: set[str] = set()
-        """Models whose error was reported already."""
+        self._reported: set[str] = set()
+        """Problems that standard error named already."""
         self.default = None
         if default or self.models():
             self.default = open_model(default).name
@@ -98,10 +98,13 @@ class ModelRegistry:
         try:
             return self._read(name)
         except (UserError, OSError) as error:
-            if name not in self._unreadable:
-                print(f"the model {name} is not available: {error}", file=sys.stderr, flush=True)
-            self._unreadable.add(name)
+            self._report(f"the model {name} is not available: {error}")
             return None
+
+    def _report(self, problem: str) -> None:
+        if problem not in self._reported:
+            print(problem, file=sys.stderr, flush=True)
+        self._reported.add(problem)
 
     def _read(self, name: str) -> ModelInfo | None:
         folder = ModelFolder(name)
@@ -138,7 +141,11 @@ class ModelRegistry:
                 person = Person(path.name)
             except UserError:  # a file whose name cannot be that of a person
                 continue
-            inputs = person.adapter_inputs
+            try:
+                inputs = person.adapter_inputs
+            except UserError as error:  # it does not affect the others
+                self._report(f"the memory of {person.name} is not available: {error}")
+                inputs = None
             people.append({"name": person.name, "base": inputs.base if inputs else None})
         return people
 

@@ -44,11 +44,11 @@ async def runs() -> JsonObject:
     entries = []
     for folder in map(ModelFolder, model_names()):
         try:
-            stage = folder.card.stage
-        except UserError:  # a damaged card: `nanoghost list` says so
+            stage, is_finished = folder.card.stage, folder.is_finished
+        except (UserError, OSError):  # a damaged card: `nanoghost list` says so
             continue
         has_report = (folder.path / "report.html").exists()
-        entry = {"name": folder.name, "stage": stage, "finished": folder.is_finished, "report": has_report}
+        entry = {"name": folder.name, "stage": stage, "finished": is_finished, "report": has_report}
         entries.append(entry)
     return json_response({"data": entries})
 
