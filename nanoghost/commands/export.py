@@ -21,6 +21,8 @@ from nanoghost.home import open_model, rename_on_success
 from nanoghost.model.lora import merge_adapter
 from nanoghost.progress import JsonFlag
 
+MAX_PREFIX = 200  # bytes: with the name of a license after it, a name may have 255
+
 
 @dataclass(frozen=True)
 class ExportSettings(ModelArgument, JsonFlag):
@@ -54,7 +56,8 @@ def main(settings: ExportSettings) -> dict:
     temporary = path.with_name(f".{os.getpid()}.gguf.tmp")  # short: names have 255 bytes
     with rename_on_success(temporary, path):
         write_gguf(temporary, merge_adapter(model), tokenizer, provenance, settings.quant)
-    copy_license_files(folder.path, path.parent, add_prefix=f"{path.stem}.")
+    prefix = path.stem.encode()[:MAX_PREFIX].decode(errors="ignore")
+    copy_license_files(folder.path, path.parent, add_prefix=f"{prefix}.")
     return {"name": folder.name, "path": str(path), "bytes": path.stat().st_size, "quant": settings.quant}
 
 

@@ -38,7 +38,7 @@ def mix_sources(parts: list[tuple[Source, float]]) -> Source:
         return islice(chain.from_iterable(source.documents() for source, _ in parts), skip, None)
 
     return Source(
-        name=folder_name("-".join(source.name for source, _ in parts))[:60],
+        name=folder_name("-".join(source.name for source, _ in parts)),
         license="; ".join(dict.fromkeys(source.license for source, _ in parts)),
         attribution="; ".join(f"{weight / total:.1%} {source.attribution}" for source, weight in parts),
         fingerprint=fingerprint((str(weight / total), bytes.fromhex(source.fingerprint)) for source, weight in parts),

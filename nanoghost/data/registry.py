@@ -8,6 +8,7 @@ open_data_source("plays=0.7,notes/=0.3")      a mixture by weight
 open_data_source("clean")                     text that `nanoghost data refine` produced under this name
 """
 
+import os
 from pathlib import Path
 
 from nanoghost.data.hub import open_hub
@@ -32,7 +33,7 @@ def open_data_source(spec: str) -> Source:
     if spec == "plays":
         return open_plays(fetch_plays())
     path = Path(spec).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # unlike path.exists(), it takes a mixture that is too long for a name
         return open_local(path)
     if is_mixture(spec):
         parts = [(open_data_source(name), weight) for name, weight in parse_mixture(spec)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
+MAX_NAME = 60  # characters of a source's name
 
 
 @dataclass(frozen=True)
@@ -54,5 +55,5 @@ def sha256_of(file: Path) -> str:
 
 
 def folder_name(name: str) -> str:
-    """`name` with a hyphen in place of characters that a folder name should not have."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "text"
+    """`name` with a hyphen in place of characters that a folder name should not have, and not too long for a prefix."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:MAX_NAME].strip(".-") or "text"
