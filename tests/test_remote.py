@@ -159,7 +159,7 @@ def test_reading_resumes_at_any_document_without_the_files_before_it(tmp_path, r
 def test_errors_of_urls(remote_files, monkeypatch):
     with pytest.raises(UserError, match="memory://nowhere: no .txt, .md, .jsonl, .parquet file there"):
         open_data_source("memory://nowhere")
-    with pytest.raises(UserError, match="nothing://x: Protocol not known: nothing"):
+    with pytest.raises(UserError, match="nothing://x cannot be read: Protocol not known: nothing"):
         open_data_source("nothing://x")
     remote_files.pipe_file("/bad.jsonl", b"{")
     with pytest.raises(UserError, match="^/bad.jsonl: .*not JSON"):
@@ -225,3 +225,11 @@ def test_a_server_that_does_not_answer_is_not_taken_for_one_without_the_file():
         unused.bind(("127.0.0.1", 0))
         with pytest.raises(UserError, match="cannot be read: Cannot connect"):
             open_data_source(f"http://127.0.0.1:{unused.getsockname()[1]}/notes.txt")
+        with pytest.raises(UserError, match="^ftp://.* cannot be read: .*refused"):
+            open_data_source(f"ftp://127.0.0.1:{unused.getsockname()[1]}/notes.txt")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/a.txt", "http://[::1/a.txt", "gopher://host/a.txt"])
+def test_what_is_not_an_address_is_refused_in_one_line(url):
+    with pytest.raises(UserError, match="cannot be read: "):
+        open_data_source(url)

@@ -1,6 +1,7 @@
 """Rows as data sets have them: system prompts in a column, images, calls and results written as text between tags."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from nanoghost.commands.adopt import import_source
 from nanoghost.data.conversations import load_conversations
+from nanoghost.data.local import open_local
 from nanoghost.data.tagged_calls import parse_tags
 from nanoghost.errors import UserError
 from nanoghost.tokenizer.chat_format import render_text
@@ -150,3 +153,16 @@ def test_a_folder_and_a_missing_file_are_named_as_such(tmp_path):
         load_conversations(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         load_conversations(tmp_path / "none.jsonl")
+
+
+def test_a_pipe_is_named_as_such_for_text_and_conversations(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    for read in (load_conversations, open_local, lambda path: import_source(str(path), tmp_path / "model")):
+        with pytest.raises(UserError, match="a.jsonl is a pipe or a device, not a file"):
+            read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1/a.jsonl", "s3://bucket/a.jsonl", "hub:owner/name"])
+def test_conversations_by_address_are_refused_as_such(address):
+    with pytest.raises(UserError, match=f"{address}: .* download it first"):
+        load_conversations(address)

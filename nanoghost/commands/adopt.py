@@ -20,6 +20,7 @@ import torch
 import tyro
 
 from nanoghost.data.pip_download import pip_download
+from nanoghost.data.text_io import problem_of
 from nanoghost.errors import UserError
 from nanoghost.formats.gguf_import import import_gguf
 from nanoghost.formats.huggingface import check_tokenizer, import_folder
@@ -118,8 +119,10 @@ def import_source(source: str, target: Path) -> dict:
         return import_gguf(download_smollm2(), target)
     if path.is_file():
         return import_gguf(path, target)
-    if path.exists():
+    if path.is_dir():
         return import_folder(path, target)
+    if path.exists():
+        raise UserError(f"{problem_of(path)}: a model is a folder or a GGUF file")
     snapshot = download_from_hub(source)
     attribution = f"{source} on the Hub, commit {snapshot.name}"
     return import_folder(snapshot, target) | {"name": source, "attribution": attribution}

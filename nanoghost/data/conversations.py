@@ -1,11 +1,12 @@
 """Conversations for finetuning: lists of OpenAI messages. conversation_files.py reads the files."""
 
 import json
+import re
 from pathlib import Path
 
 from nanoghost.data.conversation_files import check_has_no_media, read_conversations
 from nanoghost.data.tagged_calls import parse_tags
-from nanoghost.data.text_io import check_unicode
+from nanoghost.data.text_io import check_unicode, problem_of
 from nanoghost.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -22,12 +23,12 @@ class FileConversation(list):
 
 def load_conversations(path: str | Path) -> list[FileConversation]:
     """All conversations of a file, in any form of conversation_files.py. Raises UserError, with the file and line."""
+    if re.match(r"hub:|[a-z0-9]+://", str(path)):
+        raise UserError(f"{path}: conversations are read from a file on this computer: download it first")
     path = Path(path).expanduser()
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
-        raise UserError(
-            f'{path} {problem}: conversations are in one file, for example with {{"messages": [...]}} a line'
-        )
+        form = 'conversations are in one file, for example with {"messages": [...]} a line'
+        raise UserError(f"{problem_of(path)}: {form}")
     conversations = []
     for where, messages in read_conversations(path):
         messages = parse_tags(check_messages(messages, where), path, where)

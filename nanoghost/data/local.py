@@ -9,12 +9,14 @@ from pathlib import Path
 from nanoghost.data.file_reader import ALL_SUFFIXES, SUFFIXES, read_texts, text_suffix
 from nanoghost.data.sources import Document, Source, fingerprint, folder_name, sha256_of
 from nanoghost.data.splits import split_texts
-from nanoghost.data.text_io import note_skipped
+from nanoghost.data.text_io import note_skipped, problem_of
 from nanoghost.errors import UserError
 
 
 def open_local(path: Path) -> Source:
     """One file, or all files of a folder in the order of their names. Standard error says which are skipped."""
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{problem_of(path)}; text is read several times: write it into a file")
     files = text_files(path)
     if not files:
         raise UserError(f"{path}: no readable text; it must be a {', '.join(ALL_SUFFIXES)} file, or a folder of them")

@@ -30,14 +30,15 @@ VERSION_KEYS = ("ETag", "etag", "md5Hash", "blob_id", "oid", "checksum")
 def open_remote(url: str) -> Source:
     """The files under a URL (a file, a folder, or a pattern with *) that local.py would read."""
     try:
-        fs, root = url_to_fs(url)
+        fs, root = url_to_fs(url)  # some stores are asked already here
+        is_named = has_magic(root) or text_suffix(root) in ALL_SUFFIXES  # not a folder with many kinds of files
+        files = list_files(fs, root, url, ALL_SUFFIXES if is_named else SUFFIXES)
     except ImportError as error:  # most stores need a package of their own; fsspec names it
         raise UserError(f"{url}: {error} (pip install s3fs, gcsfs ...)") from None
-    except ValueError as error:
-        raise UserError(f"{url}: {error}") from None
-    is_named = has_magic(root) or text_suffix(root) in ALL_SUFFIXES  # not a folder with many kinds of files
-    files = RemoteFiles(fs, root, list_files(fs, root, url, ALL_SUFFIXES if is_named else SUFFIXES))
-    return files.source(folder_name(PurePosixPath(root).stem), license="unknown (remote files)", attribution=url)
+    except (ValueError, OSError) as error:  # not an address; no connection
+        raise UserError(f"{url} cannot be read: {error}") from None
+    name = folder_name(PurePosixPath(root).stem)
+    return RemoteFiles(fs, root, files).source(name, license="unknown (remote files)", attribution=url)
 
 
 def list_files(fs: fsspec.AbstractFileSystem, root: str, url: str, suffixes: Sequence[str]) -> list[RemoteFile]:

@@ -52,6 +52,13 @@ def note_skipped(place: object, skipped: dict[str, list[str]]) -> None:
         note(f"{place}: skipped {', '.join(groups)}")
 
 
+def problem_of(path: Path) -> str:
+    """What is wrong with a path that is not a file."""
+    if path.is_dir():
+        return f"{path} is a folder"
+    return f"{path} is a pipe or a device, not a file" if path.exists() else f"{path} does not exist"
+
+
 def read_lines(file: Path) -> Iterator[bytes]:
     """Yield the lines of a file, decompressed, and UTF-16 as UTF-8. A line ends at b"\\n" only."""
     with open(file, "rb") as f:

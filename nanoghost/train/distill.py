@@ -173,7 +173,9 @@ def check_distill_settings(settings: DistillSettings, parent: ModelFolder, teach
             raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     if settings.kind == "sequence":
         if is_text(settings.data):
-            raise UserError("--kind sequence needs questions: --data builtin, or a file of conversations")
+            raise UserError(
+                f"--kind sequence needs questions: --data builtin, or a file of conversations, not '{settings.data}'"
+            )
         return
     difference = tokenizer_difference(load_base_tokenizer(parent), load_base_tokenizer(teacher))
     if difference:
