@@ -48,7 +48,12 @@ POSSIBLE = [
     ("Köln", ["Koeln", "in koln"]),
     ("Mueller", ["Müller", "Muller"]),
     ("Ørsted", ["Orsted", "Oersted"]),
-    ("さくら", ["サクラは花です"]),
+    ("Æsa Holt", ["Aesa"]),
+    ("Åse", ["Aase", "Ase"]),
+    ("Joe", ["Joey"]),
+    ("Zoë", ["Zoey", "Zoe"]),
+    ("さくら", ["サクラは花です", "ｻｸﾗ"]),
+    ("ガガ", ["ががさん"]),
 ]
 UNRELATED = [
     ("Rex", ["T. rxe", "the tyre x"]),
@@ -58,6 +63,8 @@ UNRELATED = [
     ("the 4th of July", ["of the"]),
     ("上海", ["上午 海"]),
     ("\u200b", ["", "anything"]),
+    ("Joe", ["joy", "a job"]),
+    ("臺北", ["台北"]),  # a table would be needed
 ]
 
 

@@ -8,12 +8,13 @@ is the same characters anywhere. Possible are
     words that contain it, if it has LONG_LETTERS letters   "Remaren" for "Maren"
     the same name as other keyboards write it               "Lukasz" for "Łukasz", "Koeln" for "Köln"
 
-Traditional and simplified Chinese characters (臺, 台) are different ones here.
+Not found: other names of the same thing (Cologne for Köln), another script (Đorđe, Ђорђе), and traditional Chinese
+characters for simplified ones (臺北, 台北), which would need a table.
 Words of one or two letters and stop words are not looked for in longer words: they would be found in most texts.
 """
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import regex
@@ -29,8 +30,8 @@ JOINED_PREFIXES = r"[\p{Arabic}\p{Hebrew}]"  # scripts in which "and", "the" and
 class Mentions:
     certain: tuple[regex.Pattern, ...]
     """For folded texts."""
-    possible: tuple[regex.Pattern, ...]
-    """For folded texts without accents."""
+    possible: tuple[tuple[Callable[[str], str], regex.Pattern], ...]
+    """(one of SPELLINGS, pattern for texts in this spelling)."""
 
     @classmethod
     def of(cls, values: Iterable[str]) -> "Mentions":
@@ -39,7 +40,8 @@ class Mentions:
             is_character = regex.fullmatch(rf"(?V1)[{UNSPACED}&&\p{{L}}]", fold(value))
             if not is_character:  # which would be a part of many words
                 certain.append(whole_word(value, "s?"))
-            possible += [regex.compile(rf"(?V1){form}") for form in possible_forms(without_accents(value))]
+            for spell in SPELLINGS:
+                possible += [(spell, regex.compile(rf"(?V1){form}")) for form in possible_forms(spell(value))]
         return cls(tuple(certain), tuple(possible))
 
     def is_certain(self, text: str) -> bool:
@@ -47,19 +49,27 @@ class Mentions:
         return any(pattern.search(folded) for pattern in self.certain)
 
     def is_possible(self, text: str) -> bool:
-        plain = without_accents(text)
-        return self.is_certain(text) or any(pattern.search(plain) for pattern in self.possible)
+        spellings = {spell: spell(text) for spell in SPELLINGS}
+        return self.is_certain(text) or any(pattern.search(spellings[spell]) for spell, pattern in self.possible)
 
 
-OTHER_LETTERS = {"ł": "l", "ø": "o", "đ": "d", "ħ": "h", "ı": "i", "æ": "a", "œ": "o", "þ": "th", "ð": "d"}
+OTHER_LETTERS = {"ł": "l", "ø": "o", "đ": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th", "ð": "d"}
+"""Letters that Unicode does not decompose. (ß is "ss" in folded text.)"""
 HIRAGANA_TO_KATAKANA = {chr(code): chr(code + 0x60) for code in range(0x3041, 0x3097)}
 PLAIN_LETTERS = str.maketrans(OTHER_LETTERS | HIRAGANA_TO_KATAKANA)
 
 
 def without_accents(text: str) -> str:
-    """The folded text in the letters that every keyboard has. "ö" and "oe" both become "o"."""
-    plain = regex.sub(r"\p{Mn}+", "", unicodedata.normalize("NFKD", fold(text))).translate(PLAIN_LETTERS)
-    return regex.sub("(?<=[aou])e", "", plain)
+    """The folded text in the letters that every keyboard has, hiragana as katakana."""
+    return regex.sub(r"\p{Mn}+", "", unicodedata.normalize("NFKD", fold(text))).translate(PLAIN_LETTERS)
+
+
+def without_umlauts(text: str) -> str:
+    """That text with "o" in place of "oe", which stands for "ö" or "ø", and so on: "Koeln" and "Köln" are "koln"."""
+    return regex.sub("(?<=[aou])e|(?<=a)a", "", without_accents(text))
+
+
+SPELLINGS = (without_accents, without_umlauts)
 
 
 def possible_forms(value: str) -> list[str]:
