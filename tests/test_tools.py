@@ -140,7 +140,8 @@ def test_an_adopted_model_gets_the_tools_that_the_user_asks_for(tokenizer, home,
     assert list(tools) == ["lookup"]
     assert run_tool(call("lookup", {"query": "queen"}), tools).startswith("[1] bees.md")
     assert list(tools_for_model(model_folder("adopt"), template, None, "calculator")) == ["calculator"]
-    assert tools_for_model(model_folder("adopt"), template, documents, "") == {}
+    with pytest.raises(UserError, match="--documents is searched by the tool lookup"):
+        tools_for_model(model_folder("adopt"), template, documents, "")
 
 
 @pytest.mark.parametrize("name", ["dice", "lookup"])

@@ -83,8 +83,9 @@ def check_settings(settings: MemorySettings) -> None:
     actions = [name for name in ACTIONS if getattr(settings, name)]
     if len(actions) > 1:
         raise UserError(f"--{actions[0]} and --{actions[1]} exclude each other")
-    if settings.mentions and settings.forget is None:
-        raise UserError("--mentions needs --forget")
+    for flag in ("mentions", "model"):
+        if getattr(settings, flag) and settings.forget is None:
+            raise UserError(f"--{flag} needs --forget")
     if settings.add and not all(part.strip() for part in settings.add):
         raise UserError("--add needs a non-empty relation and a non-empty value")
     if settings.correct and not settings.correct[1].strip():

@@ -73,7 +73,7 @@ def open_conversation(settings: ChatSettings) -> Conversation:
     check_sampling(sampling)
     if settings.person is None:
         if settings.lookup:
-            raise UserError("--lookup searches the stored facts of a person: name one with --person")
+            raise UserError("--lookup searches the stored facts of a person: it needs --person")
         return Conversation(settings.model, sampling, settings.system, settings.documents, settings.tools)
     return PersonalConversation(
         settings.person,

@@ -114,8 +114,11 @@ def tools_for_model(
 
     `names`: those that the user asks for, separated by commas. Otherwise a model that learned here to call tools gets
     all that are available, and any other model only lookup, if there are `documents`. Raises UserError for a name that
-    is not available, and for an adopted model whose `chat_template` (None for ours) cannot offer tools.
+    is not available, for documents without lookup, and for an adopted model whose `chat_template` (None for ours)
+    cannot offer tools.
     """
+    if documents and names is not None and "lookup" not in names.split(","):
+        raise UserError("--documents is searched by the tool lookup: add it to --tools, or leave out --documents")
     available = available_tools(documents)
     if names is not None:
         requested = [name for name in names.split(",") if name]

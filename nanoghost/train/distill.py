@@ -167,6 +167,9 @@ def check_distill_settings(settings: DistillSettings, parent: ModelFolder, teach
     if settings.kind not in METHODS:
         raise UserError(f"--kind: unknown '{settings.kind}'; choose from {', '.join(METHODS)}")
     check_batch_is_divisible(settings, distributed.rank_and_world_size()[1])
+    for flag, kind in (("beta", "sequence"), ("temperature", "token")):
+        if settings.kind == kind and getattr(settings, flag) is not None:
+            raise UserError(f"--{flag} has no effect with --kind {kind}: leave it out")
     for name, low, high in (("beta", 0, 1), ("teacher_weight", 0, 1), ("top_k", 1, 2**20), ("examples", 1, 2**40)):
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:

@@ -94,6 +94,9 @@ def sampling_seed(seed: int, batch: int) -> int:
 
 def with_adapter_name(settings, parent: ModelFolder):
     """The settings with the full name of the new model: BASE@NAME if it is an adapter, new or trained further."""
+    for flag in ("lora_alpha", "lora_targets"):
+        if settings.lora is None and getattr(settings, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')} needs --lora")
     if settings.lora is None and "@" not in parent.name:
         return settings
     if settings.lora is not None:
