@@ -81,13 +81,19 @@ And I _again_ shall wake.
 
 
 def play_scenes():
-    verse = "".join(f"And love and night have line {i} of song {{n}};\n" for i in range(5))
-    scene = f"SCENE {{n}}.\n\nOWL.\nWho rings bell number {{n}}?\n\nBELL.\nIt is I, madam {{n}}.\n\nOWL.\n{verse}\n"
+    scene = "SCENE {n}.\n\nOWL.\nWho rings bell number {n}?\n\nBELL.\nIt is I, madam {n}.\n\n"
     return [("owls", "".join(scene.format(n=n) for n in range(40)))]
 
 
+def verse_scenes():
+    """Scenes of one speech of five lines; no words are repeated."""
+    verse = "".join(f"Thus {{n}} {' '.join(WORDS[6 * i : 6 * i + 6])};\n" for i in range(5))
+    scene = f"SCENE {{n}}.\n\nOWL.\n{verse}\n"
+    return [("verses", "".join(scene.format(n=n) for n in range(40)))]
+
+
 def new_tasks():
-    return list(build_tasks(TaskContext(identity_facts(CARD), WORDS, play_scenes())).values())
+    return list(build_tasks(TaskContext(identity_facts(CARD), WORDS, play_scenes() + verse_scenes())).values())
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +241,8 @@ def phrasings():
         yield kind["train"], kind["test"]
     for table in (identity.INTENTS, refusal.CATEGORIES):
         for entry in table.values():
-            yield entry.train, entry.test
+            if "".join(entry.train).strip():  # not the questions that are blank
+                yield entry.train, entry.test
 
 
 def test_no_phrasing_is_in_both_splits_of_any_task():
@@ -266,10 +273,10 @@ def test_no_question_is_in_both_splits(tasks):
     rng = random.Random(1)
     for task in tasks:
         train, test = (
-            {text_of(task.problem(rng, split).messages[-1]).lower().strip("?.! ") for _ in range(600)}
+            {"\n".join(map(text_of, task.problem(rng, split).messages)).lower().strip("?.! ") for _ in range(600)}
             for split in ("train", "test")
         )
-        assert not train & test, task.name
+        assert not train & test - {""}, task.name  # "?" and "???" are nothing but marks
 
 
 def test_a_content_has_the_same_split_in_all_tasks():

@@ -27,13 +27,13 @@ def answer_text(expression: str, result: str) -> str:
     return f"{expression} = {result}." if expression[0] in "0123456789(-√$" else f"That is {result}."
 
 
-def solve_with_calculator(expression: str) -> tuple[tuple[dict, ...], str]:
-    """(the messages that call the calculator and answer, the result).
+def solve_with_calculator(expression: str, call_id: str = "call_1") -> tuple[tuple[dict, ...], str]:
+    """(the messages that call the calculator and answer, the result). Ids of calls differ within a conversation.
 
     An expression that is copied from a question begins with the blank before it, and thus has the same tokens.
     """
     result = calculate(expression)
-    call = tool_call_messages("calculator", "expression", expression, result, "call_1")
+    call = tool_call_messages("calculator", "expression", expression, result, call_id)
     return (*call, assistant(answer_text(expression, result))), result
 
 

@@ -1,6 +1,7 @@
 """Lines in the voice of the plays: a verse, a story, an insult, a joke, the continuation of a line, a character.
 
-Verses and speeches are those of the training works, so SFT does not lose the voice that pretraining gave.
+Continuations are those of the training works. The rest is put together from phrases/creative.toml: what a small model
+makes up freely in greedy decoding, it repeats.
 """
 
 import random
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from nanoghost.tasks.base import Problem, Task, TaskContext, split_of
 from nanoghost.tasks.messages import assistant, final_text, user
 from nanoghost.tasks.plays import looks_broken, shorten, split_into_scenes
-from nanoghost.tasks.refusal import is_refusal
+from nanoghost.tasks.refusal import capitalize_first, is_refusal
 from nanoghost.tasks.wording import draw_line, families, load_phrases, made_up_word
 
 PIECES = load_phrases("creative")
@@ -29,6 +30,7 @@ KINDS = {
 }
 """Lists of lines in phrases/people, and how often each is drawn."""
 VERSE_LINES = 4
+"""Of which a continuation has at most three."""
 
 
 class Creative(Task):
@@ -54,7 +56,6 @@ class Creative(Task):
                 lines = speech.split("\n")
                 if len(lines) >= VERSE_LINES and all(20 < len(line) < 70 for line in lines[:-1]) and usable(speech):
                     self.verses[split].append(lines)
-        self.topics = verses_by_topic(self.verses["train"])
 
     @classmethod
     def build(cls, context: TaskContext, earlier_tasks: dict[str, Task]) -> Task | None:
@@ -77,22 +78,17 @@ class Creative(Task):
         scary = re.search(r"scar|ghost|spook|horror|creep|dark|haunt|fright", line, re.I)
         slots = {slot: rng.choice(story[slot]) for slot in ("who", "other", "place", "thing", "time")}
         parts = ("begin", "middle", "scary" if scary else "turn", "end")
-        return line, " ".join(rng.choice(story[part]).format(**slots) for part in parts)
+        text = " ".join(rng.choice(story[part]).format(**slots) for part in parts)
+        return line, re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
     def poem(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
-        return line, self.verse(rng, split)
+        return line, ode(rng, rng.choice(("love", "night", "moon", "sea")))
 
     def poem_about(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
-        ode = PIECES["ode"]
-        if rng.random() < 0.4:
-            topic = rng.choice(list(self.topics))
-            answer = self.verse_about(rng, topic)
-        else:
-            topic = rng.choice((rng.choice(ode["others"]), rng.choice(ode["topics"]), made_up_word(rng)))
-            lines = [rng.choice(ode[part]) for part in ("first", "second", "third", "fourth")]
-            answer = "\n".join(lines).replace("{topic}", re.sub("^(my|the|an?) ", "", topic))
+        topics = PIECES["ode"]
+        topic = rng.choice((rng.choice(topics["others"]), rng.choice(topics["topics"]), made_up_word(rng)))
         article = rng.choice(("", "the ", "the ", "my ")) if " " not in topic else ""
-        return line.replace("{topic}", article + topic), answer
+        return line.replace("{topic}", article + topic), ode(rng, re.sub("^(my|the|an?) ", "", topic))
 
     def insult_me(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
         return line, insult(rng)
@@ -101,7 +97,7 @@ class Creative(Task):
         return line, rng.choice(PIECES["joke"]["jokes"])
 
     def verse_line(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
-        return line, self.speech(rng, split)
+        return line, speech(rng)
 
     def continuation(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
         """The beginning of a verse, up to the end of a line or within it; the answer goes on."""
@@ -112,7 +108,7 @@ class Creative(Task):
         beginning, rest = " ".join(words[:cut]), " ".join(words[cut:])
         if rng.random() < 0.4:
             beginning = beginning.lower().rstrip(".,;:!?")
-        answer = [rest] * bool(rest) + lines[start + 1 : start + VERSE_LINES]
+        answer = [rest] * bool(rest) + lines[start + 1 : start + VERSE_LINES - 1]
         if rng.random() < 0.2:  # a speaker's name before the line, and nothing else
             speaker, _ = rng.choice(self.speeches[split])
             return f"{speaker}:\n{beginning}", "\n".join(answer)
@@ -120,36 +116,33 @@ class Creative(Task):
         return question, "\n".join(answer)
 
     def character(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
+        who = rng.choice(PIECES["character"]["who"])
         if rng.random() < 0.4:
-            who = rng.choice(tuple(PIECES["characters"]))
-            names = PIECES["characters"][who]
-            speeches = [speech for name, speech in self.speeches[split] if any(part in name for part in names)]
-            if speeches:
-                return line.replace("{who}", rng.choice(("a ", "the ")) + who), rng.choice(speeches)
-        name, speech = rng.choice(self.speeches[split])
-        return line.replace("{who}", rng.choice((name.title(), name.title(), name.lower()))), speech
+            who, _ = rng.choice(self.speeches[split])
+            who = rng.choice((who.title(), who.lower()))
+        return line.replace("{who}", who), f"I am {re.sub('^an? ', 'the ', who)}. {speech(rng)}"
 
     def pirate(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
-        return line, self.speech(rng, split)
+        is_sailor = re.search("pirate|captain|sailor|sea", line, re.I)
+        return line, " ".join(rng.sample(PIECES["speech"]["sailor"], 2)) if is_sailor else speech(rng)
 
     def battle(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
-        return line, f"{insult(rng)}\n{self.speech(rng, split)}"
+        return line, f"{insult(rng)} {speech(rng)}"
 
     def love_letter(self, rng: random.Random, split: str, line: str) -> tuple[str, str]:
-        return line, rng.choice(PIECES["praise"]["opening"]) + "\n" + self.verse_about(rng, "love")
+        return line, rng.choice(PIECES["praise"]["opening"]) + "\n" + ode(rng, "love")
 
-    def verse_about(self, rng: random.Random, topic: str) -> str:
-        """Lines of a verse with this word in one of them."""
-        start, lines = rng.choice(self.topics[topic])
-        return "\n".join(lines[start : start + VERSE_LINES])
 
-    def verse(self, rng: random.Random, split: str) -> str:
-        lines = rng.choice(self.verses[split])
-        start = rng.randrange(len(lines) - VERSE_LINES + 1)
-        return "\n".join(lines[start : start + VERSE_LINES])
+def ode(rng: random.Random, topic: str) -> str:
+    """Four lines about anything."""
+    return "\n".join(rng.choice(PIECES["ode"][part]) for part in ("first", "second", "third", "fourth")).replace(
+        "{topic}", topic
+    )
 
-    def speech(self, rng: random.Random, split: str) -> str:
-        return rng.choice(self.speeches[split])[1]
+
+def speech(rng: random.Random) -> str:
+    first, second, third = (rng.choice(PIECES["speech"][part]) for part in ("first", "second", "third"))
+    return f"{first} {second if first.endswith(',') else capitalize_first(second)} {third}"
 
 
 def usable(speech: str) -> bool:
@@ -161,13 +154,3 @@ def insult(rng: random.Random) -> str:
     pieces = PIECES["insult"]
     first, second, noun = (rng.choice(pieces[part]) for part in ("first", "second", "noun"))
     return f"Thou {first} {second} {noun}!{rng.choice(pieces['ends'])}"
-
-
-def verses_by_topic(verses: Sequence[list[str]]) -> dict[str, list[tuple[int, list[str]]]]:
-    """For each of the topics that some verses name: (first line to quote, verse)."""
-    found: dict[str, list[tuple[int, list[str]]]] = {}
-    for lines in verses:
-        for i, line in enumerate(lines):
-            for word in {*re.findall(r"[a-z]+", line.lower())}.intersection(PIECES["ode"]["topics"]):
-                found.setdefault(word, []).append((min(i, len(lines) - VERSE_LINES), lines))
-    return found

@@ -39,7 +39,7 @@ class EverydaySums(Task):
                 question, expression = self.told_problem(rng, split)
             if len(expression) <= calculator.MAX_LENGTH and split_of(expression) == split:
                 break
-        solution, result = solve_with_calculator(expression)
+        solution, result = solve_with_calculator(expression, "call_everyday")
         return Problem(self.name, (user(question),), solution, result)
 
     def framed_expression(self, rng: random.Random, split: str) -> tuple[str, str]:
@@ -58,6 +58,10 @@ class EverydaySums(Task):
         result = calculate(expression)
         wrong = str(int(result) + rng.choice((-10, -2, -1, 1, 2, 10))) if result.isdigit() else result
         frame = draw_line(rng, families("check", None, split), split)
+        if rng.random() < 0.3:
+            frame = rng.choice(
+                ("is {sum} {guess}", "is {sum} {guess}?", "{sum} = {guess}?", "{sum} is {guess}?", "{sum}={guess}")
+            )
         before = frame.partition("{sum}")[0]
         question = frame.replace("{guess}", wrong if rng.random() < 0.6 else result).replace("{sum}", expression)
         return question, " " * before.endswith(" ") + expression
@@ -310,7 +314,7 @@ def unknown_word(rng: random.Random) -> str:
 FORMS = {
     two_numbers: 26,
     even_quotient: 7,
-    large_numbers: 9,
+    large_numbers: 13,
     operator_word: 11,
     number_words: 10,
     foreign: 6,

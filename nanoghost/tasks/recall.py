@@ -5,6 +5,7 @@ not told. What can be told stands in the tables [[told]] of phrases/people/*.tom
 """
 
 import random
+import re
 from collections.abc import Sequence
 
 from nanoghost.tasks.base import Problem, Task, split_of
@@ -18,7 +19,13 @@ ACKNOWLEDGEMENTS = ("I will keep that in mind.", "Thank you for telling me.", "G
 
 
 def say(rng: random.Random, fact: dict, value: str, split: str) -> str:
-    return draw_line(rng, split_families(fact["say"], split), split).replace("{value}", value)
+    return draw_from(rng, fact, "say", split).replace("{value}", value)
+
+
+def correct(rng: random.Random, fact: dict, value: str, split: str) -> str:
+    return (
+        draw_from(rng, fact, "correct", split).replace("{old}", draw_value(rng, fact, split)).replace("{value}", value)
+    )
 
 
 def draw_value(rng: random.Random, fact: dict, split: str) -> str:
@@ -30,6 +37,18 @@ def draw_value(rng: random.Random, fact: dict, split: str) -> str:
     if split == "train" and rng.random() < 0.25:
         value = rng.choice((made_up_word(rng), rng.choice(FIRST_NAMES), rng.choice(PLACES)))
     return value.lower() if rng.random() < 0.4 else value
+
+
+def draw_kind(rng: random.Random, table: dict) -> dict:
+    """The table for one of its `kinds`: "your favourite {kind}" becomes "your favourite colour"."""
+    kind = rng.choice(table.get("kinds", ("",)))
+    texts = {key: table[key].replace("{kind}", kind) for key in ("what", "topic", "answer")}
+    return table | texts | {"kind": kind}
+
+
+def draw_from(rng: random.Random, fact: dict, key: str, split: str) -> str:
+    """One of the lines under say, ask or correct."""
+    return draw_line(rng, split_families(fact[key], split), split).replace("{kind}", fact["kind"])
 
 
 def exchange(rng: random.Random, fact: dict, value: str, text: str) -> list[dict]:
@@ -46,14 +65,12 @@ class Recall(Task):
     weight = 0.12
 
     def __init__(self):
-        self.facts = people_phrases()["told"]
+        self.tables = people_phrases()["told"]
 
     def problem(self, rng: random.Random, split: str) -> Problem:
-        fact, *others = rng.sample(self.facts, 3)
-        while any(other["what"] == fact["what"] for other in others):
-            fact, *others = rng.sample(self.facts, 3)
+        fact, *others = self.draw_facts(rng)
         value = draw_value(rng, fact, split)
-        question = draw_line(rng, split_families(fact["ask"], split), split)
+        question = draw_from(rng, fact, "ask", split)
         kind = rng.random()
         if kind < 0.12:  # not told, though other things were
             messages = self.told(rng, others[: rng.randint(0, 2)], split)
@@ -64,18 +81,16 @@ class Recall(Task):
         if kind < 0.26:  # told and asked in one message
             first = say(rng, fact, value, split)
             if rng.random() < 0.25 and fact["correct"]:
-                old = draw_value(rng, fact, split)
-                correction = draw_line(rng, split_families(fact["correct"], split), split)
-                first = correction.replace("{old}", old).replace("{value}", value)
+                first = correct(rng, fact, value, split)
             mark = first[-1] in ".!?"
             text = first + rng.choice((" ", " ") if mark else (". ", ", ", "\n", " - ", " ")) + question
             return Problem(self.name, (user(text),), solution, value)
         messages = self.told(rng, others[:1], split) if rng.random() < 0.3 else []
         if kind < 0.36 and fact.get("correct"):
             old = draw_value(rng, fact, split)
-            correction = draw_line(rng, split_families(fact["correct"], split), split)
+            correction = draw_from(rng, fact, "correct", split).replace("{old}", old).replace("{value}", value)
             messages += exchange(rng, fact, old, say(rng, fact, old, split))
-            messages += exchange(rng, fact, value, correction.replace("{old}", old).replace("{value}", value))
+            messages += exchange(rng, fact, value, correction)
         else:
             messages += exchange(rng, fact, value, say(rng, fact, value, split))
         if rng.random() < 0.3:
@@ -86,6 +101,13 @@ class Recall(Task):
             messages += [user(remark), assistant(rng.choice(INTENTS[name].answers))]
         return Problem(self.name, (*messages, user(question)), solution, value)
 
+    def draw_facts(self, rng: random.Random) -> list[dict]:
+        """Three facts about different things. Each table is equally likely, however many kinds it has."""
+        while True:
+            facts = [draw_kind(rng, table) for table in rng.sample(self.tables, 3)]
+            if len({fact["topic"] for fact in facts}) == 3:
+                return facts
+
     def told(self, rng: random.Random, facts: Sequence[dict], split: str) -> list[dict]:
         """Messages that tell other things."""
         messages = []
@@ -95,5 +117,7 @@ class Recall(Task):
         return messages
 
     def score(self, problem: Problem, reply: Sequence[dict]) -> float:
-        text = final_text(reply).lower()
-        return float(problem.answer.lower() in text if problem.answer else is_refusal(text))
+        text = final_text(reply)
+        if not problem.answer:
+            return float(is_refusal(text))
+        return float(re.search(rf"(?<!\w){re.escape(problem.answer)}(?!\w)", text, re.IGNORECASE) is not None)

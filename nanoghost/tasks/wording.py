@@ -10,6 +10,7 @@ import tomllib
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import islice, product
 from pathlib import Path
 
 from nanoghost.tasks.base import split_of
@@ -52,13 +53,15 @@ def families(table: str, name: str | None, split: str) -> tuple:
 def split_families(lines: tuple, split: str) -> tuple:
     """The lines of a split; of several lines at least one is for tests.
 
-    Two writers may have the same idea: a line that says the same as a test line of any list is in no split.
+    Two writers may have the same idea: a line that says the same as a test line of any list is in no split, and no line
+    says what a template of the other split of phrases/*.toml says.
     """
-    held_out = [line for line in lines if split_of(text_of_line(line)) == "test"]
-    held_out = held_out or [min(lines, key=lambda line: zlib.crc32(text_of_line(line).encode()))]
+    new = [line for line in lines if not repeats(line, "train")] or lines
+    held_out = [line for line in new if split_of(text_of_line(line)) == "test"]
+    held_out = held_out or [min(new, key=lambda line: zlib.crc32(text_of_line(line).encode()))]
     if split == "test":
         return tuple(held_out)
-    train = [line for line in lines if line not in held_out]
+    train = [line for line in lines if line not in held_out and not repeats(line, "test")]
     return tuple(line for line in train if not phrasings(line) & held_out_phrasings()) or tuple(train or lines)
 
 
@@ -69,9 +72,32 @@ def text_of_line(line: str | tuple) -> str:
 
 @cache
 def phrasings(line: str | tuple) -> frozenset[str]:
-    """What a line can say, without case and punctuation; a sample of it, if it can say very much."""
-    rng = random.Random(0)
-    return frozenset(normalize(choose_alternatives(rng, text_of_line(line))) for _ in range(40))
+    """What a line can say, without case and punctuation; the first 500 things, if it can say more."""
+    parts = re.split(r"\[([^\[\]]*)\]", text_of_line(line))  # text, alternatives, text ...
+    choices = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
+    texts = {"".join(choice) for choice in islice(product(*choices), 500)}
+    return frozenset(normalize(text) or text.strip() for text in texts)  # emoji and other scripts stay as they are
+
+
+@cache
+def repeats(line: str | tuple, split: str) -> bool:
+    """Whether a line says what one of the templates of WORD_SOURCES in this split can say."""
+    return any(map(template_pattern(split).fullmatch, phrasings(line)))
+
+
+@cache
+def template_pattern(split: str) -> re.Pattern:
+    """Matches what the templates of a split say, with anything in their slots, without case and punctuation."""
+    templates = {normalize(text) for name in WORD_SOURCES for text in texts_under(load_phrases(name), split)}
+    wordy = sorted(template for template in templates if re.search(TEMPLATE_WORD, template))  # not "{sum}" alone
+    return re.compile("|".join(re.sub(r"\\{\w+\\}", ".+", re.escape(template)) for template in wordy))
+
+
+def texts_under(value, key: str) -> Iterator[str]:
+    """All texts of the lists under a key, however deep."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from inner if name == key else texts_under(inner, key)
 
 
 @cache
