@@ -12,6 +12,7 @@ from nanoghost.data.conversations import FileConversation
 from nanoghost.errors import UserError
 from nanoghost.progress import Display
 from nanoghost.tokenizer.chat_format import render
+from nanoghost.tokenizer.jinja_template import ChatTemplate
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.train.packing import (
     Omissions,
@@ -178,6 +179,33 @@ def test_what_the_context_does_not_hold_is_counted_and_the_first_is_named(capsys
     ]
     _, omissions = tokenize_conversations(conversations[3:4], toy(), length(texts[3]))
     assert omissions == Omissions()
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_that_the_chat_format_does_not_write_is_counted(capsys, key):
+    question, answer = turn("a", "b")
+    conversations = [turn("a", "b"), [question, answer | {key: ""}], [question, answer | {key: "Hm."}]]
+    examples, omissions = tokenize_conversations(conversations, toy(), 40)
+    assert examples[0] == examples[2]
+    assert omissions == Omissions(without_reasoning=["a built-in conversation"])
+    report_omissions(omissions, 3, 40, Display())
+    assert "1 of 3 conversations lose their reasoning, which" in capsys.readouterr().err
+
+
+def test_reasoning_that_the_chat_template_writes_is_not_counted():
+    tokenizer = Tokenizer.train([toy_text(300)], 400)
+    writes = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    for reasoning, places in ((writes, []), ("", ["a built-in conversation"])):
+        source = (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n" + reasoning + "{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        tokenizer.chat_template = ChatTemplate(
+            source, {"eos_token": "<|im_end|>"}, {tokenizer.special_id("<|im_end|>")}
+        )
+        question, answer = turn("a", "b")
+        _, omissions = tokenize_conversations([[question, answer | {"reasoning_content": "Hm."}]], tokenizer, 60)
+        assert omissions.without_reasoning == places
 
 
 SOME_TEXT = st.sampled_from(["", "a", "The king sees.", "sword " * 12, "night " * 60])

@@ -29,6 +29,9 @@ from collections.abc import Iterator
 
 from nanoghost.tokenizer.tokenizer import Tokenizer
 
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a message under which reasoning is found; this format does not write it."""
+
 TEMPLATE_START = """\
 {%- macro text(content) -%}
 {%- if content is string -%}{{ content }}{%- elif content -%}{%- for part in content -%}{{ part.text }}{%- endfor -%}

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nanoghost.errors import UserError
-from nanoghost.tokenizer.chat_format import text_of
+from nanoghost.tokenizer.chat_format import REASONING_KEYS, text_of
 from nanoghost.tokenizer.jinja_environment import ESCAPE, RESERVED, render_template
 from nanoghost.tokenizer.reply_parser import TOOL_CALL_END, TOOL_CALL_START, parse_functions
 
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 THINK_START, THINK_END = "<think>", "</think>"
 
 

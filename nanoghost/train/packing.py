@@ -12,7 +12,7 @@ import torch
 
 from nanoghost.errors import UserError
 from nanoghost.progress import Display
-from nanoghost.tokenizer.chat_format import render, truncate_oldest_turns
+from nanoghost.tokenizer.chat_format import REASONING_KEYS, render, truncate_oldest_turns
 
 MAX_LINES = 5  # of a list for the user
 
@@ -37,6 +37,8 @@ class Omissions:
     """Places of those that are longer than the context, and are learned without their oldest turns."""
     cut: list[str] = field(default_factory=list)
     """Places of those whose last turn alone is longer than the context, and is learned up to there."""
+    without_reasoning: list[str] = field(default_factory=list)
+    """Places of those with reasoning next to the content, which the model's chat format does not write."""
 
 
 def tokenize_conversations(
@@ -61,6 +63,8 @@ def tokenize_conversations(
                 omissions.cut.append(name_of(messages))
             elif not is_whole:
                 omissions.without_oldest.append(name_of(messages))
+            if loses_reasoning(messages, tokenizer):
+                omissions.without_reasoning.append(name_of(messages))
         elif any(example.loss_mask):
             omissions.dropped.append(f"{name_of(messages)}: no answer within a context of {context} tokens")
         elif any(message["role"] == "assistant" for message in messages):
@@ -83,6 +87,13 @@ def tokenize_conversation(messages: list[dict], tokenizer, context: int) -> tupl
     return TokenizedExample(*render(newest, tokenizer)), len(newest) == len(messages)
 
 
+def loses_reasoning(messages: list[dict], tokenizer) -> bool:
+    """Whether the conversation has reasoning that is not among its tokens."""
+    without = [{key: value for key, value in m.items() if key not in REASONING_KEYS} for m in messages]
+    has_reasoning = any(message.get(key) for message in messages for key in REASONING_KEYS)
+    return has_reasoning and render(messages, tokenizer) == render(without, tokenizer)
+
+
 def name_of(messages: list[dict]) -> str:
     """Where a conversation comes from, for messages to the user."""
     return getattr(messages, "where", "a built-in conversation")
@@ -91,13 +102,18 @@ def name_of(messages: list[dict]) -> str:
 def report_omissions(omissions: Omissions, num_conversations: int, context: int, display: Display) -> None:
     """Say how many conversations are not learned as a whole, and name the first of them."""
     report_dropped(omissions.dropped, num_conversations, display)
-    losses = {"their oldest turns": omissions.without_oldest, "the end of their last turn": omissions.cut}
+    too_long = f"which the context of {context} tokens does not hold"
+    losses = {
+        f"their oldest turns, {too_long}": omissions.without_oldest,
+        f"the end of their last turn, {too_long}": omissions.cut,
+        "their reasoning, which the model's chat format does not write; it learns <think> text in 'content'": (
+            omissions.without_reasoning
+        ),
+    }
     for loss, places in losses.items():
         if places:
-            display.print(
-                f"{len(places)} of {num_conversations} conversations lose {loss}, which the context of {context} tokens"
-                f" does not hold ({places[0]}{', ...' if len(places) > 1 else ''})"
-            )
+            examples = places[0] + (", ..." if len(places) > 1 else "")
+            display.print(f"{len(places)} of {num_conversations} conversations lose {loss} ({examples})")
 
 
 def report_dropped(dropped: list[str], num_conversations: int, display: Display) -> None:

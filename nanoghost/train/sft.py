@@ -44,7 +44,7 @@ class SftSettings(FinetuneSettings):
     conversations: int = 60000
     """Number of conversations from the built-in mix."""
     text_share: float = 0.05
-    """Share of rows with pretraining text beside the built-in mix, so that the model keeps it."""
+    """Share of rows with pretraining text, next to the built-in mix, so that the model keeps it."""
     batch: int = 16
     """Packed rows in a step, over all processes."""
     context: int | None = None
