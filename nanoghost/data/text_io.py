@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
+from nanoghost.data.encodings import likely_encoding
 from nanoghost.errors import UserError
 
 
@@ -24,6 +25,19 @@ def open_zstd(f: BinaryIO, mode: str) -> BinaryIO:
 
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"(\xb5/\xfd": open_zstd}
 """{first bytes: function that decompresses an open file}."""
+
+DOCUMENTS = {
+    b"%PDF": "a PDF: extract its text, for example with pdftotext",
+    b"PK\x03\x04": "a ZIP archive (also .docx, .odt, .epub): extract its text, for example with pandoc",
+    b"\xd0\xcf\x11\xe0": "an old Office document: save it as text",
+    b"{\\rtf": "an RTF document: extract its text, for example with pandoc",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"GIF8": "an image",
+    b"PAR1": "a parquet file: its name must end with .parquet",
+    b"SQLite": "a database: write its texts into a .jsonl file",
+}
+"""{first bytes: what the file is, and what to do}."""
 
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # before the mark of UTF-16, which has the same first bytes
@@ -63,6 +77,9 @@ def read_lines(file: Path) -> Iterator[bytes]:
     """Yield the lines of a file, decompressed, and UTF-16 as UTF-8. A line ends at b"\\n" only."""
     with open(file, "rb") as f:
         start = f.peek(6)
+        document = next((kind for magic, kind in DOCUMENTS.items() if start.startswith(magic)), None)
+        if document:
+            raise UserError(f"{file} is {document}")
         opener = next((opener for magic, opener in COMPRESSIONS.items() if start.startswith(magic)), None)
         try:
             yield from recode(opener(f, "rb") if opener else f, file)
@@ -115,7 +132,10 @@ def zero_byte_remedy(raw: bytes, offset: int) -> str:
 
 def encoding_remedy(raw: bytes, position: int) -> str:
     if raw[:position].isascii():
-        return "convert the file from its encoding; Windows and Latin-1 text: iconv -f cp1252 -t utf-8"
+        encoding = likely_encoding(raw[max(0, position - 1) :])  # with the letter before the first foreign one
+        if not encoding:
+            return "the file is binary or damaged, or in an encoding that is not recognized"
+        return f"it looks like {encoding}: convert the file and look at the result: iconv -f {encoding} -t utf-8"
     return "the text before it is, so the file is cut or damaged; to leave such bytes out: iconv -c -f utf-8 -t utf-8"
 
 
