@@ -173,9 +173,10 @@ def test_what_the_context_does_not_hold_is_counted_and_the_first_is_named(capsys
     assert capsys.readouterr().err.splitlines() == [
         "1 of 5 conversations are left out:",
         "  x.jsonl:1: no answer within a context of 40 tokens",
-        "1 of 5 conversations lose their oldest turns, which the context of 40 tokens does not hold (x.jsonl:3)",
+        "1 of 5 conversations lose their oldest turns, which the context of 40 tokens does not hold"
+        " (the first: x.jsonl:3)",
         "2 of 5 conversations lose the end of their last turn, which the context of 40 tokens does not hold"
-        " (x.jsonl:2, ...)",
+        " (the first: x.jsonl:2)",
     ]
     _, omissions = tokenize_conversations(conversations[3:4], toy(), length(texts[3]))
     assert omissions == Omissions()

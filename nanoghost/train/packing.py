@@ -15,6 +15,7 @@ from nanoghost.progress import Display
 from nanoghost.tokenizer.chat_format import REASONING_KEYS, render, truncate_oldest_turns
 
 MAX_LINES = 5  # of a list for the user
+BUILT_IN = "a built-in conversation"
 
 
 @dataclass
@@ -96,7 +97,7 @@ def loses_reasoning(messages: list[dict], tokenizer) -> bool:
 
 def name_of(messages: list[dict]) -> str:
     """Where a conversation comes from, for messages to the user."""
-    return getattr(messages, "where", "a built-in conversation")
+    return getattr(messages, "where", BUILT_IN)
 
 
 def report_omissions(omissions: Omissions, num_conversations: int, context: int, display: Display) -> None:
@@ -112,8 +113,8 @@ def report_omissions(omissions: Omissions, num_conversations: int, context: int,
     }
     for loss, places in losses.items():
         if places:
-            examples = places[0] + (", ..." if len(places) > 1 else "")
-            display.print(f"{len(places)} of {num_conversations} conversations lose {loss} ({examples})")
+            example = "".join(f" (the first: {place})" for place in places[:1] if place != BUILT_IN)
+            display.print(f"{len(places)} of {num_conversations} conversations lose {loss}{example}")
 
 
 def report_dropped(dropped: list[str], num_conversations: int, display: Display) -> None:
