@@ -170,7 +170,7 @@ def test_splits_of_many_documents_depend_on_their_text_alone(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.txt", b"fine\nna\xefve\n", r"a\.txt, line 2: byte 7 \(0xef\) is not UTF-8; convert"),
+        ("a.txt", b"fine\nna\xefve\n", r"a\.txt, line 2: byte 7 \(0xef\) is not UTF-8; it looks like cp1252"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": "na\xefve"}\n', r"a\.jsonl, line 2: byte 29 "),
         ("a.jsonl", b'{"text": "fine"}\n\n{"text": \n', r"a\.jsonl:3: not JSON: Expecting value"),
         ("a.jsonl", b'{"text": "fine"}\n["text"]\n', r"a\.jsonl:2: expected an object with 'text'"),

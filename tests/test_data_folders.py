@@ -86,7 +86,7 @@ def test_documents_to_search_may_be_utf_16_and_what_is_skipped_is_named(tmp_path
 def test_a_pipe_is_refused_where_a_file_is_expected(tmp_path):
     """Opening it would wait for a writer forever."""
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(UserError, match="no readable text"):
+    with pytest.raises(UserError, match="is a pipe or a device"):
         open_data_source(str(tmp_path / "pipe.txt"))
 
 

@@ -162,6 +162,14 @@ def test_a_pipe_is_named_as_such_for_text_and_conversations(tmp_path):
             read(tmp_path / "a.jsonl")
 
 
+@pytest.mark.parametrize("name, header", [("a.csv", 'question,"answer, short"'), ("a.TSV", "question\tanswer, short")])
+def test_a_table_is_refused_with_its_columns(tmp_path, name, header):
+    (tmp_path / name).write_text(f"{header}\n1,2\n")
+    for read in (load_conversations, open_local):
+        with pytest.raises(UserError, match=r"is a table \(columns: 'question', 'answer, short'\): write each row"):
+            read(tmp_path / name)
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1/a.jsonl", "s3://bucket/a.jsonl", "hub:owner/name"])
 def test_conversations_by_address_are_refused_as_such(address):
     with pytest.raises(UserError, match=f"{address}: .* download it first"):

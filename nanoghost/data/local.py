@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from nanoghost.data.file_reader import ALL_SUFFIXES, SUFFIXES, read_texts, text_suffix
+from nanoghost.data.rows import check_is_no_table
 from nanoghost.data.sources import Document, Source, fingerprint, folder_name, sha256_of
 from nanoghost.data.splits import split_texts
 from nanoghost.data.text_io import note_skipped, problem_of
@@ -19,6 +20,7 @@ def open_local(path: Path) -> Source:
         raise UserError(f"{problem_of(path)}; text is read several times: write it into a file")
     files = text_files(path)
     if not files:
+        check_is_no_table(path)
         raise UserError(f"{path}: no readable text; it must be a {', '.join(ALL_SUFFIXES)} file, or a folder of them")
 
     def texts() -> Iterator[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Rows of files: JSON values, one a line or in one list, and the rows of parquet files. Errors name file and line."""
 
+import csv
 import json
 import re
 from collections import Counter
@@ -10,6 +11,8 @@ from typing import NamedTuple
 from nanoghost.data.text_io import check_unicode, decode, read_lines
 from nanoghost.errors import UserError
 
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""{ending of a table's name: what separates its columns}."""
 BLANK_OR_COMMA = re.compile(r"[\s,]*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -23,8 +26,22 @@ class Row(NamedTuple):
 
 
 def read_rows(file: Path, columns: Iterable[str]) -> Iterator[Row]:
-    """Yield the rows of a .parquet file (only these columns) or of a file of JSON."""
+    """Yield the rows of a .parquet file (only these columns) or of a file of JSON. Raises UserError for a table."""
+    check_is_no_table(file)
     return parquet_rows(file, columns) if file.suffix.lower() == ".parquet" else json_rows(file)
+
+
+def check_is_no_table(file: Path) -> None:
+    """Raise UserError for a file of comma-separated values: its columns seldom have names that mean something here."""
+    separator = TABLES.get(file.suffix.lower())
+    if separator is None or not file.is_file():
+        return
+    header = decode(next(read_lines(file), b""), file).strip()
+    columns = ", ".join(map(repr, next(csv.reader([header], delimiter=separator), [])))
+    raise UserError(
+        f"{file} is a table (columns: {columns or 'none':.200}): write each row as a line of a .jsonl file, as"
+        ' {"text": ...}, or with {"prompt": ..., "completion": ...} for conversations'
+    )
 
 
 # ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
