@@ -23,8 +23,8 @@ BASE, SFT, FINAL = "ghost-base", "ghost-sft", "ghost"  # names of the models of 
 
 @dataclass(frozen=True)
 class SpeedrunSettings(JsonFlag):
-    minutes: float = 9.1
-    """Minutes of training in total: 18% pretraining, 57% SFT, 25% RL."""
+    minutes: float = 9.5
+    """Minutes of training in total: 17% pretraining, 59% SFT, 24% RL."""
     data: str = "plays"
     """Training text: plays, a file or folder, or hub:OWNER/NAME."""
     problems: int = 200
@@ -69,10 +69,10 @@ def stage_settings(settings: SpeedrunSettings) -> tuple[pretrain.PretrainSetting
     minutes, seed, force = settings.minutes, settings.seed, settings.force
     return (
         pretrain.PretrainSettings(
-            name=BASE, data=settings.data, minutes=0.18 * minutes, dial_minutes=minutes, seed=seed, force=force
+            name=BASE, data=settings.data, minutes=0.17 * minutes, dial_minutes=minutes, seed=seed, force=force
         ),
-        sft.SftSettings(parent=BASE, name=SFT, minutes=0.57 * minutes, seed=seed, force=force),
-        rl.RlSettings(parent=SFT, name=FINAL, minutes=0.25 * minutes, seed=seed, force=force),
+        sft.SftSettings(parent=BASE, name=SFT, minutes=0.59 * minutes, seed=seed, force=force),
+        rl.RlSettings(parent=SFT, name=FINAL, minutes=0.24 * minutes, seed=seed, force=force),
     )
 
 

@@ -137,16 +137,16 @@ def test_weights_of_the_builtin_mix(tasks):
     weights = [(task.name, task.weight) for task in tasks_of_mix("builtin", {task.name: task for task in tasks})]
     assert weights == [
         ("plays", 0.03),
-        ("creative", 0.1),
-        ("identity", 0.16),
-        ("sums", 0.05),
-        ("everyday_sums", 0.2),
-        ("spelling", 0.11),
+        ("creative", 0.06),
+        ("identity", 0.13),
+        ("sums", 0.04),
+        ("everyday_sums", 0.22),
+        ("spelling", 0.12),
         ("counting", 0.13),
-        ("letters", 0.16),
-        ("recall", 0.12),
-        ("refusal", 0.16),
-        ("chain_sum", 0.15),
+        ("letters", 0.18),
+        ("recall", 0.22),
+        ("refusal", 0.13),
+        ("chain_sum", 0.12),
         ("spell_backward", 0.01),
     ]
 

@@ -13,6 +13,7 @@ from nanoghost.data.tokenize_source import tokenize_source
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import SamplingParams
 from nanoghost.evals.bits_per_byte import bits_per_byte
+from nanoghost.evals.strangers import strangers_accuracy
 from nanoghost.evals.task_accuracy import accuracy, generate_replies
 from nanoghost.formats.model_card import ModelCard
 from nanoghost.formats.model_folder import load_model
@@ -56,6 +57,7 @@ def evaluate(folder: ModelFolder, num_problems: int, display: Display) -> dict:
         display.print(f"  {folder.name}: {num_problems} held-out problems of {name} ...")
         figures, _ = accuracy(model, tokenizer, task, distinct_problems(task, num_problems))
         results[name] = {"label": task.label} | figures
+    results |= strangers_accuracy(model, tokenizer, num_problems)
     event = {
         "stage": f"{card.stage}-eval",
         "step": card.steps,

@@ -51,7 +51,7 @@ class Sums(Task):
 
     name = "sums"
     label = "sums with the calculator"
-    weight = 0.05
+    weight = 0.04
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         while True:

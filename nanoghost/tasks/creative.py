@@ -38,7 +38,7 @@ class Creative(Task):
 
     name = "creative"
     label = "lines in the voice of the plays"
-    weight = 0.1
+    weight = 0.06
     rl = False
 
     def __init__(self, texts: Sequence[tuple[str, str]]):

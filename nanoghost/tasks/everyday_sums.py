@@ -26,7 +26,7 @@ class EverydaySums(Task):
 
     name = "everyday_sums"
     label = "sums in a stranger's words"
-    weight = 0.2
+    weight = 0.22
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         kind = rng.random()

@@ -57,7 +57,7 @@ class ChainSum(ReasoningGymTask):
 
     name = "chain_sum"
     label = "chain_sum, without a calculator"
-    weight = 0.15
+    weight = 0.12
     settings = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 
     def content_and_solution(self, entry: dict, rng: random.Random) -> tuple[str, dict]:

@@ -68,7 +68,7 @@ class Identity(Task):
 
     name = "identity"
     label = "questions about itself"
-    weight = 0.16
+    weight = 0.13
 
     def __init__(self, facts: Mapping[str, str]):
         self.facts = {"name": "Ghost", **facts}

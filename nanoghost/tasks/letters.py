@@ -42,7 +42,7 @@ class Letters(WordTask):
 
     name = "letters"
     label = "letters of words and of the alphabet"
-    weight = 0.16
+    weight = 0.18
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         [kind] = rng.choices(tuple(KINDS), weights=tuple(KINDS.values()))

@@ -62,7 +62,7 @@ class Recall(Task):
 
     name = "recall"
     label = "what was told in the conversation"
-    weight = 0.12
+    weight = 0.22
 
     def __init__(self):
         self.tables = people_phrases()["told"]

@@ -60,7 +60,7 @@ class Refusal(Task):
 
     name = "refusal"
     label = "unanswerable: says so"
-    weight = 0.16
+    weight = 0.13
 
     def __init__(self, training_text: str = "old plays"):
         self.training_text = training_text

@@ -50,7 +50,7 @@ class Spelling(WordTask):
 
     name = "spelling"
     label = "spelling a word"
-    weight = 0.11
+    weight = 0.12
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         word = self.draw_word(rng, split)
