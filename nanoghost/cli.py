@@ -21,9 +21,9 @@ MAX_ERROR = 300  # characters of an error of the argument parser
 @dataclass(frozen=True)
 class Command:
     module: str
-    """Module below `nanoghost` that has the settings and the function."""
+    """Module below `nanoghost` that has the function."""
     settings: str
-    """Name of the settings dataclass; each of its fields is a flag or a positional argument."""
+    """Name of the settings dataclass, after its module if that is another one; each field is a flag or an argument."""
     function: str
     """Name of the function to call with the settings."""
     summary: str
@@ -45,7 +45,7 @@ GROUPS = {
             ("nanoghost data plays", "nanoghost data ./my_notes"),
         ),
         "data refine": Command(
-            "data.refine", "RefineSettings", "command",
+            "data.refine", "data.refine_settings.RefineSettings", "command",
             "deduplicate, filter and decontaminate training text",
             (
                 "nanoghost data refine ./crawl --name clean",
@@ -303,11 +303,14 @@ def command_name(arguments: list[str]) -> str:
     return name
 
 
-def load_command(name: str) -> tuple[type, Callable]:
-    """Import the module of a command: (settings dataclass, function)."""
-    command = COMMANDS[name]
-    module = importlib.import_module(f"nanoghost.{command.module}")
-    return getattr(module, command.settings), getattr(module, command.function)
+def load_settings(name: str) -> type:
+    """The settings dataclass of a command."""
+    module, _, settings = COMMANDS[name].settings.rpartition(".")
+    return getattr(importlib.import_module(f"nanoghost.{module or COMMANDS[name].module}"), settings)
+
+
+def load_function(name: str) -> Callable:
+    return getattr(importlib.import_module(f"nanoghost.{COMMANDS[name].module}"), COMMANDS[name].function)
 
 
 def parse(settings_class: type, name: str, arguments: list[str]):
@@ -347,8 +350,8 @@ def error_text(error_box: str) -> str:
 
 def run(arguments: list[str]) -> None:
     name = command_name(arguments)
-    settings_class, function = load_command(name)
-    function(parse(settings_class, name, arguments[len(name.split()) :]))
+    settings = parse(load_settings(name), name, arguments[len(name.split()) :])
+    load_function(name)(settings)
 
 
 def main(arguments: list[str] | None = None) -> None:

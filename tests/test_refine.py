@@ -22,7 +22,8 @@ pytest.importorskip("datatrove", reason="datatrove is not installed: pip install
 
 from nanoghost.data import refine as refine_module  # noqa: E402
 from nanoghost.data import refine_pipeline as pipeline  # noqa: E402
-from nanoghost.data.refine import RefineSettings  # noqa: E402
+from nanoghost.data import refine_settings  # noqa: E402
+from nanoghost.data.refine_settings import RefineSettings  # noqa: E402
 
 
 class Quiet:
@@ -34,7 +35,7 @@ class Quiet:
 def small_refine_pipeline():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refine_input, "TASK_BYTES", 50_000)  # a few tasks
-        patch.setattr(pipeline, "MAX_HASHES", 40)  # 8 bands
+        patch.setattr(refine_settings, "MAX_HASHES", 40)  # 8 bands
         yield pipeline
 
 
@@ -227,10 +228,10 @@ def test_held_out_problems_are_removed(refine_pipeline, tmp_path, monkeypatch):
 
 
 def test_minhash_bands_find_similar_pairs(refine_pipeline, monkeypatch):
-    monkeypatch.setattr(refine_pipeline, "MAX_HASHES", 256)
+    monkeypatch.setattr(refine_settings, "MAX_HASHES", 256)
     for similarity in (0.2, 0.3, 0.5, 0.7, 0.9, 0.95):
-        bands, rows = refine_pipeline.minhash_bands(similarity)
-        assert bands * rows <= refine_pipeline.MAX_HASHES
+        bands, rows = refine_settings.minhash_bands(similarity)
+        assert bands * rows <= refine_settings.MAX_HASHES
 
         def detection_probability(s, b=bands, r=rows):
             return 1 - (1 - s**r) ** b

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nanoghost.data.plays import fetch_plays
-from nanoghost.data.refine import RefineSettings
-from nanoghost.data.refine_pipeline import minhash_bands
+from nanoghost.data.refine_settings import RefineSettings, minhash_bands
 from nanoghost.data.shingles import WORD, shingles, word_hashes
 from nanoghost.home import read_json, read_json_lines
 

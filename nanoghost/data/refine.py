@@ -10,43 +10,20 @@ resumes there. The stages are in refine_pipeline.py.
 """
 
 import json
-import os
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
 from nanoghost.data import refine_pipeline
 from nanoghost.data.decontamination import build_index
 from nanoghost.data.refine_input import write_input
 from nanoghost.data.refine_manifest import build_manifest, print_manifest
+from nanoghost.data.refine_settings import RefineSettings, check_settings
 from nanoghost.data.registry import open_data_source
 from nanoghost.data.sources import Source
 from nanoghost.errors import UserError
 from nanoghost.home import exclusive_lock, home, read_json, write_json
-from nanoghost.progress import JsonFlag
-
-RESERVED_NAMES = ("plays", "tokenizers", "cache")
-
-
-@dataclass(frozen=True)
-class RefineSettings(JsonFlag):
-    data: Annotated[str, tyro.conf.Positional]
-    """Text to refine: everything that `nanoghost data` reads."""
-    name: str
-    """Name of the output, for --data NAME."""
-    similarity: float = 0.5
-    """Jaccard similarity (three-word sequences, spelling ignored) from which two documents are near duplicates."""
-    quality: str = "gopher"
-    """gopher: drop what the rules of Gopher (Rae et al. 2021) do not accept as prose; none: no quality filter."""
-    decontaminate: str = "plays,tasks"
-    """Evaluation text to remove, comma-separated: plays (held-out ones), tasks (held-out problems), files; or none."""
-    workers: int = os.cpu_count() or 1
-    """Number of processes. The output does not depend on it."""
 
 
 def command(settings: RefineSettings) -> None:
@@ -106,15 +83,3 @@ def result_settings(settings: RefineSettings, source: Source) -> dict:
         "decontaminate": settings.decontaminate,
         "fingerprint": source.fingerprint,
     }
-
-
-def check_settings(settings: RefineSettings) -> None:
-    valid_name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", settings.name)
-    if not valid_name or settings.name in RESERVED_NAMES:
-        raise UserError(f"--name cannot be '{settings.name}': use letters, digits, '.', '_' and '-'")
-    if not 0.2 <= settings.similarity <= 0.95:
-        raise UserError(f"--similarity must be between 0.2 and 0.95, not {settings.similarity:g}")
-    if settings.quality not in ("gopher", "none"):
-        raise UserError(f"--quality must be gopher or none, not '{settings.quality}'")
-    if settings.workers < 1:
-        raise UserError(f"--workers must be at least 1, not {settings.workers}")

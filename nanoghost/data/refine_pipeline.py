@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanoghost.data.refine_settings import minhash_bands
 from nanoghost.data.shingles import contains_any, shingles, word_hashes
 from nanoghost.errors import UserError, leave_signals_to_parent
 
@@ -47,8 +48,6 @@ except ImportError:
 
 SHINGLE_WORDS = 3
 """Words in a shingle (docs/results/data.md compares the alternatives)."""
-MAX_HASHES = 256
-"""Maximum number of MinHash values of a document."""
 SHINGLES_PER_BLOCK = 2**12
 """Shingles that are hashed at once: the hashes of a whole book would be a matrix of 100 MB and more."""
 
@@ -111,20 +110,6 @@ def gopher_filters(quality_writer, repetition_writer) -> list:
         GopherQualityFilter(exclusion_writer=quality_writer, language=words),
         GopherRepetitionFilter(dup_n_grams=ngrams, exclusion_writer=repetition_writer, language=words),
     ]
-
-
-def minhash_bands(similarity: float) -> tuple[int, int]:
-    """(bands, rows) with which two documents of that Jaccard similarity are found about two times in three.
-
-    A band of r rows agrees with probability s^r; with b = s^-r bands, none agrees with probability 1/e (Leskovec,
-    Rajaraman and Ullman, Mining of Massive Datasets, 3.4). More rows give a steeper curve; MAX_HASHES limits them.
-    """
-    possible = [1]
-    for rows in range(2, MAX_HASHES):
-        if rows * round(similarity**-rows) <= MAX_HASHES:
-            possible.append(rows)
-    rows = max(possible)
-    return round(similarity**-rows), rows
 
 
 def normalized_words(document) -> str:
