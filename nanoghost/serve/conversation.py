@@ -187,4 +187,4 @@ def format_call(function: dict) -> str:
     """A tool call as it is shown: calculator(12+30)."""
     arguments = json.loads(function["arguments"])
     values = arguments.values() if isinstance(arguments, dict) else [arguments]
-    return f"{function['name']}({', '.join(map(str, values))})"
+    return f"{function['name']}({', '.join(str(value).strip() for value in values)})"
