@@ -13,10 +13,12 @@ from torch.testing import assert_close
 
 from nanoghost import cli
 from nanoghost.data.conversations import load_conversations
+from nanoghost.engine.sampler import SamplingParams
 from nanoghost.home import ModelFolder
 from nanoghost.model.ghost import Ghost, GhostConfig
 from nanoghost.model.llama import Llama
 from nanoghost.model.llama_config import LlamaConfig
+from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from nanoghost.train.distill import tokenizer_difference
 from nanoghost.train.distill_loss import (
@@ -29,7 +31,8 @@ from nanoghost.train.distill_loss import (
 )
 from nanoghost.train.distill_methods import accumulate_distill_gradients
 from nanoghost.train.packing import TokenizedExample, collate, pack
-from nanoghost.train.teacher_cache import teacher_targets
+from nanoghost.train.teacher_cache import generate_answers, teacher_targets
+from tests.support.engine_toys import ScriptedModel
 from tests.support.toys import TOY_FLAGS, toy_text
 from tests.test_training import killed_after_checkpoint, losses
 
@@ -263,6 +266,16 @@ def test_kind_sequence_caches_the_answers_as_conversations_and_learns_them(disti
     assert [c[-1] for c in load_conversations(path)] == [turns[1]] * 20
     assert nanoghost("chat", "pupil", "--prompt", "king?", "--temperature", 0)[1] == "The king sees."
     assert "--max-tokens" in distill("other", *words, "--name", "short", "--max-tokens", 2)
+
+
+@pytest.mark.parametrize("answer, is_kept", [("Yes.", True), ("<tool_call>{1}</tool_call>", False)])
+def test_an_answer_with_a_call_that_cannot_be_read_is_left_out(answer, is_kept):
+    tokenizer = Tokenizer.train([toy_text(300)], 300)
+    question = [{"role": "user", "content": "?"}]
+    prompt, _ = render(question, tokenizer, add_generation_prompt=True)
+    model = ScriptedModel(tokenizer, prompt, [*tokenizer.encode(answer), tokenizer.special_id("<|im_end|>")])
+    conversations = generate_answers(model, tokenizer, [question], SamplingParams(max_tokens=40, temperature=0))
+    assert [messages[-1]["content"] for messages in conversations] == [answer] * is_kept
 
 
 def test_kind_on_policy_reduces_the_divergence_on_the_students_samples(distill, models):

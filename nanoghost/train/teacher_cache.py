@@ -18,7 +18,8 @@ from nanoghost.engine.sampler import SamplingParams
 from nanoghost.errors import UserError
 from nanoghost.formats.model_folder import load_model, load_tokenizer
 from nanoghost.home import ModelFolder, home, write_atomic
-from nanoghost.tokenizer.chat_format import render, truncate_oldest_turns
+from nanoghost.tokenizer.chat_format import render, text_of, truncate_oldest_turns
+from nanoghost.tokenizer.reply_parser import TOOL_CALL_START
 from nanoghost.tools.registry import TOOLS, run_tool
 from nanoghost.train.distill_loss import logits_at, teacher_buckets
 from nanoghost.train.packing import TokenizedExample, collate, pack
@@ -100,7 +101,7 @@ def teacher_answers(settings, prompts: list[list[dict]], teacher: Teacher, run: 
 
 
 def generate_answers(model, tokenizer, prompts: list[list[dict]], sampling: SamplingParams) -> list[list[dict]]:
-    """The prompts that fit into the context and whose answer ended within the limit, with the answer."""
+    """The prompts that fit into the context and whose answer is complete and well-formed, with the answer."""
     max_prompt = model.config.context - sampling.max_tokens
     fitting, ids = [], []
     for messages in prompts:
@@ -117,8 +118,13 @@ def generate_answers(model, tokenizer, prompts: list[list[dict]], sampling: Samp
     return [
         messages + sequence.messages
         for messages, sequence in zip(fitting, sequences)
-        if sequence.finish_reason == "stop"
+        if sequence.finish_reason == "stop" and not has_malformed_call(sequence.messages)
     ]
+
+
+def has_malformed_call(messages: list[dict]) -> bool:
+    """Whether an answer contains a call that cannot be read, which stays in the text."""
+    return any(message["role"] == "assistant" and TOOL_CALL_START in text_of(message) for message in messages)
 
 
 # -- probabilities ----------------------------------------------------------------------------------------------------
