@@ -28,7 +28,7 @@ class SpeedrunSettings(JsonFlag):
     data: str = "plays"
     """Training text: plays, a file or folder, or hub:OWNER/NAME."""
     problems: int = 200
-    """Held-out problems of each skill in the evaluation (a quarter of them for the base model)."""
+    """Held-out problems of each skill in the evaluation (a tenth of them for the base model)."""
     seed: int = 0
     """Random seed."""
     force: bool = False
@@ -43,7 +43,7 @@ def main(settings: SpeedrunSettings) -> dict:
 
     # 1. Pretraining: learn to continue text. This also trains the tokenizer (data/, tokenizer/, train/pretrain.py).
     pretrain.main(pretrain_settings, display)
-    evaluate_once(BASE, math.ceil(settings.problems / 4), display)
+    evaluate_once(BASE, math.ceil(settings.problems / 10), display)
 
     # 2. SFT: learn to answer, from conversations with sums, spelling, and questions to refuse (tasks/, train/sft.py).
     sft.main(sft_settings, display)

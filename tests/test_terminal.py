@@ -41,7 +41,8 @@ def fragments_of_script(tokenizer, ids):  # noqa: F811
     prompt, _ = render([QUESTION], tokenizer, add_generation_prompt=True)
     model = ScriptedModel(tokenizer, prompt, ids)
     engine = Engine(TorchRunner(model, 1, 512), tokenizer)
-    [sequence] = engine.add(prompt, SamplingParams(max_tokens=300, temperature=0), run_tool=run_tool)
+    sampling = SamplingParams(max_tokens=300, temperature=0, constrain_calls=False)  # scripts may be malformed
+    [sequence] = engine.add(prompt, sampling, run_tool=run_tool)
     return list(stream_fragments(engine, sequence)), sequence.messages
 
 

@@ -3,6 +3,8 @@
 import math
 from itertools import chain
 
+import torch
+
 from nanoghost import distributed
 from nanoghost.engine.generate import generate
 from nanoghost.engine.sampler import SamplingParams
@@ -10,6 +12,9 @@ from nanoghost.engine.sequence import Sequence
 from nanoghost.tasks.base import Problem, Task
 from nanoghost.tasks.tool_use import tool_runner
 from nanoghost.tokenizer.chat_format import render
+
+MIN_REPLY_TOKENS = 8
+"""Room for a reply to a problem that is longer than the context of a toy model: its beginning is cut off."""
 
 
 def wilson_interval(solved: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -37,7 +42,9 @@ def generate_replies(
     `problems` are those of this process: every `world_size`-th, from `rank` on. The number of processes does not change
     the replies.
     """
+    context = model.config.context if isinstance(model, torch.nn.Module) else model.context
     prompts = [render(list(problem.messages), tokenizer, add_generation_prompt=True)[0] for problem in problems]
+    prompts = [prompt[-(context - MIN_REPLY_TOKENS) :] for prompt in prompts]
     tools = {name for problem in problems for name in problem.tools}
     run_tool = tool_runner(tools) if tools else None
     return generate(model, tokenizer, prompts, sampling, samples, run_tool, rank, world_size)

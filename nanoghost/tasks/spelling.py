@@ -31,8 +31,10 @@ class WordTask(Task):
         return cls(context.words)
 
     def draw_word(self, rng: random.Random, split: str) -> str:
-        words = self.names if rng.random() < 0.1 else self.words
-        return rng.choice(words[split])
+        words = (self.names if rng.random() < 0.1 else self.words)[split]
+        if split == "train" and rng.random() < 0.5:
+            return max(rng.sample(words, 2), key=len)  # long words are harder
+        return rng.choice(words)
 
 
 def quote(rng: random.Random, word: str) -> str:

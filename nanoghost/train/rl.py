@@ -45,7 +45,7 @@ from nanoghost.train.sft import accumulate_packed_gradients
 # AdamW moves the embedding of a rare token as far as that of a common one: with the learning rates of pretraining, one
 # rewarded rollout would change the embeddings of its rare tokens too much.
 ADAMW_SCALE = 0.1
-MAX_SFT_CONVERSATIONS = 4000  # of each source
+MAX_SFT_CONVERSATIONS = 12000  # of each source
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class RlSettings(FinetuneSettings):
     """Longest rollout in tokens; sums with their calculator calls need up to 56, programs and lookup up to 96."""
     data: str = "builtin"
     """SFT examples in each step: builtin or tools (without the RL tasks), a file, or builtin+FILE."""
-    sft_rows: int = 4
+    sft_rows: int = 8
     """Packed rows of SFT examples in a step, over all processes (0 = none)."""
     eval_problems: int = 500
     """Held-out problems of each task, evaluated before and after the training."""
