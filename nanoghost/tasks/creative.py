@@ -30,7 +30,7 @@ KINDS = {
 }
 """Lists of lines in phrases/people, and how often each is drawn."""
 VERSE_LINES = 4
-"""Of which a continuation has at most three."""
+"""Shortest speech that is a verse; a continuation has at most three lines."""
 
 
 class Creative(Task):

@@ -40,7 +40,7 @@ def draw_value(rng: random.Random, fact: dict, split: str) -> str:
 
 
 def draw_kind(rng: random.Random, table: dict) -> dict:
-    """The table for one of its `kinds`: "your favourite {kind}" becomes "your favourite colour"."""
+    """The table for one of its `kinds`: "your {kind}'s name" becomes "your cat's name"."""
     kind = rng.choice(table.get("kinds", ("",)))
     texts = {key: table[key].replace("{kind}", kind) for key in ("what", "topic", "answer")}
     return table | texts | {"kind": kind}
@@ -73,7 +73,7 @@ class Recall(Task):
         question = draw_from(rng, fact, "ask", split)
         kind = rng.random()
         if kind < 0.12:  # not told, though other things were
-            messages = self.told(rng, others[: rng.randint(0, 2)], split)
+            messages = self.told_messages(rng, others[: rng.randint(0, 2)], split)
             answer = f"I don't know {fact['topic']}: you have not told me."
             return Problem(self.name, (*messages, user(question)), (assistant(answer),), "")
         answer = fact["answer"].replace("{value}", value)
@@ -85,7 +85,7 @@ class Recall(Task):
             mark = first[-1] in ".!?"
             text = first + rng.choice((" ", " ") if mark else (". ", ", ", "\n", " - ", " ")) + question
             return Problem(self.name, (user(text),), solution, value)
-        messages = self.told(rng, others[:1], split) if rng.random() < 0.3 else []
+        messages = self.told_messages(rng, others[:1], split) if rng.random() < 0.3 else []
         if kind < 0.36 and fact.get("correct"):
             old = draw_value(rng, fact, split)
             correction = draw_from(rng, fact, "correct", split).replace("{old}", old).replace("{value}", value)
@@ -94,7 +94,7 @@ class Recall(Task):
         else:
             messages += exchange(rng, fact, value, say(rng, fact, value, split))
         if rng.random() < 0.3:
-            messages += self.told(rng, others[1:], split)
+            messages += self.told_messages(rng, others[1:], split)
         if rng.random() < 0.2:
             name = rng.choice(("okay", "thanks", "laugh", "how_are_you"))
             remark = draw_line(rng, families("talk", name, split), split)
@@ -108,7 +108,7 @@ class Recall(Task):
             if len({fact["topic"] for fact in facts}) == 3:
                 return facts
 
-    def told(self, rng: random.Random, facts: Sequence[dict], split: str) -> list[dict]:
+    def told_messages(self, rng: random.Random, facts: Sequence[dict], split: str) -> list[dict]:
         """Messages that tell other things."""
         messages = []
         for fact in facts:

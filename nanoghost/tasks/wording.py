@@ -119,7 +119,7 @@ def choose_alternatives(rng: random.Random, line: str) -> str:
     return re.sub(r"\[([^\[\]]*)\]", lambda match: rng.choice(match[1].split("|")), line)
 
 
-NEIGHBOURS = dict(zip("qwertyuiopasdfghjklzxcvbnm", "wertyuiopqsdfghjklaxcvbnmz"))
+NEXT_KEYS = dict(zip("qwertyuiopasdfghjklzxcvbnm", "wertyuiopqsdfghjklaxcvbnmz"))
 SLOT_OR_LETTERS = re.compile(r"{\w+}|[A-Za-z]{4,}")
 
 
@@ -138,7 +138,7 @@ def type_carelessly(rng: random.Random, template: str) -> str:
 
 
 def mistype(rng: random.Random, word: str) -> str:
-    """The word with one letter left out, doubled, exchanged with the next, or replaced by its neighbour on the keys."""
+    """The word with one letter left out, doubled, exchanged with the next, or replaced by the key beside it."""
     i = rng.randrange(1, len(word) - 1)
     match rng.randrange(4):
         case 0:
@@ -147,7 +147,7 @@ def mistype(rng: random.Random, word: str) -> str:
             return word[:i] + word[i] + word[i:]
         case 2:
             return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-    return word[:i] + NEIGHBOURS.get(word[i], word[i]) + word[i + 1 :]
+    return word[:i] + NEXT_KEYS.get(word[i], word[i]) + word[i + 1 :]
 
 
 def draw_line(rng: random.Random, lines: Sequence[str], split: str) -> str:
