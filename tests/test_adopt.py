@@ -145,6 +145,27 @@ def test_a_missing_weight_file_is_named(nanoghost, sharded_source):
     assert not ModelFolder("again").path.exists()
 
 
+def test_a_whole_file_counts_and_not_the_index_of_an_earlier_version(nanoghost, folder, tmp_path):
+    source = copy_huggingface_files(folder, tmp_path / "source")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.weight": "gone.safetensors"}}))
+    code, _, err = nanoghost("adopt", source, "--name", "again")
+    assert code == 0, err
+    assert torch.equal(logits(folder), logits(ModelFolder("again")))
+
+
+def test_a_head_of_its_own_is_kept_whatever_the_config_says_of_tied_weights(nanoghost, qwen3_folder, tmp_path):
+    """As transformers reads it: files that hold another matrix than the embedding come from a training that untied."""
+    source = copy_huggingface_files(qwen3_folder, tmp_path / "source")
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    head = torch.randn_like(embedding.float()).to(embedding.dtype)
+    safetensors.torch.save_file(tensors | {"lm_head.weight": head}, source / "model.safetensors")
+    assert nanoghost("adopt", source, "--name", "untied")[0] == 0
+    model, _ = load_model(ModelFolder("untied").path, torch.float32)
+    assert torch.equal(model.lm_head.weight, head.float())
+    assert torch.equal(model.embedding.weight, embedding.float())
+
+
 @pytest.mark.parametrize(
     ("change", "hint"),
     [

@@ -127,6 +127,14 @@ def test_the_template_for_tools_is_used_with_tools():
     assert not tokenizer_with(GEMMA).chat_template.supports_tools
 
 
+def test_a_template_that_needs_tools_is_examined_with_tools():
+    """Hermes' template for tools walks over them without asking whether there are any."""
+    tokenizer = tokenizer_with(GEMMA, tool_use_source="{% for tool in tools %}{{ tool.type }}{% endfor %}" + QWEN25)
+    assert tokenizer.chat_template.supports_tools
+    text = text_of_prompt([Q, caller(TOWN), result("Sun")], tokenizer, [WEATHER])
+    assert '<tool_call>\n{"name": "weather", "arguments": {"town": ' in text
+
+
 # ── what a template does not know ────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -213,6 +213,25 @@ def test_a_saved_vocabulary_is_the_same_after_loading(tmp_path):
     assert elsewhere.decode(list(range(len(SPECIAL_TOKENS)))) == ""
 
 
+def test_truncation_and_padding_that_a_file_asks_for_do_not_change_a_prompt(tmp_path):
+    """Training scripts leave them in tokenizer.json; transformers too ignores them unless it is told to."""
+    toy().save(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    padding = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "a",
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file | {"truncation": truncation, "padding": padding}))
+    loaded = Tokenizer.load(tmp_path)
+    for text in MIXED:
+        assert loaded.encode(text) == toy().encode(text)
+
+
 def test_a_short_text_gives_a_small_vocabulary():
     assert Tokenizer.train([], 4096).vocab_size == 263
     assert Tokenizer.train(["abab"], 4096).vocab_size == 264

@@ -6,6 +6,7 @@ Everything in such a folder is untrusted: values are checked before they are use
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -58,6 +59,8 @@ def import_folder(source: Path, target: Path) -> dict:
     check_fields(values, {"model_type": one_of(*LLAMA_FAMILY)}, source / "config.json")
     check_llama_config(values, source / "config.json")
     config = LlamaConfig.from_json(values)
+    if config.tied_embeddings and has_other_head(source):
+        config = replace(config, tied_embeddings=False)  # as transformers 5 reads it
     tokenizer_config = read_json_object(source / "tokenizer_config.json")
     check_fields(tokenizer_config, TOKENIZER_CONFIG_CHECKS, source / "tokenizer_config.json")
     chat_template = read_chat_template(source, tokenizer_config)
@@ -179,14 +182,27 @@ def read_weights(source: Path, config: LlamaConfig) -> dict[str, torch.Tensor]:
 
 
 def weight_files(source: Path) -> list[str]:
-    """Names of the files that hold the weights: those in the index, if there is one."""
+    """Names of the files that hold the weights: model.safetensors, or those in the index, as in transformers.
+
+    An index beside a whole file is left from an earlier version of the model.
+    """
     index_file = source / "model.safetensors.index.json"
-    if not index_file.exists():
+    if (source / "model.safetensors").exists() or not index_file.exists():
         return ["model.safetensors"]
     index = read_json_object(index_file)
     check_fields(index, {"weight_map": OBJECT}, index_file)
     check_fields(index["weight_map"], dict.fromkeys(index["weight_map"], FILE_NAME_CHECK), index_file)
     return sorted(set(index["weight_map"].values()))
+
+
+def has_other_head(source: Path) -> bool:
+    """Whether the files of a tied model hold a head that is not the embedding."""
+    matrices = {}
+    for file in weight_files(source):
+        if {"lm_head.weight", "model.embed_tokens.weight"} & read_header(source / file).keys():
+            matrices |= read_tensors(source / file)[0]
+    head, embedding = matrices.get("lm_head.weight"), matrices.get("model.embed_tokens.weight")
+    return head is not None and embedding is not None and not torch.equal(head, embedding)
 
 
 def _is_redundant(name: str, config: LlamaConfig) -> bool:

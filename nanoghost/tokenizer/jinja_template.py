@@ -59,7 +59,8 @@ class ChatTemplate:
 
     def traits(self, with_tools: bool) -> TemplateTraits:
         """What the template for conversations with or without tools can write."""
-        return template_traits(self.source_for(with_tools), tuple(self.special_tokens_map.items()))
+        source = self.source_for(with_tools)
+        return template_traits(source, tuple(self.special_tokens_map.items()), source == self.tool_use_source)
 
     def source_for(self, with_tools: bool) -> str:
         return self.tool_use_source if with_tools and self.tool_use_source else self.source

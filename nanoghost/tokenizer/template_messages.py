@@ -113,13 +113,16 @@ RULE, QUESTION, RESULT = "wombat", "quokka", "numbat"  # words that no template 
 
 
 @lru_cache(maxsize=16)
-def template_traits(source: str, special_tokens: tuple[tuple[str, str], ...]) -> TemplateTraits:
-    """`special_tokens`: the items of special_tokens_map."""
+def template_traits(
+    source: str, special_tokens: tuple[tuple[str, str], ...], needs_tools: bool = False
+) -> TemplateTraits:
+    """`special_tokens`: the items of special_tokens_map; `needs_tools`: it is not used for conversations without."""
+    functions = [{"type": "function", "function": TOOL}]
 
-    def render(*messages: dict, tools: list[dict] | None = None) -> str:
+    def render(*messages: dict, tools: bool = needs_tools) -> str:
         """The text; empty if the template rejects the messages."""
         try:
-            return render_template(source, list(messages), True, tools, **dict(special_tokens))
+            return render_template(source, list(messages), True, functions if tools else None, **dict(special_tokens))
         except UserError:
             return ""
 
@@ -135,7 +138,7 @@ def template_traits(source: str, special_tokens: tuple[tuple[str, str], ...]) ->
     plain_user = {"role": "user", "content": QUESTION}
     content_is_parts = QUESTION not in render(plain_user) and QUESTION in render(as_parts(plain_user))
     system, user, answer = message("system", RULE), message("user", QUESTION), message("assistant", "Yes.")
-    listing = render(user, tools=[{"type": "function", "function": TOOL}])
+    listing = render(user, tools=True)
     arguments_text = json.dumps(ARGUMENTS)
     takes_objects, takes_text = reads_calls(ARGUMENTS), reads_calls(arguments_text)
     return TemplateTraits(

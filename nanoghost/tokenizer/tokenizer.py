@@ -124,6 +124,8 @@ class Tokenizer:
             raise UserError(f"{path} does not exist") from None
         except Exception as error:  # the library raises no narrower class
             raise UserError(f"{path} is not a readable tokenizer file: {error}") from error
+        backend.no_truncation()  # left in the file by a training elsewhere; they would change each part of a prompt
+        backend.no_padding()
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise UserError(f"{path} is not a byte-level BPE vocabulary, the only kind nanoghost reads")
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
