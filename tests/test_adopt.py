@@ -147,7 +147,9 @@ def test_a_missing_weight_file_is_named(nanoghost, sharded_source):
 
 def test_a_whole_file_counts_and_not_the_index_of_an_earlier_version(nanoghost, folder, tmp_path):
     source = copy_huggingface_files(folder, tmp_path / "source")
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.weight": "gone.safetensors"}}))
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"norm.weight": "gone.safetensors"}})
+    )
     code, _, err = nanoghost("adopt", source, "--name", "again")
     assert code == 0, err
     assert torch.equal(logits(folder), logits(ModelFolder("again")))

@@ -223,11 +223,13 @@ def test_missing_weights_are_named(source):
 )
 def test_an_index_with_invalid_file_names_is_refused(source, index):
     """An index must not lead to files outside of the model's folder."""
+    (source / "model.safetensors").rename(source / "part.safetensors")
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     assert adoption_error(source)
 
 
 def test_an_index_with_one_valid_file_is_adopted(source):
-    index = {"weight_map": {"a": "model.safetensors"}}
+    (source / "model.safetensors").rename(source / "part.safetensors")
+    index = {"weight_map": {"a": "part.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     assert not adoption_error(source)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from llguidance import LLMatcher
 
-from nanoghost.engine.grammar import grammar_tokenizer, json_grammar
+from nanoghost.engine.grammar import call_matcher, grammar_tokenizer, json_grammar
 from nanoghost.engine.logits_processors import LogitsProcessor
 from nanoghost.tokenizer.tokenizer import Tokenizer
+from nanoghost.tools import calculator
 from tests.support.toys import toy_text
 
 TOKENIZER = Tokenizer.train([toy_text(100)], 290)
@@ -38,3 +39,11 @@ def test_a_grammar_does_not_let_a_model_write_whitespace_forever():
     assert len(processor.recorded_logprobs) == len(ids)
     _, top = processor.recorded_logprobs[0]
     assert top[0] == (space, pytest.approx(0, abs=1e-3))
+
+
+def test_an_expression_ends_before_the_context_is_full():
+    """A small model may repeat a character forever."""
+    start = '\n{"name": "calculator", "arguments": {"expression": "'
+    for length, fits in ((calculator.MAX_LENGTH, True), (calculator.MAX_LENGTH + 1, False)):
+        ids = TOKENIZER.encode(start + "2" * length + '"')
+        assert (call_matcher(TOKENIZER).validate_tokens(ids) == len(ids)) == fits

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanoghost.errors import UserError
 from nanoghost.formats.model_folder import load_model, save_model
-from nanoghost.model.character_features import NO_FEATURE, NUM_POSITIONS
+from nanoghost.model.character_features import NO_FEATURE
 from nanoghost.model.copy_heads import POINTER_WIDTH
 from nanoghost.model.ghost import GhostConfig
 from nanoghost.model.registry import new_model
@@ -118,7 +118,7 @@ def expected_parameter_counts(config) -> dict[str, int]:
             "head": V * D,
             "embeddings": V * D * (1 + value_embeddings) + (NO_FEATURE + 1) * D,
             "bigram_embedding": c.bigram_rows * D,
-            "scalars": 2 * c.depth + value_embeddings + (2 + NUM_POSITIONS) * (1 + D),
+            "scalars": 2 * c.depth + value_embeddings + 4 * (1 + D) + D,
         }
     attention = 2 * D * D + 2 * D * D * c.key_value_heads // c.heads
     return {

@@ -137,7 +137,7 @@ def test_weights_of_the_builtin_mix(tasks):
     weights = [(task.name, task.weight) for task in tasks_of_mix("builtin", {task.name: task for task in tasks})]
     assert weights == [
         ("plays", 0.03),
-        ("creative", 0.06),
+        ("creative", 0.09),
         ("identity", 0.13),
         ("sums", 0.04),
         ("everyday_sums", 0.22),

@@ -10,6 +10,7 @@ from functools import lru_cache
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from nanoghost.tokenizer.tokenizer import Tokenizer
+from nanoghost.tools.calculator import MAX_LENGTH
 
 # Most grammars let the model choose the whitespace between the parts of a JSON text, and a small model then writes
 # whitespace forever. Here it is where json.dumps puts it, as in most of the text that models are trained on.
@@ -43,9 +44,14 @@ def json_grammar(schema: dict) -> str:
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=WHITESPACE)
 
 
+# A small model may repeat a character of an expression until its context is full. The calculator takes none so long.
+EXPRESSION = {"type": "string", "maxLength": MAX_LENGTH}
 CALL_SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string"}, "arguments": {"type": "object"}},
+    "properties": {
+        "name": {"type": "string"},
+        "arguments": {"type": "object", "properties": {"expression": EXPRESSION}},
+    },
     "required": ["name", "arguments"],
     "additionalProperties": False,
     "x-guidance": WHITESPACE,

@@ -56,7 +56,9 @@ def load_model(folder: Path, dtype: torch.dtype, device="cpu"):
     tensors, _ = read_tensors(folder / "model.safetensors")
     for name, expected in model.exported_tensors().items():
         if name not in tensors or tensors[name].shape != expected.shape:
-            raise UserError(f"the weights in {folder} do not fit its config.json (first: {name})")
+            raise UserError(
+                f"the weights in {folder} do not fit its config.json, or are of another version (first: {name})"
+            )
     model.import_tensors(tensors)
     return model.cast(dtype).to(device), load_tokenizer(folder)
 

@@ -2,7 +2,7 @@
 
 With the default recipe it equals the model of model/ghost.py, which has no switches, bit for bit; a test checks that.
 
-B batch, T time, S = T, D width, V vocabulary, N = B * T positions, W width of a pointer.
+B batch, T time, S = T, D width, V vocabulary, N = B * T positions, K width of a pointer.
 """
 
 import torch
@@ -15,8 +15,8 @@ from nanoghost.model.copy_heads import (
     COPY,
     MIN_PROBABILITY,
     POINTER_WIDTH,
-    keys_of_predecessors,
     pointer_attention,
+    values_of_predecessors,
 )
 from nanoghost.model.ghost import MLP, Attention, Block, Ghost, GhostConfig
 from nanoghost.model.layers import Embedding, Linear, attend, norm, relu_squared, rotate, token_logprobs
@@ -191,14 +191,14 @@ class AblationModel(Ghost):
             weight.data = weight.data.to(dtype)
         return self
 
-    def hidden_and_characters(self, tokens_BT, layout: Layout):
-        """As in Ghost, without a cache. The characters are None without a character copy head."""
-        features_BTP = None
+    def hidden_and_words(self, tokens_BT, layout: Layout):
+        """As in Ghost, without a cache. The words are None if the recipe does not need them."""
+        words = None
         if self.recipe.character_features or self.recipe.copy_heads == 2:
-            features_BTP = character_features.word_features(
+            words = character_features.words_so_far(
                 self.character_table, tokens_BT, layout.prev_index_BS, layout.index_BT
             )
-        embedding_BTD = self.embed(tokens_BT, layout, features_BTP)
+        embedding_BTD = self.embed(tokens_BT, layout, words)
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
         value_embeddings = iter(self.value_embeddings)
         x_BTD = embedding_BTD
@@ -207,18 +207,15 @@ class AblationModel(Ghost):
             if block.attention.value_mix is not None:
                 value_embedding_BTD = next(value_embeddings)(tokens_BT).to(x_BTD.dtype)
             x_BTD = block(x_BTD, embedding_BTD, value_embedding_BTD, cos, sin, layout.mask_BTS)
-        char_tokens_BTP = None
-        if self.recipe.copy_heads == 2:
-            char_tokens_BTP = self.character_tokens[character_features.decode_characters(features_BTP)]
-        return self.final_norm(x_BTD), char_tokens_BTP
+        return self.final_norm(x_BTD), words
 
-    def embed(self, tokens_BT, layout: Layout, features_BTP):
+    def embed(self, tokens_BT, layout: Layout, words):
         """Sum of the embeddings that the recipe has, in the compute dtype."""
         x_BTD = self.embedding(tokens_BT)
         if self.recipe.bigram_rows:
             x_BTD = x_BTD + self.bigram_embedding(self.bigram_hash(tokens_BT, layout.previous_tokens(tokens_BT)))
         if self.recipe.character_features:
-            x_BTD = x_BTD + self.embed_characters(features_BTP)
+            x_BTD = x_BTD + self.embed_characters(character_features.word_features(words))
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(layout.positions_BT)
         x_BTD = x_BTD.to(self.dtype)
@@ -230,12 +227,13 @@ class AblationModel(Ghost):
         In training, `second_token_weight` times log P(the token after the target) is added.
         """
         layout = causal_layout(tokens_BT, self.dtype)
-        h_BTD, char_tokens_BTP = self.hidden_and_characters(tokens_BT, layout)
+        h_BTD, words = self.hidden_and_words(tokens_BT, layout)
         targets_N = targets_BT.flatten()
         copy_distributions = None
         if self.recipe.copy_heads == 2:
             # Before the vocabulary, as in Ghost: the order changes the rounding of gradients
-            copy_distributions = self.copy_heads(h_BTD, char_tokens_BTP, layout)
+            copy_distributions = self.copy_distributions(h_BTD, words, tokens_BT, layout)
+            h_BTD = self.copy_heads.tell_ends(h_BTD, copy_distributions.ended_BT)
         logprobs_N = self.vocabulary_logprobs(h_BTD.flatten(0, 1), self.head_weight, targets_N)
         if self.recipe.copy_heads == 1:
             logprobs_N = self.mix_copy_head(logprobs_N, h_BTD, layout, tokens_BT, targets_BT)
@@ -263,14 +261,14 @@ class AblationModel(Ghost):
 
     def mix_copy_head(self, vocabulary_N, hidden_BTD, layout: Layout, tokens_BT, targets_BT):
         """log P(target) of the mixture of vocabulary and copy head, without the character copy head: (N,)."""
-        # The weight holds two queries, then two keys; each is (W, D)
+        # The weight holds two queries, then two keys; each is (K, D)
         qk_weights = self.copy_heads.qk.weight.unflatten(0, (4, POINTER_WIDTH))
         query_and_key = qk_weights[[COPY, 2 + COPY]].flatten(0, 1)
-        qk_BT2W = norm(F.linear(hidden_BTD, query_and_key).unflatten(-1, (2, POINTER_WIDTH)))
-        q_BTW, k_BTW = qk_BT2W.unbind(2)
-        mask_BTS = layout.mask_BTS.expand(len(q_BTW), -1, -1)
-        k_BSW = keys_of_predecessors(k_BTW, layout)
-        copy_BTS = pointer_attention(q_BTW, k_BSW, mask_BTS, POINTER_WIDTH**-0.5)
+        qk_BT2K = norm(F.linear(hidden_BTD, query_and_key).unflatten(-1, (2, POINTER_WIDTH)))
+        q_BTK, k_BTK = qk_BT2K.unbind(2)
+        mask_BTS = layout.mask_BTS.expand(len(q_BTK), -1, -1)
+        k_BSK = values_of_predecessors(k_BTK, layout)
+        copy_BTS = pointer_attention(q_BTK, k_BSK, mask_BTS, POINTER_WIDTH**-0.5)
         is_target_BTS = tokens_BT[:, None] == targets_BT[..., None]
         pointer_N = (copy_BTS * is_target_BTS).sum(-1, dtype=torch.float32).flatten()
         pointer_logprobs_N = pointer_N.clamp_min(MIN_PROBABILITY).log()
@@ -296,6 +294,8 @@ class AblationModel(Ghost):
         if recipe.copy_heads:
             matrices.append(self.copy_heads.qk.weight)
             scalars += [self.copy_heads.gates.weight, self.copy_heads.gates.bias]
+        if recipe.copy_heads == 2:
+            scalars.append(self.copy_heads.end_of_word)
         if not recipe.rms_norm:
             scalars += [p for name, p in self.blocks.named_parameters() if "norm" in name or name.endswith("bias")]
             scalars += self.final_norm.parameters()

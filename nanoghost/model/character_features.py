@@ -5,14 +5,20 @@ tokens. Here a word is a run of letters or of digits, whatever tokens it consist
 characters at P positions of its word, 8 counted from the front and 8 from the back, and where the word ends. A hyphen
 joins: "t-h-o-u" is one word. The features follow from the tokenizer; nothing about them is learned.
 
-B batch, T new tokens, S tokens read so far, V vocabulary, P positions, L characters of a token.
+The character copy head (copy_heads.py) needs two more things of this kind: the characters of each word that has ended,
+and how many letters have been written since the last blank or mark.
+
+B batch, T new tokens, S tokens read so far, V vocabulary, P positions, L characters of a token, W characters of a word.
 """
+
+from dataclasses import dataclass
 
 import torch
 
 MAX_TOKEN_BYTES = 12  # L: bytes stored for each token
-MAX_WORD_CHARACTERS = 16  # characters stored for each word
+MAX_WORD_CHARACTERS = 40  # W: characters stored for each word
 MAX_WORD_TOKENS = 20  # tokens that a word may consist of: "t-h-o-u" has seven
+MAX_DOUBLINGS = 7  # letters are counted over at most 2^7 tokens
 POSITIONS_PER_END = 8
 NUM_POSITIONS = 2 * POSITIONS_PER_END
 END_OF_WORD = 256  # follows the 256 byte values
@@ -64,13 +70,13 @@ def single_character_tokens(table) -> torch.Tensor:
     return tokens
 
 
-def word_features(table, tokens_BS, prev_index_BS, index_BT) -> torch.Tensor:
-    """(B, T, P): for the new tokens, at `index_BT`, the character at each position of their words so far.
+def word_features(words: "WordsSoFar") -> torch.Tensor:
+    """(B, T, P): the character at each position of the words so far.
 
     Values are position * NUM_CHARACTERS + character, or NO_FEATURE after the end of the word.
     """
-    word_BTW, length_BT = _words_so_far(table, tokens_BS, prev_index_BS, index_BT)
-    positions = torch.arange(POSITIONS_PER_END, device=tokens_BS.device)
+    word_BTW, length_BT = words.characters_BTW, words.length_BT
+    positions = torch.arange(POSITIONS_PER_END, device=word_BTW.device)
     length_BT1 = length_BT[..., None]
     front = word_BTW[..., :POSITIONS_PER_END] + positions * NUM_CHARACTERS
     # Index length_BT1 of a word holds END_OF_WORD
@@ -81,13 +87,18 @@ def word_features(table, tokens_BS, prev_index_BS, index_BT) -> torch.Tensor:
     return features.masked_fill(~(in_word & (length_BT1 > 0)), NO_FEATURE)
 
 
-def decode_characters(features_BTP) -> torch.Tensor:
-    """The characters of `word_features`, END_OF_WORD where there is none."""
-    return torch.where(features_BTP == NO_FEATURE, END_OF_WORD, features_BTP % NUM_CHARACTERS)
+@dataclass
+class WordsSoFar:
+    """The word of each new token up to that token."""
+
+    characters_BTW: torch.Tensor
+    """Its characters, then END_OF_WORD; there is room for two more than W."""
+    length_BT: torch.Tensor
+    """Number of its characters, at most W."""
 
 
-def _words_so_far(table, tokens_BS, prev_index_BS, index_BT):
-    """(characters (B, T, W), length (B, T)) of the word of each new token up to that token; END_OF_WORD after it."""
+def words_so_far(table, tokens_BS, prev_index_BS, index_BT) -> WordsSoFar:
+    """The words of the new tokens, which are at `index_BT`."""
     device = tokens_BS.device
     B, T = index_BT.shape
     token_BT = table[tokens_BS.gather(1, index_BT)].long()
@@ -112,4 +123,34 @@ def _words_so_far(table, tokens_BS, prev_index_BS, index_BT):
         word_BTW.scatter_(2, torch.where(offsets < count_BT1, target, overflow), token_BT[..., FIRST_BYTE:])
         length_BT = (length_BT + count_BT1[..., 0]).clamp(max=MAX_WORD_CHARACTERS)
     word_BTW.scatter_(2, length_BT[..., None], END_OF_WORD)
-    return word_BTW, length_BT
+    return WordsSoFar(word_BTW, length_BT)
+
+
+def starts_word(table, tokens_BS, prev_index_BS) -> torch.Tensor:
+    """(B, S): whether each token begins another word than that of its predecessor, so that the latter has ended."""
+    first_class_BS, previous_class_BS = _classes(table, tokens_BS, prev_index_BS)
+    return (first_class_BS == OTHER) | (first_class_BS != previous_class_BS)
+
+
+def letters_written(table, tokens_BS, prev_index_BS) -> torch.Tensor:
+    """(B, S): how many letters there are from the last blank or mark up to each token: 3 in "d-o1-g2".
+
+    Unlike in words, digits between letters do not separate, and do not count.
+    """
+    first_class_BS, previous_class_BS = _classes(table, tokens_BS, prev_index_BS)
+    is_joined_BS = (first_class_BS != OTHER) & (previous_class_BS != OTHER)
+    count_BS = table[tokens_BS, LENGTH].long() * (table[tokens_BS, LAST_CLASS] == LETTER)
+    # Each token adds the count of the token before it, then of the two before that, then of the four before those
+    link_BS = torch.where(is_joined_BS, prev_index_BS, -1)
+    for _ in range(MAX_DOUBLINGS):
+        has_link_BS, target_BS = link_BS >= 0, link_BS.clamp(0)
+        count_BS = count_BS + count_BS.gather(1, target_BS) * has_link_BS
+        link_BS = torch.where(has_link_BS, link_BS.gather(1, target_BS), -1)
+    return count_BS
+
+
+def _classes(table, tokens_BS, prev_index_BS):
+    """(classes of the first byte of each token, of the last byte of its predecessor), OTHER if it has none."""
+    last_class_BS = table[tokens_BS, LAST_CLASS]
+    previous_class_BS = last_class_BS.gather(1, prev_index_BS.clamp(0)).masked_fill(prev_index_BS < 0, OTHER)
+    return table[tokens_BS, FIRST_CLASS], previous_class_BS

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanoghost.model import character_features
-from nanoghost.model.copy_heads import POINTER_WIDTH, CopyHeads, GhostCache
+from nanoghost.model.character_features import MAX_WORD_CHARACTERS, WordsSoFar
+from nanoghost.model.copy_heads import POINTER_WIDTH, CopyHeads, EndedWords, GhostCache, values_of_predecessors
 from nanoghost.model.layers import Embedding, Linear, attend, init_uniform, norm, relu_squared, rotate, token_logprobs
 from nanoghost.model.layout import Layout, causal_layout
 from nanoghost.model.rope import rope_table
@@ -235,14 +236,12 @@ class Ghost(nn.Module):
         x_BTD = x_BTD + self.embed_characters(features_BTP)
         return norm(x_BTD.to(self.dtype))
 
-    def hidden_and_characters(self, tokens_BT, layout: Layout, cache: GhostCache | None = None):
-        """(last hidden states (B, T, D), tokens of the characters of each new token's word (B, T, P), -1 for none)."""
+    def hidden_and_words(self, tokens_BT, layout: Layout, cache: GhostCache | None = None):
+        """(last hidden states (B, T, D), the word of each new token)."""
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
         tokens_BS = tokens_BT if cache is None else cache.tokens_BS
-        features_BTP = character_features.word_features(
-            self.character_table, tokens_BS, layout.prev_index_BS, layout.index_BT
-        )
-        embedding_BTD = self.embed(tokens_BT, layout, features_BTP, tokens_BS)
+        words = character_features.words_so_far(self.character_table, tokens_BS, layout.prev_index_BS, layout.index_BT)
+        embedding_BTD = self.embed(tokens_BT, layout, character_features.word_features(words), tokens_BS)
         value_embeddings = iter(self.value_embeddings)
         x_BTD = embedding_BTD
         for block in self.blocks:
@@ -250,7 +249,22 @@ class Ghost(nn.Module):
             if block.attention.value_mix is not None:
                 value_embedding_BTD = self.look_up(next(value_embeddings), "value", tokens_BT).to(x_BTD.dtype)
             x_BTD = block(x_BTD, embedding_BTD, value_embedding_BTD, cos, sin, layout.mask_BTS, cache)
-        return norm(x_BTD), self.character_tokens[character_features.decode_characters(features_BTP)]
+        return norm(x_BTD), words
+
+    def copy_distributions(self, hidden_BTD, words: WordsSoFar, tokens_BS, layout: Layout, cache=None):
+        """Where the copy heads point. `words`: the word of each new token."""
+        written_BS = character_features.letters_written(self.character_table, tokens_BS, layout.prev_index_BS)
+        written_BT = written_BS.gather(1, layout.index_BT)
+        return self.copy_heads(hidden_BTD, self.ended_words(words, tokens_BS, layout, cache), written_BT, layout, cache)
+
+    def ended_words(self, words: WordsSoFar, tokens_BS, layout: Layout, cache: GhostCache | None) -> EndedWords:
+        """The words that the character copy head can point at: those whose characters all have a token."""
+        tokens_BTW = self.character_tokens[words.characters_BTW[..., :MAX_WORD_CHARACTERS]]
+        has_tokens_BT = (tokens_BTW >= 0).sum(-1) == words.length_BT
+        words_BTX = torch.cat([tokens_BTW, (words.length_BT * has_tokens_BT)[..., None]], 2)  # X = W + 1
+        words_BSX = values_of_predecessors(words_BTX, layout) if cache is None else cache.append_words(words_BTX)
+        has_ended_BS = character_features.starts_word(self.character_table, tokens_BS, layout.prev_index_BS)
+        return EndedWords(words_BSX[..., :-1], words_BSX[..., -1] * has_ended_BS)
 
     def forward(self, tokens_BT, cache: GhostCache | None = None, segments_BT=None, last_B=None):
         """Log-probabilities of the next token, (B, T, V) in fp32. Arguments as in LanguageModel.__call__."""
@@ -258,23 +272,25 @@ class Ghost(nn.Module):
             layout, tokens_BS = causal_layout(tokens_BT, self.dtype, segments_BT), tokens_BT
         else:
             layout, tokens_BS = cache.append_tokens(tokens_BT, self.dtype), cache.tokens_BS
-        h_BTD, char_tokens_BTP = self.hidden_and_characters(tokens_BT, layout, cache)
-        copy_distributions = self.copy_heads(h_BTD, char_tokens_BTP, layout, cache)
+        h_BTD, words = self.hidden_and_words(tokens_BT, layout, cache)
+        copy_distributions = self.copy_distributions(h_BTD, words, tokens_BS, layout, cache)
         if last_B is not None:
             rows_B = torch.arange(len(last_B), device=last_B.device)
             h_BTD, copy_distributions = h_BTD[rows_B, last_B, None], copy_distributions.at(rows_B, last_B)
+        h_BTD = self.copy_heads.tell_ends(h_BTD, copy_distributions.ended_BT)
         vocabulary_BTV = torch.softmax(self.head(h_BTD).float(), -1)
         return copy_distributions.mix(vocabulary_BTV, tokens_BS)
 
     def logprobs(self, tokens_BT, targets, segments_BT=None, layout: Layout | None = None, logit_positions=None):
         """log P(target | tokens so far), in fp32. Arguments as in LanguageModel.logprobs."""
         layout = layout or causal_layout(tokens_BT, self.dtype, segments_BT)
-        h_BTD, char_tokens_BTP = self.hidden_and_characters(tokens_BT, layout)
-        copy_distributions = self.copy_heads(h_BTD, char_tokens_BTP, layout)
+        h_BTD, words = self.hidden_and_words(tokens_BT, layout)
+        copy_distributions = self.copy_distributions(h_BTD, words, tokens_BT, layout)
         if logit_positions is None:
             logit_positions = torch.ones_like(tokens_BT).nonzero(as_tuple=True)
         targets_N = targets.flatten()
-        vocabulary_N = token_logprobs(h_BTD[logit_positions], self.head.weight, targets_N)
+        h_ND = self.copy_heads.tell_ends(h_BTD[logit_positions], copy_distributions.ended_BT[logit_positions])
+        vocabulary_N = token_logprobs(h_ND, self.head.weight, targets_N)
         is_character_V = character_features.is_single_character(self.character_table)
         logprobs_N = copy_distributions.mix_targets(vocabulary_N, tokens_BT, targets_N, logit_positions, is_character_V)
         return logprobs_N.view_as(targets)
@@ -289,13 +305,14 @@ class Ghost(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         mixes = (mix for block in self.blocks for mix in (block.residual_mix, block.attention.value_mix))
-        gates = self.copy_heads.gates
+        heads = self.copy_heads
+        copying = [heads.gates.weight, heads.gates.bias, heads.end_of_word]
         return {
             "matrices": self.matrices(),
             "head": [self.head.weight],
             "embeddings": [table.weight for table in self.embedding_tables()],
             "bigram_embedding": [self.bigram_embedding.weight],
-            "scalars": [*(mix for mix in mixes if mix is not None), gates.weight, gates.bias],
+            "scalars": [*(mix for mix in mixes if mix is not None), *copying],
         }
 
     def embedding_tables(self) -> Iterator[Embedding]:
@@ -314,7 +331,7 @@ class Ghost(nn.Module):
         """6 for each weight in a matmul, plus causal attention (half of T x T) and copy heads. Lookups cost none."""
         c, counts = self.config, self.parameter_counts()
         matmul_weights = counts["matrices"] + counts["head"] + self.copy_heads.gates.weight.numel()
-        per_context_token = 6 * c.depth * c.width + 6 * POINTER_WIDTH + 2 * character_features.NUM_POSITIONS
+        per_context_token = 6 * c.depth * c.width + 6 * POINTER_WIDTH
         return 6 * matmul_weights + per_context_token * (context or c.context)
 
     def exported_tensors(self) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ KINDS = {
     "insult_me": 2,
     "joke": 2,
     "verse_line": 2,
-    "continue": 7,
+    "continue": 10,
     "character": 4,
     "pirate": 1,
     "battle": 1,
@@ -38,7 +38,7 @@ class Creative(Task):
 
     name = "creative"
     label = "lines in the voice of the plays"
-    weight = 0.06
+    weight = 0.09
     rl = False
 
     def __init__(self, texts: Sequence[tuple[str, str]]):

@@ -25,7 +25,7 @@ KINDS = {
     "alphabet_nth": 3,
     "count_up": 4,
     "count_down": 3,
-    "join": 3,
+    "join": 5,
     "count_words": 2,
 }
 """Lists of lines in phrases/people, and how often each is drawn."""
@@ -122,8 +122,8 @@ class Letters(WordTask):
     def draw_any_word(self, rng: random.Random, split: str) -> str:
         """A word; 1 in 10 is long, and 1 in 20 is made up."""
         kind = rng.random()
-        if kind < 0.1 and self.long_words[split]:
-            return rng.choice(self.long_words[split])
+        if kind < 0.1:
+            return self.draw_long_word(rng, split)
         while kind < 0.15:
             word = made_up_word(rng)
             if split_of(word) == split:

@@ -36,6 +36,12 @@ class WordTask(Task):
             return max(rng.sample(words, 2), key=len)  # long words are harder
         return rng.choice(words)
 
+    def draw_long_word(self, rng: random.Random, split: str) -> str:
+        """More than ten letters; half of them are two or three words run together."""
+        if rng.random() < 0.5 and self.long_words[split]:
+            return rng.choice(self.long_words[split])
+        return "".join(self.draw_word(rng, split).lower() for _ in range(rng.randint(2, 3)))
+
 
 def quote(rng: random.Random, word: str) -> str:
     """The word, mostly in quotation marks: without a space before it, a word has shorter and more common tokens."""
@@ -56,8 +62,8 @@ class Spelling(WordTask):
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         word = self.draw_word(rng, split)
-        if split == "train" and self.long_words[split] and rng.random() < 0.1:
-            word = rng.choice(self.long_words[split])
+        if split == "train" and rng.random() < 0.1:
+            word = self.draw_long_word(rng, split)
         template = choose_template(rng, SPELL[split], split)
         quoted = quote(rng, word)
         if split == "train" and rng.random() < 0.6:

@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
-MAX_LENGTH = 100
+MAX_LENGTH = 80
 """Maximum number of characters."""
 MAX_DIGITS = 300
 """Powers of more digits are errors, which bounds the work."""
