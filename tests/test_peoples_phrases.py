@@ -169,7 +169,7 @@ def test_answers_about_letters(kind):
 
 
 def test_what_was_told_is_in_the_conversation():
-    task, rng = Recall(), random.Random(0)
+    task, rng = Recall(["king", "galaxy"]), random.Random(0)
     for split in ("train", "test"):
         for _ in range(300):
             problem = task.problem(rng, split)

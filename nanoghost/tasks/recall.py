@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from nanoghost.tasks.base import Problem, Task, split_of
+from nanoghost.tasks.base import Problem, Task, TaskContext, split_of
 from nanoghost.tasks.identity import INTENTS
 from nanoghost.tasks.messages import assistant, final_text, user
 from nanoghost.tasks.names import FIRST_NAMES, PLACES
@@ -22,21 +22,8 @@ def say(rng: random.Random, fact: dict, value: str, split: str) -> str:
     return draw_from(rng, fact, "say", split).replace("{value}", value)
 
 
-def correct(rng: random.Random, fact: dict, value: str, split: str) -> str:
-    return (
-        draw_from(rng, fact, "correct", split).replace("{old}", draw_value(rng, fact, split)).replace("{value}", value)
-    )
-
-
-def draw_value(rng: random.Random, fact: dict, split: str) -> str:
-    """A value of the list, a number, or, in 1 of 4 train problems, any other word: the question must find it anyway."""
-    if fact["number"] or not fact["values"]:
-        return str(rng.choice((rng.randint(2, 99), rng.randint(2, 9999), rng.randint(1940, 2020))))
-    values = [value for value in fact["values"] if split_of(value) == split] or fact["values"]
-    value = rng.choice(values)
-    if split == "train" and rng.random() < 0.25:
-        value = rng.choice((made_up_word(rng), rng.choice(FIRST_NAMES), rng.choice(PLACES)))
-    return value.lower() if rng.random() < 0.4 else value
+def correct(rng: random.Random, fact: dict, old: str, value: str, split: str) -> str:
+    return draw_from(rng, fact, "correct", split).replace("{old}", old).replace("{value}", value)
 
 
 def draw_kind(rng: random.Random, table: dict) -> dict:
@@ -64,12 +51,17 @@ class Recall(Task):
     label = "what was told in the conversation"
     weight = 0.22
 
-    def __init__(self):
+    def __init__(self, words: Sequence[str]):
         self.tables = people_phrases()["told"]
+        self.words = [word for word in words if 5 <= len(word) <= 12] or [*FIRST_NAMES]
+
+    @classmethod
+    def build(cls, context: TaskContext, earlier_tasks: dict[str, Task]) -> Task:
+        return cls(context.words)
 
     def problem(self, rng: random.Random, split: str) -> Problem:
         fact, *others = self.draw_facts(rng)
-        value = draw_value(rng, fact, split)
+        value = self.draw_value(rng, fact, split)
         question = draw_from(rng, fact, "ask", split)
         kind = rng.random()
         if kind < 0.12:  # not told, though other things were
@@ -81,16 +73,15 @@ class Recall(Task):
         if kind < 0.26:  # told and asked in one message
             first = say(rng, fact, value, split)
             if rng.random() < 0.25 and fact["correct"]:
-                first = correct(rng, fact, value, split)
+                first = correct(rng, fact, self.draw_value(rng, fact, split), value, split)
             mark = first[-1] in ".!?"
             text = first + rng.choice((" ", " ") if mark else (". ", ", ", "\n", " - ", " ")) + question
             return Problem(self.name, (user(text),), solution, value)
         messages = self.told_messages(rng, others[:1], split) if rng.random() < 0.3 else []
         if kind < 0.36 and fact.get("correct"):
-            old = draw_value(rng, fact, split)
-            correction = draw_from(rng, fact, "correct", split).replace("{old}", old).replace("{value}", value)
+            old = self.draw_value(rng, fact, split)
             messages += exchange(rng, fact, old, say(rng, fact, old, split))
-            messages += exchange(rng, fact, value, correction)
+            messages += exchange(rng, fact, value, correct(rng, fact, old, value, split))
         else:
             messages += exchange(rng, fact, value, say(rng, fact, value, split))
         if rng.random() < 0.3:
@@ -108,11 +99,28 @@ class Recall(Task):
             if len({fact["topic"] for fact in facts}) == 3:
                 return facts
 
+    def draw_value(self, rng: random.Random, fact: dict, split: str) -> str:
+        """A value of the list, a number, or, in 2 of 5 train problems, any other word: the question must find it."""
+        if fact["number"] or not fact["values"]:
+            return str(rng.choice((rng.randint(2, 99), rng.randint(2, 9999), rng.randint(1940, 2020))))
+        values = [value for value in fact["values"] if split_of(value) == split] or fact["values"]
+        value = rng.choice(values)
+        if split == "train" and rng.random() < 0.4:
+            value = self.draw_other_value(rng)
+        return value.lower() if rng.random() < 0.4 else value
+
+    def draw_other_value(self, rng: random.Random) -> str:
+        """A name, a word of the plays or a made-up one; 1 in 4 has a second word."""
+        words = [rng.choice((made_up_word(rng), rng.choice(FIRST_NAMES), rng.choice(PLACES), rng.choice(self.words)))]
+        if rng.random() < 0.25:
+            words.append(rng.choice(self.words))
+        return " ".join(word[0].upper() + word[1:] for word in words)
+
     def told_messages(self, rng: random.Random, facts: Sequence[dict], split: str) -> list[dict]:
         """Messages that tell other things."""
         messages = []
         for fact in facts:
-            value = draw_value(rng, fact, split)
+            value = self.draw_value(rng, fact, split)
             messages += exchange(rng, fact, value, say(rng, fact, value, split))
         return messages
 
