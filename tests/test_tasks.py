@@ -218,10 +218,17 @@ def test_only_the_first_message_can_be_a_system_prompt(conversations):
     assert 0.12 < fraction < 0.28
 
 
-def test_problems_of_a_conversation_come_from_different_tasks(conversations):
+def test_calls_of_a_conversation_have_ids_of_their_own_and_a_result_each(conversations):
+    num_calls = []
     for messages in conversations:
         calls = [call["id"] for message in messages for call in message.get("tool_calls", ())]
+        assert calls == [message["tool_call_id"] for message in messages if message["role"] == "tool"]
         assert len(calls) == len(set(calls))
+        num_calls.append(len(calls))
+    assert max(num_calls) > 1, "some conversations have several sums"
+
+
+def test_conversations_differ(conversations):
     assert len({json.dumps(messages) for messages in conversations}) > 350  # of few words and lines
 
 

@@ -36,18 +36,37 @@ def sample_conversation(
 ) -> list[dict]:
     """One conversation: sometimes a system prompt, then one problem (sometimes two or three) with its solution.
 
-    The problems of one conversation come from different tasks, so that the model learns to change the subject.
+    The problems of 2 in 3 such conversations come from any tasks, so that the model learns to change the subject; in
+    the others from one task, so that it does not repeat its answer to the question before.
     """
-    remaining = list(tasks)
-    problems = min(rng.choice((2, 2, 3)) if rng.random() < 0.15 else 1, len(remaining))
+    num_problems = rng.choice((2, 2, 3)) if rng.random() < 0.2 else 1
     messages = []
     if rng.random() < 0.2:
         messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS).format(name=name)})
-    for _ in range(problems):
-        [index] = rng.choices(range(len(remaining)), weights=[task.weight for task in remaining])
-        problem = remaining.pop(index).problem(rng, split)
+    chosen = rng.choices(tasks, weights=[task.weight for task in tasks], k=num_problems)
+    if rng.random() < 0.33:
+        chosen = chosen[:1] * num_problems
+    for task in chosen:
+        problem = task.problem(rng, split)
         messages += [*problem.messages, *problem.solution]
-    return messages
+    return number_calls(messages)
+
+
+def number_calls(messages: list[dict]) -> list[dict]:
+    """The messages of several problems with ids of tool calls that differ: call_1, call_2 ..."""
+    numbered, ids, count = [], {}, 0
+    for message in messages:
+        if "tool_calls" in message:
+            calls = []
+            for call in message["tool_calls"]:
+                count += 1
+                ids[call["id"]] = f"call_{count}"
+                calls.append(call | {"id": ids[call["id"]]})
+            message = message | {"tool_calls": calls}
+        elif "tool_call_id" in message:
+            message = message | {"tool_call_id": ids[message["tool_call_id"]]}
+        numbered.append(message)
+    return numbered
 
 
 def builtin_conversations(
