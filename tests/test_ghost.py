@@ -53,6 +53,18 @@ def test_untrained_copy_head_predicts_what_followed_the_same_token(model):
     assert probs[30] > 2 * probs[[10, 11]].max()
 
 
+def test_copy_head_never_copies_a_special_token(tokenizer, model):
+    """A model could learn to end its answer by copying the end of the question, which then fails in some answers."""
+    model.set_character_features(tokenizer)
+    model.copy_heads.gates.bias[COPY] = OPEN
+    end = tokenizer.special_id("<|im_end|>")
+    ids = [*tokenizer.encode("t-o the"), end, *tokenizer.encode("owl"), end, *tokenizer.encode("the")]
+    probs = model(torch.tensor([ids])).exp()[0, -1]
+    assert probs[end] < 1e-6
+    assert_close(probs[[*{*ids} - {end}]].sum(), torch.tensor(1.0), rtol=1e-4, atol=0)
+    assert probs[tokenizer.encode("-")].sum() > 0  # it has no characters, and is text
+
+
 @pytest.mark.parametrize(
     "text, direction, expected",
     [

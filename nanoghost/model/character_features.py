@@ -126,6 +126,11 @@ def words_so_far(table, tokens_BS, prev_index_BS, index_BT) -> WordsSoFar:
     return WordsSoFar(word_BTW, length_BT)
 
 
+def is_text(table, tokens_BS) -> torch.Tensor:
+    """(B, S): whether each token is text, not a special token."""
+    return (table[tokens_BS, LENGTH] > 0) | (table[tokens_BS, FIRST_CLASS] != OTHER)  # a hyphen has no characters
+
+
 def starts_word(table, tokens_BS, prev_index_BS) -> torch.Tensor:
     """(B, S): whether each token begins another word than that of its predecessor, so that the latter has ended."""
     first_class_BS, previous_class_BS = _classes(table, tokens_BS, prev_index_BS)

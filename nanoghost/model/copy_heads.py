@@ -31,7 +31,7 @@ POINTER_WIDTH = 64
 COPY, CHARACTER = 0, 1  # the two heads
 FRONT, BACK = 0, 1  # where the character copy head begins to read
 MIN_PROBABILITY = 1e-30  # keeps logarithms finite
-NO_WORD = -1e4  # added to the scores of tokens without a word; finite, because there may be no other
+EXCLUDED = -1e4  # added to the scores of tokens that cannot be pointed at; finite, because there may be no other
 
 
 @dataclass
@@ -42,6 +42,8 @@ class EndedWords:
     """For each character the token that consists of it alone."""
     length_BS: torch.Tensor
     """Number of characters; 0 for no word."""
+    is_text_BS: torch.Tensor
+    """Whether the token itself is text, not a special token: only text is copied."""
 
     def next_characters(self, row_N, written_N):
         """Tokens (N, S, 2) of the next character of each word from the front and from the back, -1 if there is none.
@@ -152,8 +154,10 @@ class CopyHeads(nn.Module):
         q_BT2K, k_BT2K = qk[:, :, :2], qk[:, :, 2:]
         k_BS2K = keys_of_predecessors(k_BT2K, layout) if cache is None else cache.append_copy_keys(k_BT2K)
         mask_BTS = layout.mask_BTS.expand(B, -1, -1)
-        copy_BTS = pointer_attention(q_BT2K[:, :, COPY], k_BS2K[:, :, COPY], mask_BTS, POINTER_WIDTH**-0.5)
-        word_mask_BTS = mask_BTS + (NO_WORD * (words.length_BS == 0)).to(mask_BTS.dtype)[:, None]
+        # A model that learns to end its answers by copying the end of the question sometimes copies the word before it
+        copy_mask_BTS = mask_BTS + (EXCLUDED * ~words.is_text_BS).to(mask_BTS.dtype)[:, None]
+        copy_BTS = pointer_attention(q_BT2K[:, :, COPY], k_BS2K[:, :, COPY], copy_mask_BTS, POINTER_WIDTH**-0.5)
+        word_mask_BTS = mask_BTS + (EXCLUDED * (words.length_BS == 0)).to(mask_BTS.dtype)[:, None]
         word_BTS = pointer_attention(
             q_BT2K[:, :, CHARACTER], k_BS2K[:, :, CHARACTER], word_mask_BTS, 2 * POINTER_WIDTH**-0.5
         )

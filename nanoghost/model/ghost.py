@@ -264,7 +264,8 @@ class Ghost(nn.Module):
         words_BTX = torch.cat([tokens_BTW, (words.length_BT * has_tokens_BT)[..., None]], 2)  # X = W + 1
         words_BSX = values_of_predecessors(words_BTX, layout) if cache is None else cache.append_words(words_BTX)
         has_ended_BS = character_features.starts_word(self.character_table, tokens_BS, layout.prev_index_BS)
-        return EndedWords(words_BSX[..., :-1], words_BSX[..., -1] * has_ended_BS)
+        is_text_BS = character_features.is_text(self.character_table, tokens_BS)
+        return EndedWords(words_BSX[..., :-1], words_BSX[..., -1] * has_ended_BS, is_text_BS)
 
     def forward(self, tokens_BT, cache: GhostCache | None = None, segments_BT=None, last_B=None):
         """Log-probabilities of the next token, (B, T, V) in fp32. Arguments as in LanguageModel.__call__."""
