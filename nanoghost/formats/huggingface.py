@@ -184,7 +184,7 @@ def read_weights(source: Path, config: LlamaConfig) -> dict[str, torch.Tensor]:
 def weight_files(source: Path) -> list[str]:
     """Names of the files that hold the weights: model.safetensors, or those in the index, as in transformers.
 
-    An index beside a whole file is left from an earlier version of the model.
+    An index next to a whole file is left from an earlier version of the model.
     """
     index_file = source / "model.safetensors.index.json"
     if (source / "model.safetensors").exists() or not index_file.exists():

@@ -138,7 +138,7 @@ def type_carelessly(rng: random.Random, template: str) -> str:
 
 
 def mistype(rng: random.Random, word: str) -> str:
-    """The word with one letter left out, doubled, exchanged with the next, or replaced by the key beside it."""
+    """The word with one letter left out, doubled, exchanged with the next, or replaced by the key next to it."""
     i = rng.randrange(1, len(word) - 1)
     match rng.randrange(4):
         case 0:
