@@ -22,7 +22,7 @@ TOY = "--arch llama --depth 2 --context 160 --batch 6 --vocab-size 320 --learnin
 STAGES = {
     "sft": "sft toy --conversations 200 --batch 4 --steps 4",
     "rl": "rl toy --steps 2 --problems 6 --rollouts 4 --max-tokens 6 --eval-problems 6 --sft-rows 2",
-    "sequence": "distill toy --teacher toy-talker --examples 24 --max-tokens 8 --batch 6 --steps 3 --data talk.jsonl",
+    "sequence": "distill toy --teacher toy-talker --examples 24 --max-tokens 24 --batch 6 --steps 3 --data talk.jsonl",
     "token": "distill toy --teacher toy --kind token --examples 20 --batch 6 --steps 3 --data notes.txt",
     "on-policy": "distill toy --teacher toy-talker --kind on-policy --examples 20 --batch 6 --steps 2 --max-tokens 8"
     " --data notes.txt",
