@@ -82,6 +82,11 @@ class Page:
     def click(self, selector):
         self.find(selector).click()
 
+    def new_chat(self):
+        """Start a conversation, and wait until the messages of the last one are gone."""
+        self.click("#new-chat")
+        self.wait("return !document.querySelector('.message')")
+
     def send(self, words, wait=True):
         before = self.js("return document.querySelectorAll('.message').length")
         self.find("#message").send_keys(words, ENTER)

@@ -58,7 +58,7 @@ def test_reloading_during_a_reply_keeps_its_text(page):
 
 def test_another_conversation_can_be_shown_during_a_reply(page):
     page.send("a quiet one")
-    page.click("#new-chat")
+    page.new_chat()
     page.send("forever", wait=False)
     page.wait("return document.querySelectorAll('#conversations a').length === 2")
     page.js("document.querySelectorAll('#conversations a')[1].click()")
@@ -139,7 +139,7 @@ def test_each_conversation_has_its_own_settings(page):
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.2, 0.5, 99)
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert "as maya" in page.find("#settings-summary").text
-    page.click("#new-chat")
+    page.new_chat()
     page.js("const m = document.getElementById('model'); m.value = 'ghost'; m.dispatchEvent(new Event('change'))")
     assert page.js("return document.getElementById('tools').disabled"), "this model was not trained to use tools"
     page.send("hello")

@@ -12,7 +12,7 @@ Keys = KEYS_MODULE.Keys
 
 def start_three_conversations(page):
     for words in ("Pears in the garden", "A roof of slate", "Salt and the sea"):
-        page.click("#new-chat")
+        page.new_chat()
         page.send(words)
     page.wait("return document.querySelectorAll('#conversations a').length === 3")
 

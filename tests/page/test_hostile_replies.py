@@ -28,8 +28,7 @@ def test_hostile_replies_cause_no_request_no_script_and_no_hang(page):
     del page.server.requests[:]
     slowest = {}
     for number in range(len(HOSTILE)):
-        page.click("#new-chat")
-        page.wait("return !document.querySelector('.message')")
+        page.new_chat()
         page.js("""
             window.longest = 0;
             let last = performance.now();
