@@ -9,13 +9,14 @@ from nanoghost.serve.client import QueueFull
 from nanoghost.serve.http_errors import json_response
 from nanoghost.serve.model_registry import ModelInfo
 from nanoghost.serve.openai_responses import ChatResponse, CompletionResponse, model_entry
-from nanoghost.serve.openapi import JsonObject, error_responses
+from nanoghost.serve.openapi import STREAM_RESPONSE, JsonObject, error_responses
 from nanoghost.serve.request_parsing import find_model, parse_chat_request, parse_completion_request
 from nanoghost.serve.schema import ChatRequest, CompletionRequest, TokenizeRequest
 from nanoghost.serve.service import ServiceDependency
 from nanoghost.serve.streaming import cancel_on_disconnect, event_stream
 
 router = APIRouter()
+COMPLETION_ERRORS = error_responses(404, 408, 413, 415, 429, 503)
 
 
 @router.get("/v1/models", response_model=None, responses=error_responses())
@@ -37,7 +38,7 @@ def adapters_of(name: str, infos: dict[str, ModelInfo]) -> list[str]:
     return [adapter.partition("@")[2] for adapter in names]
 
 
-@router.post("/v1/chat/completions", response_model=None, responses=error_responses(404, 408, 413, 415, 429, 503))
+@router.post("/v1/chat/completions", response_model=None, responses=STREAM_RESPONSE | COMPLETION_ERRORS)
 async def chat_completions(body: ChatRequest, request: Request, service: ServiceDependency) -> JsonObject:
     received = time.monotonic()
     service.check_accepting()
@@ -59,7 +60,7 @@ async def chat_completions(body: ChatRequest, request: Request, service: Service
     return json_response(await cancel_on_disconnect(request, response.complete()))
 
 
-@router.post("/v1/completions", response_model=None, responses=error_responses(404, 408, 413, 415, 429, 503))
+@router.post("/v1/completions", response_model=None, responses=STREAM_RESPONSE | COMPLETION_ERRORS)
 async def completions(body: CompletionRequest, request: Request, service: ServiceDependency) -> JsonObject:
     received = time.monotonic()
     service.check_accepting()

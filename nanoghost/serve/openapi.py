@@ -37,6 +37,10 @@ def error_responses(*statuses: int) -> dict:
     }
 
 
+STREAM_RESPONSE = {200: {"content": {"text/event-stream": {}}}}
+"""For `responses` of a route that answers with events if `stream` is set, and otherwise with JSON."""
+
+
 def describe_api(app: FastAPI, service: Service) -> dict:
     """FastAPI's description with our errors instead of its own, and with the names that exist at the moment."""
     description = get_openapi(title=app.title, version=app.version, routes=app.routes)
