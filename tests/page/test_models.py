@@ -36,8 +36,8 @@ def test_reports_and_growing_training_curves_of_models(page):
     )
     assert page.js(frame + "return getComputedStyle(d.querySelector('p')).letterSpacing") == "3px"
     assert page.js("return window.ranScript") is None
-    page.wait("return window.violations.length")  # the policy blocks the script, and reports it a moment later
-    assert page.js("return window.violations.splice(0)") == ["script-src-attr inline"]
+    # Chromium 150 stops the script by the frame's sandbox, without a word; earlier ones report the policy
+    assert {*page.js("return window.violations.splice(0)")} <= {"script-src-attr inline"}
     assert "allow-scripts" not in page.find("iframe").get_attribute("sandbox")
     page.click(".back")
     page.wait("return document.querySelectorAll('.runs li').length === 3")
