@@ -25,6 +25,13 @@ CONFIGS = {
     "llama": {},
     "llama, tied, long": {"tied_embeddings": True, "rope_scaling": LLAMA3_SCALING, "rope_base": 500000.0},
     "qwen2": {"model_type": "qwen2", "qkv_bias": True},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.05,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 4.0,
+    },
     "qwen3": {"model_type": "qwen3", "qk_norm": True, "head_width": 24, "tied_embeddings": True},
 }
 HUGGINGFACE_FILES = (

@@ -48,6 +48,7 @@ UNTOLD = {  # family -> what a file means that says no more than its sizes, and 
     "qwen2": {"context": 32768, "rope_base": 1e4, "tied_embeddings": False, "qkv_bias": True, "sliding_windows": ()},
     "qwen3": {"context": 32768, "rope_base": 1e4, "tied_embeddings": False, "qk_norm": True, "head_width": 128},
     "smollm3": {"context": 32768, "rope_base": 2e6, "tied_embeddings": True, "no_rope_layers": EVERY_FOURTH},
+    "granite": {"context": 2048, "rope_base": 1e4, "tied_embeddings": False, "attention_multiplier": 1.0},
 }
 
 
@@ -194,6 +195,10 @@ COMPLETE = {  # no value is a default of its class
     "no_rope_layer_interval": 2,
     "attention_bias": True,
     "rope_scaling": LLAMA3_SCALING,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.05,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 4.0,
 }
 CASES = [(family, key, value) for family in LLAMA_FAMILY for key in CLASS_DEFAULTS[family] for value in (None, ...)]
 

@@ -216,6 +216,13 @@ VARIANTS = [
     {"qkv_bias": True, "out_bias": True, "qk_norm": True},
     {"sliding_windows": (9, 0)},
     {"no_rope_layers": (1,)},
+    {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.05,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+        "out_bias": True,
+    },
 ]
 all_variants = pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(changes) or "plain")
 

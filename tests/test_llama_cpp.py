@@ -58,6 +58,13 @@ CONFIGS = {
     "mistral": {"model_type": "mistral"},
     "qwen2": {"model_type": "qwen2", "qkv_bias": True, "tied_embeddings": True},
     "qwen3": {"model_type": "qwen3", "qk_norm": True, "head_width": 24},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.05,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 4.0,
+    },
     "smollm3": {"model_type": "smollm3", "depth": 5, "no_rope_layers": (3,), "tied_embeddings": True},
 }
 

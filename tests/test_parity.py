@@ -32,6 +32,21 @@ SMALL = {
 }
 LLAMA3 = {"rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING | {"original_max_position_embeddings": 32}}
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.05,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 4.0,
+}
+GRANITE4 = {
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 80,
+    "layer_types": ["attention"] * 3,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 24,
+    "position_embedding_type": "rope",
+}
 MODELS = {  # id of the test -> (model class of transformers, changes to SMALL)
     "llama": ("Llama", {}),
     "llama, biases, tied": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
@@ -44,6 +59,9 @@ MODELS = {  # id of the test -> (model class of transformers, changes to SMALL)
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2, windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "granite": ("Granite", GRANITE),
+    "granite, biases, tied": ("Granite", GRANITE | {"attention_bias": True, "tie_word_embeddings": True}),
+    "granite 4": ("GraniteMoeHybrid", GRANITE | GRANITE4),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 0], "eos_token_id": None}),  # eos comes from the tokenizer
 }
 

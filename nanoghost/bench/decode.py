@@ -15,6 +15,7 @@ from nanoghost.bench.harness import (
     Workload,
     measure_and_report,
     measure_limits,
+    report_progress,
     requested_baselines,
     validation_texts,
 )
@@ -132,12 +133,16 @@ def open_systems(settings: DecodeSettings | PrefillSettings, slots: int, slot_to
     hardware.prepare()
     folder = open_model(settings.model)
     baselines = requested_baselines(settings.against, folder, ["transformers", "llama.cpp"])
-    systems = {"nanoghost": NanoghostEngine(folder, slots, slot_tokens)}
+    openers = {"nanoghost": partial(NanoghostEngine, folder, slots, slot_tokens)}
     if "transformers" in baselines:
-        systems["transformers, bf16"] = TransformersEngine(folder)
+        openers["transformers, bf16"] = partial(TransformersEngine, folder)
     if "llama.cpp" in baselines:
         for quant in ("q4_0", "q4_1", "q8_0", "bf16"):
-            systems[f"llama.cpp, {quant}"] = LlamaCpp(folder, slots, quant, slot_tokens)
+            openers[f"llama.cpp, {quant}"] = partial(LlamaCpp, folder, slots, quant, slot_tokens)
+    systems = {}
+    for name, open_system in openers.items():
+        report_progress(f"loading {folder.name} into {name} ...")
+        systems[name] = open_system()
     return systems
 
 

@@ -7,6 +7,7 @@ the rounds.
 import importlib.util
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
@@ -96,15 +97,25 @@ def requested_baselines(
     return names
 
 
-def measure(workloads: list[Workload], rounds: int) -> list[list[float]]:
-    """The throughputs of each workload: all run in turn, once to warm up and then `rounds` times."""
+def measure(workloads: list[Workload], rounds: int, unit: str = "") -> list[list[float]]:
+    """The throughputs of each workload: all run in turn, once to warm up and then `rounds` times.
+
+    Each is printed to standard error as it is measured.
+    """
     throughputs = [[] for _ in workloads]
     for round_index in range(rounds + 1):
+        label = f"round {round_index} of {rounds}" if round_index else "warm-up"
         for workload, values in zip(workloads, throughputs):
             value = workload.run()
+            report_progress(f"{label}: {workload.system}, {workload.name}, {workload.streams}: {value:,.1f} {unit}")
             if round_index > 0:
                 values.append(value)
     return throughputs
+
+
+def report_progress(text: str) -> None:
+    """Print a line to standard error."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def measure_and_report(
@@ -116,7 +127,7 @@ def measure_and_report(
     """
     key = unit.replace("/s", "_per_second").replace("/min", "_per_minute")
     rows = []
-    for workload, values in zip(workloads, measure(workloads, rounds)):
+    for workload, values in zip(workloads, measure(workloads, rounds, unit)):
         median = statistics.median(values)
         row = {"system": workload.system, "workload": workload.name, "streams": workload.streams}
         row |= {key: round(median, 1), "lowest": round(min(values), 1), "highest": round(max(values), 1)}

@@ -31,6 +31,9 @@ from nanoghost.model.tensor_names import MATRIX_MODULES, huggingface_name
 EMPTY = torch.empty(0)  # for the kernels: a tensor that a model does not have
 FUSED_MATRICES = {"qkv": ("q", "k", "v"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
 """The matrices of a layer: those that multiply the same input are stored as one."""
+RESIDUAL_MATRICES = ("out", "down")
+"""Those that write into the residual stream. Their weights contain the residual multiplier; and the final norm contains
+the divisor of the logits."""
 VECTORS = {
     "attention_norm": "attention_norm.weight",
     "mlp_norm": "mlp_norm.weight",
@@ -112,8 +115,8 @@ class QuantizedLlama:
 
         Token n is at position positions_N[n] of the sequence whose blocks are listed in block_table[slots_N[n]].
         """
-        x_ND = dequantize(self.weights["embedding"], tokens_N)
-        cache_arguments = (block_table, slots_N, positions_N, self.config.head_width**-0.5)
+        x_ND = dequantize(self.weights["embedding"], tokens_N) * self.config.embedding_multiplier
+        cache_arguments = (block_table, slots_N, positions_N, self.config.attention_multiplier)
         if adapter_slices:
             for i, layer_cache in enumerate(kv_cache):
                 self.layer_with_lora(i, x_ND, layer_cache, cache_arguments, adapter_slices)
@@ -164,10 +167,11 @@ class QuantizedLlama:
             if not any(updates):
                 continue
             x = self.prepare_input(x_NK[token_slice], i, fused_name)
+            factor = self.config.residual_multiplier if fused_name in RESIDUAL_MATRICES else 1.0
             for update, y in zip(updates, y_NM[token_slice].split(self.output_sizes[fused_name], 1)):
                 if update:
                     a_RK, b_MR, scale = update
-                    y.addmm_(x @ a_RK.T, b_MR.T, alpha=scale)
+                    y.addmm_(x @ a_RK.T, b_MR.T, alpha=scale * factor)
 
     def prepare_input(self, x_NK, i: int, fused_name: str) -> torch.Tensor:
         """f(x) of `linear`, in plain PyTorch."""
@@ -244,13 +248,13 @@ def quantize_weights(
     `bits`: 4, 8 or 16; None: `auto_bits` of each matrix.
     """
 
-    def quantize_parameters(names: list[str]) -> QuantizedMatrix:
-        weight_MK = torch.cat([get_tensor(name).float().flatten(0, -2) for name in names])
+    def quantize_parameters(names: list[str], factor: float = 1.0) -> QuantizedMatrix:
+        weight_MK = torch.cat([get_tensor(name).float().flatten(0, -2) for name in names]) * factor
         return quantize(weight_MK, bits or auto_bits(weight_MK))
 
     weights = {
         "embedding": quantize_parameters(["embedding.weight"]),
-        "final_norm": get_tensor("final_norm.weight").float(),
+        "final_norm": get_tensor("final_norm.weight").float() / config.logits_scaling,
     }
     if not config.tied_embeddings:
         weights["head"] = quantize_parameters(["lm_head.weight"])
@@ -258,11 +262,12 @@ def quantize_weights(
         prefix = f"blocks.{i}."
         for fused_name, names in FUSED_MATRICES.items():
             parameters = [f"{prefix}{MATRIX_MODULES[name]}.weight" for name in names]
-            weights[prefix + fused_name] = quantize_parameters(parameters)
+            factor = config.residual_multiplier if fused_name in RESIDUAL_MATRICES else 1.0
+            weights[prefix + fused_name] = quantize_parameters(parameters, factor)
         for name, parameter in VECTORS.items():
             vector = get_tensor(prefix + parameter)
             if vector is not None:
-                weights[prefix + name] = vector.float()
+                weights[prefix + name] = vector.float() * (config.residual_multiplier if name == "out_bias" else 1.0)
         if get_tensor(prefix + "attention.q.bias") is not None:
             weights[prefix + "qkv_bias"] = torch.cat([get_tensor(f"{prefix}attention.{x}.bias").float() for x in "qkv"])
     return weights

@@ -16,8 +16,8 @@ from nanoghost.formats.validation import check_fields, check_llama_config, integ
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.model.tensor_names import huggingface_name_of_gguf
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
-PERMUTED_ARCHITECTURES = ("llama", "smollm3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", "granite")
+PERMUTED_ARCHITECTURES = ("llama", "smollm3", "granite")
 LLAMA3_CONTEXT = 8192
 """Context that Llama 3 was trained with before its RoPE frequencies were scaled; a GGUF file does not store it."""
 LLAMA3_LOW_FREQUENCY_FACTOR, LLAMA3_HIGH_FREQUENCY_FACTOR = 1.0, 4.0
@@ -35,6 +35,12 @@ CONFIG_KEYS = {  # key of config.json -> key of the GGUF header, after the prefi
     "head_dim": "attention.key_length",
     "intermediate_size": "feed_forward_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+MULTIPLIER_KEYS = {  # the same, for Granite
+    "embedding_multiplier": "embedding_scale",
+    "attention_multiplier": "attention.scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
 }
 HEADER_CHECKS = {  # header fields that are used here and are not copied to config.json, where they would be checked
     "block_count": integer(1, 1024),
@@ -72,6 +78,8 @@ def read_config(gguf: GGUFFile) -> dict:
         "attention_bias": "blk.0.attn_output.bias" in gguf.tensors,
         "mlp_bias": False,
     }
+    if architecture == "granite":
+        config |= {key: field(header_key) for key, header_key in MULTIPLIER_KEYS.items()}
     rope_type = field("rope.scaling.type", "none")
     if rope_type != "none":
         config["rope_scaling"] = {"rope_type": rope_type, "factor": field("rope.scaling.factor")}
@@ -83,7 +91,8 @@ def read_config(gguf: GGUFFile) -> dict:
     config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
     head_width = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
     config["head_dim"] = head_width
-    config["rms_norm_eps"] = shortest_float32(config["rms_norm_eps"])
+    for key in ("rms_norm_eps", *(MULTIPLIER_KEYS.keys() & config.keys())):
+        config[key] = shortest_float32(config[key])
     if field("rope.dimension_count", head_width) != head_width:
         raise UserError(
             f"{gguf.path} applies rotary embeddings to a part of each head, which nanoghost does not support"

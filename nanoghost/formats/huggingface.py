@@ -6,6 +6,7 @@ Everything in such a folder is untrusted: values are checked before they are use
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,10 @@ TOKENIZER_CONFIG_CHECKS = {
 }
 STOP_ID_CHECKS = {"eos_token_id": optional(TOKEN_IDS)}
 FILE_NAME_CHECK = Check("the name of a file in the same folder", lambda x: isinstance(x, str) and Path(x).name == x)
+HYBRID_MATRICES = {  # of Granite 4, and the matrices of Granite 3 in them
+    "shared_mlp.input_linear.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "shared_mlp.output_linear.weight": ("mlp.down_proj.weight",),
+}
 TENSOR_TYPE_CHECK = one_of("F32", "F16", "BF16")
 
 
@@ -56,6 +61,8 @@ def import_folder(source: Path, target: Path) -> dict:
     """Write the files of a model folder to `target`; returns the model's entry in the card's `data`."""
     check_folder(source)
     values = read_json_object(source / "config.json")
+    if values.get("model_type") == "granitemoehybrid":
+        values = dense_granite(values, source / "config.json")
     check_fields(values, {"model_type": one_of(*LLAMA_FAMILY)}, source / "config.json")
     check_llama_config(values, source / "config.json")
     config = LlamaConfig.from_json(values)
@@ -172,13 +179,40 @@ def read_weights(source: Path, config: LlamaConfig) -> dict[str, torch.Tensor]:
         header = {name: info for name, info in read_header(source / file).items() if not _is_redundant(name, config)}
         types = {name: tensor_type for name, (_, tensor_type) in header.items()}
         check_fields(types, dict.fromkeys(types, TENSOR_TYPE_CHECK), source / file)
-        shapes |= {name: shape for name, (shape, _) in header.items()}
+        for name, (shape, _) in header.items():
+            parts = split_names(name, shape)
+            shapes |= dict.fromkeys(parts, (shape[0] // len(parts), *shape[1:]) if shape else shape)
     check_tensor_shapes(shapes, config, source)
     weights = {}
     for file in files:
         tensors, _ = read_tensors(source / file)
-        weights |= {name: tensor for name, tensor in tensors.items() if name in shapes}
+        for name, tensor in tensors.items():
+            parts = split_names(name, tensor.shape)
+            if parts[0] in shapes:
+                weights |= dict(zip(parts, map(torch.Tensor.contiguous, tensor.chunk(len(parts)))))
     return weights
+
+
+def split_names(name: str, shape: Sequence[int]) -> list[str]:
+    """The names of the matrices that a tensor consists of, one above the other; mostly its own name."""
+    for suffix, parts in HYBRID_MATRICES.items():
+        if name.endswith(suffix) and shape and shape[0] % len(parts) == 0:
+            return [name.removesuffix(suffix) + part for part in parts]
+    return [name]
+
+
+def dense_granite(values: dict, config_file: Path) -> dict:
+    """config.json of a Granite 4 without Mamba layers and experts, which computes what a Granite 3 computes."""
+    reasons = {
+        "Mamba layers": not set(values.get("layer_types") or ["mamba"]) <= {"attention", "full_attention"},
+        "experts": values.get("num_local_experts", 8),
+        "no rotary embeddings": values.get("position_embedding_type") != "rope",
+    }
+    for feature, is_present in reasons.items():
+        if is_present:
+            raise UserError(f"{config_file}: this Granite has {feature}, which nanoghost does not support")
+    others = {key: value for key, value in values.items() if key != "layer_types"}
+    return others | {"model_type": "granite", "intermediate_size": values.get("shared_intermediate_size", 1024)}
 
 
 def weight_files(source: Path) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanoghost.errors import UserError
-from nanoghost.model.llama_config import rope_parameters, with_class_defaults
+from nanoghost.model.llama_config import MULTIPLIERS, rope_parameters, with_class_defaults
 from nanoghost.model.rope import rope_scaling_type
 
 
@@ -125,7 +125,7 @@ CONFIG_CHECKS = {
     "no_rope_layers": optional(list_of(integer(0, 1))),
     "no_rope_layer_interval": integer(1, 1024),
     "quantization_config": optional(OBJECT),
-}
+} | dict.fromkeys(MULTIPLIERS, number(1e-6, 1e6))
 
 
 def check_llama_config(values: Mapping, source) -> None:

@@ -1,9 +1,9 @@
-"""llama: Llama and its relatives SmolLM, Mistral, Qwen2 and Qwen3, which other inference engines run too.
+"""llama: Llama and its relatives SmolLM, Mistral, Qwen2, Qwen3 and Granite, which other inference engines run too.
 
 It learns more slowly than ghost.py at our scale, but published models run here, and models trained here run everywhere.
 A pre-norm transformer with learned RMSNorm, rotary embeddings, grouped-query attention and SwiGLU. The relatives differ
-in biases, QK-norm, sliding windows and RoPE scaling (llama_config.py). Exported tensors have the names and shapes of
-Hugging Face transformers.
+in biases, QK-norm, sliding windows, RoPE scaling and four multipliers (llama_config.py). Exported tensors have the
+names and shapes of Hugging Face transformers.
 
 B batch, T new tokens, S tokens read so far, D width, H heads, G key-value heads, K head width, F width of the MLP,
 V vocabulary.
@@ -31,6 +31,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.key_value_heads, self.head_width = c.heads, c.key_value_heads, c.head_width
         self.has_rope = layer not in c.no_rope_layers
+        self.scale = c.attention_multiplier
         q_width, kv_width = c.heads * c.head_width, c.key_value_heads * c.head_width
         self.q = LoRALinear(c.width, q_width, c.qkv_bias, key=(layer, "q"))
         self.k = LoRALinear(c.width, kv_width, c.qkv_bias, key=(layer, "k"))
@@ -50,7 +51,7 @@ class Attention(nn.Module):
             q, k = rotate(q, cos_TK, sin_TK), rotate(k, cos_TK, sin_TK)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        return self.out(attend(q, k, v, mask_BTS, scale=self.head_width**-0.5), adapter_rows)
+        return self.out(attend(q, k, v, mask_BTS, scale=self.scale), adapter_rows)
 
 
 class MLP(nn.Module):
@@ -74,6 +75,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config, layer)
+        self.residual_multiplier = config.residual_multiplier
 
     def matrix(self, name: str) -> nn.Parameter:
         """Weight (outputs, inputs) of one of the matrices q, k, v, out, gate, up, down."""
@@ -92,8 +94,14 @@ class Block(nn.Module):
 
     def forward(self, x_BTD, cos_TK, sin_TK, mask_BTS, cache: KVCache | None = None, adapter_rows=()):
         h_BTD = self.attention_norm(x_BTD)
-        x_BTD = x_BTD + self.attention(h_BTD, cos_TK, sin_TK, mask_BTS, cache, adapter_rows)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD), adapter_rows)
+        y_BTD = self.attention(h_BTD, cos_TK, sin_TK, mask_BTS, cache, adapter_rows)
+        x_BTD = x_BTD + scaled(y_BTD, self.residual_multiplier)
+        return x_BTD + scaled(self.mlp(self.mlp_norm(x_BTD), adapter_rows), self.residual_multiplier)
+
+
+def scaled(x, factor: float):
+    """x * factor, without work for the factor 1 that most models have."""
+    return x if factor == 1.0 else x * factor
 
 
 class Llama(nn.Module):
@@ -147,16 +155,16 @@ class Llama(nn.Module):
         return self
 
     def hidden(self, tokens_BT, layout: Layout, cache: KVCache | None = None, adapters_B=None):
-        """Last hidden states, (B, T, D)."""
+        """Last hidden states, (B, T, D), which the output layer multiplies."""
         adapter_rows = rows_by_adapter(self.adapters, adapters_B)
         cos, sin = self.cos[layout.positions_BT], self.sin[layout.positions_BT]
         windows = self.config.sliding_windows or (0,) * self.config.depth
         masks = {window: layout.sliding_window_mask(window) for window in set(windows) - {0}}
         masks[0] = layout.mask_BTS
-        x_BTD = self.embedding(tokens_BT).to(self.dtype)
+        x_BTD = scaled(self.embedding(tokens_BT), self.config.embedding_multiplier).to(self.dtype)
         for block, window in zip(self.blocks, windows):
             x_BTD = block(x_BTD, cos, sin, masks[window], cache, adapter_rows)
-        return self.final_norm(x_BTD)
+        return scaled(self.final_norm(x_BTD), 1 / self.config.logits_scaling)
 
     def forward(self, tokens_BT, cache: KVCache | None = None, segments_BT=None, last_B=None, adapters_B=None):
         """Logits (B, T, V) in fp32. Arguments as in LanguageModel.__call__, and `adapters_B` as in rows_by_adapter."""

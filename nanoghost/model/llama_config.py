@@ -69,10 +69,24 @@ CLASS_DEFAULTS = {
         "no_rope_layers": None,
         "no_rope_layer_interval": 4,
     },
+    "granite": SHARED_DEFAULTS
+    | {
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "embedding_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
 }
 """model_type -> the keys of config.json that such a model has, with the values that Hugging Face's configuration class
 has for those that the file leaves out. A null in the file stays null: a flag that is not set, or the value follows from
 others."""
+
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+"""Granite's keys in config.json, and the fields of LlamaConfig with the same names."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +127,20 @@ class LlamaConfig:
     """Layers without rotary embedding (SmolLM3)."""
     rope_scaling: dict | None = None
     """RoPE scaling to a longer context, in Hugging Face's form."""
+    embedding_multiplier: float = 1.0
+    """Factor of the embeddings (Granite, like the next three)."""
+    attention_multiplier: float = 0.0
+    """Factor of the products of queries and keys; 0: 1 / sqrt(head_width)."""
+    residual_multiplier: float = 1.0
+    """Factor of what attention and MLP add to the residual stream."""
+    logits_scaling: float = 1.0
+    """Divisor of the logits."""
 
     def __post_init__(self):
         if not self.head_width:
             object.__setattr__(self, "head_width", self.width // self.heads)
+        if not self.attention_multiplier:
+            object.__setattr__(self, "attention_multiplier", self.head_width**-0.5)
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of each matrix of a layer."""
@@ -166,6 +190,7 @@ class LlamaConfig:
             sliding_windows=_sliding_windows(values),
             no_rope_layers=_no_rope_layers(values),
             rope_scaling=scaling if rope_scaling_type(scaling) != "default" else None,
+            **{key: float(values[key]) for key in MULTIPLIERS if key in values},
         )
 
     def to_json(self) -> dict:
@@ -196,6 +221,8 @@ class LlamaConfig:
         elif self.model_type != "llama":
             values["sliding_window"] = None
             values["use_sliding_window"] = False
+        if self.model_type == "granite":
+            values |= {key: getattr(self, key) for key in MULTIPLIERS}
         if self.model_type == "smollm3":
             values["no_rope_layers"] = [int(layer not in self.no_rope_layers) for layer in range(self.depth)]
         return values

@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "qwen2": Architecture("Qwen2ForCausalLM", LlamaConfig, Llama),
     "qwen3": Architecture("Qwen3ForCausalLM", LlamaConfig, Llama),
     "smollm3": Architecture("SmolLM3ForCausalLM", LlamaConfig, Llama),
+    "granite": Architecture("GraniteForCausalLM", LlamaConfig, Llama),
 }
 CONFIG_CLASSES = {entry.pretrain_name: entry.config_class for entry in ARCHITECTURES.values() if entry.pretrain_name}
 LLAMA_FAMILY = tuple(model_type for model_type, entry in ARCHITECTURES.items() if entry.model_class is Llama)
