@@ -19,19 +19,13 @@ from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.hub_server import COMMIT, HubServer
-from tests.support.toys import CONVERSATION, LLAMA3_SCALING, random_llama_folder, toy_text
+from tests.support.toys import CONVERSATION, GRANITE_MULTIPLIERS, LLAMA3_SCALING, random_llama_folder, toy_text
 
 CONFIGS = {
     "llama": {},
     "llama, tied, long": {"tied_embeddings": True, "rope_scaling": LLAMA3_SCALING, "rope_base": 500000.0},
     "qwen2": {"model_type": "qwen2", "qkv_bias": True},
-    "granite": {
-        "model_type": "granite",
-        "embedding_multiplier": 12.0,
-        "attention_multiplier": 0.05,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 4.0,
-    },
+    "granite": {"model_type": "granite", **GRANITE_MULTIPLIERS},
     "qwen3": {"model_type": "qwen3", "qk_norm": True, "head_width": 24, "tied_embeddings": True},
 }
 HUGGINGFACE_FILES = (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from nanoghost.commands import adopt
@@ -232,4 +233,33 @@ def test_an_index_with_one_valid_file_is_adopted(source):
     (source / "model.safetensors").rename(source / "part.safetensors")
     index = {"weight_map": {"a": "part.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not adoption_error(source)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},  # Mamba layers and experts by default
+        {"layer_types": 3},
+        {"layer_types": [["attention"]]},
+        {"layer_types": ["mamba"]},
+        {"layer_types": ["attention"], "num_local_experts": "none"},
+        {"layer_types": ["attention"], "num_local_experts": 8},
+        {"layer_types": ["attention"], "num_local_experts": 0},  # no rotary embeddings
+    ],
+    ids=json.dumps,
+)
+def test_a_granite_4_with_other_parts_than_attention_is_refused(source, change):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "granitemoehybrid"} | change))
+    assert adoption_error(source)
+
+
+def test_a_tied_model_whose_head_has_another_type_than_its_embedding_is_adopted(source):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16().float()
+    safetensors.torch.save_file(tensors, source / "model.safetensors", {"format": "pt"})
     assert not adoption_error(source)

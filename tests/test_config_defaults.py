@@ -18,7 +18,7 @@ from nanoghost.model.llama_config import CLASS_DEFAULTS, LlamaConfig
 from nanoghost.model.registry import LLAMA_FAMILY
 from nanoghost.model.rope import rope_frequencies
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from tests.support.toys import LLAMA3_SCALING, random_llama_folder, toy_text
+from tests.support.toys import GRANITE_MULTIPLIERS, LLAMA3_SCALING, random_llama_folder, toy_text
 
 SIZES = {
     "vocab_size": 300,
@@ -195,10 +195,7 @@ COMPLETE = {  # no value is a default of its class
     "no_rope_layer_interval": 2,
     "attention_bias": True,
     "rope_scaling": LLAMA3_SCALING,
-    "embedding_multiplier": 12.0,
-    "attention_multiplier": 0.05,
-    "residual_multiplier": 0.22,
-    "logits_scaling": 4.0,
+    **GRANITE_MULTIPLIERS,
 }
 CASES = [(family, key, value) for family in LLAMA_FAMILY for key in CLASS_DEFAULTS[family] for value in (None, ...)]
 

@@ -15,7 +15,7 @@ from nanoghost.model.lora import Adapter
 from nanoghost.model.rope import rope_table
 from nanoghost.tokenizer.tokenizer import Tokenizer
 from tests.support.engine_toys import toy_llama
-from tests.support.toys import toy_text
+from tests.support.toys import GRANITE_MULTIPLIERS, toy_text
 
 NO_KERNELS = kernels.unavailable_reason()
 needs_kernels = pytest.mark.skipif(bool(NO_KERNELS), reason=f"no kernels here: {NO_KERNELS}")
@@ -216,13 +216,7 @@ VARIANTS = [
     {"qkv_bias": True, "out_bias": True, "qk_norm": True},
     {"sliding_windows": (9, 0)},
     {"no_rope_layers": (1,)},
-    {
-        "embedding_multiplier": 3.0,
-        "attention_multiplier": 0.05,
-        "residual_multiplier": 0.4,
-        "logits_scaling": 2.0,
-        "out_bias": True,
-    },
+    {**GRANITE_MULTIPLIERS, "out_bias": True},
 ]
 all_variants = pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(changes) or "plain")
 

@@ -21,7 +21,7 @@ from nanoghost.home import ModelFolder
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.tokenizer.chat_format import render, render_text
 from nanoghost.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
-from tests.support.toys import CONVERSATION, LLAMA3_SCALING, random_llama_folder, toy_text
+from tests.support.toys import CONVERSATION, GRANITE_MULTIPLIERS, LLAMA3_SCALING, random_llama_folder, toy_text
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make parity")
 
@@ -58,13 +58,7 @@ CONFIGS = {
     "mistral": {"model_type": "mistral"},
     "qwen2": {"model_type": "qwen2", "qkv_bias": True, "tied_embeddings": True},
     "qwen3": {"model_type": "qwen3", "qk_norm": True, "head_width": 24},
-    "granite": {
-        "model_type": "granite",
-        "embedding_multiplier": 12.0,
-        "attention_multiplier": 0.05,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 4.0,
-    },
+    "granite": {"model_type": "granite", **GRANITE_MULTIPLIERS},
     "smollm3": {"model_type": "smollm3", "depth": 5, "no_rope_layers": (3,), "tied_embeddings": True},
 }
 

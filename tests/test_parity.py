@@ -15,7 +15,7 @@ from nanoghost.formats.model_folder import load_model, load_tokenizer
 from nanoghost.home import ModelFolder
 from nanoghost.tokenizer.chat_format import render
 from nanoghost.tokenizer.tokenizer import Tokenizer
-from tests.support.toys import CONVERSATION, LLAMA3_SCALING, TOY_TEMPLATE, toy_text
+from tests.support.toys import CONVERSATION, GRANITE_MULTIPLIERS, LLAMA3_SCALING, TOY_TEMPLATE, toy_text
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 
@@ -32,12 +32,6 @@ SMALL = {
 }
 LLAMA3 = {"rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING | {"original_max_position_embeddings": 32}}
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
-GRANITE = {
-    "embedding_multiplier": 12.0,
-    "attention_multiplier": 0.05,
-    "residual_multiplier": 0.22,
-    "logits_scaling": 4.0,
-}
 GRANITE4 = {
     "num_local_experts": 0,
     "num_experts_per_tok": 0,
@@ -59,9 +53,9 @@ MODELS = {  # id of the test -> (model class of transformers, changes to SMALL)
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2, windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
-    "granite": ("Granite", GRANITE),
-    "granite, biases, tied": ("Granite", GRANITE | {"attention_bias": True, "tie_word_embeddings": True}),
-    "granite 4": ("GraniteMoeHybrid", GRANITE | GRANITE4),
+    "granite": ("Granite", GRANITE_MULTIPLIERS),
+    "granite, biases, tied": ("Granite", GRANITE_MULTIPLIERS | {"attention_bias": True, "tie_word_embeddings": True}),
+    "granite 4": ("GraniteMoeHybrid", GRANITE_MULTIPLIERS | GRANITE4),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 0], "eos_token_id": None}),  # eos comes from the tokenizer
 }
 

@@ -34,7 +34,7 @@ def open_remote(url: str) -> Source:
         is_named = has_magic(root) or text_suffix(root) in ALL_SUFFIXES  # not a folder with many kinds of files
         files = list_files(fs, root, url, ALL_SUFFIXES if is_named else SUFFIXES)
     except ImportError as error:  # most stores need a package of their own; fsspec names it
-        raise UserError(f"{url}: {error} (pip install requests aiohttp, s3fs, gcsfs ...)") from None
+        raise UserError(f"{url}: {error} (pip install aiohttp requests; for other stores s3fs, gcsfs ...)") from None
     except (ValueError, OSError) as error:  # not an address; no connection
         raise UserError(f"{url} cannot be read: {error}") from None
     name = folder_name(PurePosixPath(root).stem)

@@ -22,7 +22,7 @@ from nanoghost.engine import kernels
 from nanoghost.engine.quantization import GROUP, LANES, QuantizedMatrix, auto_bits, dequantize, quantize
 from nanoghost.errors import UserError
 from nanoghost.home import read_json, write_atomic
-from nanoghost.model.llama import Llama
+from nanoghost.model.llama import Llama, scaled
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.model.lora import Adapter
 from nanoghost.model.rope import rope_table
@@ -115,7 +115,7 @@ class QuantizedLlama:
 
         Token n is at position positions_N[n] of the sequence whose blocks are listed in block_table[slots_N[n]].
         """
-        x_ND = dequantize(self.weights["embedding"], tokens_N) * self.config.embedding_multiplier
+        x_ND = scaled(dequantize(self.weights["embedding"], tokens_N), self.config.embedding_multiplier)
         cache_arguments = (block_table, slots_N, positions_N, self.config.attention_multiplier)
         if adapter_slices:
             for i, layer_cache in enumerate(kv_cache):

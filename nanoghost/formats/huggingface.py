@@ -19,7 +19,18 @@ from nanoghost.formats.licenses import copy_license_files
 from nanoghost.formats.safetensors_file import read_header, read_tensors
 from nanoghost.formats.source_names import source_name
 from nanoghost.formats.stop_tokens import ids_after_answer, ids_of_field
-from nanoghost.formats.validation import OBJECT, TOKEN_IDS, Check, check_fields, check_llama_config, one_of, optional
+from nanoghost.formats.validation import (
+    OBJECT,
+    STRING,
+    TOKEN_IDS,
+    Check,
+    check_fields,
+    check_llama_config,
+    integer,
+    list_of,
+    one_of,
+    optional,
+)
 from nanoghost.home import write_json
 from nanoghost.model.llama_config import LlamaConfig
 from nanoghost.model.registry import LLAMA_FAMILY, config_to_json, new_model
@@ -50,6 +61,7 @@ TOKENIZER_CONFIG_CHECKS = {
 }
 STOP_ID_CHECKS = {"eos_token_id": optional(TOKEN_IDS)}
 FILE_NAME_CHECK = Check("the name of a file in the same folder", lambda x: isinstance(x, str) and Path(x).name == x)
+HYBRID_CHECKS = {"layer_types": optional(list_of(STRING)), "num_local_experts": optional(integer(0, 2**16))}
 HYBRID_MATRICES = {  # of Granite 4, and the matrices of Granite 3 in them
     "shared_mlp.input_linear.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "shared_mlp.output_linear.weight": ("mlp.down_proj.weight",),
@@ -203,6 +215,7 @@ def split_names(name: str, shape: Sequence[int]) -> list[str]:
 
 def dense_granite(values: dict, config_file: Path) -> dict:
     """config.json of a Granite 4 without Mamba layers and experts, which computes what a Granite 3 computes."""
+    check_fields(values, HYBRID_CHECKS, config_file)
     reasons = {
         "Mamba layers": not set(values.get("layer_types") or ["mamba"]) <= {"attention", "full_attention"},
         "experts": values.get("num_local_experts", 8),
@@ -236,7 +249,7 @@ def has_other_head(source: Path) -> bool:
         if {"lm_head.weight", "model.embed_tokens.weight"} & read_header(source / file).keys():
             matrices |= read_tensors(source / file)[0]
     head, embedding = matrices.get("lm_head.weight"), matrices.get("model.embed_tokens.weight")
-    return head is not None and embedding is not None and not torch.equal(head, embedding)
+    return head is not None and embedding is not None and not torch.equal(head.float(), embedding.float())
 
 
 def _is_redundant(name: str, config: LlamaConfig) -> bool:

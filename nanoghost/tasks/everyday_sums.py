@@ -25,7 +25,7 @@ class EverydaySums(Task):
     """what's 15% of 80. Correct: the calculator was called, and the last number is the result."""
 
     name = "everyday_sums"
-    label = "sums in a stranger's words"
+    label = "sums as people ask them"
     weight = 0.22
 
     def problem(self, rng: random.Random, split: str) -> Problem:

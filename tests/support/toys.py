@@ -34,6 +34,12 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+GRANITE_MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.05,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 4.0,
+}
 
 
 def toy_text(sentences: int = 1500, seed: int = 0) -> str:
